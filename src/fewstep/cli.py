@@ -1,0 +1,130 @@
+"""The command line. Heavy imports wait inside the verbs, so that --help is quick."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fewstep.errors import UserError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Distil a diffusion model into a one- to four-step generator (DMD2).",
+    epilog="Example: fewstep demo",
+)
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; repeatable.")]
+Out = Annotated[Path | None, typer.Option(help="Run folder.  [default: runs/RECIPE]", show_default=False)]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in that folder.")]
+Seed = Annotated[int, typer.Option(min=0, help="Noise of image i is a function of seed and i.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+
+
+@app.command(epilog="Example: fewstep demo --out runs/demo")
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder of the runs, the table and the page.")] = Path("runs/demo"),
+    resume: Resume = False,
+    set_: Set = None,
+    num_samples: Annotated[int, typer.Option(min=100, help="Images per row of the table.")] = 5000,
+) -> None:
+    """Teach, distil and judge on real digits: the whole job in minutes on a CPU."""
+    from fewstep.commands.demo import demo
+
+    demo(out, resume, set_ or [], num_samples)
+
+
+@app.command(epilog="Example: fewstep teach digits-teacher --set num_steps=500")
+def teach(
+    recipe: Annotated[str, typer.Argument(help="Recipe name or YAML file.")],
+    out: Out = None,
+    resume: Resume = False,
+    set_: Set = None,
+) -> None:
+    """Train a teacher from scratch."""
+    from fewstep.commands.teach import teach
+    from fewstep.recipes.loading import load_recipe
+
+    teach(load_recipe(recipe, set_ or [], "teach"), out or Path("runs") / Path(recipe).stem, resume)
+
+
+@app.command(epilog="Example: fewstep distill digits-1step --set student_every=10")
+def distill(
+    recipe: Annotated[str, typer.Argument(help="Recipe name or YAML file.")],
+    out: Out = None,
+    resume: Resume = False,
+    set_: Set = None,
+) -> None:
+    """Distil a teacher into a few-step student."""
+    from fewstep.commands.distill import distill
+    from fewstep.recipes.loading import load_recipe
+
+    distill(load_recipe(recipe, set_ or [], "distill"), out or Path("runs") / Path(recipe).stem, resume)
+
+
+@app.command(epilog="Example: fewstep sample runs/digits-1step --label 3 --out threes.png")
+def sample(
+    path: Annotated[Path, typer.Argument(help="Run folder or model folder.")],
+    out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("samples.png"),
+    num: Annotated[int, typer.Option(min=1, help="Number of images.")] = 40,
+    seed: Seed = 0,
+    label: Annotated[int | None, typer.Option(help="Class; by default all in turn.", show_default=False)] = None,
+    sampler: Annotated[
+        str | None, typer.Option(help="For a teacher: ddim:STEPS or heun:STEPS.", show_default="heun:18")
+    ] = None,
+    device: Device = "auto",
+) -> None:
+    """Draw a grid of images from a run."""
+    from fewstep.commands.sample import sample
+
+    sample(path, out, num, seed, label, sampler, device)
+    typer.echo(f"wrote {out}")
+
+
+@app.command(epilog="Example: fewstep evaluate runs/digits-teacher runs/digits-1step")
+def evaluate(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders; the first one's data is the reference.")],
+    out: Annotated[Path, typer.Option(help="Folder for results.json and report.html.")] = Path("evaluation"),
+    features: Annotated[
+        str, typer.Option(help="TorchScript file, or `classifier`: a small one trained on the labels.")
+    ] = "classifier",
+    num_samples: Annotated[int, typer.Option(min=100, help="Images per row.")] = 5000,
+    sampler: Annotated[
+        list[str] | None, typer.Option(help="Of teachers, repeatable: ddim:STEPS, heun:STEPS.", show_default="heun:18")
+    ] = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+) -> None:
+    """Judge runs side by side: FID with its noise floor, precision, recall, accuracy, speed."""
+    from fewstep.commands.evaluate import evaluate
+
+    evaluate(runs, out, features, num_samples, sampler or ["heun:18"], seed, device)
+
+
+@app.command(epilog="Example: fewstep recipes show digits-4step")
+def recipes(
+    action: Annotated[str, typer.Argument(help="list, show or check.")] = "list",
+    recipe: Annotated[str | None, typer.Argument(help="Recipe name or YAML file.", show_default=False)] = None,
+    set_: Set = None,
+) -> None:
+    """List recipes, show one with the meaning of every setting, or check one."""
+    from fewstep.commands.recipes import check_recipe, list_recipes, show_recipe
+
+    if action == "list" and recipe is None:
+        list_recipes()
+    elif action in ("show", "check") and recipe is not None:
+        (show_recipe if action == "show" else check_recipe)(recipe, set_ or [])
+    else:
+        raise UserError("write `fewstep recipes`, `fewstep recipes show NAME` or `fewstep recipes check NAME`")
+
+
+def main() -> None:
+    """Runs the command line; what a user can mend is one line on standard error, without a traceback."""
+    try:
+        app()
+    except UserError as error:
+        print(f"fewstep: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,1 @@
+"""Floor 4: one file per verb; each composes the floors below."""

@@ -1,0 +1,162 @@
+"""`fewstep demo`: the whole job on the embedded digits. Teach, distil to one and to four steps, judge.
+
+Two one-thread processes share the work: on small images two threads in one process gain almost nothing.
+"""
+
+import multiprocessing
+import queue
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.commands.distill import distill
+from fewstep.commands.evaluate import (
+    GRID_IMAGES,
+    THROUGHPUT_BATCH,
+    classifier_path,
+    curve,
+    describe,
+    make_judge,
+    open_classifier,
+    publish,
+    real_grid,
+)
+from fewstep.commands.runs import check_target, open_images, open_model
+from fewstep.commands.teach import teach
+from fewstep.errors import Interrupted
+from fewstep.evaluation.generation import Sampler, generate, images_per_second
+from fewstep.evaluation.metrics import Row
+from fewstep.evaluation.report import sample_grid
+from fewstep.recipes.loading import load_recipe
+from fewstep.recipes.schema import DistillRecipe, TeachRecipe
+from fewstep.runtime.tracking import progress_columns
+
+NUM_PROCESSES = 2
+CHUNK = 1250  # images per task of the evaluation
+TEACHER_SAMPLERS = (Sampler("heun", 18), *(Sampler("ddim", steps) for steps in (1, 2, 4, 8)))
+Recipes = dict[str, TeachRecipe | DistillRecipe]
+Task = tuple[str, Callable[..., Any], tuple]
+_messages: Any = None  # in a worker: the queue on which it reports
+
+
+def demo(out: Path, resume: bool, overrides: Sequence[str], num_samples: int) -> None:
+    """Runs the three recipes and the evaluation into `out`; with `resume` it goes on from where it was stopped."""
+    recipes = demo_recipes(out, overrides)
+    for name, recipe in recipes.items():
+        check_target(out / name, recipe, resume)
+    out.mkdir(parents=True, exist_ok=True)
+    context = multiprocessing.get_context("spawn")
+    messages = context.Queue()
+    with ProcessPoolExecutor(NUM_PROCESSES, context, _start_worker, (messages,)) as pool:
+        run = TaskRunner(pool, messages)
+        teacher, *students = recipes
+        run([("train classifier", _classify, (recipes[teacher], out)), *_training(out, [teacher], recipes)])
+        run(_training(out, students, recipes))
+        torch.set_num_threads(1)
+        rows, grids = judge_rows(run, out, recipes, num_samples)
+    curves = {name: curve(out / name) for name in recipes}
+    publish(rows, grids, curves, out, "fewstep demo: digits, 8×8", "the digits classifier")
+
+
+def demo_recipes(out: Path, overrides: Sequence[str]) -> Recipes:
+    """The recipes of the demo, with the same overrides in each; the students' teacher is the demo's own."""
+    recipes: Recipes = {"digits-teacher": load_recipe("digits-teacher", overrides)}
+    for name in ("digits-1step", "digits-4step"):
+        recipes[name] = load_recipe(name, [*overrides, f"teacher={out / 'digits-teacher'}"])
+    return recipes
+
+
+def _training(out: Path, names: Sequence[str], recipes: Recipes) -> list[Task]:
+    return [(name, _train, (recipes[name], out / name)) for name in names]
+
+
+def judge_rows(run: "TaskRunner", out: Path, recipes: Recipes, num_samples: int) -> tuple[list[Row], dict[str, bytes]]:
+    """The rows of the table and the grids of the page; images come from the workers, speeds from this process alone."""
+    teacher, *students = recipes
+    models = {name: open_model(out / name) for name in recipes}
+    images = open_images(recipes[teacher].data, models[teacher].config)
+    path = classifier_path(recipes[teacher].data, out)
+    judge = make_judge(images, models[teacher].config, "classifier", path)
+    wanted = [(teacher, sampler) for sampler in TEACHER_SAMPLERS]
+    wanted += [(name, Sampler("student", len(models[name].timesteps or []))) for name in students]
+    ranges = [range(start, min(start + CHUNK, num_samples)) for start in range(0, num_samples, CHUNK)]
+    tasks = [("draw images", _generate, (out / name, sampler, part)) for name, sampler in wanted for part in ranges]
+    drawn = run(tasks)
+    speeds = [images_per_second(models[name], sampler, THROUGHPUT_BATCH) for name, sampler in wanted]
+    labels = models[teacher].conditioner.labels(num_samples)
+    rows, grids = [judge.floor()], {"real": real_grid(images, models[teacher])}
+    for index, ((name, sampler), speed) in enumerate(zip(wanted, speeds, strict=True)):
+        fakes = torch.cat(drawn[index * len(ranges) : (index + 1) * len(ranges)])
+        rows.append(judge.row(name, sampler, fakes, labels, speed))
+        grids[f"{name}, {describe(sampler)}, {sampler.nfe} calls"] = sample_grid(fakes[:GRID_IMAGES])
+    return rows, grids
+
+
+class TaskRunner:
+    """Runs tasks in the pool, with one progress line per title; the first error of a task is raised here."""
+
+    def __init__(self, pool: ProcessPoolExecutor, messages: Any):
+        self.pool, self.messages = pool, messages
+
+    def __call__(self, tasks: Sequence[Task]) -> list[Any]:
+        """The results, in the order of the tasks."""
+        futures = [self.pool.submit(_run_task, title, function, args) for title, function, args in tasks]
+        try:
+            self._show(futures)
+        except KeyboardInterrupt:
+            for future in futures:
+                future.cancel()
+            raise Interrupted("stopped; continue with --resume") from None
+        return [future.result() for future in futures]
+
+    def _show(self, futures: list[Future]) -> None:
+        """Shows what the workers report until every task has ended or one has failed."""
+        with progress_columns() as progress:
+            lines: dict[str, Any] = {}
+            while not all(future.done() for future in futures):
+                try:
+                    title, done, total, note = self.messages.get(timeout=0.2)
+                except queue.Empty:
+                    for future in futures:
+                        if future.done():
+                            future.result()
+                    continue
+                if title not in lines:
+                    lines[title] = progress.add_task(title, total=total, note="")
+                progress.update(lines[title], completed=done, **({"note": note} if note else {}))
+
+
+def _start_worker(messages: Any) -> None:
+    global _messages
+    _messages = messages
+    torch.set_num_threads(1)
+
+
+def _run_task(title: str, function: Callable[..., Any], args: tuple) -> Any:
+    def report(done: int, total: int, metrics: dict[str, float]) -> None:
+        note = " ".join(f"{name} {value:.3g}" for name, value in list(metrics.items())[:2])
+        _messages.put((title, done, total, note))
+
+    return function(*args, report)
+
+
+def _train(recipe: TeachRecipe | DistillRecipe, run: Path, report: Callable[..., None]) -> None:
+    def on_step(step: int, metrics: dict[str, float]) -> None:
+        if metrics:
+            report(step, recipe.num_steps, metrics)
+
+    verb: Any = teach if isinstance(recipe, TeachRecipe) else distill
+    verb(recipe, run, resume=run.exists(), report=on_step)
+
+
+def _classify(recipe: TeachRecipe, out: Path, report: Callable[..., None]) -> None:
+    images = open_images(recipe.data, recipe.model)
+    open_classifier(images, recipe.model, classifier_path(recipe.data, out))
+
+
+def _generate(run: Path, sampler: Sampler, indices: range, report: Callable[..., None]) -> Tensor:
+    return generate(open_model(run), sampler, indices)

@@ -1,0 +1,43 @@
+"""`fewstep distill`: distils a teacher into a few-step student."""
+
+from pathlib import Path
+
+import torch
+
+from fewstep.commands.runs import check_target, open_images, open_model, pick_device, start_run
+from fewstep.commands.teach import teach
+from fewstep.errors import UserError
+from fewstep.networks.image_model import PixelModel
+from fewstep.networks.roles import make_roles
+from fewstep.recipes.loading import load_recipe, recipe_names
+from fewstep.recipes.schema import DistillRecipe, TeachRecipe
+from fewstep.runtime.checkpoint import checkpoints, step_name
+from fewstep.runtime.tracking import Report
+from fewstep.training.dmd2 import DMD2
+
+
+def distill(recipe: DistillRecipe, run: Path, resume: bool = False, report: Report | None = None) -> None:
+    """Runs the recipe into the folder `run`, after its teacher's if that is a recipe whose run is not finished."""
+    check_target(run, recipe, resume)
+    model = open_teacher(recipe.teacher, run.parent)
+    images = open_images(recipe.data, model.config)
+    model.denoiser.to(pick_device(recipe.device))
+    torch.manual_seed(recipe.seed)
+    roles = make_roles(model, recipe.guidance_scale, recipe.gan.feature_layer)
+    method = DMD2(recipe, model, roles, recipe.num_steps, recipe.batch_size, recipe.seed)
+    start_run(method, images, run, recipe, report)
+
+
+def open_teacher(teacher: str, runs: Path) -> PixelModel:
+    """The model at a path, or of a `teach` recipe's run in the folder `runs`, which is finished first if need be."""
+    if Path(teacher).exists():
+        return open_model(Path(teacher))
+    if teacher not in recipe_names():
+        raise UserError(f"teacher: {teacher!r} is neither a folder nor the name of a recipe")
+    recipe, run = load_recipe(teacher), runs / teacher
+    if not isinstance(recipe, TeachRecipe):
+        raise UserError(f"teacher: the recipe {teacher!r} does not train a teacher")
+    finished = checkpoints(run)
+    if not finished or finished[-1].name < step_name(recipe.num_steps):
+        teach(recipe, run, resume=True)
+    return open_model(run)

@@ -1,0 +1,75 @@
+"""Run folders as the verbs use them: start or resume one, find the model in one."""
+
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fewstep.data.images import ImageSet, batch_indices, load_images
+from fewstep.errors import UserError
+from fewstep.networks.image_model import DESCRIPTION, PixelModel, PixelModelConfig
+from fewstep.networks.pretrained import load
+from fewstep.recipes.loading import differences, dump, read_run_recipe
+from fewstep.recipes.schema import DataSettings, DistillRecipe, TeachRecipe
+from fewstep.runtime.checkpoint import RECIPE, check_run, latest_model, write_text
+from fewstep.runtime.tracking import Report, progress_bar
+from fewstep.training.loop import train
+from fewstep.training.method import Method
+
+
+def pick_device(device: str) -> torch.device:
+    """The device of a recipe; raises UserError if it is not there."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: no CUDA GPU here; use device=cpu")
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def open_images(data: DataSettings, model: PixelModelConfig) -> ImageSet:
+    """The recipe's images, in the model's size, colours and classes."""
+    return load_images(
+        data.source,
+        model.image_size,
+        model.channels,
+        model.num_classes,
+        data.image_column,
+        data.label_column,
+        data.split,
+    )
+
+
+def check_target(run: Path, recipe: TeachRecipe | DistillRecipe, resume: bool) -> None:
+    """Raises UserError if the recipe can't start in the folder `run`, or continue there; writes nothing.
+
+    With `resume` a folder that does not exist yet will do, so that one command starts and continues a run.
+    """
+    if run.exists() and resume:
+        check_run(run)
+        changed = differences(read_run_recipe(run / RECIPE), recipe)
+        if changed:
+            raise UserError(
+                f"{run}: --resume with a changed recipe ({'; '.join(changed)}); undo that, or choose another --out"
+            )
+    elif run.is_file() or (run.exists() and any(run.iterdir())):
+        raise UserError(f"{run}: exists already; continue it with --resume, or choose another --out")
+
+
+def start_run(
+    method: Method, images: ImageSet, run: Path, recipe: TeachRecipe | DistillRecipe, report: Report | None
+) -> None:
+    """Makes the run folder and trains; `report` replaces the progress bar."""
+    run.mkdir(parents=True, exist_ok=True)
+    write_text(run / RECIPE, dump(recipe))
+
+    def batch_at(step: int) -> dict[str, Tensor]:
+        return images.batch(batch_indices(images.length, recipe.batch_size, step, recipe.seed))
+
+    with (
+        progress_bar(f"{recipe.kind} {run.name}", recipe.num_steps) if report is None else nullcontext(report) as report
+    ):
+        train(method, batch_at, run, recipe, recipe.seed, report)
+
+
+def open_model(path: Path) -> PixelModel:
+    """The image model in a model folder, or in the newest checkpoint of a run folder."""
+    return load(path if (path / DESCRIPTION).is_file() else latest_model(path))

@@ -1,0 +1,1 @@
+"""Floor 1: real images, and the order in which training sees them."""

@@ -1,0 +1,1 @@
+"""Floor 0: the mathematics of diffusion; imports nothing but torch."""

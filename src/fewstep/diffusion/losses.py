@@ -1,0 +1,46 @@
+"""The losses of DMD2 (arXiv 2405.14867), as functions of predictions.
+
+Convention about resolution: `denoising_loss` and `dmd_loss` are means over all D = C*H*W elements of a sample and over
+the batch, the GAN losses are means over the batch of one number per sample; this is the official code's convention, so
+the published weights hold as they stand. It follows that the gradient of `dmd_loss` at the image shrinks as 1/D and
+the GAN's does not: a GAN weight w tuned at D carries over to D' as w * D / D' (3e-3 was tuned at D = 12,288).
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from fewstep.diffusion.schedules import broadcast
+
+# Below this mean distance (images are in [-1, 1]) the sample *is* the teacher's prediction: bounds |g| instead of inf.
+MIN_DISTANCE = 1e-5
+
+
+def denoising_loss(x0_hat: Tensor, x0: Tensor, c_out: Tensor) -> Tensor:
+    """mean ((x0_hat - x0) / c_out)^2, the MSE of what the network itself predicts; x0_hat, x0 (B, ...), c_out (B,).
+
+    It equals eps-, v- and flow-MSE, EDM's weighted loss, and both critic losses of DMD2, by the parameterization.
+    """
+    return ((x0_hat - x0) / broadcast(c_out, x0)).square().mean()
+
+
+def dmd_loss(fake: Tensor, teacher_x0: Tensor, critic_x0: Tensor) -> Tensor:
+    """Distribution matching (DMD2, equation 1): a loss whose gradient at `fake` is g / (B D), all (B, ...).
+
+    g = (critic_x0 - teacher_x0) / mean|fake - teacher_x0|, the mean per sample. The value, mean g^2 / 2, measures
+    no progress. Where fake equals the teacher's prediction g is bounded, and zero where teacher equals critic.
+    """
+    with torch.no_grad():
+        distance = (fake - teacher_x0).abs().flatten(1).mean(1).clamp_min(MIN_DISTANCE)
+        target = fake - (critic_x0 - teacher_x0) / broadcast(distance, fake)
+    return (fake - target).square().mean() / 2
+
+
+def gan_student_loss(fake_logits: Tensor) -> Tensor:
+    """Non-saturating: mean softplus(-logits of fakes)."""
+    return softplus(-fake_logits).mean()
+
+
+def gan_critic_loss(fake_logits: Tensor, real_logits: Tensor) -> Tensor:
+    """mean softplus(logits of fakes) + mean softplus(-logits of reals)."""
+    return softplus(fake_logits).mean() + softplus(-real_logits).mean()

@@ -1,0 +1,75 @@
+"""Samplers: one renoising step, and the loops made of it. Every loop ends on an x0 prediction.
+
+`noise` is unit noise, which the schedule turns into what a sampler starts from; `timesteps` (K,) are decreasing native
+times.
+"""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from fewstep.diffusion.denoiser import Condition, Denoiser, Guided
+from fewstep.diffusion.schedules import NoiseSchedule, broadcast
+
+AnyDenoiser = Denoiser | Guided
+
+
+def implied_noise(schedule: NoiseSchedule, x_t: Tensor, x0: Tensor, t: Tensor) -> Tensor:
+    """The eps for which x_t = alpha(t) x0 + sigma(t) eps; all (B, ...), t (B,)."""
+    alpha, sigma = schedule.alpha_sigma(t)
+    return (x_t - broadcast(alpha, x_t) * x0) / broadcast(sigma, x_t)
+
+
+def rollout(
+    student: AnyDenoiser, noise: Tensor, timesteps: Tensor, condition: Condition, stop: int, grad: bool = False
+) -> Tensor:
+    """The student's x0 at timesteps[stop], reached from pure noise through its own samples (DMD2, section 4.5).
+
+    x0_k = student(x_k, t_k);  x_{k+1} = alpha(t_{k+1}) x0_k + sigma(t_{k+1}) eps_{k+1} with fresh eps = noise[k+1]
+
+    With stop = K-1 this is sampling; with a random `stop` it is backward simulation. noise (>= stop+1, B, ...).
+    Only the last call carries gradient, and only if `grad`.
+    """
+    times = timesteps[:, None].expand(-1, noise.shape[1])
+    x_t = student.schedule.pure_noise(noise[0])
+    with torch.no_grad():
+        for k in range(stop):
+            x_t = student.schedule.add_noise(student(x_t, times[k], condition), noise[k + 1], times[k + 1])
+    with torch.set_grad_enabled(grad):
+        return student(x_t, times[stop], condition)
+
+
+@torch.no_grad()
+def ddim(denoiser: AnyDenoiser, noise: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+    """The deterministic sampler: renoise with the implied noise; K calls.
+
+    On EDM and flow schedules this is Euler's method on the probability flow. noise (B, ...) -> x0 (B, ...).
+    """
+    schedule, x_t = denoiser.schedule, denoiser.schedule.pure_noise(noise)
+    times = timesteps[:, None].expand(-1, len(noise))
+    for t, next_t in pairwise(times):
+        x0 = denoiser(x_t, t, condition)
+        x_t = schedule.add_noise(x0, implied_noise(schedule, x_t, x0, t), next_t)
+    return denoiser(x_t, times[-1], condition)
+
+
+@torch.no_grad()
+def heun(denoiser: AnyDenoiser, noise: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+    """Heun's second-order sampler, 2K-1 calls (arXiv 2206.00364, algorithm 1, without churn).
+
+    The probability flow is dx = x0 dalpha + eps dsigma, so one line serves EDM, VP and flow:
+    x' = x + (alpha' - alpha) (x0 + x0')/2 + (sigma' - sigma) (eps + eps')/2
+    """
+    schedule, x_t = denoiser.schedule, denoiser.schedule.pure_noise(noise)
+    times = timesteps[:, None].expand(-1, len(noise))
+    for t, next_t in pairwise(times):
+        x0 = denoiser(x_t, t, condition)
+        eps = implied_noise(schedule, x_t, x0, t)
+        x_euler = schedule.add_noise(x0, eps, next_t)
+        x0_next = denoiser(x_euler, next_t, condition)
+        eps_next = implied_noise(schedule, x_euler, x0_next, next_t)
+        (alpha, sigma), (alpha_next, sigma_next) = schedule.alpha_sigma(t), schedule.alpha_sigma(next_t)
+        d_alpha, d_sigma = broadcast(alpha_next - alpha, x_t), broadcast(sigma_next - sigma, x_t)
+        x_t = x_t + d_alpha * (x0 + x0_next) / 2 + d_sigma * (eps + eps_next) / 2
+    return denoiser(x_t, times[-1], condition)

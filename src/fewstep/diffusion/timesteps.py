@@ -1,0 +1,58 @@
+"""Where to train (random native times) and where to step (decreasing grids of native times)."""
+
+import torch
+from torch import Generator, Tensor
+
+
+def lognormal_sigma(num: int, generator: Generator, mean: float = -1.2, std: float = 1.2) -> Tensor:
+    """EDM's training noise levels, ln(sigma) ~ N(mean, std^2); (num,) (arXiv 2206.00364, table 1)."""
+    return (torch.randn(num, generator=generator, device=generator.device) * std + mean).exp()
+
+
+def uniform_level(num: int, generator: Generator, levels: Tensor, min_index: int = 0, max_index: int = 999) -> Tensor:
+    """Uniform over levels[min_index .. max_index], both included; (num,).
+
+    `levels` are a schedule's: integer times for VP, 1,000 Karras noise levels for EDM. DMD2 trains the student in
+    [20, 980] and the critic in [0, 999] (spec, 1.2 and 1.3). `levels` lie on the generator's device.
+    """
+    index = torch.randint(min_index, max_index + 1, (num,), generator=generator, device=generator.device)
+    return levels[index]
+
+
+def logit_normal(num: int, generator: Generator, mean: float = 0.0, std: float = 1.0) -> Tensor:
+    """Flow times, logit(t) ~ N(mean, std^2); (num,) (SD3, arXiv 2403.03206, equation 19)."""
+    return torch.sigmoid(torch.randn(num, generator=generator, device=generator.device) * std + mean)
+
+
+def shifted_uniform(num: int, generator: Generator, shift: float = 1.0) -> Tensor:
+    """Uniform flow times moved towards noise; (num,)."""
+    return shift_time(torch.rand(num, generator=generator, device=generator.device), shift)
+
+
+def shift_time(t: Tensor, shift: float) -> Tensor:
+    """t -> s t / (1 + (s - 1) t), the resolution shift of flow models (SD3, equation 23)."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def karras_grid(num: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
+    """Noise levels from sigma_max down to sigma_min, evenly spaced in sigma^(1/rho); (num,) float64.
+
+    A grid of one is [sigma_max]; the last step, to a clean image, is the sampler's (arXiv 2206.00364, equation 5).
+    """
+    ramp = torch.linspace(0, 1, num, dtype=torch.float64)
+    grid = (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
+    grid[0] = sigma_max
+    return grid
+
+
+def index_grid(num: int, num_timesteps: int = 1000) -> Tensor:
+    """Exactly `num` evenly spaced integer times from T-1 down: 999, 749, 499, 249 for 4 of 1000; (num,).
+
+    Also right where `num` does not divide T, for which the reference's list has too many entries (spec, 1.5).
+    """
+    return num_timesteps - 1 - torch.arange(num) * num_timesteps // num
+
+
+def shifted_grid(num: int, shift: float = 1.0) -> Tensor:
+    """Flow times from 1 down to 1/num, shifted towards noise; (num,) float64."""
+    return shift_time(1 - torch.arange(num, dtype=torch.float64) / num, shift)

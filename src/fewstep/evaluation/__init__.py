@@ -1,0 +1,1 @@
+"""Floor 2: generating images to be judged, judging them, and the report."""

@@ -1,0 +1,140 @@
+"""Feature networks: any TorchScript file by path, or a small classifier trained on the data's own labels."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from fewstep.data.images import ImageSet, batch_indices
+from fewstep.errors import UserError
+from fewstep.seeding import generator
+
+
+class Extractor(Protocol):
+    """uint8 images (B, C, H, W) -> features (B, D)."""
+
+    name: str
+
+    def features(self, images: Tensor) -> Tensor: ...
+
+
+def extract(extractor: Extractor, images: Tensor, batch_size: int = 250) -> Tensor:
+    """Features (N, D) of uint8 images (N, C, H, W), batch by batch, in float64 on the CPU."""
+    with torch.no_grad():
+        return torch.cat([extractor.features(part).double().cpu() for part in images.split(batch_size)])
+
+
+class TorchScriptExtractor:
+    """A TorchScript network: uint8 (B, 3, H, W) -> (B, D); grey images are repeated to RGB."""
+
+    def __init__(self, path: Path):
+        try:
+            self.network = torch.jit.load(str(path), map_location="cpu").eval()
+        except (RuntimeError, ValueError, OSError) as error:
+            raise UserError(f"{path}: not a readable TorchScript file (--features)") from error
+        self.name = path.stem
+
+    def features(self, images: Tensor) -> Tensor:
+        return self.network(images.expand(-1, 3, -1, -1)).flatten(1)
+
+
+class Classifier(nn.Module):
+    """A small convolutional classifier; its features are what feeds the last layer, (B, 64)."""
+
+    def __init__(self, channels: int, num_classes: int):
+        super().__init__()
+        self.name = "classifier"
+        self.held_out_accuracy = 0.0
+        widths = (32, 64, 64)
+        layers: list[nn.Module] = []
+        for index, width in enumerate(widths):
+            layers += [
+                nn.Conv2d(channels, width, 3, padding=1, stride=1 + (index > 0)),
+                nn.BatchNorm2d(width),
+                nn.SiLU(),
+            ]
+            channels = width
+        self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.head = nn.Linear(channels, num_classes)
+
+    def features(self, images: Tensor) -> Tensor:
+        return self.body(images.float() / 127.5 - 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, num_classes) of uint8 images (B, C, H, W)."""
+        return self.head(self.features(images))
+
+    def accuracy(self, images: Tensor, labels: Tensor) -> float:
+        """Share of images that are recognised as their label."""
+        with torch.no_grad():
+            hits = [self(i).argmax(1) == label for i, label in zip(images.split(500), labels.split(500), strict=True)]
+        return torch.cat(hits).double().mean().item()
+
+
+def train_classifier(
+    images: ImageSet,
+    channels: int,
+    num_classes: int,
+    num_steps: int = 600,
+    seed: int = 0,
+    report: Callable[[int, dict[str, float]], None] = lambda step, metrics: None,
+) -> Classifier:
+    """Trains on 85 % of a labelled set with noise and shifts, and measures `held_out_accuracy` on the rest."""
+    order = torch.randperm(images.length, generator=generator(seed, "classifier split"))
+    train, held_out = order.split([int(0.85 * images.length), images.length - int(0.85 * images.length)])
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = Classifier(channels, num_classes)
+    optimizer = torch.optim.AdamW(network.parameters(), 3e-3, weight_decay=0.05, fused=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
+    for step in range(num_steps):
+        batch = images.batch(train[batch_indices(len(train), 128, step, seed)])
+        loss = cross_entropy(network(_augmented(batch["image"], generator(seed, "augment", step))), batch["label"])
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        report(step + 1, {})
+    network.eval()
+    test = images.batch(held_out)
+    network.held_out_accuracy = network.accuracy(test["image"], test["label"])
+    return network
+
+
+def _augmented(images: Tensor, draws: torch.Generator) -> Tensor:
+    """Shifted by up to one pixel, with a little noise: float values in 0..255."""
+    shift_y, shift_x = torch.randint(-1, 2, (2,), generator=draws).tolist()
+    noise = 12 * torch.randn(images.shape, generator=draws)
+    return torch.roll(images, (shift_y, shift_x), dims=(2, 3)).float() + noise
+
+
+def save_classifier(network: Classifier, path: Path) -> None:
+    """Weights as safetensors, with the shape and the held-out accuracy in the metadata; whole or not at all."""
+    description = {
+        "channels": network.body[0].in_channels,
+        "num_classes": network.head.out_features,
+        "held_out_accuracy": network.held_out_accuracy,
+    }
+    temporary = path.with_name(f".{path.name}.tmp")
+    save_file(network.state_dict(), temporary, metadata={"fewstep": json.dumps(description)})
+    temporary.replace(path)
+
+
+def load_classifier(path: Path) -> Classifier:
+    """What `save_classifier` wrote; raises UserError if it is not that."""
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            description = json.loads(file.metadata()["fewstep"])
+        network = Classifier(description["channels"], description["num_classes"])
+        network.load_state_dict(load_file(path))
+    except Exception as error:  # a damaged file shows itself as almost any error
+        raise UserError(f"{path}: not a classifier of fewstep; remove it to train it again") from error
+    network.held_out_accuracy = description["held_out_accuracy"]
+    return network.eval()

@@ -1,0 +1,114 @@
+"""Images from an image model for evaluation: noise and class of image i depend on (seed, i) alone, not on the batch."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fewstep.diffusion.denoiser import Condition
+from fewstep.diffusion.sampling import ddim, heun, rollout
+from fewstep.errors import UserError
+from fewstep.networks.image_model import PixelModel
+from fewstep.seeding import generator
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How images are drawn: by a student's own timesteps, or from a teacher by `ddim` or `heun`, in `num_steps`."""
+
+    kind: Literal["student", "ddim", "heun"]
+    num_steps: int
+
+    @property
+    def nfe(self) -> int:
+        """Calls of the network per image."""
+        return 2 * self.num_steps - 1 if self.kind == "heun" else self.num_steps
+
+    @property
+    def num_noises(self) -> int:
+        """Noises per image: a student renoises freshly, the teacher's samplers are deterministic."""
+        return self.num_steps if self.kind == "student" else 1
+
+
+def default_sampler(model: PixelModel) -> Sampler:
+    """The student's own timesteps, or EDM's 18 Heun steps (35 calls) for a teacher."""
+    return Sampler("student", len(model.timesteps)) if model.timesteps else Sampler("heun", 18)
+
+
+def parse_sampler(text: str) -> Sampler:
+    """`heun:18` or `ddim:8`; raises UserError for anything else."""
+    kind, _, steps = text.partition(":")
+    if kind not in ("ddim", "heun") or not steps.isdigit() or int(steps) < 1:
+        raise UserError(f"sampler {text!r}: write ddim:STEPS or heun:STEPS, for example heun:18")
+    return Sampler("ddim" if kind == "ddim" else "heun", int(steps))
+
+
+def draw_noise(model: PixelModel, num_noises: int, start: int, stop: int, seed: int) -> Tensor:
+    """Unit noise (num_noises, B, C, H, W) of images start .. stop-1; image i has the same noise in every batch.
+
+    The first of an image's noises is alike for every sampler, so that rows of a table start from the same noise.
+    """
+    per_image = [
+        torch.randn(num_noises, *model.shape, generator=generator(seed, "image", index)) for index in range(start, stop)
+    ]
+    return torch.stack(per_image, dim=1).to(model.device)
+
+
+def sample(model: PixelModel, sampler: Sampler, noise: Tensor, condition: Condition) -> Tensor:
+    """x0 from noise (>= 1, B, ...), without gradient."""
+    denoiser, schedule = model.denoiser, model.denoiser.schedule
+    if sampler.kind == "student":
+        timesteps = torch.tensor(model.timesteps, dtype=torch.float64, device=noise.device)
+        return rollout(denoiser, noise, timesteps, condition, stop=len(timesteps) - 1)
+    if sampler.kind == "ddim":
+        return ddim(denoiser, noise[0], schedule.grid(sampler.num_steps).to(noise.device), condition)
+    return heun(denoiser, noise[0], schedule.ode_grid(sampler.num_steps).to(noise.device), condition)
+
+
+@torch.no_grad()
+def generate(
+    model: PixelModel,
+    sampler: Sampler,
+    indices: range,
+    seed: int = 0,
+    label: int | None = None,
+    batch_size: int = 250,
+    report: Callable[[int], None] = lambda done: None,
+) -> Tensor:
+    """uint8 images (N, C, H, W) number indices[0] .. indices[-1] of a seed, of class `label` or of all in turn.
+
+    `report` is called with the count of finished images.
+    """
+    images = []
+    for first in range(indices.start, indices.stop, batch_size):
+        last = min(first + batch_size, indices.stop)
+        labels = model.conditioner.labels(last)[first:] if label is None else torch.full((last - first,), label)
+        condition = model.conditioner.encode(labels.to(model.device))
+        noise = draw_noise(model, sampler.num_noises, first, last, seed)
+        images.append(model.decode(sample(model, sampler, noise, condition)).cpu())
+        report(last - indices.start)
+    return torch.cat(images)
+
+
+@torch.no_grad()
+def images_per_second(model: PixelModel, sampler: Sampler, batch_size: int, min_seconds: float = 1.0) -> float:
+    """Median throughput over batches of `batch_size` for at least `min_seconds` and three batches, after a warm-up."""
+    noise = draw_noise(model, sampler.num_noises, 0, batch_size, seed=0)
+    condition = model.balanced_condition(batch_size)
+    seconds: list[float] = []
+    sample(model, sampler, noise, condition)
+    while len(seconds) < 3 or sum(seconds) < min_seconds:
+        _wait(model.device)
+        start = time.perf_counter()
+        sample(model, sampler, noise, condition)
+        _wait(model.device)
+        seconds.append(time.perf_counter() - start)
+    return batch_size / sorted(seconds)[len(seconds) // 2]
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

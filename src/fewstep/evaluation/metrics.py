@@ -1,0 +1,57 @@
+"""Distances between two sets of images, in the features of any network."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+
+
+def fid(real: Tensor, fake: Tensor) -> float:
+    """|m - m'|^2 + tr(S + S' - 2 (S S')^(1/2)) of features (N, D) and (M, D), in float64.
+
+    Means m and covariances S of the two sets (arXiv 1706.08500, equation 6).
+    """
+    identity = nn.Identity()  # the features are there already
+    identity.register_buffer("num_features", torch.tensor(real.shape[1]))
+    metric = FrechetInceptionDistance(feature=identity).set_dtype(torch.float64)
+    metric.update(real.double(), real=True)
+    metric.update(fake.double(), real=False)
+    return metric.compute().item()
+
+
+def precision_recall(real: Tensor, fake: Tensor, neighbours: int = 3) -> tuple[float, float]:
+    """Share of fakes inside the real manifold, and of reals inside the fake one (arXiv 1904.06991, equations 1 and 2).
+
+    A manifold is the union of balls around its points that reach to the k-th nearest neighbour; k = 3 as in the paper.
+    """
+    return _share_inside(fake, real, neighbours), _share_inside(real, fake, neighbours)
+
+
+def _share_inside(points: Tensor, manifold: Tensor, neighbours: int, chunk: int = 1000) -> float:
+    radii = torch.cat(
+        [torch.cdist(part, manifold).kthvalue(neighbours + 1, dim=1).values for part in manifold.split(chunk)]
+    )
+    inside = [(torch.cdist(part, manifold) <= radii).any(dim=1) for part in points.split(chunk)]
+    return torch.cat(inside).double().mean().item()
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table; `None` where a number has no meaning."""
+
+    model: str
+    sampler: str | None
+    nfe: int | None
+    fid: float
+    precision: float
+    recall: float
+    accuracy: float | None
+    images_per_second: float | None
+
+
+def floor_row(real: Tensor, accuracy: float | None, seed: int = 0) -> Row:
+    """The noise floor: one random half of the real features (N, D) against the other."""
+    order = torch.randperm(len(real), generator=torch.Generator().manual_seed(seed))
+    first, second = real[order].chunk(2)
+    return Row("real", None, None, fid(first, second), *precision_recall(first, second), accuracy, None)

@@ -1,0 +1,143 @@
+"""The table as text, JSON and one self-contained HTML page."""
+
+import base64
+import io
+import json
+from dataclasses import asdict, fields
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from torch import Tensor
+
+from fewstep.data.pictures import grid, png_bytes
+from fewstep.evaluation.metrics import Row
+
+COLUMNS = [field.name for field in fields(Row)]
+LOWER_IS_BETTER = {"fid"}
+HIGHER_IS_BETTER = {"precision", "recall", "accuracy", "images_per_second"}
+CURVES = {
+    "denoising_loss": "denoising loss (of the critic, where there is one)",
+    "dm_image_grad_norm": "gradient norm at the image: distribution matching",
+    "gan_image_grad_norm": "gradient norm at the image: GAN",
+    "logit_gap": "discriminator: mean logit of reals minus fakes",
+}
+
+
+def cell(name: str, value: object) -> str:
+    """A value as the table shows it."""
+    if value is None:
+        return "–"
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if name == "images_per_second" else f"{value:.3f}"
+
+
+def text_table(rows: list[Row]) -> Table:
+    """The table for a terminal."""
+    table = Table(*(name.replace("images_per_second", "images/s") for name in COLUMNS), box=SIMPLE_HEAD, pad_edge=False)
+    for index, column in enumerate(table.columns):
+        column.justify = "left" if index < 2 else "right"
+    for row in rows:
+        style = "bold" if row.sampler == "student" else None
+        table.add_row(*(cell(name, value) for name, value in asdict(row).items()), style=style)
+    return table
+
+
+def write_json(rows: list[Row], path: Path) -> None:
+    """results.json: a list of rows; whole or not at all."""
+    _write(path, json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+
+
+def write_page(
+    rows: list[Row],
+    grids: dict[str, bytes],
+    curves: dict[str, list[dict]],
+    path: Path,
+    title: str,
+    summary: str,
+    notes: str,
+) -> None:
+    """report.html: the table, a picture (PNG bytes) per name of `grids`, and curves from each run's metrics."""
+    template = Template((files("fewstep.evaluation") / "report.html").read_text())
+    page = template.substitute(
+        title=escape(title),
+        summary=escape(summary),
+        notes=escape(notes),
+        table=_html_table(rows),
+        grids="\n".join(_figure(name, picture) for name, picture in grids.items()),
+        curves=_curve_section(curves),
+    )
+    _write(path, page)
+
+
+def sample_grid(images: Tensor, columns: int = 10) -> bytes:
+    """uint8 images (N, C, H, W) as one PNG."""
+    return png_bytes(grid(images, columns))
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def _html_table(rows: list[Row]) -> str:
+    head = "".join(f"<th>{name.replace('_', ' ')}</th>" for name in COLUMNS)
+    best = {name: _best(rows, name) for name in COLUMNS}
+    lines = [f"<table><thead><tr>{head}</tr></thead><tbody>"]
+    for row in rows:
+        cells = ""
+        for name, value in asdict(row).items():
+            mark = ' class="best"' if row.nfe is not None and value is not None and value == best[name] else ""
+            cells += f"<td{mark}>{escape(cell(name, value))}</td>"
+        lines.append(f'<tr class="{"student" if row.sampler == "student" else ""}">{cells}</tr>')
+    return "\n".join([*lines, "</tbody></table>"])
+
+
+def _best(rows: list[Row], name: str) -> float | None:
+    """The best value of a column among the models; the row of the real images does not compete."""
+    values = [getattr(row, name) for row in rows if row.nfe is not None and getattr(row, name) is not None]
+    if not values or name not in LOWER_IS_BETTER | HIGHER_IS_BETTER:
+        return None
+    return min(values) if name in LOWER_IS_BETTER else max(values)
+
+
+def _figure(caption: str, picture: bytes) -> str:
+    data = base64.b64encode(picture).decode()
+    image = f'<img alt="{escape(caption)}" src="data:image/png;base64,{data}">'
+    return f"<figure><figcaption>{escape(caption)}</figcaption>{image}</figure>"
+
+
+def _curve_section(curves: dict[str, list[dict]]) -> str:
+    if not curves:
+        return ""
+    return (
+        f"<h2>Training</h2>\n{_figure('one panel per metric, one line per run; x is the step', _curve_picture(curves))}"
+    )
+
+
+def _curve_picture(curves: dict[str, list[dict]]) -> bytes:
+    """One panel per metric that any run has, on a grey that reads on light and dark pages."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, 2, figsize=(11, 6), layout="constrained")
+    for axis, (metric, title) in zip(axes.flat, CURVES.items(), strict=True):
+        for name, lines in curves.items():
+            points = [(line["step"], line[metric]) for line in lines if metric in line]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=name, linewidth=1.2)
+        axis.set_title(title, fontsize=10)
+        axis.grid(alpha=0.3)
+        if axis.lines:
+            axis.legend(fontsize=8)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    pyplot.close(figure)
+    return buffer.getvalue()

@@ -1,0 +1,31 @@
+"""The GAN head that sits on the critic's features (DMD2, section 4.3; sizes from the official system, spec 1.4)."""
+
+import math
+
+from torch import Tensor, nn
+
+
+class Discriminator(nn.Module):
+    """One logit per sample from features (B, C, H, W): strided convolutions down to 1x1, then a linear read-out.
+
+    4x4 stride-2 convolutions while a side is over 4, one convolution over what is left, each with GroupNorm and SiLU,
+    then 1x1 to one channel: for SDXL's (1280, 32, 32) that is 32-16-8-4-1 and 104.9 M parameters.
+    """
+
+    def __init__(self, channels: int, height: int, width: int):
+        super().__init__()
+        layers: list[nn.Module] = []
+        while max(height, width) > 4:
+            layers += self._stage(nn.Conv2d(channels, channels, 4, stride=2, padding=1))
+            height, width = height // 2, width // 2
+        layers += self._stage(nn.Conv2d(channels, channels, (height, width)))
+        self.layers = nn.Sequential(*layers, nn.Conv2d(channels, 1, 1))
+
+    @staticmethod
+    def _stage(convolution: nn.Conv2d) -> list[nn.Module]:
+        channels = convolution.out_channels
+        return [convolution, nn.GroupNorm(math.gcd(32, channels), channels), nn.SiLU()]
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits (B,), high for real; computed in the head's own dtype."""
+        return self.layers(features.to(next(self.parameters()).dtype)).flatten()

@@ -1,0 +1,54 @@
+"""Teacher, student, critic and discriminator, out of one image model, in one place."""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+
+from fewstep.diffusion.denoiser import Denoiser, Guided
+from fewstep.errors import UserError
+from fewstep.networks.discriminator import Discriminator
+from fewstep.networks.features import features
+from fewstep.networks.image_model import PixelModel
+
+
+@dataclass
+class Roles:
+    """Three plain modules and the head; nothing may assume that they own their weights alone."""
+
+    teacher: Denoiser | Guided
+    student: Denoiser
+    critic: Denoiser
+    discriminator: Discriminator
+    feature_layer: str
+
+
+def make_roles(model: PixelModel, guidance_scale: float = 1.0, feature_layer: str | None = None) -> Roles:
+    """Freezes the model as teacher (guided, unless the scale is 1) and copies it as student and critic.
+
+    All run in evaluation mode, i.e. without dropout, as the official system does. `feature_layer` names the critic's
+    layer that the discriminator reads; by default the adapter's bottleneck. Raises UserError where the model has no
+    null class to guide with, or no such layer.
+    """
+    student, critic = copy.deepcopy(model.denoiser).eval(), copy.deepcopy(model.denoiser).eval()
+    base = model.denoiser.eval().requires_grad_(False)
+    layer = feature_layer or model.bottleneck
+    teacher: Denoiser | Guided = base
+    if guidance_scale != 1:
+        null_condition = model.conditioner.null_condition
+        if null_condition is None:
+            raise UserError("guidance_scale: the teacher has no null class; teach it with class_dropout, or set 1")
+        on_device = {key: value.to(model.device) for key, value in null_condition.items()}
+        teacher = Guided(base, guidance_scale, on_device)
+    return Roles(teacher, student, critic, _make_discriminator(model, layer), layer)
+
+
+def _make_discriminator(model: PixelModel, layer: str) -> Discriminator:
+    if layer not in dict(model.denoiser.network.named_modules()):
+        raise UserError(
+            f"gan.feature_layer: the network has no layer {layer!r}; its bottleneck is {model.bottleneck!r}"
+        )
+    x_t, t = torch.zeros(1, *model.shape, device=model.device), torch.ones(1, device=model.device)
+    with torch.no_grad():
+        feature = features(model.denoiser, layer, x_t, t, model.balanced_condition(1))
+    return Discriminator(*feature.shape[1:]).to(model.device)

@@ -1,0 +1,143 @@
+"""Finding, checking, overriding and printing recipes; every mistake in one is told in one line."""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from fewstep.errors import UserError
+from fewstep.recipes.schema import DistillRecipe, Recipe, TeachRecipe
+
+FOLDER = Path(__file__).parent
+_ADAPTER: TypeAdapter[TeachRecipe | DistillRecipe] = TypeAdapter(Recipe)
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with fewstep."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def load_recipe(name: str, overrides: Sequence[str] = (), kind: str | None = None) -> Any:
+    """The recipe of that name, or in that YAML file, with `a.b=value` overrides put in: a TeachRecipe or DistillRecipe.
+
+    Raises UserError for an unknown name, key or type, naming the nearest right one, or if it is not of the `kind`.
+    """
+    content = _read(find(name))
+    for override in overrides:
+        _put(content, override)
+    recipe = parse(content, name)
+    if kind not in (None, recipe.kind):
+        raise UserError(f"recipe {name}: is for `fewstep {recipe.kind}`, not for `fewstep {kind}`")
+    return recipe
+
+
+def find(name: str) -> Path:
+    """The YAML file of a recipe; raises UserError if there is none."""
+    path = Path(name)
+    if path.suffix in {".yaml", ".yml"} and path.is_file():
+        return path
+    if name not in recipe_names():
+        raise UserError(f"no recipe {name!r}{_nearest(name, recipe_names())}; `fewstep recipes` lists them")
+    return FOLDER / f"{name}.yaml"
+
+
+def parse(content: dict[str, Any], name: str) -> TeachRecipe | DistillRecipe:
+    """Checks the content of a recipe; raises UserError with the first mistake."""
+    try:
+        return _ADAPTER.validate_python(content)
+    except ValidationError as error:
+        raise UserError(f"recipe {name}: {_explain(error, content)}") from error
+
+
+def dump(recipe: BaseModel) -> str:
+    """The resolved recipe as YAML."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+
+
+def read_run_recipe(path: Path) -> TeachRecipe | DistillRecipe:
+    """The resolved recipe of a run folder."""
+    return parse(_read(path), str(path))
+
+
+def differences(old: BaseModel, new: BaseModel) -> list[str]:
+    """The dotted keys in which two recipes differ, as `key: old -> new`."""
+    before, after = dict(_flat(old.model_dump())), dict(_flat(new.model_dump()))
+    keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+    return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys]
+
+
+def documented(recipe: BaseModel) -> Iterator[tuple[str, Any, str]]:
+    """(dotted key, value, documentation) for every setting of a recipe."""
+    for name, field in type(recipe).model_fields.items():
+        value = getattr(recipe, name)
+        if isinstance(value, BaseModel):
+            yield from ((f"{name}.{key}", inner, text) for key, inner, text in documented(value))
+        else:
+            yield name, value, " ".join((field.description or "").split())
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path}: can't be read as YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: a recipe is a mapping of keys to values")
+    return content
+
+
+def _put(content: dict[str, Any], override: str) -> None:
+    """Puts `a.b=value` into nested dicts; the value is YAML."""
+    key, separator, value = override.partition("=")
+    if not separator:
+        raise UserError(f"--set {override}: write key=value, for example num_steps=1000")
+    *parents, last = key.strip().split(".")
+    for parent in parents:
+        content = content.setdefault(parent, {})
+        if not isinstance(content, dict):
+            raise UserError(f"--set {override}: {parent} is a single value and holds no keys")
+    try:
+        content[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {override}: {value!r} is not a YAML value") from error
+
+
+def _explain(error: ValidationError, content: dict[str, Any]) -> str:
+    """The first mistake as `key: what is wrong`, with the nearest right key if one is misspelt."""
+    first, more = error.errors()[0], error.error_count() - 1
+    kind = content.get("kind")
+    location = [str(part) for part in first["loc"] if part != kind]
+    key = ".".join(location) or "kind"
+    if first["type"] == "extra_forbidden":
+        text = f"{key}: unknown key{_nearest(location[-1], _keys_beside(kind, location))}"
+    elif first["type"] == "value_error":
+        text = f"{key}: {first['ctx']['error']}" if location else str(first["ctx"]["error"])
+    else:
+        message = first["msg"][0].lower() + first["msg"][1:]
+        text = f"{key}: {message}" + ("" if first["type"] == "missing" else f", not {first['input']!r}")
+    return text + (f" (and {more} more)" if more else "")
+
+
+def _keys_beside(kind: object, location: list[str]) -> list[str]:
+    """The keys that a recipe takes where `location` stands."""
+    model: Any = DistillRecipe if kind == "distill" else TeachRecipe
+    for part in location[:-1]:
+        annotation = model.model_fields[part].annotation
+        model = next((t for t in (annotation, *get_args(annotation)) if isinstance(t, type)), None)
+    return list(model.model_fields)
+
+
+def _nearest(word: str, words: list[str]) -> str:
+    close = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
+    return f", did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,56 @@
+"""What a recipe can hold; every field is documented where it is declared, here or in the settings it is made of."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from fewstep.networks.image_model import PixelModelConfig
+from fewstep.settings import Settings
+from fewstep.training.dmd2 import DMD2Settings
+from fewstep.training.loop import LoopSettings
+from fewstep.training.teacher import TeacherSettings
+
+
+class DataSettings(Settings):
+    """Where the real images come from; size, grey or RGB, and the number of classes are the model's."""
+
+    source: str = "digits"
+    """`digits` (embedded), an image folder, a parquet file, a WebDataset tar, or a folder of those."""
+    split: str = "train"
+    """The split to read, where the source has several."""
+    image_column: str | None = None
+    """Column of the images; by default the first of image, png, jpg, jpeg, webp."""
+    label_column: str | None = None
+    """Column of the class indices; by default the first of label, labels, class, cls."""
+
+
+class RunSettings(LoopSettings):
+    """What every run has."""
+
+    description: str = ""
+    """One line for `fewstep recipes`."""
+    seed: int = Field(0, ge=0)
+    """Everything random in a run is a function of this, the step and the rank."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes a GPU if there is one."""
+    data: DataSettings = DataSettings()
+
+
+class TeachRecipe(RunSettings, TeacherSettings):
+    """Trains a teacher from scratch."""
+
+    kind: Literal["teach"] = "teach"
+    model: PixelModelConfig = PixelModelConfig()
+
+
+class DistillRecipe(RunSettings, DMD2Settings):
+    """Distils a teacher into a few-step student."""
+
+    kind: Literal["distill"] = "distill"
+    teacher: str
+    """A run folder, a model folder, or the name of a `teach` recipe, which is run first if its run does not exist."""
+    guidance_scale: float = Field(1.0, ge=1)
+    """Classifier-free guidance on the teacher, uncond + s (cond - uncond); 1 is none. SD 1.5: 1.75, SDXL: 8."""
+
+
+Recipe = Annotated[TeachRecipe | DistillRecipe, Field(discriminator="kind")]

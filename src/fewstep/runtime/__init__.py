@@ -1,0 +1,1 @@
+"""Floor 1: machinery that knows no diffusion."""

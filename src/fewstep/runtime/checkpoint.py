@@ -1,0 +1,79 @@
+"""A run is a folder; everything in it is written under a temporary name and then renamed.
+
+recipe.yaml  metrics.jsonl  samples/00000500.png  checkpoints/00000500/{model/, state.pt}
+"""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fewstep.errors import UserError
+
+RECIPE = "recipe.yaml"
+KEEP = 2  # checkpoints; the older ones are removed
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a whole file or nothing."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def step_name(step: int) -> str:
+    """Sorts as it counts."""
+    return f"{step:08d}"
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The finished checkpoints of a run, oldest first."""
+    return sorted(p for p in (run / "checkpoints").glob("[0-9]*") if p.is_dir())
+
+
+def save_checkpoint(run: Path, step: int, state: dict[str, Any], save_model: Callable[[Path], None]) -> None:
+    """Writes checkpoints/STEP whole or not at all, then removes those behind the newest two.
+
+    `save_model` writes what `sample` and `evaluate` load; `state` is what resuming needs besides.
+    """
+    final = run / "checkpoints" / step_name(step)
+    temporary = final.with_name(f".{final.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    (temporary / "model").mkdir(parents=True)
+    save_model(temporary / "model")
+    torch.save({"step": step, **state}, temporary / "state.pt")
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(temporary, final)
+    for old in checkpoints(run)[:-KEEP]:
+        shutil.rmtree(old)
+
+
+def load_state(checkpoint: Path) -> dict[str, Any]:
+    """What `save_checkpoint` was given; raises UserError if the file is missing or damaged."""
+    path = checkpoint / "state.pt"
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a truncated file shows itself as almost any error
+        raise UserError(
+            f"{path}: the checkpoint can't be read; remove {checkpoint} to fall back on the one before it"
+        ) from error
+
+
+def check_run(run: Path) -> None:
+    """Raises UserError unless `run` is a run folder."""
+    if not run.is_dir():
+        raise UserError(f"{run}: no such run folder")
+    if not (run / RECIPE).is_file():
+        raise UserError(f"{run}: not a run folder (it has no {RECIPE})")
+
+
+def latest_model(run: Path) -> Path:
+    """The model folder of a run's newest checkpoint; raises UserError if there is none."""
+    check_run(run)
+    found = checkpoints(run)
+    if not found:
+        raise UserError(f"{run}: the run has no checkpoint yet; continue it with --resume")
+    return found[-1] / "model"

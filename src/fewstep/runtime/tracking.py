@@ -1,0 +1,109 @@
+"""Metrics of a run, its progress bar, and a clean stop on Ctrl-C."""
+
+import json
+import math
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+from fewstep.errors import UserError
+
+Report = Callable[[int, dict[str, float]], None]
+"""Called with the number of finished steps and, when there are new ones, the metrics."""
+
+
+class Metrics:
+    """Means since the last line of metrics.jsonl, summed on the device: numbers reach the host only in `write`."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+
+    def add(self, metrics: dict[str, Tensor]) -> None:
+        """Takes in the 0-d tensors of one step."""
+        for name, value in metrics.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def write(self, step: int) -> dict[str, float]:
+        """Appends one line with the means; raises UserError if any is not finite, for then the run is lost."""
+        values = torch.stack([self.sums[name].float() / count for name, count in self.counts.items()]).tolist()
+        means = dict(zip(self.counts, values, strict=True))
+        self.sums, self.counts = {}, {}
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **means}) + "\n")
+        broken = [name for name, value in means.items() if not math.isfinite(value)]
+        if broken:
+            raise UserError(
+                f"step {step}: {', '.join(broken)} is not finite; lower the learning rate or the GAN weights"
+            )
+        return means
+
+    def rewind(self, step: int) -> None:
+        """Drops the lines behind `step`, before a resumed run writes them again."""
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        self.path.write_text("".join(f"{line}\n" for line in kept))
+
+    def state_dict(self) -> dict:
+        return {"sums": self.sums, "counts": self.counts}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.sums, self.counts = dict(state["sums"]), dict(state["counts"])
+
+
+def progress_columns() -> Progress:
+    """The progress display of every long job, on standard error; plain pipes get nothing."""
+    return Progress(
+        TextColumn("{task.description:<20}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=Console(stderr=True),
+        disable=not sys.stderr.isatty(),
+    )
+
+
+@contextmanager
+def progress_bar(title: str, total: int, start: int = 0) -> Iterator[Report]:
+    """One progress bar with the time left and the first metrics."""
+    with progress_columns() as progress:
+        task = progress.add_task(title, total=total, completed=start, note="")
+
+        def report(step: int, metrics: dict[str, float]) -> None:
+            progress.update(task, completed=step)
+            if metrics:
+                progress.update(task, note=" ".join(f"{name} {value:.3g}" for name, value in list(metrics.items())[:2]))
+
+        yield report
+
+
+@contextmanager
+def stop_request() -> Iterator[Callable[[], bool]]:
+    """Inside, Ctrl-C and SIGTERM only set a flag, so that a step is never left half-done; a second one acts at once."""
+    requested: list[int] = []
+    signals = (signal.SIGINT, signal.SIGTERM)
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        requested.append(number)
+        for each, handler in previous.items():
+            signal.signal(each, handler)
+
+    previous = {each: signal.signal(each, handle) for each in signals}
+    try:
+        yield lambda: bool(requested)
+    finally:
+        for each, handler in previous.items():
+            signal.signal(each, handler)

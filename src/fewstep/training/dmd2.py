@@ -1,0 +1,249 @@
+"""DMD2: distribution matching with a two time-scale critic, a GAN on it, and backward simulation (arXiv 2405.14867)."""
+
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Generator, Tensor
+
+from fewstep.diffusion.denoiser import Condition
+from fewstep.diffusion.losses import denoising_loss, dmd_loss, gan_critic_loss, gan_student_loss
+from fewstep.diffusion.sampling import rollout
+from fewstep.diffusion.schedules import NoiseSchedule
+from fewstep.errors import UserError
+from fewstep.networks.features import features, x0_and_features
+from fewstep.networks.image_model import PixelModel
+from fewstep.networks.roles import Roles
+from fewstep.runtime.ema import EMA
+from fewstep.seeding import generator
+from fewstep.settings import Settings
+from fewstep.training.method import Batch, Metrics
+from fewstep.training.optimization import Optimizer
+from fewstep.training.settings import NoiseLevels, NoiseLevelSampler, OptimizerSettings
+
+
+class StudentSettings(Settings):
+    """The few-step denoiser that is being made."""
+
+    num_timesteps: int = Field(1, ge=1)
+    """K, the number of calls that make an image."""
+    timesteps: list[float] | None = None
+    """The K native times, decreasing; by default evenly spaced levels of the schedule (999, 749, 499, 249 for SDXL)."""
+    optimizer: OptimizerSettings = OptimizerSettings()
+    """Of the student; its updates are every `student_every`-th step."""
+    ema_decay: float = Field(0.999, ge=0, lt=1)
+    """Of the weights that are saved and sampled, per student update; the official system has none (0)."""
+
+    @model_validator(mode="after")
+    def _timesteps_fit(self) -> Self:
+        times = self.timesteps
+        if times is not None and len(times) != self.num_timesteps:
+            raise ValueError(f"timesteps has {len(times)} entries, but num_timesteps is {self.num_timesteps}")
+        if times is not None and sorted(set(times), reverse=True) != times:
+            raise ValueError(f"timesteps must decrease, which {times} does not")
+        return self
+
+
+class CriticSettings(Settings):
+    """The denoiser that tracks the student's distribution."""
+
+    optimizer: OptimizerSettings = OptimizerSettings()
+    """Of critic and discriminator together."""
+    noise: NoiseLevels = NoiseLevels()
+    """Noise levels of its denoising loss and of its GAN term."""
+
+
+class DistributionMatchingSettings(Settings):
+    """The student's main loss."""
+
+    weight: float = Field(1.0, ge=0)
+    """0 leaves it out (the paper's ablation "w/o distribution matching")."""
+    noise: NoiseLevels = NoiseLevels(min_index=20, max_index=980)
+    """Noise levels at which teacher and critic are compared."""
+
+
+class GANSettings(Settings):
+    """The discriminator on the critic's features; both weights 0 leave it out."""
+
+    student_weight: float = Field(3e-3, ge=0)
+    """Of the student's GAN loss: ImageNet-64 3e-3, SD 1.5 1e-3, SDXL 5e-3; it scales with 1/(C H W), see losses.py."""
+    critic_weight: float = Field(1e-2, ge=0)
+    """Of the critic's GAN loss, beside its denoising loss of weight 1."""
+    feature_layer: str | None = None
+    """Dotted name of the critic's layer that is read; by default the network's bottleneck."""
+    independent_noise: bool = False
+    """As published: own noise and levels for the GAN terms. Otherwise they share noised samples, and so passes."""
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> Self:
+        if bool(self.student_weight) != bool(self.critic_weight):
+            raise ValueError("student_weight and critic_weight: set both, or both to 0")
+        return self
+
+
+class DMD2Settings(Settings):
+    """How a student is distilled."""
+
+    student_every: int = Field(5, ge=1)
+    """Critic updates per student update, the two time-scale rule: 5, or 10 for SD 1.5."""
+    student: StudentSettings = StudentSettings()
+    critic: CriticSettings = CriticSettings()
+    dm: DistributionMatchingSettings = DistributionMatchingSettings()
+    gan: GANSettings = GANSettings()
+
+
+class DMD2:
+    """Every step updates critic and discriminator; every `student_every`-th step updates the student first."""
+
+    STATE = ("student", "critic", "discriminator", "ema", "student_optimizer", "critic_optimizer")
+
+    def __init__(
+        self, settings: DMD2Settings, model: PixelModel, roles: Roles, num_steps: int, batch_size: int, seed: int
+    ):
+        self.settings, self.model, self.batch_size, self.seed = settings, model, batch_size, seed
+        self.teacher, self.student, self.critic = roles.teacher, roles.student, roles.critic
+        self.discriminator, self.feature_layer = roles.discriminator, roles.feature_layer
+        self.schedule = roles.student.schedule
+        self.timesteps = student_timesteps(settings.student, self.schedule).to(model.device)
+        num_student_updates = -(-num_steps // settings.student_every)
+        self.student_optimizer = Optimizer(self.student.parameters(), settings.student.optimizer, num_student_updates)
+        critic_parameters = chain(self.critic.parameters(), self.discriminator.parameters() if self.gan else ())
+        self.critic_optimizer = Optimizer(critic_parameters, settings.critic.optimizer, num_steps)
+        self.ema = EMA(self.student, settings.student.ema_decay)
+        self.student_levels = settings.dm.noise.sampler(self.schedule, model.device)
+        self.critic_levels = settings.critic.noise.sampler(self.schedule, model.device)
+
+    @property
+    def gan(self) -> bool:
+        return self.settings.gan.student_weight > 0
+
+    @property
+    def num_noises(self) -> int:
+        return len(self.timesteps)
+
+    def step(self, batch: Batch, step: int) -> Metrics:
+        """Draws fakes, updates the student if it is its turn, then the critic on the same fakes."""
+        student_turn = step % self.settings.student_every == 0
+        draws = generator(self.seed, "dmd2", step, device=self.model.device)
+        stop = self.draw_stop(step)
+        noise = self.randn((stop + 1, self.batch_size, *self.model.shape), draws)
+        condition = self.model.conditioner.draw(self.batch_size, draws)
+        fake = rollout(self.student, noise, self.timesteps, condition, stop, grad=student_turn)
+        metrics = self.update_student(fake, condition, draws) if student_turn else {}
+        return metrics | self.update_critic(fake.detach(), condition, batch, draws)
+
+    def draw_stop(self, step: int) -> int:
+        """The index of the timestep that this step trains: one for the whole batch, alike on all ranks (spec, 1.5)."""
+        return int(torch.randint(len(self.timesteps), (), generator=generator(self.seed, "stop", step)))
+
+    def update_student(self, fake: Tensor, condition: Condition, draws: Generator) -> Metrics:
+        """Moves the student along the gradients of its losses at `fake`, which carries its graph.
+
+        Gradients are asked for at the image and nowhere else, so critic, discriminator and teacher get none.
+        """
+        losses = self.student_losses(fake, condition, draws)
+        weights = {"dm": self.settings.dm.weight, "gan": self.settings.gan.student_weight}
+        gradients = {name: torch.autograd.grad(loss, fake)[0] for name, loss in losses.items()}
+        fake.backward(sum(weights[name] * gradient for name, gradient in gradients.items()))
+        metrics = {"student_grad_norm": self.student_optimizer.step()}
+        self.ema.update()
+        for name, loss in losses.items():
+            metrics |= {f"{name}_loss": loss.detach(), f"{name}_image_grad_norm": gradients[name].norm()}
+        return metrics
+
+    def student_losses(self, fake: Tensor, condition: Condition, draws: Generator) -> dict[str, Tensor]:
+        """The losses that are on, unweighted; without independent noise one pass of the critic serves both."""
+        dm = self.settings.dm.weight > 0
+        shared = dm and self.gan and not self.settings.gan.independent_noise
+        losses = {}
+        if dm:
+            x_t, t = self.noised(fake, self.student_levels, draws)
+            with torch.no_grad():
+                teacher_x0 = self.teacher(x_t, t, condition)
+            if shared:
+                critic_x0, fake_features = self.x0_and_features(x_t, t, condition, features_only_grad=True)
+            else:
+                with torch.no_grad():
+                    critic_x0 = self.critic(x_t, t, condition)
+            losses["dm"] = dmd_loss(fake, teacher_x0, critic_x0)
+        if self.gan:
+            if not shared:
+                fake_features = self.noised_features(fake, condition, draws)
+            losses["gan"] = gan_student_loss(self.discriminator(fake_features))
+        return losses
+
+    def update_critic(self, fake: Tensor, condition: Condition, batch: Batch, draws: Generator) -> Metrics:
+        """One update of critic and discriminator on `fake`, a constant; the critic has neither guidance nor dropout."""
+        x_t, t = self.noised(fake, self.critic_levels, draws)
+        shared = self.gan and not self.settings.gan.independent_noise
+        if shared:
+            x0_hat, fake_features = self.x0_and_features(x_t, t, condition)
+        else:
+            x0_hat = self.critic(x_t, t, condition)
+        loss = denoising_loss(x0_hat, fake, self.critic.coefficients(t)[1])
+        metrics = {"denoising_loss": loss.detach()}
+        if self.gan:
+            real, real_condition = self.model.encode(batch)
+            if not shared:
+                fake_features = self.noised_features(fake, condition, draws)
+            real_features = self.noised_features(real, real_condition, draws, t if shared else None)
+            fake_logits, real_logits = self.discriminator(fake_features), self.discriminator(real_features)
+            gan_loss = gan_critic_loss(fake_logits, real_logits)
+            loss = loss + self.settings.gan.critic_weight * gan_loss
+            metrics |= {"gan_critic_loss": gan_loss.detach(), "logit_gap": (real_logits - fake_logits).mean().detach()}
+        loss.backward()
+        return metrics | {"critic_grad_norm": self.critic_optimizer.step()}
+
+    def x0_and_features(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """The critic's x0 prediction and the discriminator's features, from one pass."""
+        return x0_and_features(self.critic, self.feature_layer, *args, **kwargs)
+
+    def noised_features(self, x0: Tensor, condition: Condition, draws: Generator, t: Tensor | None = None) -> Tensor:
+        """The discriminator's features of x0, freshly noised to t (by default random levels of the critic)."""
+        x_t, t = self.noised(x0, self.critic_levels, draws, t)
+        return features(self.critic, self.feature_layer, x_t, t, condition)
+
+    def noised(
+        self, x0: Tensor, levels: NoiseLevelSampler, draws: Generator, t: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x_t with fresh noise, and its t: random from `levels`, or given."""
+        t = levels(len(x0), draws) if t is None else t
+        return self.schedule.add_noise(x0, self.randn(x0.shape, draws), t), t
+
+    @staticmethod
+    def randn(shape: Sequence[int], draws: Generator) -> Tensor:
+        return torch.randn(shape, generator=draws, device=draws.device)
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """uint8 images from noise (K, B, ...) with the averaged weights, classes in turn."""
+        condition = self.model.balanced_condition(noise.shape[1])
+        with self.ema.applied():
+            x0 = rollout(self.student, noise, self.timesteps, condition, stop=len(self.timesteps) - 1)
+        return self.model.decode(x0)
+
+    def save_model(self, folder: Path) -> None:
+        """Writes the student with its averaged weights and its timesteps."""
+        with self.ema.applied():
+            self.model.student(self.student, self.timesteps).save(folder)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name).state_dict() for name in self.STATE}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name in self.STATE:
+            getattr(self, name).load_state_dict(state[name])
+
+
+def student_timesteps(settings: StudentSettings, schedule: NoiseSchedule) -> Tensor:
+    """The K native times of the recipe, or evenly spaced ones; raises UserError if the schedule has no such times."""
+    if settings.timesteps is None:
+        return schedule.grid(settings.num_timesteps)
+    timesteps = torch.tensor(settings.timesteps, dtype=torch.float64)
+    try:
+        schedule.check_timesteps(timesteps)
+    except ValueError as error:
+        raise UserError(f"student.timesteps: {error}") from error
+    return timesteps

@@ -1,0 +1,34 @@
+"""What the loop asks of a training algorithm."""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from fewstep.networks.image_model import PixelModel
+
+Batch = dict[str, Tensor]
+Metrics = dict[str, Tensor]
+
+
+class Method(Protocol):
+    """A training algorithm: one `step` per batch; everything random in it is a function of (seed, step, rank)."""
+
+    model: PixelModel
+
+    @property
+    def num_noises(self) -> int:
+        """How many noises per image `sample` wants: K for a student, 1 for a teacher."""
+
+    def step(self, batch: Batch, step: int) -> Metrics:
+        """One update; returns 0-d tensors, which only the loop turns into numbers, and only when it logs."""
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """uint8 images (B, C, H, W) from noise (K, B, ...) with the averaged weights, for the sample grids."""
+
+    def save_model(self, folder: Path) -> None:
+        """Writes the averaged weights as a model folder."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...

@@ -1,0 +1,80 @@
+"""Training a teacher from scratch, as EDM does (arXiv 2206.00364, table 1), for a job that needs no download."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fewstep.diffusion.losses import denoising_loss
+from fewstep.diffusion.sampling import heun
+from fewstep.networks.image_model import PixelModel
+from fewstep.runtime.ema import EMA
+from fewstep.seeding import generator
+from fewstep.settings import Settings
+from fewstep.training.method import Batch, Metrics
+from fewstep.training.optimization import Optimizer
+from fewstep.training.settings import NoiseLevels, OptimizerSettings
+
+
+class TeacherSettings(Settings):
+    """How a teacher is trained."""
+
+    optimizer: OptimizerSettings = OptimizerSettings(lr=1e-4)
+    """Of the network."""
+    noise: NoiseLevels = NoiseLevels(distribution="lognormal")
+    """Noise levels of the denoising loss."""
+    class_dropout: float = Field(0.0, ge=0, le=1)
+    """Share of the labels replaced by the null class, so that the teacher can be guided."""
+    ema_decay: float = Field(0.999, ge=0, lt=1)
+    """Of the weights that are saved and sampled."""
+
+
+class TeacherTraining:
+    """loss = mean ((x0_hat - x0) / c_out)^2 at random levels: EDM's loss, and eps- or v-MSE for other networks."""
+
+    num_noises = 1
+    NUM_SAMPLER_STEPS = 18  # Heun, 35 calls: for the sample grids
+
+    def __init__(self, settings: TeacherSettings, model: PixelModel, num_steps: int, seed: int):
+        self.settings, self.model, self.seed = settings, model, seed
+        self.denoiser = model.denoiser.train()
+        self.optimizer = Optimizer(self.denoiser.parameters(), settings.optimizer, num_steps)
+        self.ema = EMA(self.denoiser, settings.ema_decay)
+        self.draw_levels = settings.noise.sampler(self.denoiser.schedule, model.device)
+
+    def step(self, batch: Batch, step: int) -> Metrics:
+        """One update; returns the loss and the gradient norm before clipping."""
+        draws = generator(self.seed, "teacher", step, device=self.model.device)
+        x0, condition = self.model.encode(batch)
+        condition = self.model.conditioner.dropout(condition, self.settings.class_dropout, draws)
+        t = self.draw_levels(len(x0), draws)
+        eps = torch.randn(x0.shape, generator=draws, device=draws.device)
+        x0_hat = self.denoiser(self.denoiser.schedule.add_noise(x0, eps, t), t, condition)
+        loss = denoising_loss(x0_hat, x0, self.denoiser.coefficients(t)[1])
+        loss.backward()
+        grad_norm = self.optimizer.step()
+        self.ema.update()
+        return {"denoising_loss": loss.detach(), "grad_norm": grad_norm}
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """uint8 images from noise (1, B, ...) with the averaged weights, classes in turn."""
+        grid = self.denoiser.schedule.ode_grid(self.NUM_SAMPLER_STEPS).to(noise.device)
+        condition = self.model.balanced_condition(noise.shape[1])
+        self.denoiser.eval()
+        with self.ema.applied():
+            x0 = heun(self.denoiser, noise[0], grid, condition)
+        self.denoiser.train()
+        return self.model.decode(x0)
+
+    def save_model(self, folder: Path) -> None:
+        with self.ema.applied():
+            self.model.save(folder)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name).state_dict() for name in ("denoiser", "ema", "optimizer")}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name in ("denoiser", "ema", "optimizer"):
+            getattr(self, name).load_state_dict(state[name])

@@ -1,0 +1,27 @@
+"""One thread, no network, and small models that the tests share."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+from fewstep.networks.image_model import PixelModel, PixelModelConfig, build_unet
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def tiny_config() -> PixelModelConfig:
+    """8x8 grey images of three classes and a null class, 9 k parameters."""
+    return PixelModelConfig(num_classes=3, null_class=True, block_out_channels=[8, 8], norm_num_groups=4)
+
+
+@pytest.fixture
+def tiny_model(tiny_config: PixelModelConfig) -> PixelModel:
+    """A randomly initialised model whose output layers are not zero."""
+    torch.manual_seed(0)
+    model = PixelModel(tiny_config, build_unet(tiny_config))
+    model.denoiser.eval()
+    return model
