@@ -7,7 +7,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
-from fewstep.networks.image_model import PixelModel, PixelModelConfig, build_unet
+from fewstep.networks.pixel_model import PixelModel, PixelModelConfig, build_unet
 
 torch.set_num_threads(1)
 

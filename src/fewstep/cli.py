@@ -16,7 +16,7 @@ app = typer.Typer(
     epilog="Example: fewstep demo",
 )
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; repeatable.")]
-Out = Annotated[Path | None, typer.Option(help="Run folder.  [default: runs/RECIPE]", show_default=False)]
+Out = Annotated[Path | None, typer.Option(help="Run folder; by default runs/RECIPE.", show_default=False)]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in that folder.")]
 Seed = Annotated[int, typer.Option(min=0, help="Noise of image i is a function of seed and i.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]

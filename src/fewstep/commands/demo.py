@@ -5,10 +5,12 @@ Two one-thread processes share the work: on small images two threads in one proc
 
 import multiprocessing
 import queue
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,19 +30,28 @@ from fewstep.commands.evaluate import (
 from fewstep.commands.runs import check_target, open_images, open_model
 from fewstep.commands.teach import teach
 from fewstep.errors import Interrupted
+from fewstep.evaluation.extractors import CLASSIFIER_STEPS
 from fewstep.evaluation.generation import Sampler, generate, images_per_second
 from fewstep.evaluation.metrics import Row
 from fewstep.evaluation.report import sample_grid
 from fewstep.recipes.loading import load_recipe
 from fewstep.recipes.schema import DistillRecipe, TeachRecipe
-from fewstep.runtime.tracking import progress_columns
+from fewstep.runtime.tracking import Report, first_metric, progress_columns
 
 NUM_PROCESSES = 2
 CHUNK = 1250  # images per task of the evaluation
 TEACHER_SAMPLERS = (Sampler("heun", 18), *(Sampler("ddim", steps) for steps in (1, 2, 4, 8)))
 Recipes = dict[str, TeachRecipe | DistillRecipe]
-Task = tuple[str, Callable[..., Any], tuple]
 _messages: Any = None  # in a worker: the queue on which it reports
+
+
+class Task(NamedTuple):
+    """A function of this file that a worker calls with the arguments and a `Report`."""
+
+    title: str
+    total: int
+    function: Callable[..., Any]
+    arguments: tuple
 
 
 def demo(out: Path, resume: bool, overrides: Sequence[str], num_samples: int) -> None:
@@ -54,7 +65,8 @@ def demo(out: Path, resume: bool, overrides: Sequence[str], num_samples: int) ->
     with ProcessPoolExecutor(NUM_PROCESSES, context, _start_worker, (messages,)) as pool:
         run = TaskRunner(pool, messages)
         teacher, *students = recipes
-        run([("train classifier", _classify, (recipes[teacher], out)), *_training(out, [teacher], recipes)])
+        classifier = Task("classifier", CLASSIFIER_STEPS, _classify, (recipes[teacher], out))
+        run([classifier, *_training(out, [teacher], recipes)])
         run(_training(out, students, recipes))
         torch.set_num_threads(1)
         rows, grids = judge_rows(run, out, recipes, num_samples)
@@ -66,12 +78,13 @@ def demo_recipes(out: Path, overrides: Sequence[str]) -> Recipes:
     """The recipes of the demo, with the same overrides in each; the students' teacher is the demo's own."""
     recipes: Recipes = {"digits-teacher": load_recipe("digits-teacher", overrides)}
     for name in ("digits-1step", "digits-4step"):
-        recipes[name] = load_recipe(name, [*overrides, f"teacher={out / 'digits-teacher'}"])
+        recipe = load_recipe(name, overrides)
+        recipes[name] = recipe.model_copy(update={"teacher": str(out / "digits-teacher")})
     return recipes
 
 
 def _training(out: Path, names: Sequence[str], recipes: Recipes) -> list[Task]:
-    return [(name, _train, (recipes[name], out / name)) for name in names]
+    return [Task(name, recipes[name].num_steps, _train, (recipes[name], out / name)) for name in names]
 
 
 def judge_rows(run: "TaskRunner", out: Path, recipes: Recipes, num_samples: int) -> tuple[list[Row], dict[str, bytes]]:
@@ -84,8 +97,13 @@ def judge_rows(run: "TaskRunner", out: Path, recipes: Recipes, num_samples: int)
     wanted = [(teacher, sampler) for sampler in TEACHER_SAMPLERS]
     wanted += [(name, Sampler("student", len(models[name].timesteps or []))) for name in students]
     ranges = [range(start, min(start + CHUNK, num_samples)) for start in range(0, num_samples, CHUNK)]
-    tasks = [("draw images", _generate, (out / name, sampler, part)) for name, sampler in wanted for part in ranges]
-    drawn = run(tasks)
+    drawn = run(
+        [
+            Task("draw images", len(part), _generate, (out / name, sampler, part))
+            for name, sampler in wanted
+            for part in ranges
+        ]
+    )
     speeds = [images_per_second(models[name], sampler, THROUGHPUT_BATCH) for name, sampler in wanted]
     labels = models[teacher].conditioner.labels(num_samples)
     rows, grids = [judge.floor()], {"real": real_grid(images, models[teacher])}
@@ -104,30 +122,34 @@ class TaskRunner:
 
     def __call__(self, tasks: Sequence[Task]) -> list[Any]:
         """The results, in the order of the tasks."""
-        futures = [self.pool.submit(_run_task, title, function, args) for title, function, args in tasks]
+        futures = [
+            self.pool.submit(_run_task, index, task.function, task.arguments) for index, task in enumerate(tasks)
+        ]
         try:
-            self._show(futures)
+            self._show(tasks, futures)
         except KeyboardInterrupt:
             for future in futures:
                 future.cancel()
             raise Interrupted("stopped; continue with --resume") from None
         return [future.result() for future in futures]
 
-    def _show(self, futures: list[Future]) -> None:
+    def _show(self, tasks: Sequence[Task], futures: list[Future]) -> None:
         """Shows what the workers report until every task has ended or one has failed."""
+        done = [0] * len(tasks)
         with progress_columns() as progress:
-            lines: dict[str, Any] = {}
+            totals: Counter[str] = Counter()
+            for task in tasks:
+                totals[task.title] += task.total
+            lines = {title: progress.add_task(title, total=total, note="") for title, total in totals.items()}
             while not all(future.done() for future in futures):
-                try:
-                    title, done, total, note = self.messages.get(timeout=0.2)
-                except queue.Empty:
-                    for future in futures:
-                        if future.done():
-                            future.result()
-                    continue
-                if title not in lines:
-                    lines[title] = progress.add_task(title, total=total, note="")
-                progress.update(lines[title], completed=done, **({"note": note} if note else {}))
+                for future in futures:
+                    if future.done():
+                        future.result()
+                with suppress(queue.Empty):
+                    index, done[index], note = self.messages.get(timeout=0.2)
+                    title = tasks[index].title
+                    count = sum(number for number, task in zip(done, tasks, strict=True) if task.title == title)
+                    progress.update(lines[title], completed=count, **({"note": note} if note else {}))
 
 
 def _start_worker(messages: Any) -> None:
@@ -136,27 +158,19 @@ def _start_worker(messages: Any) -> None:
     torch.set_num_threads(1)
 
 
-def _run_task(title: str, function: Callable[..., Any], args: tuple) -> Any:
-    def report(done: int, total: int, metrics: dict[str, float]) -> None:
-        note = " ".join(f"{name} {value:.3g}" for name, value in list(metrics.items())[:2])
-        _messages.put((title, done, total, note))
-
-    return function(*args, report)
+def _run_task(index: int, function: Callable[..., Any], arguments: tuple) -> Any:
+    return function(*arguments, lambda done, metrics: _messages.put((index, done, first_metric(metrics))))
 
 
-def _train(recipe: TeachRecipe | DistillRecipe, run: Path, report: Callable[..., None]) -> None:
-    def on_step(step: int, metrics: dict[str, float]) -> None:
-        if metrics:
-            report(step, recipe.num_steps, metrics)
-
+def _train(recipe: TeachRecipe | DistillRecipe, run: Path, report: Report) -> None:
     verb: Any = teach if isinstance(recipe, TeachRecipe) else distill
-    verb(recipe, run, resume=run.exists(), report=on_step)
+    verb(recipe, run, resume=run.exists(), report=report)
 
 
-def _classify(recipe: TeachRecipe, out: Path, report: Callable[..., None]) -> None:
+def _classify(recipe: TeachRecipe, out: Path, report: Report) -> None:
     images = open_images(recipe.data, recipe.model)
-    open_classifier(images, recipe.model, classifier_path(recipe.data, out))
+    open_classifier(images, recipe.model, classifier_path(recipe.data, out), report)
 
 
-def _generate(run: Path, sampler: Sampler, indices: range, report: Callable[..., None]) -> Tensor:
-    return generate(open_model(run), sampler, indices)
+def _generate(run: Path, sampler: Sampler, indices: range, report: Report) -> Tensor:
+    return generate(open_model(run), sampler, indices, report=lambda done: report(done, {}))

@@ -7,11 +7,11 @@ import torch
 from fewstep.commands.runs import check_target, open_images, open_model, pick_device, start_run
 from fewstep.commands.teach import teach
 from fewstep.errors import UserError
-from fewstep.networks.image_model import PixelModel
+from fewstep.networks.pixel_model import PixelModel
 from fewstep.networks.roles import make_roles
-from fewstep.recipes.loading import load_recipe, recipe_names
+from fewstep.recipes.loading import load_recipe, read_run_recipe, recipe_names
 from fewstep.recipes.schema import DistillRecipe, TeachRecipe
-from fewstep.runtime.checkpoint import checkpoints, step_name
+from fewstep.runtime.checkpoint import RECIPE, checkpoints, step_name
 from fewstep.runtime.tracking import Report
 from fewstep.training.dmd2 import DMD2
 
@@ -20,6 +20,8 @@ def distill(recipe: DistillRecipe, run: Path, resume: bool = False, report: Repo
     """Runs the recipe into the folder `run`, after its teacher's if that is a recipe whose run is not finished."""
     check_target(run, recipe, resume)
     model = open_teacher(recipe.teacher, run.parent)
+    if model.timesteps:
+        raise UserError(f"teacher: {recipe.teacher} is a few-step student; name the run of its teacher")
     images = open_images(recipe.data, model.config)
     model.denoiser.to(pick_device(recipe.device))
     torch.manual_seed(recipe.seed)
@@ -29,12 +31,16 @@ def distill(recipe: DistillRecipe, run: Path, resume: bool = False, report: Repo
 
 
 def open_teacher(teacher: str, runs: Path) -> PixelModel:
-    """The model at a path, or of a `teach` recipe's run in the folder `runs`, which is finished first if need be."""
+    """The model at a path, or of a `teach` recipe's run in the folder `runs`, which is finished first if need be.
+
+    A run that is there goes on with its own recipe, whatever overrides it was started with.
+    """
     if Path(teacher).exists():
         return open_model(Path(teacher))
     if teacher not in recipe_names():
         raise UserError(f"teacher: {teacher!r} is neither a folder nor the name of a recipe")
-    recipe, run = load_recipe(teacher), runs / teacher
+    run = runs / teacher
+    recipe = read_run_recipe(run / RECIPE) if (run / RECIPE).is_file() else load_recipe(teacher)
     if not isinstance(recipe, TeachRecipe):
         raise UserError(f"teacher: the recipe {teacher!r} does not train a teacher")
     finished = checkpoints(run)

@@ -1,19 +1,20 @@
 """`fewstep evaluate`: judges runs side by side, on the same noise, and writes the table and the page."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
-from fewstep.commands.runs import open_images, open_model, pick_device
+from fewstep.commands.runs import check_writable, open_images, open_model, pick_device
 from fewstep.data.images import ImageSet
 from fewstep.errors import UserError
 from fewstep.evaluation import report
 from fewstep.evaluation.extractors import (
+    CLASSIFIER_STEPS,
     Classifier,
     Extractor,
     TorchScriptExtractor,
@@ -24,11 +25,11 @@ from fewstep.evaluation.extractors import (
 )
 from fewstep.evaluation.generation import Sampler, default_sampler, generate, images_per_second, parse_sampler
 from fewstep.evaluation.metrics import Row, fid, floor_row, precision_recall
-from fewstep.networks.image_model import PixelModel, PixelModelConfig
+from fewstep.networks.pixel_model import PixelModel, PixelModelConfig
 from fewstep.recipes.loading import read_run_recipe
 from fewstep.recipes.schema import DataSettings
 from fewstep.runtime.checkpoint import RECIPE, check_run
-from fewstep.runtime.tracking import progress_bar
+from fewstep.runtime.tracking import Report, progress_bar, read_metrics
 from fewstep.seeding import generator
 
 GRID_IMAGES = 40
@@ -64,21 +65,27 @@ def describe(sampler: Sampler) -> str:
 
 def make_judge(images: ImageSet, config: PixelModelConfig, features: str, path: Path) -> Judge:
     """A judge on the real images; the classifier is loaded from `path`, or trained and kept there."""
-    classifier = open_classifier(images, config, path) if config.num_classes else None
-    extractor: Extractor | None = classifier if features == "classifier" else TorchScriptExtractor(Path(features))
-    if extractor is None:
+    if features == "classifier" and not config.num_classes:
         raise UserError("--features classifier: the model has no classes to train one on; give a TorchScript file")
+    if images.length < GRID_IMAGES:
+        raise UserError(f"data.source: has {images.length} images; judging needs at least {GRID_IMAGES}")
+    network = None if features == "classifier" else TorchScriptExtractor(Path(features))
+    classifier = open_classifier(images, config, path) if config.num_classes else None
+    extractor: Any = network or classifier
     real = images.fetch(torch.randperm(images.length, generator=generator(0, "reference"))[:MAX_REAL_IMAGES])
     return Judge(extractor, classifier, extract(extractor, real))
 
 
-def open_classifier(images: ImageSet, config: PixelModelConfig, path: Path) -> Classifier:
+def open_classifier(images: ImageSet, config: PixelModelConfig, path: Path, report: Report | None = None) -> Classifier:
     """The classifier at `path`; trained on the images and kept there if there is none."""
     if not path.exists():
-        with progress_bar("train classifier", 600) as progress:
-            classifier = train_classifier(images, config.channels, config.num_classes, report=progress)
+        with progress_bar("classifier", CLASSIFIER_STEPS, report) as show:
+            classifier = train_classifier(images, config.channels, config.num_classes, report=show)
         save_classifier(classifier, path)
-    return load_classifier(path)
+    classifier = load_classifier(path)
+    if (classifier.channels, classifier.num_classes) != (config.channels, config.num_classes):
+        raise UserError(f"{path}: a classifier of other images; remove it to train one on these")
+    return classifier
 
 
 def classifier_path(data: DataSettings, folder: Path) -> Path:
@@ -92,13 +99,16 @@ def evaluate(
     """Judges the newest checkpoint of every run against the first run's data; writes results.json and report.html."""
     for run in runs:
         check_run(run)
+    check_writable(out)
+    asked, on_device = [parse_sampler(text) for text in samplers], pick_device(device)
     recipe, models = read_run_recipe(runs[0] / RECIPE), [open_model(run) for run in runs]
+    _check_alike(runs, models)
     images = open_images(recipe.data, models[0].config)
     judge = make_judge(images, models[0].config, features, classifier_path(recipe.data, runs[0].parent))
     rows, grids = [judge.floor()], {"real": real_grid(images, models[0])}
     for run, model in zip(runs, models, strict=True):
-        model.denoiser.to(pick_device(device))
-        for sampler in _samplers(model, samplers):
+        model.denoiser.to(on_device)
+        for sampler in [default_sampler(model)] if model.timesteps else asked:
             title = f"{run.name} {describe(sampler)}"
             with progress_bar(title, num_samples) as progress:
                 fakes = generate(model, sampler, range(num_samples), seed, report=lambda done: progress(done, {}))
@@ -115,9 +125,14 @@ def evaluate(
     )
 
 
-def _samplers(model: PixelModel, texts: Sequence[str]) -> list[Sampler]:
-    """The asked samplers for a teacher, its own timesteps for a student."""
-    return [default_sampler(model)] if model.timesteps else [parse_sampler(text) for text in texts]
+def _check_alike(runs: Sequence[Path], models: Sequence[PixelModel]) -> None:
+    """Raises UserError unless all models make the images and the classes of the first."""
+    made = [(*model.shape, model.config.num_classes) for model in models]
+    for run, other in zip(runs, made, strict=True):
+        if other != made[0]:
+            raise UserError(
+                f"{run}: channels, height, width and classes are {other}, those of {runs[0]} {made[0]}; judge it apart"
+            )
 
 
 def real_grid(images: ImageSet, model: PixelModel) -> bytes:
@@ -134,8 +149,7 @@ def real_grid(images: ImageSet, model: PixelModel) -> bytes:
 
 def curve(run: Path) -> list[dict]:
     """The lines of a run's metrics.jsonl."""
-    path = run / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return read_metrics(run / "metrics.jsonl")
 
 
 def publish(

@@ -1,6 +1,6 @@
 """Run folders as the verbs use them: start or resume one, find the model in one."""
 
-from contextlib import nullcontext
+import os
 from pathlib import Path
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fewstep.data.images import ImageSet, batch_indices, load_images
 from fewstep.errors import UserError
-from fewstep.networks.image_model import DESCRIPTION, PixelModel, PixelModelConfig
+from fewstep.networks.pixel_model import DESCRIPTION, PixelModel, PixelModelConfig
 from fewstep.networks.pretrained import load
 from fewstep.recipes.loading import differences, dump, read_run_recipe
 from fewstep.recipes.schema import DataSettings, DistillRecipe, TeachRecipe
@@ -19,7 +19,9 @@ from fewstep.training.method import Method
 
 
 def pick_device(device: str) -> torch.device:
-    """The device of a recipe; raises UserError if it is not there."""
+    """The device of that name; raises UserError if it is not there."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"device {device!r}: write auto, cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device: no CUDA GPU here; use device=cpu")
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
@@ -41,17 +43,26 @@ def open_images(data: DataSettings, model: PixelModelConfig) -> ImageSet:
 def check_target(run: Path, recipe: TeachRecipe | DistillRecipe, resume: bool) -> None:
     """Raises UserError if the recipe can't start in the folder `run`, or continue there; writes nothing.
 
-    With `resume` a folder that does not exist yet will do, so that one command starts and continues a run.
+    With `resume` a folder that is not there or empty will do, so that one command starts and continues a run.
     """
-    if run.exists() and resume:
+    check_writable(run)
+    occupied = any(run.iterdir()) if run.is_dir() else False
+    if occupied and resume:
         check_run(run)
         changed = differences(read_run_recipe(run / RECIPE), recipe)
         if changed:
             raise UserError(
                 f"{run}: --resume with a changed recipe ({'; '.join(changed)}); undo that, or choose another --out"
             )
-    elif run.is_file() or (run.exists() and any(run.iterdir())):
+    elif occupied:
         raise UserError(f"{run}: exists already; continue it with --resume, or choose another --out")
+
+
+def check_writable(folder: Path) -> None:
+    """Raises UserError if nothing could be written in `folder`, there or not yet; writes nothing."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise UserError(f"--out: {nearest} is not a folder that can be written to; choose another")
 
 
 def start_run(
@@ -59,15 +70,14 @@ def start_run(
 ) -> None:
     """Makes the run folder and trains; `report` replaces the progress bar."""
     run.mkdir(parents=True, exist_ok=True)
-    write_text(run / RECIPE, dump(recipe))
+    if not (run / RECIPE).exists():
+        write_text(run / RECIPE, dump(recipe))
 
     def batch_at(step: int) -> dict[str, Tensor]:
         return images.batch(batch_indices(images.length, recipe.batch_size, step, recipe.seed))
 
-    with (
-        progress_bar(f"{recipe.kind} {run.name}", recipe.num_steps) if report is None else nullcontext(report) as report
-    ):
-        train(method, batch_at, run, recipe, recipe.seed, report)
+    with progress_bar(run.name, recipe.num_steps, report) as show:
+        train(method, batch_at, run, recipe, recipe.seed, show)
 
 
 def open_model(path: Path) -> PixelModel:

@@ -2,15 +2,18 @@
 
 from pathlib import Path
 
-from fewstep.commands.runs import open_model, pick_device
+from fewstep.commands.runs import check_writable, open_model, pick_device
 from fewstep.data.pictures import grid, save_png
 from fewstep.errors import UserError
 from fewstep.evaluation.generation import Sampler, default_sampler, generate, parse_sampler
-from fewstep.networks.image_model import PixelModel
+from fewstep.networks.pixel_model import PixelModel
 
 
 def sample(path: Path, out: Path, num: int, seed: int, label: int | None, sampler: str | None, device: str) -> None:
     """Writes `num` images of `path`'s model as one PNG grid to `out`."""
+    if out.is_dir():
+        raise UserError(f"--out {out}: is a folder; name a PNG file")
+    check_writable(out.parent)
     model = open_model(path)
     model.denoiser.to(pick_device(device))
     if label is not None and not 0 <= label < model.config.num_classes:

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from fewstep.commands.runs import check_target, open_images, pick_device, start_run
-from fewstep.networks.image_model import PixelModel, build_unet
+from fewstep.networks.pixel_model import PixelModel, build_unet
 from fewstep.recipes.schema import TeachRecipe
 from fewstep.runtime.tracking import Report
 from fewstep.training.teacher import TeacherTraining

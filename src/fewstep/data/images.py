@@ -1,6 +1,7 @@
 """Image sets: the embedded digits, image folders, parquet files and WebDataset tars, all as uint8 tensors."""
 
 import io
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from PIL import Image, ImageOps
+from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
@@ -16,6 +18,7 @@ from fewstep.errors import UserError
 from fewstep.seeding import generator
 
 MAX_BYTES_IN_MEMORY = 2 * 2**30  # a set under this is decoded once, a larger one at every access
+SHARD_SUFFIXES = {"parquet": ".parquet", "webdataset": ".tar"}
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
@@ -70,13 +73,14 @@ def _check_shape(images: ImageSet, size: int, channels: int) -> None:
 
 
 def _check_classes(images: ImageSet, num_classes: int, source: str) -> ImageSet:
-    if not num_classes:
+    if not num_classes or images.labels is None:
         return ImageSet(images.fetch, None, images.length)
-    if images.labels is None:
-        raise UserError(f"{source}: has no labels, but the model has {num_classes} classes; name data.label_column")
-    found = int(images.labels.max()) + 1
-    if found != num_classes:
-        raise UserError(f"{source}: has {found} classes, but the model has {num_classes}")
+    found = images.labels.unique().tolist()
+    if found != list(range(num_classes)):
+        raise UserError(
+            f"{source}: has {len(found)} classes, numbered {found[0]} to {found[-1]}, but the model has {num_classes}, "
+            f"numbered 0 to {num_classes - 1} (model.num_classes)"
+        )
     return images
 
 
@@ -87,7 +91,12 @@ def _from_files(
 
     table = _open(path, split)
     image_column = _column(table, image_column, ("image", "png", "jpg", "jpeg", "webp"), "image_column", path)
-    table = table.cast_column(image_column, ImageFeature(decode=False))
+    try:
+        table = table.cast_column(image_column, ImageFeature(decode=False))
+    except (ValueError, TypeError, NotImplementedError) as error:  # pyarrow's errors are all one of these
+        raise UserError(
+            f"{path}: column {image_column!r} holds no images; name the one that does by data.image_column"
+        ) from error
     labels = _labels(table, label_column, path) if labelled else None
     pictures = table.select_columns([image_column]).with_format(None)
 
@@ -98,7 +107,13 @@ def _from_files(
 
     if len(table) * channels * size**2 > MAX_BYTES_IN_MEMORY:
         return ImageSet(fetch, labels, len(table))
-    chunks = track(torch.arange(len(table)).split(1000), description=f"reading {path.name}", transient=True)
+    chunks = track(
+        torch.arange(len(table)).split(1000),
+        description=f"reading {path.name}",
+        transient=True,
+        console=Console(stderr=True),
+        disable=not sys.stderr.isatty(),
+    )
     return ImageSet(torch.cat([fetch(chunk) for chunk in chunks]).__getitem__, labels, len(table))
 
 
@@ -107,25 +122,38 @@ def _open(path: Path, split: str) -> Any:
     import datasets
 
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would log is in the error that is raised here
     if not path.exists():
         raise UserError(f"{path}: no such file or folder (data.source)")
-    kind, files = _kind(path)
+    kind = _kind(path)
     try:
         if kind == "imagefolder":
-            return datasets.load_dataset("imagefolder", data_dir=str(path), split=split)
-        return datasets.load_dataset(kind, data_files={split: files}, split=split)
+            return datasets.load_dataset(kind, data_dir=str(path), split=split)
+        files = {split: [str(path)]} if path.is_file() else _shards(path, SHARD_SUFFIXES[kind])
+        return datasets.load_dataset(kind, data_files=files, split=split)
     except Exception as error:  # the builders raise almost any error on damaged files
-        reason = str(error.__cause__ or error).splitlines()[0]
-        raise UserError(f"{path}: can't be read as {kind} ({reason})") from error
+        reason = (str(error.__cause__ or error) or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"{path}: can't be read as {kind}, split {split!r} ({reason}) (data.source, data.split)"
+        ) from error
 
 
-def _kind(path: Path) -> tuple[str, list[str]]:
-    """Which `datasets` builder reads `path`, and which files it gets."""
-    files = [path] if path.is_file() else sorted(path.rglob("*"))
-    for kind, suffixes in (("parquet", {".parquet"}), ("webdataset", {".tar"}), ("imagefolder", IMAGE_SUFFIXES)):
-        found = [str(file) for file in files if file.suffix.lower() in suffixes]
-        if found and not (kind == "imagefolder" and path.is_file()):
-            return kind, found
+def _shards(folder: Path, suffix: str) -> dict[str, list[str]]:
+    """The files of each split, which `datasets` tells from their names (train-00000.parquet); else all are train."""
+    from datasets.data_files import DataFilesDict, get_data_patterns
+
+    base = str(folder.absolute())
+    return DataFilesDict.from_patterns(get_data_patterns(base), base_path=base).filter(extensions=[suffix])
+
+
+def _kind(path: Path) -> str:
+    """Which `datasets` builder reads `path`."""
+    suffixes = {path.suffix.lower()} if path.is_file() else {file.suffix.lower() for file in path.rglob("*")}
+    for kind, suffix in SHARD_SUFFIXES.items():
+        if suffix in suffixes:
+            return kind
+    if path.is_dir() and suffixes & IMAGE_SUFFIXES:
+        return "imagefolder"
     raise UserError(f"{path}: no images here; a source is a folder of images, a .parquet file or a WebDataset .tar")
 
 
@@ -135,25 +163,30 @@ def _column(table: Any, wanted: str | None, usual: tuple[str, ...], field: str, 
         raise UserError(f"{path}: has no column {wanted!r} (data.{field}); it has {', '.join(names)}")
     found = [wanted] if wanted else [name for name in usual if name in names]
     if not found:
-        raise UserError(f"{path}: which column holds the images or labels? It has {', '.join(names)}; set data.{field}")
+        what = field.removesuffix("_column") + "s"
+        otherwise = ", or sort the images into a folder per class" if what == "labels" else ""
+        raise UserError(f"{path}: no column of {what} among {', '.join(names)}; name it by data.{field}{otherwise}")
     return found[0]
 
 
 def _labels(table: Any, label_column: str | None, path: Path) -> Tensor:
     column = _column(table, label_column, ("label", "labels", "class", "cls"), "label_column", path)
-    try:
-        return torch.tensor(table[column][:], dtype=torch.int64)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path}: column {column!r} holds no class indices (data.label_column)") from error
+    cells = table[column][:]
+    if not all(isinstance(cell, int) and cell >= 0 for cell in cells):
+        raise UserError(f"{path}: column {column!r} must hold class indices 0, 1, 2, ... (data.label_column)")
+    return torch.tensor(cells, dtype=torch.int64)
 
 
-def _decode(cell: dict, size: int, channels: int, source: Path, row: int) -> Tensor:
+def _decode(cell: Any, size: int, channels: int, source: Path, row: int) -> Tensor:
     """One stored picture as uint8 (C, size, size)."""
     try:
         with Image.open(io.BytesIO(cell["bytes"]) if cell["bytes"] else cell["path"]) as opened:
+            if opened.mode[0] in "IF":  # 16 bits or floats, which convert() would clip at 255
+                raise ValueError(opened.mode)
             picture = opened.convert("L" if channels == 1 else "RGB")
     except (OSError, TypeError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{cell.get('path') or f'{source}, row {row}'}: not a readable image") from error
+        name = f"{source}, row {row}" + (f" ({cell['path']})" if cell and cell["path"] else "")
+        raise UserError(f"{name}: not a readable 8-bit image; replace or remove it") from error
     fitted = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
     pixels = torch.frombuffer(bytearray(fitted.tobytes()), dtype=torch.uint8)
     return pixels.reshape(size, size, channels).permute(2, 0, 1)

@@ -14,6 +14,8 @@ from fewstep.data.images import ImageSet, batch_indices
 from fewstep.errors import UserError
 from fewstep.seeding import generator
 
+CLASSIFIER_STEPS = 600
+
 
 class Extractor(Protocol):
     """uint8 images (B, C, H, W) -> features (B, D)."""
@@ -36,11 +38,17 @@ class TorchScriptExtractor:
         try:
             self.network = torch.jit.load(str(path), map_location="cpu").eval()
         except (RuntimeError, ValueError, OSError) as error:
-            raise UserError(f"{path}: not a readable TorchScript file (--features)") from error
-        self.name = path.stem
+            raise UserError(f"{path}: not a readable TorchScript file, nor `classifier` (--features)") from error
+        self.path, self.name = path, path.stem
 
     def features(self, images: Tensor) -> Tensor:
-        return self.network(images.expand(-1, 3, -1, -1)).flatten(1)
+        try:
+            return self.network(images.expand(-1, 3, -1, -1)).flatten(1)
+        except RuntimeError as error:
+            shape = (len(images), 3, *images.shape[2:])
+            raise UserError(
+                f"{self.path}: must take uint8 images {shape} and give features (B, D) (--features)"
+            ) from error
 
 
 class Classifier(nn.Module):
@@ -49,6 +57,7 @@ class Classifier(nn.Module):
     def __init__(self, channels: int, num_classes: int):
         super().__init__()
         self.name = "classifier"
+        self.channels, self.num_classes = channels, num_classes
         self.held_out_accuracy = 0.0
         widths = (32, 64, 64)
         layers: list[nn.Module] = []
@@ -80,7 +89,7 @@ def train_classifier(
     images: ImageSet,
     channels: int,
     num_classes: int,
-    num_steps: int = 600,
+    num_steps: int = CLASSIFIER_STEPS,
     seed: int = 0,
     report: Callable[[int, dict[str, float]], None] = lambda step, metrics: None,
 ) -> Classifier:
@@ -116,8 +125,8 @@ def _augmented(images: Tensor, draws: torch.Generator) -> Tensor:
 def save_classifier(network: Classifier, path: Path) -> None:
     """Weights as safetensors, with the shape and the held-out accuracy in the metadata; whole or not at all."""
     description = {
-        "channels": network.body[0].in_channels,
-        "num_classes": network.head.out_features,
+        "channels": network.channels,
+        "num_classes": network.num_classes,
         "held_out_accuracy": network.held_out_accuracy,
     }
     temporary = path.with_name(f".{path.name}.tmp")

@@ -11,7 +11,7 @@ from torch import Tensor
 from fewstep.diffusion.denoiser import Condition
 from fewstep.diffusion.sampling import ddim, heun, rollout
 from fewstep.errors import UserError
-from fewstep.networks.image_model import PixelModel
+from fewstep.networks.image_model import ImageModel
 from fewstep.seeding import generator
 
 
@@ -33,7 +33,7 @@ class Sampler:
         return self.num_steps if self.kind == "student" else 1
 
 
-def default_sampler(model: PixelModel) -> Sampler:
+def default_sampler(model: ImageModel) -> Sampler:
     """The student's own timesteps, or EDM's 18 Heun steps (35 calls) for a teacher."""
     return Sampler("student", len(model.timesteps)) if model.timesteps else Sampler("heun", 18)
 
@@ -41,12 +41,12 @@ def default_sampler(model: PixelModel) -> Sampler:
 def parse_sampler(text: str) -> Sampler:
     """`heun:18` or `ddim:8`; raises UserError for anything else."""
     kind, _, steps = text.partition(":")
-    if kind not in ("ddim", "heun") or not steps.isdigit() or int(steps) < 1:
+    if kind not in ("ddim", "heun") or not steps.isdecimal() or int(steps) < 1:
         raise UserError(f"sampler {text!r}: write ddim:STEPS or heun:STEPS, for example heun:18")
     return Sampler("ddim" if kind == "ddim" else "heun", int(steps))
 
 
-def draw_noise(model: PixelModel, num_noises: int, start: int, stop: int, seed: int) -> Tensor:
+def draw_noise(model: ImageModel, num_noises: int, start: int, stop: int, seed: int) -> Tensor:
     """Unit noise (num_noises, B, C, H, W) of images start .. stop-1; image i has the same noise in every batch.
 
     The first of an image's noises is alike for every sampler, so that rows of a table start from the same noise.
@@ -57,7 +57,7 @@ def draw_noise(model: PixelModel, num_noises: int, start: int, stop: int, seed: 
     return torch.stack(per_image, dim=1).to(model.device)
 
 
-def sample(model: PixelModel, sampler: Sampler, noise: Tensor, condition: Condition) -> Tensor:
+def sample(model: ImageModel, sampler: Sampler, noise: Tensor, condition: Condition) -> Tensor:
     """x0 from noise (>= 1, B, ...), without gradient."""
     denoiser, schedule = model.denoiser, model.denoiser.schedule
     if sampler.kind == "student":
@@ -70,7 +70,7 @@ def sample(model: PixelModel, sampler: Sampler, noise: Tensor, condition: Condit
 
 @torch.no_grad()
 def generate(
-    model: PixelModel,
+    model: ImageModel,
     sampler: Sampler,
     indices: range,
     seed: int = 0,
@@ -94,7 +94,7 @@ def generate(
 
 
 @torch.no_grad()
-def images_per_second(model: PixelModel, sampler: Sampler, batch_size: int, min_seconds: float = 1.0) -> float:
+def images_per_second(model: ImageModel, sampler: Sampler, batch_size: int, min_seconds: float = 1.0) -> float:
     """Median throughput over batches of `batch_size` for at least `min_seconds` and three batches, after a warm-up."""
     noise = draw_noise(model, sampler.num_noises, 0, batch_size, seed=0)
     condition = model.balanced_condition(batch_size)

@@ -33,12 +33,15 @@ def cell(name: str, value: object) -> str:
         return "–"
     if not isinstance(value, float):
         return str(value)
-    return f"{value:,.0f}" if name == "images_per_second" else f"{value:.3f}"
+    if name == "images_per_second":
+        return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{value:.3f}"
 
 
 def text_table(rows: list[Row]) -> Table:
     """The table for a terminal."""
-    table = Table(*(name.replace("images_per_second", "images/s") for name in COLUMNS), box=SIMPLE_HEAD, pad_edge=False)
+    names = [name.replace("images_per_second", "images/s") for name in COLUMNS]
+    table = Table(*names, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))  # 78 columns of text
     for index, column in enumerate(table.columns):
         column.justify = "left" if index < 2 else "right"
     for row in rows:

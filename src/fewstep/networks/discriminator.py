@@ -24,7 +24,8 @@ class Discriminator(nn.Module):
     @staticmethod
     def _stage(convolution: nn.Conv2d) -> list[nn.Module]:
         channels = convolution.out_channels
-        return [convolution, nn.GroupNorm(math.gcd(32, channels), channels), nn.SiLU()]
+        # 32 groups from 128 channels on; a group of one channel would be normalised to a constant at 1x1.
+        return [convolution, nn.GroupNorm(math.gcd(32, channels, max(channels // 4, 1)), channels), nn.SiLU()]
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits (B,), high for real; computed in the head's own dtype."""

@@ -41,7 +41,10 @@ def _captured(layer: nn.Module, leave: bool = False, detach_rest: bool = False) 
 
 
 def features(denoiser: Denoiser, layer: str, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-    """The output of `layer` of the network (a dotted name), leaving the forward pass there."""
+    """The output of `layer` of the network (a dotted name), leaving the forward pass there.
+
+    Raises AttributeError if there is no such layer, IndexError if the forward pass does not call it.
+    """
     with _captured(denoiser.network.get_submodule(layer), leave=True) as captured:
         denoiser(x_t, t, condition)
     return captured[0]
@@ -57,4 +60,4 @@ def x0_and_features(
     """
     with _captured(denoiser.network.get_submodule(layer), detach_rest=features_only_grad) as captured:
         x0 = denoiser(x_t, t, condition)
-    return (x0.detach() if features_only_grad else x0), captured[0]
+    return x0, captured[0]

@@ -1,136 +1,44 @@
-"""An image model: a denoiser with what surrounds it (conditioner, autoencoder) and how it is stored in a folder."""
+"""What the floors above ask of an image model: a denoiser with what surrounds it."""
 
-import copy
-import json
 from pathlib import Path
-from typing import Literal, Self
+from typing import Protocol, Self
 
 import torch
-from diffusers import UNet2DModel
-from pydantic import Field, model_validator
 from torch import Tensor
 
 from fewstep.diffusion.denoiser import Condition, Denoiser
-from fewstep.diffusion.parameterizations import edm
-from fewstep.diffusion.schedules import EDM
-from fewstep.networks.adapters import PixelUNet
 from fewstep.networks.conditioning import ClassLabels
-from fewstep.settings import Settings
-
-DESCRIPTION = "fewstep.json"
 
 
-class PixelModelConfig(Settings):
-    """An EDM-preconditioned `UNet2DModel` on pixels in [-1, 1]."""
+class ImageModel(Protocol):
+    """A teacher or a student of one family (pixel models now, latent ones later) with its conditioner and codec."""
 
-    image_size: int = Field(8, ge=4)
-    """Height and width in pixels; divisible by 2 for every level after the first."""
-    channels: Literal[1, 3] = 1
-    """1 for grey, 3 for RGB."""
-    num_classes: int = Field(0, ge=0)
-    """Number of class labels; 0 for an unconditional model."""
-    null_class: bool = False
-    """Whether there is one more class that means "no label", which guidance needs."""
-    block_out_channels: list[int] = [32, 64]
-    """Channels of each level; every level after the first halves the resolution."""
-    attention: list[bool] = [False, False]
-    """Whether each level has self-attention."""
-    layers_per_block: int = Field(1, ge=1)
-    """Residual blocks per level."""
-    attention_head_dim: int = Field(32, ge=1)
-    """Channels per attention head."""
-    norm_num_groups: int = Field(8, ge=1)
-    """Groups of every GroupNorm; divides all channel counts."""
-    dropout: float = Field(0.0, ge=0, lt=1)
-    """Dropout while the teacher trains; distillation runs without."""
-    sigma_data: float = Field(0.5, gt=0)
-    """Standard deviation of the data (EDM, table 1)."""
-    sigma_min: float = Field(0.002, gt=0)
-    """Smallest noise level (EDM, table 1)."""
-    sigma_max: float = Field(80.0, gt=0)
-    """Noise level of pure noise (EDM, table 1)."""
-
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
-        levels = len(self.block_out_channels)
-        if len(self.attention) != levels:
-            raise ValueError(f"attention has {len(self.attention)} entries, block_out_channels {levels}")
-        if self.image_size % 2 ** (levels - 1):
-            raise ValueError(f"image_size {self.image_size} can't be halved {levels - 1} times")
-        if any(width % self.norm_num_groups for width in self.block_out_channels):
-            raise ValueError(f"norm_num_groups {self.norm_num_groups} does not divide {self.block_out_channels}")
-        return self
-
-
-def build_unet(config: PixelModelConfig) -> UNet2DModel:
-    """The `UNet2DModel` in ADM's layout (scale-shift time embedding, residual resampling), randomly initialised."""
-    down = ["AttnDownBlock2D" if attention else "ResnetDownsampleBlock2D" for attention in config.attention]
-    up = ["AttnUpBlock2D" if attention else "ResnetUpsampleBlock2D" for attention in reversed(config.attention)]
-    return UNet2DModel(
-        sample_size=config.image_size,
-        in_channels=config.channels,
-        out_channels=config.channels,
-        block_out_channels=config.block_out_channels,
-        layers_per_block=config.layers_per_block,
-        down_block_types=down,
-        up_block_types=up,
-        downsample_type="resnet",
-        upsample_type="resnet",
-        resnet_time_scale_shift="scale_shift",
-        attention_head_dim=config.attention_head_dim,
-        norm_num_groups=config.norm_num_groups,
-        attn_norm_num_groups=config.norm_num_groups,
-        add_attention=any(config.attention),
-        dropout=config.dropout,
-        flip_sin_to_cos=True,
-        freq_shift=0,
-        num_class_embeds=config.num_classes + config.null_class or None,
-    )
-
-
-class PixelModel:
-    """A pixel-space image model: x0 is the image itself, (C, H, W) in [-1, 1].
-
-    `timesteps` are a few-step student's, None for a teacher.
-    """
-
-    def __init__(self, config: PixelModelConfig, unet: UNet2DModel, timesteps: list[float] | None = None):
-        self.config, self.unet = config, unet
-        self.denoiser = Denoiser(PixelUNet(unet), EDM(config.sigma_min, config.sigma_max), edm(config.sigma_data))
-        self.conditioner = ClassLabels(config.num_classes, config.null_class)
-        self.shape = (config.channels, config.image_size, config.image_size)
-        self.timesteps = timesteps
+    denoiser: Denoiser
+    conditioner: ClassLabels
+    shape: tuple[int, ...]
+    """Of one x0, without the batch."""
+    timesteps: list[float] | None
+    """Of a few-step student; None for a teacher."""
 
     @property
     def bottleneck(self) -> str:
-        """The layer that the discriminator reads: the last encoder block, as in the official EDM runs (spec, 1.4)."""
-        return f"unet.down_blocks.{len(self.config.block_out_channels) - 1}"
+        """Dotted name of the layer that the discriminator reads by default."""
 
     @property
     def device(self) -> torch.device:
-        return next(self.denoiser.parameters()).device
+        """Where the parameters are."""
 
     def balanced_condition(self, num: int) -> Condition:
-        """`num` conditions with every class in turn, on the model's device."""
-        return self.conditioner.encode(self.conditioner.labels(num).to(self.device))
+        """`num` conditions for evaluation and grids, evenly spread."""
 
     def encode(self, batch: dict[str, Tensor]) -> tuple[Tensor, Condition]:
-        """x0 and condition of real data {"image": uint8 (B, C, H, W), "label": (B,)}, on the model's device."""
-        x0 = batch["image"].to(self.device).float() / 127.5 - 1
-        return x0, self.conditioner.encode(batch["label"].to(self.device)) if "label" in batch else {}
+        """x0 and condition of a batch of real data, on the model's device."""
 
     def decode(self, x0: Tensor) -> Tensor:
-        """x0 (B, C, H, W) -> uint8 images, clipped and rounded."""
-        return ((x0.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        """uint8 images (B, C, H, W) of x0: for consumers of images, never in a training step."""
 
-    def student(self, denoiser: Denoiser, timesteps: Tensor) -> "PixelModel":
+    def student(self, denoiser: Denoiser, timesteps: Tensor) -> Self:
         """The same image model around a few-step student."""
-        model = copy.copy(self)
-        model.denoiser, model.unet, model.timesteps = denoiser, denoiser.network.unet, timesteps.tolist()
-        return model
 
     def save(self, folder: Path) -> None:
-        """Writes `unet/` as diffusers does (safetensors) and `fewstep.json` beside it."""
-        self.unet.save_pretrained(folder / "unet")
-        description = {"family": "pixel", "config": self.config.model_dump(), "timesteps": self.timesteps}
-        (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
+        """Writes what `pretrained.load` reads."""

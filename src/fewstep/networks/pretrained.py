@@ -3,10 +3,10 @@
 import json
 from pathlib import Path
 
-from diffusers import UNet2DModel
+from safetensors.torch import load_file
 
 from fewstep.errors import UserError
-from fewstep.networks.image_model import DESCRIPTION, PixelModel, PixelModelConfig
+from fewstep.networks.pixel_model import DESCRIPTION, PixelModel, PixelModelConfig, build_unet
 
 
 def load(folder: Path) -> PixelModel:
@@ -15,16 +15,20 @@ def load(folder: Path) -> PixelModel:
     Raises UserError if the folder is not one, or is damaged.
     """
     if not (folder / DESCRIPTION).is_file():
-        raise UserError(f"{folder}: not a model folder (it has no {DESCRIPTION})")
+        raise UserError(
+            f"{folder}: not a model folder (it has no {DESCRIPTION}); name a run or another checkpoint's model"
+        )
     try:
         description = json.loads((folder / DESCRIPTION).read_text())
         config = PixelModelConfig(**description["config"])
-        unet = UNet2DModel.from_pretrained(
-            folder / "unet", use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
-        )
+        timesteps = description["timesteps"] and [float(t) for t in description["timesteps"]]
+        unet = build_unet(config)
+        unet.load_state_dict(load_file(folder / "unet" / "diffusion_pytorch_model.safetensors"))
     except Exception as error:  # a damaged file shows itself as almost any error
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{folder}: the model can't be read ({reason})") from error
-    model = PixelModel(config, unet, description["timesteps"])
+        reason = " ".join(str(error).split()[:20])
+        raise UserError(
+            f"{folder}: the model is damaged ({type(error).__name__}: {reason}); name another checkpoint's model folder"
+        ) from error
+    model = PixelModel(config, unet, timesteps)
     model.denoiser.eval()
     return model

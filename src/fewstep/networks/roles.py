@@ -1,6 +1,7 @@
 """Teacher, student, critic and discriminator, out of one image model, in one place."""
 
 import copy
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ from fewstep.diffusion.denoiser import Denoiser, Guided
 from fewstep.errors import UserError
 from fewstep.networks.discriminator import Discriminator
 from fewstep.networks.features import features
-from fewstep.networks.image_model import PixelModel
+from fewstep.networks.image_model import ImageModel
 
 
 @dataclass
@@ -23,14 +24,14 @@ class Roles:
     feature_layer: str
 
 
-def make_roles(model: PixelModel, guidance_scale: float = 1.0, feature_layer: str | None = None) -> Roles:
+def make_roles(model: ImageModel, guidance_scale: float = 1.0, feature_layer: str | None = None) -> Roles:
     """Freezes the model as teacher (guided, unless the scale is 1) and copies it as student and critic.
 
     All run in evaluation mode, i.e. without dropout, as the official system does. `feature_layer` names the critic's
     layer that the discriminator reads; by default the adapter's bottleneck. Raises UserError where the model has no
     null class to guide with, or no such layer.
     """
-    student, critic = copy.deepcopy(model.denoiser).eval(), copy.deepcopy(model.denoiser).eval()
+    student, critic = (copy.deepcopy(model.denoiser).eval().requires_grad_(True) for _ in range(2))
     base = model.denoiser.eval().requires_grad_(False)
     layer = feature_layer or model.bottleneck
     teacher: Denoiser | Guided = base
@@ -43,12 +44,12 @@ def make_roles(model: PixelModel, guidance_scale: float = 1.0, feature_layer: st
     return Roles(teacher, student, critic, _make_discriminator(model, layer), layer)
 
 
-def _make_discriminator(model: PixelModel, layer: str) -> Discriminator:
-    if layer not in dict(model.denoiser.network.named_modules()):
-        raise UserError(
-            f"gan.feature_layer: the network has no layer {layer!r}; its bottleneck is {model.bottleneck!r}"
-        )
+def _make_discriminator(model: ImageModel, layer: str) -> Discriminator:
+    """A head for what the layer gives, found out by one pass."""
     x_t, t = torch.zeros(1, *model.shape, device=model.device), torch.ones(1, device=model.device)
-    with torch.no_grad():
+    feature = None
+    with torch.no_grad(), suppress(AttributeError, IndexError):
         feature = features(model.denoiser, layer, x_t, t, model.balanced_condition(1))
+    if feature is None or feature.ndim != 4:
+        raise UserError(f"gan.feature_layer: no layer {layer!r} gives (B, C, H, W) features; try {model.bottleneck!r}")
     return Discriminator(*feature.shape[1:]).to(model.device)

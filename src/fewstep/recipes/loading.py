@@ -40,7 +40,9 @@ def find(name: str) -> Path:
     if path.suffix in {".yaml", ".yml"} and path.is_file():
         return path
     if name not in recipe_names():
-        raise UserError(f"no recipe {name!r}{_nearest(name, recipe_names())}; `fewstep recipes` lists them")
+        raise UserError(
+            f"no recipe or YAML file {name!r}{_nearest(name, recipe_names())}; `fewstep recipes` lists them"
+        )
     return FOLDER / f"{name}.yaml"
 
 
@@ -62,8 +64,10 @@ def read_run_recipe(path: Path) -> TeachRecipe | DistillRecipe:
     return parse(_read(path), str(path))
 
 
-def differences(old: BaseModel, new: BaseModel) -> list[str]:
-    """The dotted keys in which two recipes differ, as `key: old -> new`."""
+def differences(old: TeachRecipe | DistillRecipe, new: TeachRecipe | DistillRecipe) -> list[str]:
+    """The dotted keys in which two recipes differ, as `key: old -> new`; of two kinds, only the kind."""
+    if old.kind != new.kind:
+        return [f"kind: {old.kind} -> {new.kind}"]
     before, after = dict(_flat(old.model_dump())), dict(_flat(new.model_dump()))
     keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
     return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys]
@@ -100,8 +104,8 @@ def _read(path: Path) -> dict[str, Any]:
 def _put(content: dict[str, Any], override: str) -> None:
     """Puts `a.b=value` into nested dicts; the value is YAML."""
     key, separator, value = override.partition("=")
-    if not separator:
-        raise UserError(f"--set {override}: write key=value, for example num_steps=1000")
+    if not separator or not key.strip():
+        raise UserError(f"--set {override!r}: write key=value, for example num_steps=1000")
     *parents, last = key.strip().split(".")
     for parent in parents:
         content = content.setdefault(parent, {})
@@ -117,10 +121,14 @@ def _explain(error: ValidationError, content: dict[str, Any]) -> str:
     """The first mistake as `key: what is wrong`, with the nearest right key if one is misspelt."""
     first, more = error.errors()[0], error.error_count() - 1
     kind = content.get("kind")
-    location = [str(part) for part in first["loc"] if part != kind]
-    key = ".".join(location) or "kind"
+    location = [str(part) for part in first["loc"][1:]]  # behind the kind
+    key = ".".join(location)
+    if first["type"].startswith("union_tag"):
+        return f"kind: must be teach or distill, not {kind!r}"
     if first["type"] == "extra_forbidden":
         text = f"{key}: unknown key{_nearest(location[-1], _keys_beside(kind, location))}"
+    elif first["type"] == "model_type":
+        text = f"{key}: must hold keys ({', '.join(_keys_beside(kind, [*location, '']))}), not {first['input']!r}"
     elif first["type"] == "value_error":
         text = f"{key}: {first['ctx']['error']}" if location else str(first["ctx"]["error"])
     else:

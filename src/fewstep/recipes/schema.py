@@ -1,10 +1,10 @@
 """What a recipe can hold; every field is documented where it is declared, here or in the settings it is made of."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from fewstep.networks.image_model import PixelModelConfig
+from fewstep.networks.pixel_model import PixelModelConfig
 from fewstep.settings import Settings
 from fewstep.training.dmd2 import DMD2Settings
 from fewstep.training.loop import LoopSettings
@@ -41,6 +41,12 @@ class TeachRecipe(RunSettings, TeacherSettings):
 
     kind: Literal["teach"] = "teach"
     model: PixelModelConfig = PixelModelConfig()
+
+    @model_validator(mode="after")
+    def _dropout_has_a_null_class(self) -> Self:
+        if self.class_dropout and not self.model.null_class:
+            raise ValueError("class_dropout: replaces labels by the null class; set model.null_class to true")
+        return self
 
 
 class DistillRecipe(RunSettings, DMD2Settings):

@@ -65,9 +65,11 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
 def check_run(run: Path) -> None:
     """Raises UserError unless `run` is a run folder."""
     if not run.is_dir():
-        raise UserError(f"{run}: no such run folder")
+        raise UserError(f"{run}: no such run folder; name one that `fewstep teach` or `fewstep distill` wrote")
     if not (run / RECIPE).is_file():
-        raise UserError(f"{run}: not a run folder (it has no {RECIPE})")
+        raise UserError(
+            f"{run}: not a run folder (it has no {RECIPE}); name one that `fewstep teach` or `distill` wrote"
+        )
 
 
 def latest_model(run: Path) -> Path:

@@ -11,13 +11,23 @@ from types import FrameType
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from fewstep.errors import UserError
+from fewstep.runtime.checkpoint import write_text
 
 Report = Callable[[int, dict[str, float]], None]
 """Called with the number of finished steps and, when there are new ones, the metrics."""
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The lines of a metrics.jsonl; [] if there is none. A last line that was torn by a kill is left out."""
+    try:
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("}")]
+    except ValueError as error:  # neither UTF-8 nor JSON
+        raise UserError(f"{path}: can't be read; remove it, which loses the run's curves and nothing else") from error
 
 
 class Metrics:
@@ -50,9 +60,8 @@ class Metrics:
 
     def rewind(self, step: int) -> None:
         """Drops the lines behind `step`, before a resumed run writes them again."""
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        self.path.write_text("".join(f"{line}\n" for line in kept))
+        kept = [line for line in read_metrics(self.path) if line["step"] <= step]
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def state_dict(self) -> dict:
         return {"sums": self.sums, "counts": self.counts}
@@ -64,10 +73,9 @@ class Metrics:
 def progress_columns() -> Progress:
     """The progress display of every long job, on standard error; plain pipes get nothing."""
     return Progress(
-        TextColumn("{task.description:<20}"),
-        BarColumn(bar_width=24),
+        TextColumn("{task.description:<16}"),
+        BarColumn(bar_width=12),
         MofNCompleteColumn(),
-        TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
@@ -76,18 +84,26 @@ def progress_columns() -> Progress:
     )
 
 
-@contextmanager
-def progress_bar(title: str, total: int, start: int = 0) -> Iterator[Report]:
-    """One progress bar with the time left and the first metrics."""
-    with progress_columns() as progress:
-        task = progress.add_task(title, total=total, completed=start, note="")
+def first_metric(metrics: dict[str, float]) -> str:
+    """What fits behind a progress bar."""
+    return next((f"{name} {value:.3g}" for name, value in metrics.items()), "")
 
-        def report(step: int, metrics: dict[str, float]) -> None:
+
+@contextmanager
+def progress_bar(title: str, total: int, report: Report | None = None) -> Iterator[Report]:
+    """One progress bar with the time left and the first metric; or, instead of it, what `report` does."""
+    if report is not None:
+        yield report
+        return
+    with progress_columns() as progress:
+        task = progress.add_task(title, total=total, note="")
+
+        def show(step: int, metrics: dict[str, float]) -> None:
             progress.update(task, completed=step)
             if metrics:
-                progress.update(task, note=" ".join(f"{name} {value:.3g}" for name, value in list(metrics.items())[:2]))
+                progress.update(task, note=first_metric(metrics))
 
-        yield report
+        yield show
 
 
 @contextmanager

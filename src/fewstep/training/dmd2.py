@@ -15,7 +15,7 @@ from fewstep.diffusion.sampling import rollout
 from fewstep.diffusion.schedules import NoiseSchedule
 from fewstep.errors import UserError
 from fewstep.networks.features import features, x0_and_features
-from fewstep.networks.image_model import PixelModel
+from fewstep.networks.image_model import ImageModel
 from fewstep.networks.roles import Roles
 from fewstep.runtime.ema import EMA
 from fewstep.seeding import generator
@@ -28,7 +28,7 @@ from fewstep.training.settings import NoiseLevels, NoiseLevelSampler, OptimizerS
 class StudentSettings(Settings):
     """The few-step denoiser that is being made."""
 
-    num_timesteps: int = Field(1, ge=1)
+    num_timesteps: int = Field(1, ge=1, le=1000)
     """K, the number of calls that make an image."""
     timesteps: list[float] | None = None
     """The K native times, decreasing; by default evenly spaced levels of the schedule (999, 749, 499, 249 for SDXL)."""
@@ -101,7 +101,7 @@ class DMD2:
     STATE = ("student", "critic", "discriminator", "ema", "student_optimizer", "critic_optimizer")
 
     def __init__(
-        self, settings: DMD2Settings, model: PixelModel, roles: Roles, num_steps: int, batch_size: int, seed: int
+        self, settings: DMD2Settings, model: ImageModel, roles: Roles, num_steps: int, batch_size: int, seed: int
     ):
         self.settings, self.model, self.batch_size, self.seed = settings, model, batch_size, seed
         self.teacher, self.student, self.critic = roles.teacher, roles.student, roles.critic

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from fewstep.networks.image_model import PixelModel
+from fewstep.networks.image_model import ImageModel
 
 Batch = dict[str, Tensor]
 Metrics = dict[str, Tensor]
@@ -14,7 +14,7 @@ Metrics = dict[str, Tensor]
 class Method(Protocol):
     """A training algorithm: one `step` per batch; everything random in it is a function of (seed, step, rank)."""
 
-    model: PixelModel
+    model: ImageModel
 
     @property
     def num_noises(self) -> int:

@@ -12,7 +12,7 @@ from fewstep.training.settings import OptimizerSettings
 def learning_rate_factor(update: int, num_updates: int, settings: OptimizerSettings) -> float:
     """Share of the peak rate at `update` of `num_updates`: linear warm-up, then constant, linear or cosine decay."""
     warmup = min(1.0, (update + 1) / (settings.warmup_steps + 1))
-    progress = min(1.0, update / num_updates)
+    progress = max(0.0, update / num_updates - settings.decay_start) / (1 - settings.decay_start)
     decay = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
     return warmup * decay[settings.decay]
 

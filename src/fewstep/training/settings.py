@@ -2,14 +2,15 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Generator, Tensor
 
 from fewstep.diffusion import timesteps
-from fewstep.diffusion.schedules import NoiseSchedule
+from fewstep.diffusion.schedules import EDM, Flow, NoiseSchedule
+from fewstep.errors import UserError
 from fewstep.settings import Settings
 
 NoiseLevelSampler = Callable[[int, Generator], Tensor]
@@ -21,9 +22,9 @@ class NoiseLevels(Settings):
     distribution: Literal["index", "lognormal", "logit_normal", "shifted"] = "index"
     """`index`: uniform over the schedule's levels (1,000 Karras levels for EDM); `lognormal`: EDM's training
     distribution; `logit_normal`, `shifted`: flow models."""
-    min_index: int = Field(0, ge=0)
+    min_index: int = Field(0, ge=0, le=999)
     """Lowest level for `index`; 0 is the least noise. DMD2 trains the student from 20 on."""
-    max_index: int = Field(999, ge=0)
+    max_index: int = Field(999, ge=0, le=999)
     """Highest level for `index`, included. DMD2 trains the student up to 980."""
     mean: float = -1.2
     """Of ln(sigma) for `lognormal`, of logit(t) for `logit_normal` (EDM, table 1)."""
@@ -32,8 +33,20 @@ class NoiseLevels(Settings):
     shift: float = Field(1.0, gt=0)
     """Resolution shift for `shifted` (SD3, equation 23)."""
 
+    @model_validator(mode="after")
+    def _indices_fit(self) -> Self:
+        if self.min_index > self.max_index:
+            raise ValueError(f"min_index {self.min_index} is above max_index {self.max_index}")
+        return self
+
     def sampler(self, schedule: NoiseSchedule, device: torch.device) -> NoiseLevelSampler:
-        """A function (num, generator) -> native times (num,), for generators on `device`."""
+        """A function (num, generator) -> native times (num,), for generators on `device`.
+
+        Raises UserError if the schedule has no such times.
+        """
+        native = {"lognormal": EDM, "logit_normal": Flow, "shifted": Flow}.get(self.distribution, NoiseSchedule)
+        if not isinstance(schedule, native):
+            raise UserError(f"noise.distribution: {self.distribution} is not for this teacher's schedule; take index")
         if self.distribution == "lognormal":
             return partial(timesteps.lognormal_sigma, mean=self.mean, std=self.std)
         if self.distribution == "logit_normal":
@@ -58,6 +71,8 @@ class OptimizerSettings(Settings):
     warmup_steps: int = Field(0, ge=0)
     """Updates over which the rate rises linearly; the official 500 amounts to about 2 student updates on 64 GPUs."""
     decay: Literal["constant", "linear", "cosine"] = "constant"
-    """How the rate falls from its peak to zero over the run; the paper keeps it constant."""
+    """How the rate falls from its peak to zero; the paper keeps it constant."""
+    decay_start: float = Field(0.0, ge=0, lt=1)
+    """Share of the run behind which the rate begins to fall."""
     clip_norm: float = Field(10.0, gt=0)
     """Largest global gradient norm."""

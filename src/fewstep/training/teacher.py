@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fewstep.diffusion.losses import denoising_loss
 from fewstep.diffusion.sampling import heun
-from fewstep.networks.image_model import PixelModel
+from fewstep.networks.image_model import ImageModel
 from fewstep.runtime.ema import EMA
 from fewstep.seeding import generator
 from fewstep.settings import Settings
@@ -37,7 +37,7 @@ class TeacherTraining:
     num_noises = 1
     NUM_SAMPLER_STEPS = 18  # Heun, 35 calls: for the sample grids
 
-    def __init__(self, settings: TeacherSettings, model: PixelModel, num_steps: int, seed: int):
+    def __init__(self, settings: TeacherSettings, model: ImageModel, num_steps: int, seed: int):
         self.settings, self.model, self.seed = settings, model, seed
         self.denoiser = model.denoiser.train()
         self.optimizer = Optimizer(self.denoiser.parameters(), settings.optimizer, num_steps)

@@ -1,0 +1,510 @@
+"""Whatever a user gets wrong is one line that names it and says what is right; exit code 2, and nothing is touched."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from fewstep import cli
+
+MODEL = {"num_classes": 10, "null_class": True, "block_out_channels": [8, 8], "norm_num_groups": 4}
+LOOP = {"num_steps": 2, "batch_size": 4, "data": {"source": "digits"}}
+TEACHER = {"kind": "teach", "model": MODEL, **LOOP}
+STUDENT = {"kind": "distill", "teacher": "teacher", **LOOP}
+Refused = Callable[..., str]
+
+
+def command_line(monkeypatch: pytest.MonkeyPatch, command: str) -> int:
+    """The exit code of `fewstep COMMAND`, run in this process."""
+    monkeypatch.setattr(sys, "argv", ["fewstep", *command.split()])
+    try:
+        cli.main()
+    except SystemExit as leaving:
+        return int(leaving.code or 0)
+    return 0
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two recipes, a teacher's run and its student's run."""
+    folder = tmp_path_factory.mktemp("workshop")
+    (folder / "t.yaml").write_text(yaml.safe_dump(TEACHER))
+    (folder / "d.yaml").write_text(yaml.safe_dump(STUDENT))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert command_line(patch, "teach t.yaml --out teacher") == 0
+        assert command_line(patch, "distill d.yaml --out student") == 0
+    return folder
+
+
+@pytest.fixture
+def place(workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory: a copy of the workshop, to be damaged."""
+    folder = tmp_path / "place"
+    shutil.copytree(workshop, folder)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def snapshot(folder: Path) -> dict[Path, tuple[int, bytes]]:
+    """Every file and folder with its time of change and its content."""
+    return {path: (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"") for path in folder.rglob("*")}
+
+
+@pytest.fixture
+def refused(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refused:
+    """Runs a command that must be refused with one line that holds the given fragments; returns the line."""
+
+    def run(command: str, *fragments: str) -> str:
+        before = snapshot(place)
+        capsys.readouterr()
+        code = command_line(monkeypatch, command)
+        printed = capsys.readouterr()
+        lines = printed.err.splitlines()
+        assert code == 2
+        assert len(lines) == 1, printed.err
+        assert lines[0].startswith("fewstep: ")
+        assert "Traceback" not in printed.err
+        for fragment in fragments:
+            assert fragment in lines[0]
+        assert printed.out == ""
+        assert snapshot(place) == before
+        return lines[0]
+
+    return run
+
+
+def pictures(folder: str, num_classes: int = 10) -> Path:
+    """A folder with a folder per class, one grey picture in each."""
+    for label in range(num_classes):
+        Path(folder, f"{label:02d}").mkdir(parents=True)
+        Image.new("L", (10, 12), 20 * label).save(Path(folder, f"{label:02d}", "picture.png"))
+    return Path(folder)
+
+
+def damage(run: str, file: str, content: bytes | None = None) -> Path:
+    """Replaces a file of a run by `content`, or cuts it in half; returns its path."""
+    path = next(Path(run).rglob(file))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2] if content is None else content)
+    return path
+
+
+# --- recipes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("command", "fragments"),
+    [
+        ("teach digits-techer --out x", ["digits-techer", "did you mean 'digits-teacher'?"]),
+        ("distill nothing-like-it --out x", ["nothing-like-it", "`fewstep recipes` lists them"]),
+        ("teach there-is-no.yaml --out x", ["there-is-no.yaml", "YAML file"]),
+        ("teach d.yaml --out x", ["d.yaml", "is for `fewstep distill`"]),
+        ("distill t.yaml --out x", ["t.yaml", "is for `fewstep teach`"]),
+        ("teach t.yaml --out x --set num_step=5", ["num_step: unknown key", "did you mean 'num_steps'?"]),
+        ("teach t.yaml --out x --set optimizer.lrr=1", ["optimizer.lrr: unknown key", "did you mean 'lr'?"]),
+        ("distill d.yaml --out x --set student.optimizer.warmup=1", ["optimizer.warmup:", "mean 'warmup_steps'?"]),
+        ("teach t.yaml --out x --set teach=1", ["teach: unknown key"]),
+        ("teach t.yaml --out x --set num_steps=many", ["num_steps: ", "integer", "'many'"]),
+        ("teach t.yaml --out x --set num_steps=0", ["num_steps: ", "greater than or equal to 1", "not 0"]),
+        ("teach t.yaml --out x --set optimizer=3", ["optimizer: must hold keys (lr, ", "not 3"]),
+        ("teach t.yaml --out x --set model.block_out_channels=8", ["model.block_out_channels: ", "list", "not 8"]),
+        ("teach t.yaml --out x --set model.attention=[true]", ["model: attention has 1 entries, block_out_channels 2"]),
+        ("teach t.yaml --out x --set model.image_size=9", ["model: image_size 9 can't be halved"]),
+        ("teach t.yaml --out x --set noise.distribution=gauss", ["noise.distribution: ", "'lognormal'", "'gauss'"]),
+        ("teach t.yaml --out x --set kind=learn", ["kind: must be teach or distill, not 'learn'"]),
+        ("teach t.yaml --out x --set num_steps", ["--set 'num_steps'", "write key=value"]),
+        ("teach t.yaml --out x --set =5", ["--set '=5'", "write key=value"]),
+        ("teach t.yaml --out x --set num_steps.a=5", ["num_steps", "holds no keys"]),
+        ("teach t.yaml --out x --set num_steps=[1", ["num_steps=[1", "not a YAML value"]),
+        ("recipes check t.yaml --set sed=1", ["sed: unknown key", "did you mean 'seed'?"]),
+        ("recipes show", ["fewstep recipes show NAME"]),
+        ("recipes print t.yaml", ["fewstep recipes check NAME"]),
+    ],
+)
+def test_a_mistake_in_a_recipe_names_the_key_and_what_is_right(
+    refused: Refused, command: str, fragments: list[str]
+) -> None:
+    refused(command, *fragments)
+
+
+@pytest.mark.parametrize(
+    ("settings", "fragments"),
+    [
+        (["student.timesteps=[80,1]"], ["timesteps has 2 entries, but num_timesteps is 1"]),
+        (["student.timesteps=[1,80]", "student.num_timesteps=2"], ["timesteps must decrease"]),
+        (["student.timesteps=[80,80]", "student.num_timesteps=2"], ["timesteps must decrease"]),
+        (["student.timesteps=[90]"], ["student.timesteps", "between 0.002 and 80"]),
+        (["student.timesteps=[80,0.001]", "student.num_timesteps=2"], ["student.timesteps", "between 0.002 and 80"]),
+        (["student.timesteps=[40]"], ["student.timesteps", "the first must be sigma_max = 80, not 40"]),
+        (["student.num_timesteps=0"], ["student.num_timesteps", "greater than or equal to 1"]),
+        (["gan.feature_layer=unet.nowhere"], ["gan.feature_layer", "'unet.nowhere'", "'unet.down_blocks.1'"]),
+        (["gan.student_weight=0"], ["student_weight and critic_weight: set both, or both to 0"]),
+        (["teacher=nowhere"], ["teacher: 'nowhere' is neither a folder nor the name of a recipe"]),
+        (["teacher=digits-1step"], ["teacher: ", "'digits-1step' does not train a teacher"]),
+        (["teacher=student"], ["teacher: student is a few-step student"]),
+        (["teacher=."], [".: not a run folder (it has no recipe.yaml)"]),
+    ],
+)
+def test_a_distillation_that_does_not_fit_is_refused_before_it_starts(
+    refused: Refused, settings: list[str], fragments: list[str]
+) -> None:
+    refused(f"distill d.yaml --out x {' '.join(f'--set {setting}' for setting in settings)}", *fragments)
+
+
+def test_guiding_a_teacher_without_null_class_is_refused(
+    refused: Refused, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command_line(monkeypatch, "teach t.yaml --out plain --set model.null_class=false") == 0
+    refused("distill d.yaml --out x --set teacher=plain --set guidance_scale=2", "guidance_scale", "no null class")
+
+
+@pytest.mark.parametrize(
+    ("content", "fragment"),
+    [
+        (b"a: [b", "can't be read as YAML"),
+        (b"\xff\xfe\x00", "can't be read as YAML"),
+        (b"", "a recipe is a mapping of keys to values"),
+        (b"- 1", "a recipe is a mapping of keys to values"),
+        (b"num_steps: 2", "kind: must be teach or distill, not None"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_named(refused: Refused, content: bytes, fragment: str) -> None:
+    Path("mine.yaml").write_bytes(content)
+    refused("teach mine.yaml --out x", "mine.yaml", fragment)
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_source_that_is_not_there_is_named(refused: Refused) -> None:
+    refused("teach t.yaml --out x --set data.source=nowhere", "nowhere: no such file or folder (data.source)")
+
+
+def test_a_source_without_images_says_what_a_source_is(refused: Refused) -> None:
+    Path("notes").mkdir()
+    Path("notes/a.txt").write_text("no picture")
+    for source in ("notes", "notes/a.txt"):
+        refused(f"teach t.yaml --out x --set data.source={source}", f"{source}: no images here", "folder of images")
+
+
+@pytest.mark.parametrize("content", [b"text", b"", None])
+def test_an_unreadable_image_is_named(refused: Refused, content: bytes | None) -> None:
+    pictures("set")
+    damage("set/03", "picture.png", content)
+    refused("teach t.yaml --out x --set data.source=set", "set/03/picture.png", "replace or remove it")
+
+
+def test_a_16_bit_image_is_named_instead_of_clipped(refused: Refused) -> None:
+    Image.new("I;16", (8, 8), 1000).save(pictures("set") / "03" / "picture.png")
+    refused("teach t.yaml --out x --set data.source=set", "set/03/picture.png", "8-bit")
+
+
+@pytest.mark.parametrize(("file", "kind"), [("bad.parquet", "parquet"), ("bad.tar", "webdataset")])
+@pytest.mark.parametrize("content", [b"garbage", b""])
+def test_a_corrupt_file_is_named(refused: Refused, file: str, kind: str, content: bytes) -> None:
+    Path(file).write_bytes(content)
+    refused(f"teach t.yaml --out x --set data.source={file}", f"{file}: can't be read as {kind}", "data.source")
+
+
+def test_a_truncated_tar_is_named(refused: Refused) -> None:
+    with tarfile.open("cut.tar", "w") as tar:
+        for folder in sorted(pictures("set").iterdir()):
+            tar.add(folder / "picture.png", f"{folder.name}.png")
+    damage(".", "cut.tar")
+    refused("teach t.yaml --out x --set data.source=cut.tar", "cut.tar: can't be read as webdataset")
+
+
+def test_a_broken_shard_among_good_ones_is_refused(refused: Refused) -> None:
+    Path("shards").mkdir()
+    datasets.Dataset.from_dict({"image": [b""], "label": [0]}).to_parquet("shards/0.parquet")
+    Path("shards/1.parquet").write_bytes(b"garbage")
+    refused("teach t.yaml --out x --set data.source=shards", "shards: can't be read as parquet")
+
+
+@pytest.mark.parametrize("num_classes", [5, 11])
+def test_fewer_or_more_classes_than_the_model_has_are_counted(refused: Refused, num_classes: int) -> None:
+    pictures("set", num_classes)
+    refused(
+        "teach t.yaml --out x --set data.source=set",
+        f"set: has {num_classes} classes",
+        "the model has 10",
+        "model.num_classes",
+    )
+
+
+def test_digits_of_another_shape_are_refused(refused: Refused) -> None:
+    refused("teach t.yaml --out x --set model.channels=3", "data.source: the digits are 1x8x8", "3x8x8")
+
+
+def test_missing_labels_are_asked_for(refused: Refused) -> None:
+    Path("flat").mkdir()
+    Image.new("L", (8, 8)).save("flat/a.png")
+    refused("teach t.yaml --out x --set data.source=flat", "flat: no column of labels", "data.label_column")
+
+
+@pytest.mark.parametrize("labels", [["a"] * 10, [-1, *range(9)], [None, *range(9)], [n + 0.5 for n in range(10)]])
+def test_labels_that_are_no_class_indices_are_refused(refused: Refused, labels: list) -> None:
+    datasets.Dataset.from_dict({"image": [b""] * 10, "label": labels}).to_parquet("set.parquet")
+    refused("teach t.yaml --out x --set data.source=set.parquet", "set.parquet", "'label' must hold class indices")
+
+
+@pytest.mark.parametrize(
+    ("setting", "fragments"),
+    [
+        ("data.image_column=picture", ["no column 'picture' (data.image_column)", "it has image, label"]),
+        ("data.label_column=digit", ["no column 'digit' (data.label_column)", "it has image, label"]),
+        ("data.image_column=label", ["column 'label' holds no images", "data.image_column"]),
+    ],
+)
+def test_a_wrong_column_names_those_that_are_there(refused: Refused, setting: str, fragments: list[str]) -> None:
+    datasets.Dataset.from_dict({"image": [b""], "label": [0]}).to_parquet("set.parquet")
+    refused(f"teach t.yaml --out x --set data.source=set.parquet --set {setting}", "set.parquet", *fragments)
+
+
+def test_a_split_that_is_not_there_names_those_that_are(refused: Refused) -> None:
+    pictures("set")
+    refused("teach t.yaml --out x --set data.source=set --set data.split=test", "data.split", "'test'", "'train'")
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
+
+VERBS = ["sample {}", "evaluate {}"]
+
+
+@pytest.mark.parametrize("command", VERBS)
+def test_a_folder_that_is_no_run_is_refused(refused: Refused, command: str) -> None:
+    Path("empty").mkdir()
+    refused(command.format("nowhere"), "nowhere: no such run folder", "fewstep teach")
+    refused(command.format("t.yaml"), "t.yaml: no such run folder", "fewstep teach")
+    refused(command.format("empty"), "empty: not a run folder (it has no recipe.yaml)", "fewstep teach")
+
+
+@pytest.mark.parametrize("command", VERBS)
+def test_a_run_without_checkpoint_says_how_to_get_one(refused: Refused, command: str) -> None:
+    shutil.rmtree("student/checkpoints")
+    refused(command.format("student"), "student: the run has no checkpoint yet", "--resume")
+
+
+@pytest.mark.parametrize("command", [*VERBS, "distill d.yaml --resume --out {}"])
+def test_a_run_without_recipe_is_refused(refused: Refused, command: str) -> None:
+    Path("student/recipe.yaml").unlink()
+    refused(command.format("student"), "student: not a run folder (it has no recipe.yaml)")
+
+
+@pytest.mark.parametrize("command", ["evaluate {}", "distill d.yaml --resume --out {}"])
+@pytest.mark.parametrize("content", [b"garb: [age", b"", b"\xff\xfe\x00", None])
+def test_a_damaged_recipe_of_a_run_is_named(refused: Refused, command: str, content: bytes | None) -> None:
+    damage("student", "recipe.yaml", content)
+    refused(command.format("student"), "student/recipe.yaml: ")
+
+
+@pytest.mark.parametrize("command", [*VERBS, "distill d.yaml --out x --set teacher={}"])
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("diffusion_pytorch_model.safetensors", None),
+        ("diffusion_pytorch_model.safetensors", b""),
+        ("config.json", b"{"),
+        ("fewstep.json", b"garbage"),
+        ("fewstep.json", b"{}"),
+        ("fewstep.json", b'{"config": {}}'),
+    ],
+)
+def test_a_damaged_model_is_named(refused: Refused, command: str, file: str, content: bytes | None) -> None:
+    damage("teacher", file, content)
+    line = refused(command.format("teacher"), "teacher/checkpoints/00000002/model: the model is damaged")
+    assert "name another checkpoint's model folder" in line
+
+
+def test_a_missing_weight_file_is_told(refused: Refused) -> None:
+    next(Path("student").rglob("*.safetensors")).unlink()
+    refused("sample student", "student/checkpoints/00000002/model: the model is damaged")
+
+
+def test_a_truncated_state_says_which_checkpoint_to_remove(refused: Refused) -> None:
+    path = damage("student", "state.pt")
+    refused("distill d.yaml --out student --resume", f"{path}: the checkpoint can't be read", f"remove {path.parent}")
+
+
+def test_damaged_metrics_are_named(refused: Refused) -> None:
+    damage("student", "metrics.jsonl", b"garbage}\n")
+    refused("distill d.yaml --out student --resume", "student/metrics.jsonl: can't be read; remove it")
+
+
+def test_a_torn_checkpoint_beside_a_whole_one_changes_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert command_line(monkeypatch, "sample student --out before.png --num 3") == 0
+    torn = shutil.copytree("student/checkpoints/00000002", "student/checkpoints/.00000003.tmp")
+    damage(str(torn), "*.safetensors")
+    assert command_line(monkeypatch, "sample student --out after.png --num 3") == 0
+    assert Path("before.png").read_bytes() == Path("after.png").read_bytes()
+
+
+def test_resuming_with_a_changed_recipe_lists_the_changes(refused: Refused) -> None:
+    refused(
+        "distill d.yaml --out student --resume --set num_steps=4 --set student.optimizer.lr=0.1",
+        "student: --resume with a changed recipe",
+        "num_steps: 2 -> 4",
+        "student.optimizer.lr: 2e-06 -> 0.1",
+        "choose another --out",
+    )
+
+
+def test_resuming_a_run_of_another_kind_says_only_that(refused: Refused) -> None:
+    refused("teach t.yaml --out student --resume", "(kind: distill -> teach)")
+
+
+def test_a_target_that_exists_is_not_overwritten(refused: Refused) -> None:
+    refused("distill d.yaml --out student", "student: exists already", "--resume")
+    refused("teach t.yaml --out teacher", "teacher: exists already", "--resume")
+
+
+@pytest.mark.parametrize(
+    "command", ["teach t.yaml", "teach t.yaml --resume", "distill d.yaml", "evaluate teacher", "sample teacher"]
+)
+def test_an_output_below_a_file_is_refused_before_any_work(refused: Refused, command: str) -> None:
+    refused(f"{command} --out t.yaml/x", "--out: ", "t.yaml is not a folder that can be written to")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+@pytest.mark.parametrize("command", ["teach t.yaml", "distill d.yaml", "evaluate teacher", "sample teacher"])
+def test_an_output_in_a_locked_folder_is_refused(refused: Refused, command: str) -> None:
+    Path("locked").mkdir(mode=0o500)
+    refused(f"{command} --out locked/x", "--out: ", "locked is not a folder that can be written to")
+
+
+def test_a_picture_is_not_written_over_a_folder(refused: Refused) -> None:
+    refused("sample student --out teacher", "--out teacher: is a folder; name a PNG file")
+
+
+def test_resume_starts_in_an_empty_folder(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("new").mkdir()
+    assert command_line(monkeypatch, "teach t.yaml --out new --resume") == 0
+    assert Path("new/checkpoints/00000002/state.pt").is_file()
+
+
+def test_a_named_teacher_keeps_the_recipe_that_it_was_run_with(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("teacher").rename("digits-teacher")
+    before = snapshot(place / "digits-teacher")
+    assert command_line(monkeypatch, "distill d.yaml --out x --set teacher=digits-teacher") == 0
+    Path("runs").mkdir()
+    Path("digits-teacher").rename("runs/digits-teacher")
+    assert command_line(monkeypatch, "distill d.yaml --out runs/x --set teacher=digits-teacher") == 0
+    assert [*snapshot(place / "runs/digits-teacher").values()] == [*before.values()]
+
+
+# --- what the verbs are asked for ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["foo", "heun", "heun:", "heun:0", "ddim:-1", "heun:1.5", "ddim:²", "student:1"])
+def test_a_bad_sampler_says_how_to_write_one(refused: Refused, text: str) -> None:
+    refused(f"sample teacher --sampler {text}", f"sampler '{text}'", "for example heun:18")
+    refused(f"evaluate student --sampler {text}", f"sampler '{text}'", "for example heun:18")
+
+
+def test_a_student_takes_no_sampler(refused: Refused) -> None:
+    refused("sample student --sampler heun:18", "--sampler heun:18", "its own timesteps")
+
+
+@pytest.mark.parametrize("label", [10, -1])
+def test_a_label_out_of_range_is_refused(refused: Refused, label: int) -> None:
+    refused(f"sample student --label {label}", f"--label {label}: the model has 10 classes, counted from 0")
+
+
+@pytest.mark.parametrize("command", ["sample student", "evaluate student"])
+def test_an_unknown_device_names_the_known_ones(refused: Refused, command: str) -> None:
+    refused(f"{command} --device gpu", "device 'gpu'", "auto, cpu or cuda")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(
+    "command",
+    [
+        "teach t.yaml --out x --set device=cuda",
+        "distill d.yaml --out x --set device=cuda",
+        "sample student --device cuda",
+        "evaluate student --device cuda",
+    ],
+)
+def test_cuda_without_a_gpu_is_refused(refused: Refused, command: str) -> None:
+    refused(command, "device: no CUDA GPU here; use device=cpu")
+
+
+@pytest.mark.parametrize("features", ["nothing.pt", "t.yaml", "student", "classifyer"])
+def test_features_that_are_no_torchscript_are_refused(refused: Refused, features: str) -> None:
+    refused(f"evaluate student --features {features}", f"{features}: not a readable TorchScript file", "--features")
+
+
+def test_a_damaged_classifier_is_named(refused: Refused) -> None:
+    Path("classifier-digits.safetensors").write_bytes(b"garbage")
+    refused("evaluate student", "classifier-digits.safetensors: not a classifier of fewstep; remove it")
+
+
+def test_runs_of_different_images_are_not_judged_together(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (
+        command_line(monkeypatch, "teach t.yaml --out free --set model.num_classes=0 --set model.null_class=false") == 0
+    )
+    refused("evaluate student free", "free: ", "(1, 8, 8, 0)", "(1, 8, 8, 10)", "judge it apart")
+    refused("evaluate free", "--features classifier: the model has no classes", "TorchScript file")
+
+
+def test_too_few_real_images_to_judge_with_are_counted(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures("set")
+    assert command_line(monkeypatch, "teach t.yaml --out few --set data.source=set") == 0
+    refused("evaluate few", "data.source: has 10 images; judging needs at least 40")
+
+
+# --- usage and help --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "command", ["teach", "sample", "evaluate", "teech", "sample teacher --num 0", "teach t.yaml --sett a=1"]
+)
+def test_a_wrong_call_exits_with_2_and_points_at_help(
+    place: Path, command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = snapshot(place)
+    assert command_line(monkeypatch, command) == 2
+    error = capsys.readouterr().err
+    assert "--help" in error
+    assert "Traceback" not in error
+    assert snapshot(place) == before
+
+
+@pytest.mark.parametrize("verb", ["", "demo", "teach", "distill", "sample", "evaluate", "recipes"])
+def test_help_fits_a_terminal_and_shows_an_example(
+    verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert command_line(monkeypatch, f"{verb} --help") == 0
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert len(lines) <= (24 if verb in ("", "demo", "teach", "distill", "recipes") else 40)
+    assert max(map(len, lines)) <= 80
+    assert f"Example: fewstep {verb}".strip() in "\n".join(lines)
+
+
+def test_the_default_run_folder_is_in_the_help(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command_line(monkeypatch, "teach --help") == 0
+    assert "runs/RECIPE" in capsys.readouterr().out
+
+
+def test_the_installed_program_refuses_in_one_line_too(place: Path) -> None:
+    before = snapshot(place)
+    script = [sys.executable, "-c", "from fewstep.cli import main; main()"]
+    ended = subprocess.run([*script, "teach", "digits-techer"], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.splitlines() == [ended.stderr.strip()]
+    assert "did you mean 'digits-teacher'?" in ended.stderr
+    assert snapshot(place) == before

@@ -1,0 +1,301 @@
+"""Image sets: every kind of file gives the same pixels, and every rank and step its own part of a shuffled epoch."""
+
+import io
+import tarfile
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fewstep.data import images as module
+from fewstep.data.images import ImageSet, batch_indices, digits, load_images
+from fewstep.errors import UserError
+
+SHARED = Path(__file__).parents[2] / ".." / "shared" / "data"
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="no shared data here")
+NUM, CLASSES = 7, 3
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datasets` keeps what it converts in the test's own folder."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def picture(index: int, width: int = 13, height: int = 10) -> Image.Image:
+    """An RGB picture whose pixels are a function of `index`."""
+    draws = np.random.default_rng(index)
+    return Image.fromarray(draws.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def png(index: int) -> bytes:
+    buffer = io.BytesIO()
+    picture(index).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def reference(index: int, size: int, mode: str) -> Tensor:
+    """The picture cut by hand to its central square, which PIL then resizes."""
+    source = picture(index).convert(mode)
+    short, (left, top) = min(source.size), ((side - min(source.size)) / 2 for side in source.size)
+    fitted = source.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + short, top + short))
+    array = torch.from_numpy(np.array(fitted))
+    return array[None] if mode == "L" else array.permute(2, 0, 1)
+
+
+def table(image: str = "image", label: str = "label", start: int = 0, stop: int = NUM) -> datasets.Dataset:
+    rows = range(start, stop)
+    return datasets.Dataset.from_dict({image: [png(i) for i in rows], label: [i % CLASSES for i in rows]})
+
+
+def write_class_folders(folder: Path) -> Path:
+    for index in range(NUM):
+        path = folder / f"class{index % CLASSES}" / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png(index))
+    return folder
+
+
+def write_flat(folder: Path) -> Path:
+    folder.mkdir()
+    for index in range(NUM):
+        (folder / f"{index}.png").write_bytes(png(index))
+    (folder / "README.txt").write_text("no image")
+    return folder
+
+
+def write_parquet(path: Path) -> Path:
+    table().to_parquet(path)
+    return path
+
+
+def write_shards(folder: Path) -> Path:
+    folder.mkdir()
+    table(stop=4).to_parquet(folder / "part-0.parquet")
+    table(start=4).to_parquet(folder / "part-1.parquet")
+    (folder / "README.md").write_text("not data")
+    return folder
+
+
+def write_tar(path: Path) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for index in range(NUM):
+            for name, content in ((f"{index:03d}.png", png(index)), (f"{index:03d}.cls", b"%d" % (index % CLASSES))):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+WRITERS = {
+    "folder": (write_class_folders, sorted(range(NUM), key=lambda i: (i % CLASSES, i))),
+    "flat": (write_flat, list(range(NUM))),
+    "set.parquet": (write_parquet, list(range(NUM))),
+    "shards": (write_shards, list(range(NUM))),
+    "set.tar": (write_tar, list(range(NUM))),
+}
+
+
+def everything(images: ImageSet) -> Tensor:
+    return images.fetch(torch.arange(images.length))
+
+
+# --- what is in a set ------------------------------------------------------------------------------------------------
+
+
+def test_the_digits_are_scikit_learns_in_eight_bits() -> None:
+    images = digits()
+    pixels, labels = everything(images), images.labels
+    assert (images.length, tuple(pixels.shape), pixels.dtype) == (1797, (1797, 1, 8, 8), torch.uint8)
+    assert (pixels.min(), pixels.max()) == (0, 255)
+    assert labels is not None
+    assert labels.unique().tolist() == list(range(10))
+    assert labels[:10].tolist() == list(range(10))
+    assert len(pixels.unique()) == 17  # 16 levels and zero, evenly spread
+    assert pixels.unique().diff().min() >= 15
+
+
+@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
+def test_every_kind_of_file_gives_pils_pixels(name: str, channels: int, mode: str, tmp_path: Path) -> None:
+    write, order = WRITERS[name]
+    images = load_images(str(write(tmp_path / name)), 6, channels)
+    assert images.labels is None
+    assert torch.equal(everything(images), torch.stack([reference(index, 6, mode) for index in order]))
+
+
+@pytest.mark.parametrize("name", [name for name in WRITERS if name != "flat"])
+def test_every_kind_of_file_gives_its_labels(name: str, tmp_path: Path) -> None:
+    write, order = WRITERS[name]
+    images = load_images(str(write(tmp_path / name)), 6, 1, num_classes=CLASSES)
+    assert images.labels is not None
+    assert images.labels.dtype == torch.int64
+    assert images.labels.tolist() == [index % CLASSES for index in order]
+
+
+def test_a_batch_has_the_labels_of_its_images(tmp_path: Path) -> None:
+    images = load_images(str(write_parquet(tmp_path / "set.parquet")), 6, 3, num_classes=CLASSES)
+    batch = images.batch(torch.tensor([5, 0]))
+    assert batch["label"].tolist() == [5 % CLASSES, 0]
+    assert torch.equal(batch["image"], torch.stack([reference(5, 6, "RGB"), reference(0, 6, "RGB")]))
+
+
+def test_a_set_read_without_classes_has_batches_without_labels(tmp_path: Path) -> None:
+    images = load_images(str(write_parquet(tmp_path / "set.parquet")), 6, 3)
+    assert list(images.batch(torch.tensor([0]))) == ["image"]
+    assert list(load_images("digits", 8, 1).batch(torch.tensor([0]))) == ["image"]
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_reading_at_every_access_gives_the_same_bytes_as_memory(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = str(WRITERS[name][0](tmp_path / name))
+    kept = load_images(source, 6, 3)
+    monkeypatch.setattr(module, "MAX_BYTES_IN_MEMORY", 0)
+    read = load_images(source, 6, 3)
+    indices = torch.tensor([4, 1, 1, 6])
+    assert torch.equal(kept.fetch(indices), read.fetch(indices))
+
+
+def test_only_a_set_over_the_limit_is_read_at_every_access(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_flat(tmp_path / "flat")
+    monkeypatch.setattr(module, "MAX_BYTES_IN_MEMORY", NUM * 3 * 6**2)
+    kept = load_images(str(folder), 6, 3)
+    monkeypatch.setattr(module, "MAX_BYTES_IN_MEMORY", NUM * 3 * 6**2 - 1)
+    read = load_images(str(folder), 6, 3)
+    for path in folder.glob("*.png"):
+        path.write_bytes(b"gone")
+    assert torch.equal(kept.fetch(torch.tensor([2])), reference(2, 6, "RGB")[None])
+    with pytest.raises(UserError, match=r"2\.png"):
+        read.fetch(torch.tensor([2]))
+
+
+def test_resizing_is_by_the_shorter_side_and_keeps_the_centre(tmp_path: Path) -> None:
+    wide = np.zeros((8, 24), np.uint8)
+    wide[:, 8:16] = 200
+    wide[:4, 8:16] = 100
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    pixels = everything(load_images(str(tmp_path), 8, 1))
+    assert pixels[0, 0].tolist() == [[100] * 8] * 4 + [[200] * 8] * 4
+
+
+def test_grey_pictures_become_rgb_and_back(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    Image.new("L", (4, 4), 77).save(folder / "a.png")
+    Image.new("RGB", (4, 4), (255, 0, 0)).save(folder / "b.png")
+    assert everything(load_images(str(folder), 4, 3))[0].unique().tolist() == [77]
+    assert everything(load_images(str(folder), 4, 1))[1].unique().tolist() == [76]  # 0.299 of red
+
+
+# --- the recipe's columns and splits ---------------------------------------------------------------------------------
+
+
+def test_the_columns_are_those_of_the_recipe(tmp_path: Path) -> None:
+    both = table("scan", "digit").add_column("label", [0] * NUM).add_column("image", ["text"] * NUM)
+    both.to_parquet(tmp_path / "set.parquet")
+    images = load_images(str(tmp_path / "set.parquet"), 6, 3, CLASSES, image_column="scan", label_column="digit")
+    assert torch.equal(images.fetch(torch.tensor([3])), reference(3, 6, "RGB")[None])
+    assert images.labels is not None
+    assert images.labels.tolist() == [index % CLASSES for index in range(NUM)]
+
+
+def test_shards_named_by_split_are_kept_apart(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    table(stop=4).to_parquet(folder / "train-0.parquet")
+    table(start=4).to_parquet(folder / "test-0.parquet")
+    (folder / "train-info.json").write_text("not data")
+    train, test = (load_images(str(folder), 6, 3, split=split) for split in ("train", "test"))
+    assert torch.equal(everything(train), torch.stack([reference(index, 6, "RGB") for index in range(4)]))
+    assert torch.equal(everything(test), torch.stack([reference(index, 6, "RGB") for index in range(4, NUM)]))
+
+
+def test_a_class_without_pictures_is_refused(tmp_path: Path) -> None:
+    datasets.Dataset.from_dict({"image": [png(0)] * 2, "label": [0, 2]}).to_parquet(tmp_path / "set.parquet")
+    with pytest.raises(UserError, match=r"has 2 classes, numbered 0 to 2, but the model has 3, numbered 0 to 2"):
+        load_images(str(tmp_path / "set.parquet"), 6, 3, num_classes=3)
+
+
+def test_an_empty_cell_is_named_by_its_row(tmp_path: Path) -> None:
+    datasets.Dataset.from_dict({"image": [png(0), None]}).to_parquet(tmp_path / "set.parquet")
+    with pytest.raises(UserError, match=r"set\.parquet, row 1: not a readable 8-bit image"):
+        load_images(str(tmp_path / "set.parquet"), 6, 3)
+
+
+def test_reading_prints_nothing_into_a_pipe(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    load_images(str(write_parquet(tmp_path / "set.parquet")), 6, 3)
+    assert capfd.readouterr() == ("", "")
+
+
+# --- real data -------------------------------------------------------------------------------------------------------
+
+
+@needs_shared
+def test_fashion_mnist_loads_pixel_by_pixel() -> None:
+    path = SHARED / "fashion_mnist_test.parquet"
+    images = load_images(str(path), 28, 1, num_classes=10)
+    assert images.labels is not None
+    assert (images.length, images.labels.bincount().tolist()) == (10000, [1000] * 10)
+    cells = datasets.Dataset.from_parquet(str(path)).cast_column("image", datasets.Image())
+    for row in (0, 5000, 9999):
+        assert torch.equal(images.fetch(torch.tensor([row]))[0, 0], torch.from_numpy(np.array(cells[row]["image"])))
+
+
+@needs_shared
+def test_a_webdataset_of_captioned_tiles_loads_pixel_by_pixel() -> None:
+    path = SHARED / "crawl_tiles32.tar"
+    images = load_images(str(path), 32, 3)
+    with tarfile.open(path) as tar:
+        names = [name for name in tar.getnames() if name.endswith(".png")]
+        assert images.length == len(names)
+        for row in (0, len(names) - 1):
+            stored = np.array(Image.open(tar.extractfile(names[row])).convert("RGB"))  # type: ignore[arg-type]
+            assert torch.equal(images.fetch(torch.tensor([row]))[0], torch.from_numpy(stored).permute(2, 0, 1))
+
+
+# --- order -----------------------------------------------------------------------------------------------------------
+
+
+def stream(length: int, batch_size: int, steps: int, seed: int = 0) -> Tensor:
+    return torch.cat([batch_indices(length, batch_size, step, seed) for step in range(steps)])
+
+
+@pytest.mark.parametrize(("length", "batch_size"), [(12, 4), (10, 4), (7, 3), (5, 12), (3, 64)])
+def test_every_epoch_sees_every_index_once(length: int, batch_size: int) -> None:
+    epochs = stream(length, batch_size, steps=length).reshape(batch_size, length)
+    assert torch.equal(epochs.sort(dim=1).values, torch.arange(length).expand(batch_size, length))
+
+
+def test_epochs_are_shuffled_differently() -> None:
+    first, second = stream(50, 50, steps=2).chunk(2)
+    assert not torch.equal(first, second)
+    assert not torch.equal(first, torch.arange(50))
+
+
+def test_the_batch_is_a_function_of_the_step_alone() -> None:
+    wanted = batch_indices(11, 4, 9, seed=3)
+    module._epoch_order.cache_clear()
+    assert torch.equal(batch_indices(11, 4, 9, seed=3), wanted)
+    assert torch.equal(stream(11, 4, steps=10, seed=3)[-4:], wanted)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_share_the_order_of_one_rank(world_size: int) -> None:
+    alone = batch_indices(30, 4 * world_size, step=2, seed=1)
+    shares = [batch_indices(30, 4, 2, seed=1, rank=rank, world_size=world_size) for rank in range(world_size)]
+    assert torch.equal(torch.cat(shares), alone)
+
+
+def test_ranks_are_disjoint_within_an_epoch() -> None:
+    seen = [batch_indices(24, 4, step, 0, rank, world_size=2) for step in range(3) for rank in range(2)]
+    assert sorted(torch.cat(seen).tolist()) == list(range(24))
+
+
+def test_seeds_shuffle_differently() -> None:
+    assert not torch.equal(stream(50, 10, steps=5, seed=0), stream(50, 10, steps=5, seed=1))

@@ -1,0 +1,298 @@
+"""Samplers against diffusers' schedulers, and against the exact solution for Gaussian data."""
+
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LCMScheduler,
+)
+from stub_networks import GaussianPosterior, SmoothNetwork, draw, relative_error
+
+from fewstep.diffusion import parameterizations
+from fewstep.diffusion.denoiser import Denoiser
+from fewstep.diffusion.sampling import ddim, heun, implied_noise, rollout
+from fewstep.diffusion.schedules import EDM, VP, Flow, broadcast
+from fewstep.diffusion.timesteps import index_grid, karras_grid, shifted_grid
+
+SHAPE = (3, 2, 4, 4)
+CONDITION = {"label": torch.tensor([0.3, -0.2, 0.1])}
+SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+KINDS = [(parameterizations.eps, "epsilon"), (parameterizations.v, "v_prediction"), (parameterizations.x0, "sample")]
+
+
+def follow(scheduler, predict, x, native_times, **options):
+    """diffusers' own sampling loop; `predict(x, t)` is called with native times."""
+    for step, t in zip(scheduler.timesteps, native_times, strict=True):
+        output = predict(scheduler.scale_model_input(x, step), t.expand(len(x)))
+        x = scheduler.step(output, step, x, **options).prev_sample
+    return x
+
+
+def make_denoiser(schedule, parameterization):
+    """A denoiser on a fresh network, and that network as a function of (x, t) without gradient."""
+    denoiser = Denoiser(SmoothNetwork(), schedule, parameterization)
+    return denoiser, torch.no_grad()(lambda x, t: denoiser.network(x, t, CONDITION))
+
+
+def vp_scheduler(scheduler_class, **options):
+    """A scheduler of Stable Diffusion with its products of alphas in float64."""
+    scheduler = scheduler_class(**SD_BETAS, **options)
+    scheduler.alphas_cumprod = VP.scaled_linear().alphas_cumprod
+    return scheduler
+
+
+@pytest.mark.parametrize("num", [1, 4, 50])
+@pytest.mark.parametrize(("parameterization", "prediction_type"), KINDS, ids=["eps", "v", "x0"])
+def test_ddim_equals_diffusers(parameterization, prediction_type, num):
+    denoiser, network = make_denoiser(VP.scaled_linear(), parameterization)
+    options = {"clip_sample": False, "timestep_spacing": "trailing", "prediction_type": prediction_type}
+    scheduler, noise = vp_scheduler(DDIMScheduler, **options), draw(*SHAPE)
+    scheduler.set_timesteps(num)
+    reference = follow(scheduler, network, noise, scheduler.timesteps)
+    assert relative_error(ddim(denoiser, noise, index_grid(num), CONDITION), reference) < 1e-10
+
+
+def test_ddim_equals_diffusers_at_zero_terminal_snr():
+    options = {"clip_sample": False, "timestep_spacing": "trailing", "prediction_type": "v_prediction"}
+    scheduler, noise = DDIMScheduler(**SD_BETAS, **options, rescale_betas_zero_snr=True), draw(*SHAPE)
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
+    denoiser, network = make_denoiser(VP(scheduler.alphas_cumprod), parameterizations.v)
+    scheduler.set_timesteps(4)
+    reference = follow(scheduler, network, noise, scheduler.timesteps)
+    assert relative_error(ddim(denoiser, noise, index_grid(4), CONDITION), reference) < 1e-10
+
+
+@pytest.mark.parametrize("num", [1, 4, 20])
+def test_ddim_equals_diffusers_euler_on_vp(num):
+    """Euler works on x_t / alpha and computes in float32."""
+    denoiser, network = make_denoiser(VP.scaled_linear(), parameterizations.eps)
+    scheduler, noise = vp_scheduler(EulerDiscreteScheduler), draw(*SHAPE)
+    scheduler.set_timesteps(timesteps=index_grid(num).tolist())
+    start = noise / denoiser.schedule.alpha_sigma(torch.tensor([999]))[0]
+    reference = follow(scheduler, network, start, scheduler.timesteps)
+    assert relative_error(ddim(denoiser, noise, index_grid(num), CONDITION), reference) < 1e-6
+
+
+@pytest.mark.parametrize("num", [1, 4, 18])
+def test_ddim_equals_diffusers_euler_on_edm(num):
+    denoiser, network = make_denoiser(EDM(), parameterizations.edm(0.5))
+    scheduler, noise = EDMEulerScheduler(), draw(*SHAPE)
+    scheduler.set_timesteps(num)
+    reference = follow(scheduler, network, 80 * noise, karras_grid(num))
+    assert relative_error(ddim(denoiser, noise, karras_grid(num), CONDITION), reference) < 1e-6
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("num", [1, 4, 28])
+def test_ddim_equals_diffusers_euler_on_flow(num, shift):
+    denoiser, network = make_denoiser(Flow(), parameterizations.flow)
+    scheduler, grid, noise = FlowMatchEulerDiscreteScheduler(shift=shift), shifted_grid(num, shift), draw(*SHAPE)
+    scheduler.set_timesteps(sigmas=shifted_grid(num).tolist())
+    scheduler.scale_model_input = lambda x, t: x
+    reference = follow(scheduler, network, noise, grid)
+    assert relative_error(ddim(denoiser, noise, grid, CONDITION), reference) < 1e-6
+
+
+@pytest.mark.parametrize("num", [1, 2, 18])
+def test_heun_equals_diffusers_on_edm(num):
+    denoiser, _ = make_denoiser(EDM(), parameterizations.edm(0.5))
+    scheduler, noise = HeunDiscreteScheduler(prediction_type="sample"), draw(*SHAPE)
+    scheduler.set_timesteps(num)
+    scheduler.scale_model_input = lambda x, t: x
+    times = torch.cat([karras_grid(num)[:1], karras_grid(num)[1:].repeat_interleave(2)])
+    inner = torch.cat([karras_grid(num)[1:].repeat_interleave(2), torch.zeros(1)])
+    scheduler.sigmas = torch.cat([karras_grid(num)[:1], inner])  # float64 instead of float32
+    predict = torch.no_grad()(lambda x, t: denoiser(x, t, CONDITION))
+    reference = follow(scheduler, predict, 80 * noise, times)
+    assert relative_error(heun(denoiser, noise, karras_grid(num), CONDITION), reference) < 1e-10
+
+
+@pytest.mark.parametrize("num", [2, 10])
+def test_heun_equals_diffusers_on_flow(num):
+    denoiser, network = make_denoiser(Flow(), parameterizations.flow)
+    scheduler, noise = FlowMatchHeunDiscreteScheduler(), draw(*SHAPE)
+    scheduler.set_timesteps(num)
+    scheduler.scale_model_input = lambda x, t: x
+    grid = torch.linspace(1, 0.001, num, dtype=torch.float64)
+    reference = follow(scheduler, network, noise, torch.cat([grid[:1], grid[1:].repeat_interleave(2)]))
+    assert relative_error(heun(denoiser, noise, grid, CONDITION), reference) < 1e-6
+
+
+def lcm_reference(prediction_type, timesteps, timestep_scaling):
+    """LCMScheduler's sample, and all the noise that it drew from its generator."""
+    scheduler = vp_scheduler(LCMScheduler, prediction_type=prediction_type, timestep_scaling=timestep_scaling)
+    scheduler.set_timesteps(timesteps=timesteps, original_inference_steps=1000)
+    _, network = make_denoiser(VP.scaled_linear(), parameterizations.eps)
+    noise = draw(*SHAPE)
+    sample = follow(scheduler, network, noise, scheduler.timesteps, generator=torch.Generator().manual_seed(7))
+    generator = torch.Generator().manual_seed(7)
+    fresh = [torch.randn(SHAPE, generator=generator, dtype=torch.float64) for _ in timesteps[1:]]
+    return sample, torch.stack([noise, *fresh])
+
+
+@pytest.mark.parametrize("timesteps", [[999, 749, 499, 249], [999, 499], [999], [399]], ids=str)
+@pytest.mark.parametrize(("parameterization", "prediction_type"), KINDS, ids=["eps", "v", "x0"])
+@pytest.mark.parametrize(("scaling", "tolerance"), [(10.0, 1e-6), (1e6, 1e-10)], ids=["default", "no boundary"])
+def test_rollout_equals_lcm(parameterization, prediction_type, timesteps, scaling, tolerance):
+    """LCM's boundary scalings are 1 up to 1e-7 at these times; a larger timestep scaling takes them away."""
+    reference, noise = lcm_reference(prediction_type, timesteps, scaling)
+    student, _ = make_denoiser(VP.scaled_linear(), parameterization)
+    fake = rollout(student, noise, torch.tensor(timesteps), CONDITION, stop=len(timesteps) - 1)
+    assert relative_error(fake, reference) < tolerance
+
+
+def test_rollout_equals_diffusers_stochastic_flow():
+    student, network = make_denoiser(Flow(), parameterizations.flow)
+    scheduler = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
+    scheduler.set_timesteps(sigmas=shifted_grid(4).tolist())
+    scheduler.scale_model_input = lambda x, t: x
+    generator, start = torch.Generator().manual_seed(7), draw(*SHAPE)
+    reference = follow(scheduler, network, start, shifted_grid(4), generator=generator)
+    fresh = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(7))
+    noise = torch.cat([start[None], fresh.double()])
+    assert relative_error(rollout(student, noise, shifted_grid(4), CONDITION, stop=3), reference) < 1e-6
+
+
+STUDENTS = [
+    (EDM(), parameterizations.edm(0.5), torch.tensor([80.0, 2.5, 0.8, 0.3])),
+    (VP.scaled_linear(), parameterizations.eps, torch.tensor([999, 749, 499, 249])),
+    (Flow(), parameterizations.flow, torch.tensor([1.0, 0.75, 0.5, 0.25])),
+]
+students = pytest.mark.parametrize(("schedule", "parameterization", "timesteps"), STUDENTS, ids=["edm", "vp", "flow"])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "parameterization", "t", "scale"),
+    [
+        (EDM(), parameterizations.edm(0.5), 80.0, 80 / (80**2 + 0.5**2) ** 0.5),
+        (VP.scaled_linear(), parameterizations.eps, 999, 1.0),
+        (VP.scaled_linear(), parameterizations.eps, 399, 1.0),
+        (Flow(), parameterizations.flow, 1.0, 1.0),
+    ],
+    ids=["edm", "vp", "one-step vp at 399", "flow"],
+)
+def test_the_first_step_sees_pure_noise(schedule, parameterization, t, scale):
+    """For EDM that is 80 eps, which the network sees times c_in."""
+    student, _ = make_denoiser(schedule, parameterization)
+    noise = draw(1, *SHAPE)
+    rollout(student, noise, torch.tensor([t]), CONDITION, stop=0)
+    x, seen_t, _ = student.network.calls[0]
+    assert relative_error(x, scale * noise[0]) < 1e-10
+    assert seen_t.tolist() == [t] * 3
+
+
+def test_one_step_at_399_is_read_out_with_the_coefficients_of_399():
+    student, network = make_denoiser(VP.scaled_linear(), parameterizations.eps)
+    noise, t, abar = draw(1, *SHAPE), torch.tensor([399]), VP.scaled_linear().alphas_cumprod[399]
+    reference = (noise[0] - (1 - abar).sqrt() * network(noise[0], t.expand(3))) / abar.sqrt()
+    assert relative_error(rollout(student, noise, t, CONDITION, stop=0), reference) < 1e-10
+
+
+@students
+def test_step_k_is_renoised_with_noise_k(schedule, parameterization, timesteps):
+    """What the network of step k saw, undone, is the student's previous x0 with noise[k]."""
+    student, _ = make_denoiser(schedule, parameterization)
+    noise = draw(4, *SHAPE)
+    rollout(student, noise, timesteps, CONDITION, stop=3)
+    for k in range(1, 4):
+        x0 = rollout(student, noise[:k], timesteps[:k], CONDITION, stop=k - 1)
+        t = timesteps[k].expand(3)
+        alpha, sigma = schedule.alpha_sigma(t)
+        c_in = student.coefficients(t)[2]
+        expected = broadcast(c_in * alpha, x0) * x0 + broadcast(c_in * sigma, x0) * noise[k]
+        assert relative_error(student.network.calls[k][0], expected) < 1e-10
+
+
+@students
+@pytest.mark.parametrize("stop", [0, 1, 2, 3])
+def test_rollout_stops_at_the_asked_step(schedule, parameterization, timesteps, stop):
+    student, _ = make_denoiser(schedule, parameterization)
+    noise = draw(4, *SHAPE)
+    fake = rollout(student, noise, timesteps, CONDITION, stop)
+    assert [t[0].item() for _, t, _ in student.network.calls] == timesteps[: stop + 1].tolist()
+    assert relative_error(fake, rollout(student, noise[: stop + 1], timesteps[: stop + 1], CONDITION, stop)) == 0
+    assert all(condition is CONDITION for _, _, condition in student.network.calls)
+
+
+@students
+@pytest.mark.parametrize("stop", [0, 2, 3])
+def test_only_the_last_call_carries_gradient(schedule, parameterization, timesteps, stop):
+    student, _ = make_denoiser(schedule, parameterization)
+    fake = rollout(student, draw(4, *SHAPE), timesteps, CONDITION, stop, grad=True)
+    assert student.network.grad_modes == [False] * stop + [True]
+    gradient = torch.autograd.grad(fake.sum(), student.network.weight)[0]
+    x, t, condition = student.network.calls[-1]
+    assert not x.requires_grad
+    c_out = broadcast(student.coefficients(t)[1], x)
+    expected = torch.autograd.grad((c_out * student.network(x, t, condition)).sum(), student.network.weight)[0]
+    assert gradient.item() == pytest.approx(expected.item(), rel=1e-10)
+
+
+@students
+def test_without_grad_no_call_carries_gradient(schedule, parameterization, timesteps):
+    student, _ = make_denoiser(schedule, parameterization)
+    fake = rollout(student, draw(4, *SHAPE), timesteps, CONDITION, stop=3)
+    assert student.network.grad_modes == [False] * 4
+    assert not fake.requires_grad
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize(("sampler", "num_calls"), [(ddim, 4), (heun, 7)], ids=["ddim", "heun"])
+def test_samplers_make_the_promised_number_of_calls_without_gradient(sampler, num_calls):
+    denoiser, _ = make_denoiser(EDM(), parameterizations.edm(0.5))
+    sampler(denoiser, draw(*SHAPE), karras_grid(4), CONDITION)
+    assert denoiser.network.grad_modes == [False] * num_calls
+
+
+@students
+def test_implied_noise_undoes_add_noise(schedule, parameterization, timesteps):
+    x0, eps, t = draw(4, 3), draw(4, 3, seed=1), timesteps
+    x_t = schedule.add_noise(x0, eps, t)
+    assert relative_error(implied_noise(schedule, x_t, x0, t), eps) < 1e-10
+
+
+# Gaussian data: the optimal denoiser is known, and so is where the probability flow carries every noise.
+
+GAUSSIANS = [
+    (EDM(), karras_grid),
+    (VP.scaled_linear(), lambda num: torch.linspace(999, 39, num, dtype=torch.float64).round().long()),
+    (Flow(), lambda num: torch.linspace(1, 0.02, num, dtype=torch.float64)),
+]
+gaussians = pytest.mark.parametrize(("schedule", "grid"), GAUSSIANS, ids=["edm", "vp", "flow"])
+
+
+def probability_flow(posterior, x_start, start, end):
+    """The exact map: (x_t - alpha m) / sqrt(alpha^2 s^2 + sigma^2) never changes; then the denoiser's x0 at `end`."""
+
+    def moments(t):
+        alpha, sigma = posterior.schedule.alpha_sigma(t[None])
+        return alpha * posterior.mean, (alpha**2 * posterior.std**2 + sigma**2).sqrt()
+
+    (mean_start, std_start), (mean_end, std_end) = moments(start), moments(end)
+    x_end = mean_end + std_end * (x_start - mean_start) / std_start
+    return posterior(x_end, end.expand(len(x_end)), {})
+
+
+def gaussian_error(sampler, schedule, timesteps):
+    posterior, noise = GaussianPosterior(schedule), draw(50, 4)
+    x0 = sampler(Denoiser(posterior, schedule, parameterizations.x0), noise, timesteps, {})
+    start, end = timesteps[0], timesteps[-1]
+    return relative_error(x0, probability_flow(posterior, schedule.pure_noise(noise), start, end))
+
+
+@gaussians
+@pytest.mark.parametrize(("sampler", "tolerance"), [(ddim, 2e-2), (heun, 2e-4)], ids=["ddim", "heun"])
+def test_many_steps_carry_noise_to_the_exact_sample(schedule, grid, sampler, tolerance):
+    assert gaussian_error(sampler, schedule, grid(241)) < tolerance
+
+
+@gaussians
+@pytest.mark.parametrize(("sampler", "ratio"), [(ddim, 2), (heun, 4)], ids=["ddim first order", "heun second order"])
+def test_halving_the_step_divides_the_error_by_the_samplers_order(schedule, grid, sampler, ratio):
+    coarse, fine = (gaussian_error(sampler, schedule, grid(num)) for num in (121, 241))
+    assert coarse / fine == pytest.approx(ratio, rel=0.1)

@@ -1,0 +1,156 @@
+"""Where to train: distributions; where to step: grids."""
+
+import math
+
+import pytest
+import torch
+from diffusers import EDMEulerScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler
+
+from fewstep.diffusion.schedules import EDM
+from fewstep.diffusion.timesteps import (
+    index_grid,
+    karras_grid,
+    logit_normal,
+    lognormal_sigma,
+    shift_time,
+    shifted_grid,
+    shifted_uniform,
+    uniform_level,
+)
+
+NUM = 200_000
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize(("mean", "std"), [(-1.2, 1.2), (0.5, 0.7)])
+def test_lognormal_sigma_has_the_asked_moments(mean, std):
+    log_sigma = lognormal_sigma(NUM, generator(), mean, std).log()
+    assert log_sigma.mean().item() == pytest.approx(mean, abs=0.015)
+    assert log_sigma.std().item() == pytest.approx(std, abs=0.015)
+
+
+def test_lognormal_sigma_defaults_to_edms_training_distribution():
+    """P_mean = -1.2, P_std = 1.2 (arXiv 2206.00364, table 1): half of all levels are under exp(-1.2)."""
+    sigma = lognormal_sigma(NUM, generator())
+    assert (sigma < math.exp(-1.2)).float().mean().item() == pytest.approx(0.5, abs=0.005)
+    assert (sigma < math.exp(0)).float().mean().item() == pytest.approx(0.8413, abs=0.005)
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (1.0, 0.5)])
+def test_logit_normal_has_the_asked_moments(mean, std):
+    logit = torch.logit(logit_normal(NUM, generator(), mean, std).double())
+    assert logit.mean().item() == pytest.approx(mean, abs=0.015)
+    assert logit.std().item() == pytest.approx(std, abs=0.015)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_shifted_uniform_is_uniform_before_the_shift(shift):
+    t = shifted_uniform(NUM, generator(), shift)
+    uniform = t / (shift - (shift - 1) * t)  # the inverse of the shift
+    quantiles = torch.quantile(uniform, torch.tensor([0.1, 0.5, 0.9]))
+    assert quantiles.tolist() == pytest.approx([0.1, 0.5, 0.9], abs=0.01)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 999), (20, 980), (399, 399)])
+def test_uniform_level_stays_in_its_range_and_reaches_both_ends(low, high):
+    t = uniform_level(NUM, generator(), torch.arange(1000), low, high)
+    assert (t.min().item(), t.max().item()) == (low, high)
+
+
+def test_uniform_level_draws_every_level_equally_often():
+    counts = torch.bincount(uniform_level(NUM, generator(), torch.arange(10), 2, 9), minlength=10)
+    assert counts[:2].tolist() == [0, 0]
+    assert counts[2:].tolist() == pytest.approx([NUM / 8] * 8, rel=0.03)
+
+
+def test_uniform_level_is_uniform_over_karras_indices_for_edm():
+    """Half of all draws are under sigma = 2.5 (spec, 1.3), far from uniform in sigma."""
+    sigma = uniform_level(NUM, generator(), EDM().levels)
+    assert (sigma < 2.5265).float().mean().item() == pytest.approx(0.5, abs=0.005)
+    assert set(sigma.unique().tolist()) == set(EDM().levels.tolist())
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda g: lognormal_sigma(8, g),
+        lambda g: logit_normal(8, g),
+        lambda g: shifted_uniform(8, g, 3.0),
+        lambda g: uniform_level(8, g, torch.arange(1000)),
+    ],
+    ids=["lognormal_sigma", "logit_normal", "shifted_uniform", "uniform_level"],
+)
+def test_times_are_a_function_of_the_generator_alone(draw):
+    torch.manual_seed(98)
+    first = draw(generator(1))
+    torch.manual_seed(99)
+    assert torch.equal(draw(generator(1)), first)
+    assert not torch.equal(draw(generator(2)), first)
+
+
+def test_times_differ_within_a_batch():
+    assert len(lognormal_sigma(8, generator()).unique()) == 8
+
+
+@pytest.mark.parametrize("num", [1, 2, 3, 4, 5, 6, 7, 8, 16])
+def test_index_grid_has_exactly_as_many_entries_as_asked_and_equals_diffusers(num):
+    scheduler = LCMScheduler(original_inference_steps=1000)
+    scheduler.set_timesteps(num)
+    assert len(index_grid(num)) == num
+    assert torch.equal(index_grid(num), scheduler.timesteps)
+
+
+@pytest.mark.parametrize("num", [1, 2, 3, 4, 5, 8])
+def test_index_grid_is_the_official_list_where_that_is_right(num):
+    assert index_grid(num).tolist() == list(range(999, 0, -(1000 // num)))
+
+
+def test_four_steps_are_999_749_499_249():
+    assert index_grid(4).tolist() == [999, 749, 499, 249]
+
+
+@pytest.mark.parametrize(("num", "total"), [(1000, 1000), (7, 20), (20, 20)])
+def test_index_grid_is_evenly_spaced_for_any_number_of_timesteps(num, total):
+    gaps = index_grid(num, total).diff().neg()
+    assert index_grid(num, total)[0] == total - 1
+    assert index_grid(num, total)[-1] >= 0
+    assert gaps.max() - gaps.min() <= 1
+
+
+@pytest.mark.parametrize("num", [2, 4, 18, 1000])
+@pytest.mark.parametrize("rho", [7.0, 3.0])
+def test_karras_grid_equals_the_papers_equation(num, rho):
+    step = [(80 ** (1 / rho) + i / (num - 1) * (0.002 ** (1 / rho) - 80 ** (1 / rho))) ** rho for i in range(num)]
+    assert karras_grid(num, rho=rho).tolist() == pytest.approx(step, rel=1e-10)
+
+
+@pytest.mark.parametrize(("sigma_min", "sigma_max"), [(0.002, 80.0), (0.01, 50.0)])
+def test_karras_grid_equals_diffusers(sigma_min, sigma_max):
+    scheduler = EDMEulerScheduler(sigma_min=sigma_min, sigma_max=sigma_max)
+    scheduler.set_timesteps(18)
+    reference = scheduler.sigmas[:-1].double()
+    torch.testing.assert_close(karras_grid(18, sigma_min, sigma_max), reference, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("num", [1, 2, 18])
+def test_karras_grid_starts_at_sigma_max_exactly(num):
+    assert karras_grid(num, 0.002, 77.7)[0].item() == 77.7
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("num", [1, 4, 28])
+def test_shifted_grid_equals_diffusers(num, shift):
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(sigmas=[1 - k / num for k in range(num)])
+    torch.testing.assert_close(shifted_grid(num, shift), scheduler.sigmas[:-1].double(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("shift", [2.0, 3.0])
+def test_shifting_divides_the_signal_to_noise_ratio_by_the_shift(shift):
+    """sigma / alpha grows by the factor `shift`, which is equation 23 of arXiv 2403.03206 with s = sqrt(m/n)."""
+    t = torch.linspace(0.01, 0.99, 50, dtype=torch.float64)
+    shifted = shift_time(t, shift)
+    torch.testing.assert_close(shifted / (1 - shifted), shift * t / (1 - t), rtol=1e-10, atol=0)

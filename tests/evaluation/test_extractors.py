@@ -1,0 +1,164 @@
+"""Feature networks: any TorchScript file, and the classifier that the data's own labels train."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fewstep.data.images import ImageSet, digits
+from fewstep.errors import UserError
+from fewstep.evaluation.extractors import (
+    Classifier,
+    TorchScriptExtractor,
+    extract,
+    load_classifier,
+    save_classifier,
+    train_classifier,
+)
+
+
+class MeanColour(nn.Module):
+    """The mean of each of exactly three uint8 channels, (B, 3, 1, 1)."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        assert images.dtype == torch.uint8
+        assert images.shape[1] == 3
+        return images.double().mean(dim=(2, 3), keepdim=True)
+
+
+@pytest.fixture
+def mean_colour(tmp_path: Path) -> TorchScriptExtractor:
+    path = tmp_path / "mean_colour.pt"
+    torch.jit.script(MeanColour()).save(path)
+    return TorchScriptExtractor(path)
+
+
+def pixels(num: int, channels: int) -> Tensor:
+    return torch.randint(0, 256, (num, channels, 6, 6), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+
+def test_a_torchscript_network_gets_uint8_rgb(mean_colour: TorchScriptExtractor) -> None:
+    images = pixels(5, 3)
+    assert torch.equal(mean_colour.features(images), images.double().mean(dim=(2, 3)))
+    assert mean_colour.name == "mean_colour"
+
+
+def test_grey_images_are_repeated_to_rgb(mean_colour: TorchScriptExtractor) -> None:
+    images = pixels(5, 1)
+    assert torch.equal(mean_colour.features(images), images.double().mean(dim=(2, 3)).expand(5, 3))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 250])
+def test_features_do_not_depend_on_the_batch_size(mean_colour: TorchScriptExtractor, batch_size: int) -> None:
+    images = pixels(7, 3)
+    assert torch.equal(extract(mean_colour, images, batch_size), images.double().mean(dim=(2, 3)))
+
+
+def test_features_are_taken_in_evaluation_mode(tmp_path: Path) -> None:
+    torch.jit.script(nn.Sequential(MeanColour(), nn.Dropout(0.9))).save(tmp_path / "dropout.pt")
+    images = pixels(4, 3)
+    extractor = TorchScriptExtractor(tmp_path / "dropout.pt")
+    assert torch.equal(extract(extractor, images), images.double().mean(dim=(2, 3)))
+
+
+def test_a_file_that_is_no_torchscript_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "weights.pt").write_bytes(b"garbage")
+    for path in (tmp_path / "weights.pt", tmp_path / "nothing.pt", tmp_path):
+        with pytest.raises(UserError, match=f"{path}: not a readable TorchScript file"):
+            TorchScriptExtractor(path)
+
+
+def test_a_network_that_takes_something_else_is_refused(tmp_path: Path) -> None:
+    torch.jit.script(nn.Linear(4, 2)).save(tmp_path / "linear.pt")
+    with pytest.raises(UserError, match=r"linear\.pt: must take uint8 images \(2, 3, 6, 6\)"):
+        TorchScriptExtractor(tmp_path / "linear.pt").features(pixels(2, 1))
+
+
+# --- the classifier --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained() -> Classifier:
+    return train_classifier(digits(), channels=1, num_classes=10)
+
+
+def test_the_classifier_recognises_digits_that_are_new_to_it(trained: Classifier) -> None:
+    images = digits()
+    assert images.labels is not None
+    assert 0.95 < trained.held_out_accuracy < 1
+    accuracy = trained.accuracy(images.fetch(torch.arange(images.length)), images.labels)
+    assert accuracy >= trained.held_out_accuracy - 0.02
+
+
+def test_accuracy_is_the_share_of_hits(trained: Classifier) -> None:
+    batch = digits().batch(torch.arange(1200))
+    hits = trained(batch["image"]).argmax(1)
+    assert trained.accuracy(batch["image"], hits) == 1
+    assert trained.accuracy(batch["image"], (hits + 1) % 10) == 0
+    half = torch.where(torch.arange(1200) % 2 == 0, hits, (hits + 1) % 10)
+    assert trained.accuracy(batch["image"], half) == 0.5
+
+
+def test_the_last_layer_reads_the_features(trained: Classifier) -> None:
+    images = pixels(3, 1)
+    assert torch.equal(trained.head(trained.features(images)), trained(images))
+
+
+def test_a_saved_classifier_comes_back_bit_for_bit(trained: Classifier, tmp_path: Path) -> None:
+    save_classifier(trained, tmp_path / "classifier.safetensors")
+    loaded, images = load_classifier(tmp_path / "classifier.safetensors"), pixels(20, 1)
+    assert torch.equal(loaded(images), trained(images))
+    assert loaded.held_out_accuracy == trained.held_out_accuracy
+    assert not loaded.training
+    assert [path.name for path in tmp_path.iterdir()] == ["classifier.safetensors"]
+
+
+@pytest.mark.parametrize("length", [0, 10, -100])
+def test_a_damaged_classifier_is_refused(trained: Classifier, length: int, tmp_path: Path) -> None:
+    path = tmp_path / "classifier.safetensors"
+    save_classifier(trained, path)
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(UserError, match="not a classifier of fewstep; remove it to train it again"):
+        load_classifier(path)
+
+
+def untrained(seed: int) -> Classifier:
+    """Two classes that a brightness tells apart, three steps."""
+    labels = torch.arange(40) % 2
+    bright = pixels(40, 3) // 2 + 120 * labels.reshape(-1, 1, 1, 1).byte()
+    return train_classifier(ImageSet(bright.__getitem__, labels, 40), 3, 2, num_steps=3, seed=seed)
+
+
+def test_training_is_a_function_of_the_seed() -> None:
+    images = pixels(4, 3)
+    assert torch.equal(untrained(0)(images), untrained(0)(images))
+    assert not torch.equal(untrained(0)(images), untrained(1)(images))
+
+
+def test_training_leaves_the_global_generator_alone() -> None:
+    before = torch.random.get_rng_state()
+    untrained(0)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_the_held_out_images_are_not_trained_on() -> None:
+    seen: set[int] = set()
+    images = digits()
+
+    def fetch(indices: Tensor) -> Tensor:
+        seen.update(indices.tolist())
+        return images.fetch(indices)
+
+    steps: list[int] = []
+
+    def report(step: int, metrics: dict[str, float]) -> None:
+        steps.append(step)
+        if step == 40:  # of 40: more than two epochs
+            trained_on.update(seen)
+
+    trained_on: set[int] = set()
+    train_classifier(ImageSet(fetch, images.labels, images.length), 1, 10, num_steps=40, report=report)
+    assert steps == list(range(1, 41))
+    assert len(trained_on) == int(0.85 * 1797)
+    assert seen == set(range(1797))

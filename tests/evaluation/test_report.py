@@ -1,0 +1,150 @@
+"""The table as JSON, text and one page that needs nothing but itself."""
+
+import base64
+import io
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from fewstep.evaluation.metrics import Row
+from fewstep.evaluation.report import cell, sample_grid, text_table, write_json, write_page
+
+KEYS = ["model", "sampler", "nfe", "fid", "precision", "recall", "accuracy", "images_per_second"]
+REAL = Row("real", None, None, 0.1, 0.99, 0.98, 0.97, None)
+TEACHER = Row("teacher", "heun 18", 35, 0.5, 0.9, 0.8, 0.96, 123.4)
+STUDENT = Row("student", "student", 1, 0.7, 0.95, 0.7, 0.95, 4321.0)
+ROWS = [REAL, TEACHER, STUDENT]
+CURVE = {"run": [{"step": 1, "denoising_loss": 0.5}, {"step": 2, "denoising_loss": 0.4, "logit_gap": 0.1}]}
+PICTURE = sample_grid(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), columns=2)
+
+
+class Page(HTMLParser):
+    """What a browser would see: the cells of each row, the text, and everything that it would have to load."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.rows: list[list[str]] = []
+        self.best: list[str] = []
+        self.loads: list[str] = []
+        self.tags: list[str] = []
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.loads += [value or "" for name, value in attributes if name in ("src", "href", "srcset", "data")]
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+            self.is_best = ("class", "best") in attributes
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+        if self.tags and self.tags[-1] in ("td", "th") and data.strip():
+            self.rows[-1][-1] += data
+            if self.is_best:
+                self.best.append(data)
+
+
+def page_of(tmp_path: Path, rows: list[Row] = ROWS, curves: dict = CURVE, name: str = "teacher", **texts: str) -> Page:
+    path = tmp_path / "report.html"
+    texts = {"title": "title", "summary": "summary", "notes": "notes", **texts}
+    write_page(rows, {name: PICTURE}, curves, path, **texts)
+    assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
+    return Page(path.read_text())
+
+
+def test_the_page_loads_nothing(tmp_path: Path) -> None:
+    page = page_of(tmp_path)
+    html = (tmp_path / "report.html").read_text()
+    assert "http://" not in html
+    assert "https://" not in html
+    assert not re.search(r"url\(|@import|file:", html)
+    assert not {"script", "link", "iframe", "object"} & set(page.tags)
+    assert len(page.loads) == 2  # the grid and the curves
+    assert all(source.startswith("data:image/png;base64,") for source in page.loads)
+
+
+def test_the_pictures_are_in_the_page(tmp_path: Path) -> None:
+    grid, curves = (base64.b64decode(source.partition(",")[2]) for source in page_of(tmp_path).loads)
+    assert grid == PICTURE
+    assert min(Image.open(io.BytesIO(curves)).size) > 100
+
+
+def test_without_curves_there_is_no_section_for_them(tmp_path: Path) -> None:
+    assert len(page_of(tmp_path, curves={}).loads) == 1
+    assert "Training" not in page_of(tmp_path, curves={}).text
+    assert "Training" in page_of(tmp_path).text
+
+
+def test_the_page_has_every_key_of_every_row(tmp_path: Path) -> None:
+    page = page_of(tmp_path)
+    assert page.rows[0] == [key.replace("_", " ") for key in KEYS]
+    assert page.rows[1] == ["real", "–", "–", "0.100", "0.990", "0.980", "0.970", "–"]
+    assert page.rows[2] == ["teacher", "heun 18", "35", "0.500", "0.900", "0.800", "0.960", "123"]
+    assert page.rows[3] == ["student", "student", "1", "0.700", "0.950", "0.700", "0.950", "4,321"]
+
+
+def test_the_best_model_of_each_column_is_marked_and_real_images_do_not_compete(tmp_path: Path) -> None:
+    assert page_of(tmp_path).best == ["0.500", "0.800", "0.960", "0.950", "4,321"]
+
+
+def test_names_are_escaped(tmp_path: Path) -> None:
+    nasty = '<script>alert("&")</script>$title'
+    texts = {"title": nasty, "summary": nasty, "notes": nasty}
+    page = page_of(tmp_path, [replace(TEACHER, model=nasty)], {nasty: CURVE["run"]}, nasty, **texts)
+    assert "script" not in page.tags
+    assert page.rows[1][0] == nasty
+    assert page.text.count(nasty) == 6  # title and heading, summary, row, notes, caption
+
+
+def test_json_has_exactly_the_keys_of_the_table(tmp_path: Path) -> None:
+    write_json(ROWS, tmp_path / "results.json")
+    rows = json.loads((tmp_path / "results.json").read_text())
+    assert [list(row) for row in rows] == [KEYS] * 3
+    assert [list(row.values()) for row in rows] == [
+        ["real", None, None, 0.1, 0.99, 0.98, 0.97, None],
+        ["teacher", "heun 18", 35, 0.5, 0.9, 0.8, 0.96, 123.4],
+        ["student", "student", 1, 0.7, 0.95, 0.7, 0.95, 4321.0],
+    ]
+    assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_results_are_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "results.json"
+    write_json(ROWS, path)
+    before = path.read_text()
+
+    def full(self: Path, text: str) -> None:
+        with self.open("w") as file:
+            file.write(text[:10])
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="disk full"):
+        write_json([REAL], path)
+    assert path.read_text() == before
+
+
+def test_the_text_table_shows_the_same_numbers() -> None:
+    console = Console(width=100, file=io.StringIO())
+    console.print(text_table(ROWS))
+    lines = [line.split() for line in console.file.getvalue().splitlines() if line.strip()]  # type: ignore[attr-defined]
+    assert lines[0] == [*KEYS[:-1], "images/s"]
+    assert lines[2] == ["real", "–", "–", "0.100", "0.990", "0.980", "0.970", "–"]
+    assert lines[4] == ["student", "student", "1", "0.700", "0.950", "0.700", "0.950", "4,321"]
+
+
+@pytest.mark.parametrize(
+    ("speed", "text"), [(0.0321, "0.0321"), (9.87, "9.87"), (99.4, "99.4"), (1234.5, "1,234"), (98765.0, "98,765")]
+)
+def test_a_slow_speed_keeps_its_digits(speed: float, text: str) -> None:
+    assert cell("images_per_second", speed) == text

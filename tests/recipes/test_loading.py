@@ -1,0 +1,250 @@
+"""Recipes: found, checked, overridden and printed; each mistake names its key and the nearest right one."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fewstep.errors import UserError
+from fewstep.recipes.loading import differences, documented, dump, find, load_recipe, parse, read_run_recipe
+from fewstep.recipes.loading import recipe_names as names_of_recipes
+from fewstep.recipes.schema import DistillRecipe, TeachRecipe
+
+NAMES = names_of_recipes()
+LR = ["student.optimizer.lr=1e-3"]
+TEACH, DISTILL = {"kind": "teach"}, {"kind": "distill", "teacher": "digits-teacher"}
+
+
+def mistake(content: dict) -> str:
+    """The one line with which a recipe of that content is refused."""
+    with pytest.raises(UserError) as error:
+        parse(content, "mine")
+    assert "\n" not in str(error.value)
+    return str(error.value).removeprefix("recipe mine: ")
+
+
+# --- finding and printing --------------------------------------------------------------------------------------------
+
+
+def test_the_packaged_recipes_are_the_yaml_files_of_the_package() -> None:
+    assert {"digits-teacher", "digits-1step", "digits-4step"} <= set(NAMES)
+    assert all(find(name).name == f"{name}.yaml" for name in NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_dump_of_a_packaged_recipe_is_the_same_recipe(name: str, tmp_path: Path) -> None:
+    recipe = load_recipe(name)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(dump(recipe))
+    assert read_run_recipe(path) == recipe
+    assert load_recipe(str(path)) == recipe
+    assert dump(read_run_recipe(path)) == dump(recipe)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_packaged_recipe_holds_what_its_file_says(name: str) -> None:
+    def contains(settings: dict, written: dict) -> bool:
+        return all(
+            contains(settings[key], value) if isinstance(value, dict) else settings[key] == value
+            for key, value in written.items()
+        )
+
+    assert contains(load_recipe(name).model_dump(), yaml.safe_load(find(name).read_text()))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_packaged_recipe_describes_itself(name: str) -> None:
+    assert load_recipe(name).description
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_setting_is_documented(name: str) -> None:
+    settings = list(documented(load_recipe(name)))
+    undocumented = [key for key, _, text in settings if not text and key != "kind"]
+    assert undocumented == []
+
+
+def test_documented_goes_down_to_single_values() -> None:
+    settings = {key: (value, text) for key, value, text in documented(load_recipe("digits-1step", LR))}
+    assert settings["student.optimizer.lr"][0] == 1e-3
+    assert settings["student.optimizer.lr"][1].startswith("Peak learning rate.")
+    assert "student" not in settings
+    assert not any("\n" in text for _, text in settings.values())
+
+
+def test_a_recipe_of_the_wrong_kind_names_the_right_verb() -> None:
+    with pytest.raises(UserError, match="is for `fewstep teach`, not for `fewstep distill`"):
+        load_recipe("digits-teacher", kind="distill")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [("digits-techer", "digits-teacher"), ("digits1step", "digits-1step"), ("4step", "digits-4step")],
+)
+def test_an_unknown_recipe_names_the_nearest(wrong: str, right: str) -> None:
+    with pytest.raises(UserError, match=f"'{wrong}', did you mean '{right}'"):
+        load_recipe(wrong)
+
+
+def test_a_recipe_unlike_any_other_gets_no_guess() -> None:
+    with pytest.raises(UserError) as error:
+        load_recipe("xyz")
+    assert "did you mean" not in str(error.value)
+    assert "`fewstep recipes` lists them" in str(error.value)
+
+
+# --- overrides -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("num_steps=7", "num_steps", 7),
+        ("student.optimizer.lr=1e-3", "student.optimizer.lr", 1e-3),
+        ("student.optimizer.lr=2.5E-4", "student.optimizer.lr", 2.5e-4),
+        ("student.optimizer.betas=[0, 0.99]", "student.optimizer.betas", (0.0, 0.99)),
+        ("gan.independent_noise=true", "gan.independent_noise", True),
+        ("gan.independent_noise=no", "gan.independent_noise", False),
+        ("gan.feature_layer=unet.mid_block", "gan.feature_layer", "unet.mid_block"),
+        ("gan.feature_layer=null", "gan.feature_layer", None),
+        ("data.source=a=b", "data.source", "a=b"),
+    ],
+)
+def test_an_override_is_read_as_yaml(override: str, key: str, value: object) -> None:
+    found = {name: setting for name, setting, _ in documented(load_recipe("digits-1step", [override]))}[key]
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_an_override_changes_nothing_else() -> None:
+    old, new = (load_recipe("digits-4step", [f"critic.noise.mean={mean}"]) for mean in (-0.5, -0.4))
+    assert differences(old, new) == ["critic.noise.mean: -0.5 -> -0.4"]
+    assert [key for key in differences(load_recipe("digits-4step"), new) if "critic.noise.mean" not in key] == []
+
+
+def test_the_last_override_of_a_key_holds() -> None:
+    assert load_recipe("digits-1step", ["seed=1", "seed=2"]).seed == 2
+
+
+def test_timesteps_are_overridden_together_with_their_number() -> None:
+    recipe = load_recipe("digits-1step", ["student.timesteps=[80, 5e-1]", "student.num_timesteps=2"])
+    assert recipe.student.timesteps == [80.0, 0.5]
+
+
+def test_an_override_can_open_a_group_that_the_file_leaves_out() -> None:
+    assert load_recipe("digits-1step", ["dm.noise.min_index=30"]).dm.noise.min_index == 30
+
+
+@pytest.mark.parametrize("override", ["num_steps", "=1", " =1"])
+def test_an_override_without_key_or_value_says_how_to_write_one(override: str) -> None:
+    with pytest.raises(UserError, match="write key=value, for example num_steps=1000"):
+        load_recipe("digits-1step", [override])
+
+
+def test_an_override_below_a_single_value_is_refused() -> None:
+    with pytest.raises(UserError, match="num_steps is a single value and holds no keys"):
+        load_recipe("digits-1step", ["num_steps.x=1"])
+
+
+def test_an_override_that_is_no_yaml_is_refused() -> None:
+    with pytest.raises(UserError, match=r"'\[1' is not a YAML value"):
+        load_recipe("digits-1step", ["student.timesteps=[1"])
+
+
+# --- mistakes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ({**TEACH, "num_step": 1}, "num_step: unknown key, did you mean 'num_steps'?"),
+        ({**TEACH, "optimizer": {"xyz": 1}}, "optimizer.xyz: unknown key"),
+        ({**TEACH, "model": {"chanels": 1}}, "model.chanels: unknown key, did you mean 'channels'?"),
+        ({**TEACH, "guidance_scale": 2}, "guidance_scale: unknown key"),
+        ({**TEACH, "distill": 2}, "distill: unknown key"),
+        ({**DISTILL, "distill": 2}, "distill: unknown key"),
+        ({**DISTILL, "studnet": {}}, "studnet: unknown key, did you mean 'student'?"),
+        (
+            {**DISTILL, "student": {"optimizer": {"weight_decya": 0}}},
+            "student.optimizer.weight_decya: unknown key, did you mean 'weight_decay'?",
+        ),
+        ({**DISTILL, "gan": {"critics_weight": 1}}, "gan.critics_weight: unknown key, did you mean 'critic_weight'?"),
+        ({**TEACH, "sed": 1, "num_step": 1}, "sed: unknown key, did you mean 'seed'? (and 1 more)"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest_beside_it(content: dict, line: str) -> None:
+    assert mistake(content) == line
+
+
+@pytest.mark.parametrize(
+    ("content", "key", "wanted"),
+    [
+        ({**TEACH, "num_steps": "many"}, "num_steps", "integer"),
+        ({**TEACH, "num_steps": 1.5}, "num_steps", "integer"),
+        ({**TEACH, "num_steps": 0}, "num_steps", "greater than or equal to 1"),
+        ({**TEACH, "device": "gpu"}, "device", "'auto', 'cpu' or 'cuda'"),
+        ({**TEACH, "optimizer": {"betas": [0.9]}}, "optimizer.betas.1", "required"),
+        ({**TEACH, "model": {"channels": 2}}, "model.channels", "1 or 3"),
+        ({**TEACH, "model": {"attention": [True, "maybe"]}}, "model.attention.1", "boolean"),
+        ({**TEACH, "ema_decay": 1}, "ema_decay", "less than 1"),
+        ({**TEACH, "data": "digits"}, "data", "must hold keys (source, split, image_column, label_column)"),
+        ({**DISTILL, "student": {"timesteps": 80}}, "student.timesteps", "list"),
+        ({**DISTILL, "guidance_scale": 0.5}, "guidance_scale", "greater than or equal to 1"),
+        ({"kind": "distill"}, "teacher", "required"),
+    ],
+)
+def test_a_wrong_value_names_its_key_and_what_the_key_takes(content: dict, key: str, wanted: str) -> None:
+    line = mistake(content)
+    assert line.startswith(f"{key}: ")
+    assert wanted in line
+
+
+@pytest.mark.parametrize("content", [{}, {"kind": "learn"}, {"num_steps": 3}, {1: 2}])
+def test_a_recipe_is_of_one_of_two_kinds(content: dict) -> None:
+    assert mistake(content) == f"kind: must be teach or distill, not {content.get('kind')!r}"
+
+
+@pytest.mark.parametrize(
+    ("student", "line"),
+    [
+        ({"timesteps": [80, 1]}, "timesteps has 2 entries, but num_timesteps is 1"),
+        ({"timesteps": [80], "num_timesteps": 2}, "timesteps has 1 entries, but num_timesteps is 2"),
+        ({"timesteps": [1, 80], "num_timesteps": 2}, "timesteps must decrease, which [1.0, 80.0] does not"),
+        ({"timesteps": [80, 80], "num_timesteps": 2}, "timesteps must decrease, which [80.0, 80.0] does not"),
+    ],
+)
+def test_timesteps_decrease_and_are_as_many_as_the_student_steps(student: dict, line: str) -> None:
+    assert mistake({**DISTILL, "student": student}) == f"student: {line}"
+
+
+def test_a_yaml_file_that_is_broken_is_told_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("num_steps: 3\na: [b\nc: d")
+    with pytest.raises(UserError) as error:
+        load_recipe(str(path))
+    assert "\n" not in str(error.value)
+    assert f"{path}: can't be read as YAML" in str(error.value)
+    assert "line 2" in str(error.value)
+
+
+# --- differences -----------------------------------------------------------------------------------------------------
+
+
+def test_equal_recipes_have_no_differences() -> None:
+    assert differences(load_recipe("digits-1step"), load_recipe("digits-1step")) == []
+
+
+def test_differences_are_dotted_keys_with_both_values() -> None:
+    old = parse({**DISTILL, "num_steps": 3}, "old")
+    new = parse({**DISTILL, "num_steps": 5, "student": {"timesteps": [80]}}, "new")
+    assert sorted(differences(old, new)) == [
+        "num_steps: 3 -> 5",
+        "student.timesteps: None -> [80.0]",
+    ]
+
+
+def test_recipes_of_two_kinds_differ_in_their_kind() -> None:
+    teach, distill = parse(TEACH, "a"), parse(DISTILL, "b")
+    assert isinstance(teach, TeachRecipe)
+    assert isinstance(distill, DistillRecipe)
+    assert differences(teach, distill) == ["kind: teach -> distill"]

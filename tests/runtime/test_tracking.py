@@ -1,0 +1,149 @@
+"""metrics.jsonl holds means and can be rewound; a progress bar stays out of pipes; Ctrl-C waits for the step's end."""
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from fewstep.errors import UserError
+from fewstep.runtime.tracking import Metrics, progress_bar, read_metrics, stop_request
+
+
+@pytest.fixture
+def metrics(tmp_path: Path) -> Metrics:
+    return Metrics(tmp_path / "metrics.jsonl")
+
+
+def add(metrics: Metrics, **values: float) -> None:
+    metrics.add({name: torch.tensor(value) for name, value in values.items()})
+
+
+def test_a_line_holds_the_means_since_the_line_before(metrics: Metrics) -> None:
+    add(metrics, loss=1.0)
+    add(metrics, loss=2.0)
+    assert metrics.write(2) == {"loss": 1.5}
+    add(metrics, loss=5.0)
+    metrics.write(3)
+    assert read_metrics(metrics.path) == [{"step": 2, "loss": 1.5}, {"step": 3, "loss": 5.0}]
+
+
+def test_a_metric_of_some_steps_is_averaged_over_those(metrics: Metrics) -> None:
+    for step in range(4):
+        add(metrics, critic=float(step), **({"student": 10.0 + step} if step % 2 else {}))
+    assert metrics.write(4) == {"critic": 1.5, "student": 12.0}
+
+
+def test_a_metric_is_left_out_where_it_was_not_measured(metrics: Metrics) -> None:
+    add(metrics, critic=1.0, student=1.0)
+    metrics.write(1)
+    add(metrics, critic=2.0)
+    assert metrics.write(2) == {"critic": 2.0}
+
+
+def test_metrics_are_summed_without_touching_the_tensors(metrics: Metrics) -> None:
+    value = torch.tensor(1.0)
+    metrics.add({"loss": value})
+    metrics.add({"loss": torch.tensor(3.0)})
+    assert value.item() == 1.0
+
+
+def test_the_file_is_appended_to(metrics: Metrics) -> None:
+    metrics.path.write_text('{"step": 1, "loss": 4.0}\n')
+    add(metrics, loss=2.0)
+    metrics.write(2)
+    assert [line["step"] for line in read_metrics(metrics.path)] == [1, 2]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_metric_that_is_not_finite_ends_the_run_and_is_named(metrics: Metrics, value: float) -> None:
+    add(metrics, fine=1.0, gan_loss=value)
+    with pytest.raises(UserError, match="step 8: gan_loss is not finite; lower the learning rate"):
+        metrics.write(8)
+
+
+def test_rewinding_drops_what_is_behind_the_step(metrics: Metrics) -> None:
+    for step in (10, 20, 30):
+        add(metrics, loss=float(step))
+        metrics.write(step)
+    before = metrics.path.read_text().splitlines()
+    metrics.rewind(20)
+    assert metrics.path.read_text().splitlines() == before[:2]
+
+
+def test_rewinding_drops_a_torn_last_line(metrics: Metrics) -> None:
+    metrics.path.write_text('{"step": 1, "loss": 4.0}\n{"step": 2, "lo')
+    metrics.rewind(5)
+    assert metrics.path.read_text() == '{"step": 1, "loss": 4.0}\n'
+
+
+def test_rewinding_a_run_without_metrics_makes_an_empty_file(metrics: Metrics) -> None:
+    metrics.rewind(0)
+    assert metrics.path.read_text() == ""
+
+
+def test_numbers_survive_rewinding_digit_by_digit(metrics: Metrics) -> None:
+    add(metrics, loss=0.1, norm=1e-30)
+    metrics.write(1)
+    before = metrics.path.read_text()
+    metrics.rewind(1)
+    assert metrics.path.read_text() == before
+
+
+def test_a_file_that_is_no_metrics_is_named(metrics: Metrics) -> None:
+    metrics.path.write_text("garbage}\n")
+    with pytest.raises(UserError, match=r"metrics\.jsonl: can't be read; remove it"):
+        read_metrics(metrics.path)
+
+
+def test_half_a_line_of_sums_is_resumed(metrics: Metrics, tmp_path: Path) -> None:
+    add(metrics, loss=1.0)
+    resumed = Metrics(tmp_path / "metrics.jsonl")
+    resumed.load_state_dict(metrics.state_dict())
+    add(metrics, loss=4.0)
+    add(resumed, loss=4.0)
+    assert metrics.write(2) == resumed.write(2) == {"loss": 2.5}
+
+
+def test_every_line_is_json(metrics: Metrics) -> None:
+    add(metrics, loss=1 / 3)
+    metrics.write(1)
+    (line,) = metrics.path.read_text().splitlines()
+    assert json.loads(line) == {"step": 1, "loss": torch.tensor(1 / 3).item()}
+
+
+def test_a_progress_bar_prints_nothing_into_a_pipe(capfd: pytest.CaptureFixture[str]) -> None:
+    with progress_bar("work", 10) as report:
+        report(5, {"loss": 1.0})
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_first_signal_only_sets_the_flag(number: signal.Signals) -> None:
+    with stop_request() as requested:
+        assert not requested()
+        signal.raise_signal(number)
+        assert requested()
+
+
+def test_a_second_ctrl_c_acts_at_once() -> None:
+    with stop_request():
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def fail(stopped: bool) -> None:
+    with stop_request():
+        if stopped:
+            signal.raise_signal(signal.SIGTERM)
+        raise ValueError("inside")
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_the_handlers_are_put_back(stopped: bool) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(ValueError, match="inside"):
+        fail(stopped)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before

@@ -1,0 +1,261 @@
+"""The turns of DMD2: who is updated, on what, by how much, and with how many network passes."""
+
+import copy
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fewstep.diffusion.sampling import rollout
+from fewstep.networks.pixel_model import PixelModel
+from fewstep.networks.roles import make_roles
+from fewstep.training.dmd2 import DMD2, DMD2Settings
+
+BATCH = 6
+
+
+def make(model: PixelModel, num_steps: int = 20, guidance_scale: float = 1.0, **settings) -> DMD2:
+    torch.manual_seed(1)
+    settings = DMD2Settings(
+        **{
+            "student_every": 3,
+            "student": {"num_timesteps": 3, "optimizer": {"lr": 1e-3}},
+            "critic": {"optimizer": {"lr": 1e-3}},
+            "gan": {"student_weight": 0.1, "critic_weight": 0.1},
+            **settings,
+        }
+    )
+    model = copy.deepcopy(model)
+    return DMD2(settings, model, make_roles(model, guidance_scale), num_steps, BATCH, seed=0)
+
+
+def real_batch(step: int = 0) -> dict[str, Tensor]:
+    draws = torch.Generator().manual_seed(step)
+    return {
+        "image": torch.randint(0, 256, (BATCH, 1, 8, 8), generator=draws, dtype=torch.uint8),
+        "label": torch.randint(0, 3, (BATCH,), generator=draws),
+    }
+
+
+def weights(*modules: nn.Module) -> list[Tensor]:
+    return [p.detach().clone() for module in modules for p in module.parameters()]
+
+
+def changed(before: list[Tensor], after: list[Tensor]) -> bool:
+    return any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@contextmanager
+def recorded_calls(module: nn.Module) -> Iterator[list[tuple[Tensor, Tensor, Tensor | None, bool]]]:
+    """(x_t, t, x0, whether a graph is recorded) of every call; x0 is None where the pass was left early."""
+    calls: list = []
+    before = module.register_forward_pre_hook(lambda m, args: calls.append([*args[:2], None, torch.is_grad_enabled()]))
+    after = module.register_forward_hook(lambda m, args, output: calls[-1].__setitem__(2, output))
+    yield calls
+    before.remove()
+    after.remove()
+
+
+def student_fake(method: DMD2, grad: bool) -> tuple[Tensor, dict[str, Tensor], torch.Generator]:
+    draws = torch.Generator().manual_seed(0)
+    condition = method.model.conditioner.draw(BATCH, draws)
+    noise = method.randn((1, BATCH, 1, 8, 8), draws)
+    return rollout(method.student, noise, method.timesteps, condition, 0, grad=grad), condition, draws
+
+
+def test_the_students_update_leaves_critic_head_and_teacher_bit_for_bit(tiny_model: PixelModel) -> None:
+    method = make(tiny_model)
+    others = (method.critic, method.discriminator, method.teacher)
+    before, student_before = weights(*others), weights(method.student)
+    method.update_student(*student_fake(method, grad=True))
+    assert changed(student_before, weights(method.student))
+    assert not changed(before, weights(*others))
+    assert all(p.grad is None for module in others for p in module.parameters())
+
+
+def test_the_critics_update_leaves_student_and_teacher_bit_for_bit(tiny_model: PixelModel) -> None:
+    method = make(tiny_model)
+    before, critic_before = weights(method.student, method.teacher), weights(method.critic)
+    head_before = weights(method.discriminator)
+    fake, condition, draws = student_fake(method, grad=False)
+    method.update_critic(fake, condition, real_batch(), draws)
+    assert changed(critic_before, weights(method.critic))
+    assert changed(head_before, weights(method.discriminator))
+    assert not changed(before, weights(method.student, method.teacher))
+    assert all(p.grad is None for module in (method.student, method.teacher) for p in module.parameters())
+
+
+@pytest.mark.parametrize("student_every", [1, 3, 5])
+def test_a_cycle_is_one_student_and_n_critic_updates(tiny_model: PixelModel, student_every: int) -> None:
+    method = make(tiny_model, student_every=student_every)
+    turns = []
+    for step in range(2 * student_every):
+        student, critic = weights(method.student), weights(method.critic)
+        method.step(real_batch(step), step)
+        turns.append((changed(student, weights(method.student)), changed(critic, weights(method.critic))))
+    cycle = [(True, True)] + [(False, True)] * (student_every - 1)
+    assert turns == 2 * cycle
+    assert method.ema.num_updates == 2
+
+
+def test_backward_simulation_feeds_the_students_own_rollout(tiny_model: PixelModel) -> None:
+    method = make(tiny_model)
+    schedule, times = method.schedule, method.timesteps
+    for step in range(12):
+        with recorded_calls(method.student) as calls:
+            method.step(real_batch(step), step)
+        assert len(calls) == method.draw_stop(step) + 1
+        assert torch.allclose(calls[0][0].std(), torch.tensor(80.0), rtol=0.15)
+        for k, (x_t, t, _, _) in enumerate(calls):
+            assert torch.equal(t, times[k].expand(BATCH))
+            if k:  # the input is the student's own x0, renoised with unit noise that is its own for every sample
+                eps = (x_t - calls[k - 1][2]) / schedule.alpha_sigma(t)[1].float().view(-1, 1, 1, 1)
+                assert 0.8 < eps.std() < 1.2
+                assert abs(torch.corrcoef(torch.stack([eps.flatten(), calls[k - 1][0].flatten()]))[0, 1]) < 0.2
+
+
+def test_only_the_last_call_of_a_students_turn_carries_gradient(tiny_model: PixelModel) -> None:
+    method = make(tiny_model)
+    for step in range(9):
+        with recorded_calls(method.student) as calls:
+            method.step(real_batch(step), step)
+        expected = [False] * (len(calls) - 1) + [step % 3 == 0]
+        assert [grad for *_, grad in calls] == expected
+
+
+def test_all_stops_are_drawn_alike_on_every_rank(tiny_model: PixelModel) -> None:
+    first, second = make(tiny_model), make(tiny_model)
+    stops = [first.draw_stop(step) for step in range(300)]
+    assert stops == [second.draw_stop(step) for step in reversed(range(300))][::-1]
+    assert all(70 < count < 130 for count in Counter(stops).values())
+    assert set(stops) == {0, 1, 2}
+
+
+# settings -> passes of (teacher, critic whole, critic left early) in a student's turn, then in the critic's
+PASSES = {
+    "shared": ({}, (1, 1, 0), (0, 1, 1)),
+    "independent": (
+        {"gan": {"student_weight": 0.1, "critic_weight": 0.1, "independent_noise": True}},
+        (1, 1, 1),
+        (0, 1, 2),
+    ),
+    "without GAN": ({"gan": {"student_weight": 0, "critic_weight": 0}}, (1, 1, 0), (0, 1, 0)),
+    "without DM": ({"dm": {"weight": 0}}, (0, 0, 1), (0, 1, 1)),
+}
+
+
+@pytest.mark.parametrize("case", PASSES)
+def test_no_pass_is_thrown_away(tiny_model: PixelModel, case: str) -> None:
+    settings, in_student_turn, in_critic_turn = PASSES[case]
+    method = make(tiny_model, **settings)
+
+    def passes(turn: str) -> tuple[int, int, int]:
+        with recorded_calls(method.teacher) as teacher, recorded_calls(method.critic) as critic:
+            fake, condition, draws = student_fake(method, grad=turn == "student")
+            if turn == "student":
+                method.update_student(fake, condition, draws)
+            else:
+                method.update_critic(fake, condition, real_batch(), draws)
+        whole = sum(x0 is not None for _, _, x0, _ in critic)
+        return len(teacher), whole, len(critic) - whole
+
+    assert passes("student") == in_student_turn
+    assert passes("critic") == in_critic_turn
+
+
+def test_shared_terms_see_one_noised_sample_and_independent_ones_do_not(tiny_model: PixelModel) -> None:
+    for independent in (False, True):
+        gan = {"student_weight": 0.1, "critic_weight": 0.1, "independent_noise": independent}
+        method = make(tiny_model, gan=gan)
+        with recorded_calls(method.critic) as calls:
+            fake, condition, draws = student_fake(method, grad=False)
+            method.update_critic(fake, condition, real_batch(), draws)
+        times = [t for _, t, _, _ in calls]
+        assert all(torch.equal(times[0], t) for t in times) != independent
+
+
+def test_the_students_gradients_are_the_closed_forms(tiny_model: PixelModel) -> None:
+    """DM: (critic - teacher) / mean|fake - teacher| / (B D). GAN: autograd's, through a hook of the test's own."""
+    method = make(tiny_model)
+    method.critic.load_state_dict({k: v + 0.05 * torch.randn_like(v) for k, v in method.critic.state_dict().items()})
+    fake, condition, draws = student_fake(method, grad=False)
+    fake.requires_grad_()
+    state = draws.get_state()
+    losses = method.student_losses(fake, condition, draws)
+    dm, gan = (torch.autograd.grad(losses[name], fake)[0] for name in ("dm", "gan"))
+    draws.set_state(state)
+    x_t, t = method.noised(fake, method.student_levels, draws)
+    captured = []
+    layer = method.critic.network.get_submodule(method.feature_layer)
+    handle = layer.register_forward_hook(lambda m, args, output: captured.append(output[0]))
+    critic_x0, teacher_x0 = method.critic(x_t, t, condition).detach(), method.teacher(x_t, t, condition).detach()
+    handle.remove()
+    expected_dm = (critic_x0 - teacher_x0) / (fake - teacher_x0).abs().mean(dim=(1, 2, 3), keepdim=True) / fake.numel()
+    expected_gan = torch.autograd.grad(torch.log1p(torch.exp(-method.discriminator(captured[0]))).mean(), fake)[0]
+    for gradient, expected in ((dm, expected_dm), (gan, expected_gan)):
+        assert expected.norm() > 0
+        assert (gradient - expected).norm() < 1e-4 * expected.norm()
+
+
+def test_the_student_moves_along_the_weighted_sum(tiny_model: PixelModel) -> None:
+    """With plain gradient descent in place of AdamW the parameters move by -J^T (w_dm g_dm + w_gan g_gan)."""
+    method = make(tiny_model, dm={"weight": 0.7}, gan={"student_weight": 50.0, "critic_weight": 0.1})
+    parameters = list(method.student.parameters())
+    fake, condition, draws = student_fake(method, grad=True)
+    state = draws.get_state()
+    losses = method.student_losses(fake, condition, draws)
+    weighted = 0.7 * losses["dm"] + 50 * losses["gan"]
+    expected = torch.autograd.grad(weighted, parameters, retain_graph=True)
+    draws.set_state(state)
+    received: list[Tensor] = []
+    method.student_optimizer.step = lambda: received.extend(p.grad.clone() for p in parameters)
+    method.update_student(fake, condition, draws)
+    for gradient, wanted in zip(received, expected, strict=True):
+        assert (gradient - wanted).norm() <= 1e-4 * wanted.norm()
+
+
+def test_logged_gradient_norms_are_those_at_the_image(tiny_model: PixelModel) -> None:
+    method = make(tiny_model, gan={"student_weight": 0.3, "critic_weight": 0.1})
+    fake, condition, draws = student_fake(method, grad=True)
+    state = draws.get_state()
+    expected = {
+        name: torch.autograd.grad(loss, fake, retain_graph=True)[0].norm()
+        for name, loss in method.student_losses(fake, condition, draws).items()
+    }
+    draws.set_state(state)
+    metrics = method.update_student(fake, condition, draws)
+    for name, norm in expected.items():
+        torch.testing.assert_close(metrics[f"{name}_image_grad_norm"], norm)
+
+
+def test_guidance_reaches_the_teacher_alone(tiny_model: PixelModel) -> None:
+    method = make(tiny_model, guidance_scale=3.0)
+    with recorded_calls(method.teacher.denoiser) as teacher, recorded_calls(method.critic) as critic:
+        method.update_student(*student_fake(method, grad=True))
+    assert [len(call[0]) for call in teacher] == [2 * BATCH]
+    assert [len(call[0]) for call in critic] == [BATCH]
+
+
+def test_a_step_is_a_function_of_seed_and_step(tiny_model: PixelModel) -> None:
+    first, second = make(tiny_model), make(tiny_model)
+    torch.manual_seed(123)  # the global generator plays no part
+    assert first.step(real_batch(), 4) == second.step(real_batch(), 4)
+    assert first.step(real_batch(), 5)["denoising_loss"] != make(tiny_model).step(real_batch(), 6)["denoising_loss"]
+
+
+def test_sampling_is_the_rollout_of_the_averaged_weights(tiny_model: PixelModel) -> None:
+    method = make(tiny_model)
+    for step in range(6):
+        method.step(real_batch(step), step)
+    noise = torch.randn(3, BATCH, 1, 8, 8)
+    raw = copy.deepcopy(method.student)
+    averaged = copy.deepcopy(method.student)
+    for parameter, average in zip(averaged.parameters(), method.ema.averages, strict=True):
+        parameter.data.copy_(average)
+    condition = {"label": torch.arange(BATCH) % 3}
+    expected = method.model.decode(rollout(averaged, noise, method.timesteps, condition, stop=2))
+    assert torch.equal(method.sample(noise), expected)
+    assert not changed(weights(raw), weights(method.student))

@@ -1,0 +1,45 @@
+"""The losses of the first 20 steps of every recipe. Written by `python tests/training/test_golden.py`.
+
+They change whenever the training mathematics, the order of random draws or a recipe changes; say why in the commit.
+"""
+
+import json
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from fewstep.commands.distill import distill
+from fewstep.commands.teach import teach
+from fewstep.recipes.loading import load_recipe, recipe_names
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+SHORT = ["num_steps=20", "log_every=1", "checkpoint_every=20", "sample_every=20", "device=cpu"]
+
+
+def run_recipe(name: str, folder: Path) -> list[dict[str, float]]:
+    """The metrics of 20 steps; a student's teacher is two steps old."""
+    recipe = load_recipe(name, SHORT)
+    if recipe.kind == "distill":
+        teach(load_recipe(recipe.teacher, [*SHORT, "num_steps=2"]), folder / "teacher", report=lambda *_: None)
+        recipe = load_recipe(name, [*SHORT, f"teacher={folder / 'teacher'}"])
+    verb = teach if recipe.kind == "teach" else distill
+    verb(recipe, folder / name, report=lambda *_: None)
+    return [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_golden_losses(name: str, tmp_path: Path) -> None:
+    expected = [json.loads(line) for line in (GOLDEN / f"{name}.jsonl").read_text().splitlines()]
+    for ours, golden in zip(run_recipe(name, tmp_path), expected, strict=True):
+        assert ours == pytest.approx(golden, rel=5e-3, abs=1e-6), f"step {golden['step']}"
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    GOLDEN.mkdir(exist_ok=True)
+    for recipe_name in recipe_names():
+        with tempfile.TemporaryDirectory() as scratch:
+            lines = run_recipe(recipe_name, Path(scratch))
+        (GOLDEN / f"{recipe_name}.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))

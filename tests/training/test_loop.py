@@ -1,0 +1,136 @@
+"""Runs can be stopped, killed and resumed, and the result is the same bit for bit."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from fewstep.commands.distill import distill
+from fewstep.commands.runs import open_model
+from fewstep.commands.teach import teach
+from fewstep.errors import Interrupted, UserError
+from fewstep.recipes.loading import load_recipe
+from fewstep.recipes.schema import DistillRecipe, TeachRecipe
+from fewstep.runtime import checkpoint
+from fewstep.runtime.checkpoint import checkpoints, load_state
+
+TINY = ["batch_size=8", "log_every=2", "sample_every=100", "checkpoint_every=4", "num_steps=12"]
+
+
+def quiet(step: int, metrics: dict[str, float]) -> None:
+    pass
+
+
+def teach_recipe(*overrides: str) -> TeachRecipe:
+    small = ["model.block_out_channels=[8, 8]", "model.norm_num_groups=4"]
+    return load_recipe("digits-teacher", [*TINY, *small, *overrides])
+
+
+@pytest.fixture(scope="module")
+def teacher_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "teacher"
+    teach(teach_recipe(), run, report=quiet)
+    return run
+
+
+def distill_recipe(teacher_run: Path, *overrides: str) -> DistillRecipe:
+    return load_recipe("digits-4step", [*TINY, "student_every=3", f"teacher={teacher_run}", *overrides])
+
+
+def flat(state: object) -> list[Tensor]:
+    if isinstance(state, Tensor):
+        return [state]
+    values = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else []
+    return [tensor for value in values for tensor in flat(value)]
+
+
+def assert_same_end(first: Path, second: Path) -> None:
+    """Same metrics to the letter, same weights, averages and optimizer states bit for bit."""
+    assert (first / "metrics.jsonl").read_text() == (second / "metrics.jsonl").read_text()
+    ours, theirs = (flat(load_state(checkpoints(run)[-1])) for run in (first, second))
+    assert len(ours) == len(theirs) > 100
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    ours, theirs = (list(open_model(run).denoiser.parameters()) for run in (first, second))
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def interrupt_at(stop: int):
+    def report(step: int, metrics: dict[str, float]) -> None:
+        if step == stop:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    return report
+
+
+@pytest.mark.parametrize("stop", [4, 7])
+def test_a_stopped_and_resumed_distillation_equals_an_uninterrupted_one(
+    teacher_run: Path, tmp_path: Path, stop: int
+) -> None:
+    recipe = distill_recipe(teacher_run)
+    distill(recipe, tmp_path / "whole", report=quiet)
+    with pytest.raises(Interrupted, match=f"stopped at step {stop + 1} of 12"):
+        distill(recipe, tmp_path / "stopped", report=interrupt_at(stop))
+    distill(recipe, tmp_path / "stopped", resume=True, report=quiet)
+    assert_same_end(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_a_stopped_and_resumed_teacher_equals_an_uninterrupted_one(teacher_run: Path, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        teach(teach_recipe(), tmp_path / "stopped", report=interrupt_at(5))
+    teach(teach_recipe(), tmp_path / "stopped", resume=True, report=quiet)
+    assert_same_end(teacher_run, tmp_path / "stopped")
+
+
+def test_a_run_killed_while_writing_loses_only_the_steps_since_the_last_checkpoint(
+    teacher_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, save, calls = distill_recipe(teacher_run), torch.save, []
+
+    def torn_save(content: object, path: Path) -> None:
+        save(content, path)
+        calls.append(path)
+        if len(calls) == 2:  # the second checkpoint: half a file is on the disk when the process dies
+            os.truncate(path, path.stat().st_size // 2)
+            raise SystemExit("killed")
+
+    monkeypatch.setattr(checkpoint.torch, "save", torn_save)
+    with pytest.raises(SystemExit):
+        distill(recipe, tmp_path / "killed", report=quiet)
+    assert [path.name for path in checkpoints(tmp_path / "killed")] == ["00000004"]
+    steps: list[int] = []
+    distill(recipe, tmp_path / "killed", resume=True, report=lambda step, metrics: steps.append(step))
+    assert steps == list(range(5, 13))
+    distill(recipe, tmp_path / "whole", report=quiet)
+    assert_same_end(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_a_finished_run_resumes_to_nothing(teacher_run: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in teacher_run.rglob("*") if path.name == "state.pt"}
+    steps: list[int] = []
+    teach(teach_recipe(), teacher_run, resume=True, report=lambda step, metrics: steps.append(step))
+    assert steps == []
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_metrics_are_means_over_the_steps_since_the_last_line(teacher_run: Path, tmp_path: Path) -> None:
+    teach(teach_recipe("log_every=1"), tmp_path / "each", report=quiet)
+    each, pairs = (
+        [json.loads(line)["denoising_loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for run in (tmp_path / "each", teacher_run)
+    )
+    assert pairs == pytest.approx([(a + b) / 2 for a, b in zip(each[::2], each[1::2], strict=True)], rel=1e-5)
+
+
+def test_divergence_ends_the_run_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not finite; lower the learning rate"):
+        teach(teach_recipe("optimizer.lr=1e30", "optimizer.clip_norm=1e30"), tmp_path / "run", report=quiet)
+
+
+def test_a_run_folder_holds_what_the_readme_says(teacher_run: Path) -> None:
+    assert {path.name for path in teacher_run.iterdir()} == {"recipe.yaml", "metrics.jsonl", "samples", "checkpoints"}
+    assert [path.name for path in checkpoints(teacher_run)] == ["00000008", "00000012"]
+    assert [path.name for path in (teacher_run / "samples").iterdir()] == ["00000012.png"]
