@@ -315,7 +315,6 @@ def test_a_damaged_recipe_of_a_run_is_named(refused: Refused, command: str, cont
     [
         ("diffusion_pytorch_model.safetensors", None),
         ("diffusion_pytorch_model.safetensors", b""),
-        ("config.json", b"{"),
         ("fewstep.json", b"garbage"),
         ("fewstep.json", b"{}"),
         ("fewstep.json", b'{"config": {}}'),

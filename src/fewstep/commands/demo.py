@@ -20,7 +20,6 @@ from fewstep.commands.evaluate import (
     GRID_IMAGES,
     THROUGHPUT_BATCH,
     classifier_path,
-    curve,
     describe,
     make_judge,
     open_classifier,
@@ -36,7 +35,8 @@ from fewstep.evaluation.metrics import Row
 from fewstep.evaluation.report import sample_grid
 from fewstep.recipes.loading import load_recipe
 from fewstep.recipes.schema import DistillRecipe, TeachRecipe
-from fewstep.runtime.tracking import Report, first_metric, progress_columns
+from fewstep.runtime.checkpoint import METRICS
+from fewstep.runtime.tracking import Report, first_metric, progress_columns, read_metrics
 
 NUM_PROCESSES = 2
 CHUNK = 1250  # images per task of the evaluation
@@ -70,7 +70,7 @@ def demo(out: Path, resume: bool, overrides: Sequence[str], num_samples: int) ->
         run(_training(out, students, recipes))
         torch.set_num_threads(1)
         rows, grids = judge_rows(run, out, recipes, num_samples)
-    curves = {name: curve(out / name) for name in recipes}
+    curves = {name: read_metrics(out / name / METRICS) for name in recipes}
     publish(rows, grids, curves, out, "fewstep demo: digits, 8×8", "the digits classifier")
 
 

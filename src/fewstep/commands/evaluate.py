@@ -28,7 +28,7 @@ from fewstep.evaluation.metrics import Row, fid, floor_row, precision_recall
 from fewstep.networks.pixel_model import PixelModel, PixelModelConfig
 from fewstep.recipes.loading import read_run_recipe
 from fewstep.recipes.schema import DataSettings
-from fewstep.runtime.checkpoint import RECIPE, check_run
+from fewstep.runtime.checkpoint import METRICS, RECIPE, check_run
 from fewstep.runtime.tracking import Report, progress_bar, read_metrics
 from fewstep.seeding import generator
 
@@ -106,23 +106,18 @@ def evaluate(
     images = open_images(recipe.data, models[0].config)
     judge = make_judge(images, models[0].config, features, classifier_path(recipe.data, runs[0].parent))
     rows, grids = [judge.floor()], {"real": real_grid(images, models[0])}
-    for run, model in zip(runs, models, strict=True):
+    names = [run.name if len({other.name for other in runs}) == len(runs) else str(run) for run in runs]
+    for name, model in zip(names, models, strict=True):
         model.denoiser.to(on_device)
         for sampler in [default_sampler(model)] if model.timesteps else asked:
-            title = f"{run.name} {describe(sampler)}"
+            title = f"{name} {describe(sampler)}"
             with progress_bar(title, num_samples) as progress:
                 fakes = generate(model, sampler, range(num_samples), seed, report=lambda done: progress(done, {}))
             speed = images_per_second(model, sampler, THROUGHPUT_BATCH)
-            rows.append(judge.row(run.name, sampler, fakes, model.conditioner.labels(num_samples), speed))
+            rows.append(judge.row(name, sampler, fakes, model.conditioner.labels(num_samples), speed))
             grids[title] = report.sample_grid(fakes[:GRID_IMAGES])
-    publish(
-        rows,
-        grids,
-        {run.name: curve(run) for run in runs},
-        out,
-        f"fewstep: {', '.join(run.name for run in runs)}",
-        features,
-    )
+    curves = {name: read_metrics(run / METRICS) for name, run in zip(names, runs, strict=True)}
+    publish(rows, grids, curves, out, f"fewstep: {', '.join(names)}", features)
 
 
 def _check_alike(runs: Sequence[Path], models: Sequence[PixelModel]) -> None:
@@ -145,11 +140,6 @@ def real_grid(images: ImageSet, model: PixelModel) -> bytes:
             [of_class[label][k // len(of_class) % len(of_class[label])] for k, label in enumerate(wanted.tolist())]
         )
     return report.sample_grid(images.fetch(indices))
-
-
-def curve(run: Path) -> list[dict]:
-    """The lines of a run's metrics.jsonl."""
-    return read_metrics(run / "metrics.jsonl")
 
 
 def publish(

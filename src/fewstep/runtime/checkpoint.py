@@ -14,6 +14,7 @@ import torch
 from fewstep.errors import UserError
 
 RECIPE = "recipe.yaml"
+METRICS = "metrics.jsonl"
 KEEP = 2  # checkpoints; the older ones are removed
 
 

@@ -94,6 +94,12 @@ class DMD2Settings(Settings):
     dm: DistributionMatchingSettings = DistributionMatchingSettings()
     gan: GANSettings = GANSettings()
 
+    @model_validator(mode="after")
+    def _something_trains_the_student(self) -> Self:
+        if not self.dm.weight and not self.gan.student_weight:
+            raise ValueError("dm.weight and gan.student_weight are both 0: nothing would train the student")
+        return self
+
 
 class DMD2:
     """Every step updates critic and discriminator; every `student_every`-th step updates the student first."""

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from fewstep.data.pictures import grid, save_png
 from fewstep.errors import Interrupted
-from fewstep.runtime.checkpoint import checkpoints, load_state, save_checkpoint, step_name
+from fewstep.runtime.checkpoint import METRICS, checkpoints, load_state, save_checkpoint, step_name
 from fewstep.runtime.tracking import Metrics, Report, stop_request
 from fewstep.seeding import generator
 from fewstep.settings import Settings
@@ -39,7 +39,7 @@ def train(
 
     `batch_at(step)` gives the batch of a step. Raises Interrupted, behind a checkpoint, if the user stops it.
     """
-    metrics = Metrics(run / "metrics.jsonl")
+    metrics = Metrics(run / METRICS)
     start = _resume(method, metrics, run)
     noise = torch.randn(
         (method.num_noises, GRID_ROWS * GRID_COLUMNS, *method.model.shape), generator=generator(seed, "grid")
