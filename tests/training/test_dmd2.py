@@ -29,7 +29,8 @@ def make(model: PixelModel, num_steps: int = 20, guidance_scale: float = 1.0, **
         }
     )
     model = copy.deepcopy(model)
-    return DMD2(settings, model, make_roles(model, guidance_scale), num_steps, BATCH, seed=0)
+    num_stops = settings.student.num_timesteps if settings.critic.condition_on_stop else 0
+    return DMD2(settings, model, make_roles(model, guidance_scale, num_stops=num_stops), num_steps, BATCH, seed=0)
 
 
 def real_batch(step: int = 0) -> dict[str, Tensor]:
@@ -237,6 +238,18 @@ def test_guidance_reaches_the_teacher_alone(tiny_model: PixelModel) -> None:
         method.update_student(*student_fake(method, grad=True))
     assert [len(call[0]) for call in teacher] == [2 * BATCH]
     assert [len(call[0]) for call in critic] == [BATCH]
+
+
+def test_a_critic_conditioned_on_the_stop_learns_the_stops_that_were_drawn(tiny_model: PixelModel) -> None:
+    method = make(tiny_model, critic={"optimizer": {"lr": 1e-3, "weight_decay": 0}, "condition_on_stop": True})
+    embedding, seen = method.critic.network.stop_embedding.weight, set()
+    for step in range(8):
+        before = embedding.detach().clone()
+        method.step(real_batch(step), step)
+        seen.add(method.draw_stop(step))
+        moved = {stop for stop in range(3) if not torch.equal(before[stop], embedding[stop])}
+        assert method.draw_stop(step) in moved
+        assert moved <= seen  # AdamW goes on moving what it has seen
 
 
 def test_a_step_is_a_function_of_seed_and_step(tiny_model: PixelModel) -> None:

@@ -25,7 +25,8 @@ def distill(recipe: DistillRecipe, run: Path, resume: bool = False, report: Repo
     images = open_images(recipe.data, model.config)
     model.denoiser.to(pick_device(recipe.device))
     torch.manual_seed(recipe.seed)
-    roles = make_roles(model, recipe.guidance_scale, recipe.gan.feature_layer)
+    num_stops = recipe.student.num_timesteps if recipe.critic.condition_on_stop else 0
+    roles = make_roles(model, recipe.guidance_scale, recipe.gan.feature_layer, num_stops)
     method = DMD2(recipe, model, roles, recipe.num_steps, recipe.batch_size, recipe.seed)
     start_run(method, images, run, recipe, report)
 

@@ -25,6 +25,10 @@ class ImageModel(Protocol):
         """Dotted name of the layer that the discriminator reads by default."""
 
     @property
+    def time_embedding(self) -> str:
+        """Dotted name of the layer that embeds native time."""
+
+    @property
     def device(self) -> torch.device:
         """Where the parameters are."""
 

@@ -111,6 +111,11 @@ class PixelModel:
         return f"unet.down_blocks.{len(self.config.block_out_channels) - 1}"
 
     @property
+    def time_embedding(self) -> str:
+        """The layer that embeds native time."""
+        return "unet.time_embedding"
+
+    @property
     def device(self) -> torch.device:
         return next(self.denoiser.parameters()).device
 

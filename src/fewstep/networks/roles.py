@@ -11,6 +11,7 @@ from fewstep.errors import UserError
 from fewstep.networks.discriminator import Discriminator
 from fewstep.networks.features import features
 from fewstep.networks.image_model import ImageModel
+from fewstep.networks.stop_embedding import condition_on_stop
 
 
 @dataclass
@@ -24,12 +25,14 @@ class Roles:
     feature_layer: str
 
 
-def make_roles(model: ImageModel, guidance_scale: float = 1.0, feature_layer: str | None = None) -> Roles:
+def make_roles(
+    model: ImageModel, guidance_scale: float = 1.0, feature_layer: str | None = None, num_stops: int = 0
+) -> Roles:
     """Freezes the model as teacher (guided, unless the scale is 1) and copies it as student and critic.
 
     All run in evaluation mode, i.e. without dropout, as the official system does. `feature_layer` names the critic's
-    layer that the discriminator reads; by default the adapter's bottleneck. Raises UserError where the model has no
-    null class to guide with, or no such layer.
+    layer that the discriminator reads; by default the adapter's bottleneck. With `num_stops` the critic is conditioned
+    on the student's timestep, of so many. Raises UserError where the model has no null class, or no such layer.
     """
     student, critic = (copy.deepcopy(model.denoiser).eval().requires_grad_(True) for _ in range(2))
     base = model.denoiser.eval().requires_grad_(False)
@@ -41,6 +44,8 @@ def make_roles(model: ImageModel, guidance_scale: float = 1.0, feature_layer: st
             raise UserError("guidance_scale: the teacher has no null class; teach it with class_dropout, or set 1")
         on_device = {key: value.to(model.device) for key, value in null_condition.items()}
         teacher = Guided(base, guidance_scale, on_device)
+    if num_stops:
+        condition_on_stop(critic.network, model.time_embedding, num_stops)
     return Roles(teacher, student, critic, _make_discriminator(model, layer), layer)
 
 

@@ -54,6 +54,9 @@ class CriticSettings(Settings):
     """Of critic and discriminator together."""
     noise: NoiseLevels = NoiseLevels()
     """Noise levels of its denoising loss and of its GAN term."""
+    condition_on_stop: bool = False
+    """Tell it at which of the student's timesteps a sample was taken. As published it is not told, and only the mixture
+    over the timesteps is matched: with K > 1 the samples of one may drift as long as the others make up for it."""
 
 
 class DistributionMatchingSettings(Settings):
@@ -137,6 +140,8 @@ class DMD2:
         stop = self.draw_stop(step)
         noise = self.randn((stop + 1, self.batch_size, *self.model.shape), draws)
         condition = self.model.conditioner.draw(self.batch_size, draws)
+        if self.settings.critic.condition_on_stop:
+            condition["stop"] = torch.full((self.batch_size,), stop, device=draws.device)
         fake = rollout(self.student, noise, self.timesteps, condition, stop, grad=student_turn)
         metrics = self.update_student(fake, condition, draws) if student_turn else {}
         return metrics | self.update_critic(fake.detach(), condition, batch, draws)
@@ -193,6 +198,7 @@ class DMD2:
         metrics = {"denoising_loss": loss.detach()}
         if self.gan:
             real, real_condition = self.model.encode(batch)
+            real_condition |= {key: condition[key] for key in ("stop",) if key in condition}
             if not shared:
                 fake_features = self.noised_features(fake, condition, draws)
             real_features = self.noised_features(real, real_condition, draws, t if shared else None)
