@@ -1,6 +1,6 @@
 """`fewstep demo`: the whole job on the embedded digits. Teach, distil to one and to four steps, judge.
 
-Two one-thread processes share the work: on small images two threads in one process gain almost nothing.
+Two processes share the work with one thread each; the teacher, while it has no company, takes both threads.
 """
 
 import multiprocessing
@@ -52,6 +52,7 @@ class Task(NamedTuple):
     total: int
     function: Callable[..., Any]
     arguments: tuple
+    threads: int = 1
 
 
 def demo(out: Path, resume: bool, overrides: Sequence[str], num_samples: int) -> None:
@@ -66,7 +67,7 @@ def demo(out: Path, resume: bool, overrides: Sequence[str], num_samples: int) ->
         run = TaskRunner(pool, messages)
         teacher, *students = recipes
         classifier = Task("classifier", CLASSIFIER_STEPS, _classify, (recipes[teacher], out))
-        run([classifier, *_training(out, [teacher], recipes)])
+        run([classifier, *_training(out, [teacher], recipes, threads=NUM_PROCESSES)])
         run(_training(out, students, recipes))
         torch.set_num_threads(1)
         rows, grids = judge_rows(run, out, recipes, num_samples)
@@ -83,8 +84,8 @@ def demo_recipes(out: Path, overrides: Sequence[str]) -> Recipes:
     return recipes
 
 
-def _training(out: Path, names: Sequence[str], recipes: Recipes) -> list[Task]:
-    return [Task(name, recipes[name].num_steps, _train, (recipes[name], out / name)) for name in names]
+def _training(out: Path, names: Sequence[str], recipes: Recipes, threads: int = 1) -> list[Task]:
+    return [Task(name, recipes[name].num_steps, _train, (recipes[name], out / name), threads) for name in names]
 
 
 def judge_rows(run: "TaskRunner", out: Path, recipes: Recipes, num_samples: int) -> tuple[list[Row], dict[str, bytes]]:
@@ -122,9 +123,7 @@ class TaskRunner:
 
     def __call__(self, tasks: Sequence[Task]) -> list[Any]:
         """The results, in the order of the tasks."""
-        futures = [
-            self.pool.submit(_run_task, index, task.function, task.arguments) for index, task in enumerate(tasks)
-        ]
+        futures = [self.pool.submit(_run_task, index, task) for index, task in enumerate(tasks)]
         try:
             self._show(tasks, futures)
         except KeyboardInterrupt:
@@ -155,11 +154,11 @@ class TaskRunner:
 def _start_worker(messages: Any) -> None:
     global _messages
     _messages = messages
-    torch.set_num_threads(1)
 
 
-def _run_task(index: int, function: Callable[..., Any], arguments: tuple) -> Any:
-    return function(*arguments, lambda done, metrics: _messages.put((index, done, first_metric(metrics))))
+def _run_task(index: int, task: Task) -> Any:
+    torch.set_num_threads(task.threads)
+    return task.function(*task.arguments, lambda done, metrics: _messages.put((index, done, first_metric(metrics))))
 
 
 def _train(recipe: TeachRecipe | DistillRecipe, run: Path, report: Report) -> None:
