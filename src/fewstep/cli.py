@@ -90,6 +90,7 @@ def evaluate(
         str, typer.Option(help="TorchScript file, or `classifier`: a small one trained on the labels.")
     ] = "classifier",
     num_samples: Annotated[int, typer.Option(min=100, help="Images per row.")] = 5000,
+    num_real: Annotated[int, typer.Option(min=100, help="Real images to compare with, at most.")] = 50_000,
     sampler: Annotated[
         list[str] | None, typer.Option(help="Of teachers, repeatable: ddim:STEPS, heun:STEPS.", show_default="heun:18")
     ] = None,
@@ -99,7 +100,7 @@ def evaluate(
     """Judge runs side by side: FID with its noise floor, precision, recall, accuracy, speed."""
     from fewstep.commands.evaluate import evaluate
 
-    evaluate(runs, out, features, num_samples, sampler or ["heun:18"], seed, device)
+    evaluate(runs, out, features, num_samples, num_real, sampler or ["heun:18"], seed, device)
 
 
 @app.command(epilog="Example: fewstep recipes show digits-4step")

@@ -34,7 +34,7 @@ from fewstep.seeding import generator
 
 GRID_IMAGES = 40
 THROUGHPUT_BATCH = 250
-MAX_REAL_IMAGES = 50_000  # precision and recall compare all pairs
+MAX_REAL = 50_000  # precision and recall compare all pairs
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,10 @@ def describe(sampler: Sampler) -> str:
     return sampler.kind if sampler.kind == "student" else f"{sampler.kind} {sampler.num_steps}"
 
 
-def make_judge(images: ImageSet, config: PixelModelConfig, features: str, path: Path) -> Judge:
-    """A judge on the real images; the classifier is loaded from `path`, or trained and kept there."""
+def make_judge(
+    images: ImageSet, config: PixelModelConfig, features: str, path: Path, num_real: int = MAX_REAL
+) -> Judge:
+    """A judge on at most `num_real` real images; the classifier is loaded from `path`, or trained and kept there."""
     if features == "classifier" and not config.num_classes:
         raise UserError("--features classifier: the model has no classes to train one on; give a TorchScript file")
     if images.length < GRID_IMAGES:
@@ -72,7 +74,7 @@ def make_judge(images: ImageSet, config: PixelModelConfig, features: str, path: 
     network = None if features == "classifier" else TorchScriptExtractor(Path(features))
     classifier = open_classifier(images, config, path) if config.num_classes else None
     extractor: Any = network or classifier
-    real = images.fetch(torch.randperm(images.length, generator=generator(0, "reference"))[:MAX_REAL_IMAGES])
+    real = images.fetch(torch.randperm(images.length, generator=generator(0, "reference"))[:num_real])
     return Judge(extractor, classifier, extract(extractor, real))
 
 
@@ -94,7 +96,14 @@ def classifier_path(data: DataSettings, folder: Path) -> Path:
 
 
 def evaluate(
-    runs: Sequence[Path], out: Path, features: str, num_samples: int, samplers: Sequence[str], seed: int, device: str
+    runs: Sequence[Path],
+    out: Path,
+    features: str,
+    num_samples: int,
+    num_real: int,
+    samplers: Sequence[str],
+    seed: int,
+    device: str,
 ) -> None:
     """Judges the newest checkpoint of every run against the first run's data; writes results.json and report.html."""
     for run in runs:
@@ -104,7 +113,7 @@ def evaluate(
     recipe, models = read_run_recipe(runs[0] / RECIPE), [open_model(run) for run in runs]
     _check_alike(runs, models)
     images = open_images(recipe.data, models[0].config)
-    judge = make_judge(images, models[0].config, features, classifier_path(recipe.data, runs[0].parent))
+    judge = make_judge(images, models[0].config, features, classifier_path(recipe.data, runs[0].parent), num_real)
     rows, grids = [judge.floor()], {"real": real_grid(images, models[0])}
     names = [run.name if len({other.name for other in runs}) == len(runs) else str(run) for run in runs]
     for name, model in zip(names, models, strict=True):

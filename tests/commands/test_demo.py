@@ -1,0 +1,55 @@
+"""The demo: quickly, that it runs; slowly, that it reaches its figures."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fewstep.cli import main
+
+KEYS = ["model", "sampler", "nfe", "fid", "precision", "recall", "accuracy", "images_per_second"]
+ROWS = [
+    ("real", None, None),
+    ("digits-teacher", "heun 18", 35),
+    ("digits-teacher", "ddim 1", 1),
+    ("digits-teacher", "ddim 2", 2),
+    ("digits-teacher", "ddim 4", 4),
+    ("digits-teacher", "ddim 8", 8),
+    ("digits-1step", "student", 1),
+    ("digits-4step", "student", 4),
+]
+
+
+def run_demo(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr("sys.argv", ["fewstep", "demo", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return ended.value.code
+
+
+def test_the_demo_runs_writes_what_it_says_and_overwrites_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    small = ["--out", str(tmp_path / "demo"), "--set", "num_steps=2", "--set", "batch_size=4", "--num-samples", "100"]
+    assert run_demo(monkeypatch, *small) == 0
+    rows = json.loads((tmp_path / "demo" / "results.json").read_text())
+    assert [list(row) for row in rows] == [KEYS] * len(ROWS)
+    assert [(row["model"], row["sampler"], row["nfe"]) for row in rows] == ROWS
+    page = (tmp_path / "demo" / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == len(ROWS) + 1  # a grid per row, and the curves
+    assert run_demo(monkeypatch, *small) == 2
+    assert "continue it with --resume" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_demo_reaches_its_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run_demo(monkeypatch, "--out", str(tmp_path / "demo")) == 0
+    rows = json.loads((tmp_path / "demo" / "results.json").read_text())
+    by_sampler = {(row["model"], row["nfe"]): row for row in rows}
+    teacher, one, four = (by_sampler[key] for key in (("digits-teacher", 35), ("digits-1step", 1), ("digits-4step", 4)))
+    assert one["fid"] <= 3 * teacher["fid"]
+    assert four["fid"] <= 1.5 * teacher["fid"]
+    few = min(row["fid"] for (model, nfe), row in by_sampler.items() if model == "digits-teacher" and nfe <= 8)
+    assert max(one["fid"], four["fid"]) < few / 2
+    assert min(one["accuracy"], four["accuracy"]) >= 0.98
+    assert one["images_per_second"] >= 30 * teacher["images_per_second"]
