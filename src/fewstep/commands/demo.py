@@ -111,7 +111,7 @@ def judge_rows(run: "TaskRunner", out: Path, recipes: Recipes, num_samples: int)
     for index, ((name, sampler), speed) in enumerate(zip(wanted, speeds, strict=True)):
         fakes = torch.cat(drawn[index * len(ranges) : (index + 1) * len(ranges)])
         rows.append(judge.row(name, sampler, fakes, labels, speed))
-        grids[f"{name}, {describe(sampler)}, {sampler.nfe} calls"] = sample_grid(fakes[:GRID_IMAGES])
+        grids[f"{name}, {describe(sampler)} (nfe {sampler.nfe})"] = sample_grid(fakes[:GRID_IMAGES])
     return rows, grids
 
 
