@@ -12,6 +12,7 @@ from fewstep.diffusion.denoiser import Condition
 from fewstep.diffusion.sampling import ddim, heun, rollout
 from fewstep.errors import UserError
 from fewstep.networks.image_model import ImageModel
+from fewstep.networks.pixel_model import PixelModel
 from fewstep.seeding import generator
 
 
@@ -70,7 +71,7 @@ def sample(model: ImageModel, sampler: Sampler, noise: Tensor, condition: Condit
 
 @torch.no_grad()
 def generate(
-    model: ImageModel,
+    model: PixelModel,
     sampler: Sampler,
     indices: range,
     seed: int = 0,

@@ -4,17 +4,15 @@ from pathlib import Path
 from typing import Protocol, Self
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from fewstep.diffusion.denoiser import Condition, Denoiser
-from fewstep.networks.conditioning import ClassLabels
 
 
 class ImageModel(Protocol):
-    """A teacher or a student of one family (pixel models now, latent ones later) with its conditioner and codec."""
+    """A teacher or a student of one family: pixel models now, latent ones later."""
 
     denoiser: Denoiser
-    conditioner: ClassLabels
     shape: tuple[int, ...]
     """Of one x0, without the batch."""
     timesteps: list[float] | None
@@ -31,6 +29,16 @@ class ImageModel(Protocol):
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
+
+    @property
+    def null_condition(self) -> Condition | None:
+        """(1, ...) tensors for guidance; None where the model can't be guided."""
+
+    def draw_condition(self, batch: dict[str, Tensor], num: int, draws: Generator) -> Condition:
+        """What `num` fakes are drawn for, beside a batch of real data: random classes, or that batch's captions."""
+
+    def drop_condition(self, condition: Condition, probability: float, draws: Generator) -> Condition:
+        """The condition with this share of the samples replaced by the null condition."""
 
     def balanced_condition(self, num: int) -> Condition:
         """`num` conditions for evaluation and grids, evenly spread."""

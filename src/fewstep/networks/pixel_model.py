@@ -8,7 +8,7 @@ from typing import Literal, Self
 import torch
 from diffusers import UNet2DModel
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Generator, Tensor
 
 from fewstep.diffusion.denoiser import Condition, Denoiser
 from fewstep.diffusion.parameterizations import edm
@@ -118,6 +118,18 @@ class PixelModel:
     @property
     def device(self) -> torch.device:
         return next(self.denoiser.parameters()).device
+
+    @property
+    def null_condition(self) -> Condition | None:
+        return self.conditioner.null_condition
+
+    def draw_condition(self, batch: dict[str, Tensor], num: int, draws: Generator) -> Condition:
+        """Uniform over the classes, whatever the batch holds."""
+        return self.conditioner.draw(num, draws)
+
+    def drop_condition(self, condition: Condition, probability: float, draws: Generator) -> Condition:
+        """The condition with this share of the labels replaced by the null class."""
+        return self.conditioner.dropout(condition, probability, draws)
 
     def balanced_condition(self, num: int) -> Condition:
         """`num` conditions with every class in turn, on the model's device."""

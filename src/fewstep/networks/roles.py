@@ -39,7 +39,7 @@ def make_roles(
     layer = feature_layer or model.bottleneck
     teacher: Denoiser | Guided = base
     if guidance_scale != 1:
-        null_condition = model.conditioner.null_condition
+        null_condition = model.null_condition
         if null_condition is None:
             raise UserError("guidance_scale: the teacher has no null class; teach it with class_dropout, or set 1")
         on_device = {key: value.to(model.device) for key, value in null_condition.items()}

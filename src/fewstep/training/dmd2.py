@@ -139,7 +139,7 @@ class DMD2:
         draws = generator(self.seed, "dmd2", step, device=self.model.device)
         stop = self.draw_stop(step)
         noise = self.randn((stop + 1, self.batch_size, *self.model.shape), draws)
-        condition = self.model.conditioner.draw(self.batch_size, draws)
+        condition = self.model.draw_condition(batch, self.batch_size, draws)
         if self.settings.critic.condition_on_stop:
             condition["stop"] = torch.full((self.batch_size,), stop, device=draws.device)
         fake = rollout(self.student, noise, self.timesteps, condition, stop, grad=student_turn)

@@ -48,7 +48,7 @@ class TeacherTraining:
         """One update; returns the loss and the gradient norm before clipping."""
         draws = generator(self.seed, "teacher", step, device=self.model.device)
         x0, condition = self.model.encode(batch)
-        condition = self.model.conditioner.dropout(condition, self.settings.class_dropout, draws)
+        condition = self.model.drop_condition(condition, self.settings.class_dropout, draws)
         t = self.draw_levels(len(x0), draws)
         eps = torch.randn(x0.shape, generator=draws, device=draws.device)
         x0_hat = self.denoiser(self.denoiser.schedule.add_noise(x0, eps, t), t, condition)
