@@ -51,14 +51,17 @@ class LatentModel:
         )
         self.denoiser = Denoiser(TextUNet(unet), VP.scaled_linear(), eps)
 
-    def encode(self, batch: dict[str, Tensor]) -> tuple[Tensor, Condition]:
-        return batch["latent"], {key: batch[key] for key in ("text", "pooled", "time_ids")}
+    def encode_condition(self, batch: dict[str, Tensor]) -> Condition:
+        return {key: batch[key] for key in ("text", "pooled", "time_ids")}
 
-    def draw_condition(self, batch: dict[str, Tensor], num: int, draws: torch.Generator) -> Condition:
-        return self.encode(batch)[1]
+    def encode_x0(self, batch: dict[str, Tensor], draws: torch.Generator) -> Tensor:
+        return batch["latent"]
+
+    def draw_condition(self, real: Condition, num: int, draws: torch.Generator) -> Condition:
+        return real
 
     def balanced_condition(self, num: int) -> Condition:
-        return self.encode(captioned_latents(num))[1]
+        return self.encode_condition(captioned_latents(num))
 
 
 def captioned_latents(num: int = BATCH, seed: int = 0) -> dict[str, Tensor]:
@@ -95,7 +98,7 @@ def test_four_step_distillation_of_an_sdxl_shaped_teacher_with_guidance(
 
 def test_its_rollout_is_the_loop_that_diffusers_runs_with_the_lcm_scheduler() -> None:
     model, noise = LatentModel(), torch.randn(4, BATCH, 4, 8, 8)
-    condition = model.encode(captioned_latents())[1]
+    condition = model.encode_condition(captioned_latents())
     scheduler = LCMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
     scheduler.set_timesteps(timesteps=[999, 749, 499, 249])
     latents = noise[0]

@@ -87,18 +87,19 @@ def test_a_config_that_cannot_be_built_is_refused(wrong):
 
 def test_encoding_maps_black_to_minus_one_and_white_to_one(tiny_model):
     image = torch.tensor([0, 51, 255], dtype=torch.uint8).reshape(3, 1, 1, 1).expand(3, 1, 8, 8)
-    x0, condition = tiny_model.encode({"image": image, "label": LABEL})
+    batch, draws = {"image": image, "label": LABEL}, torch.Generator()
+    x0, condition = tiny_model.encode_x0(batch, draws), tiny_model.encode_condition(batch)
     torch.testing.assert_close(x0[:, 0, 0, 0], torch.tensor([-1.0, -0.6, 1.0]))
     assert torch.equal(condition["label"], LABEL)
 
 
 def test_images_without_labels_have_no_condition(tiny_model):
-    assert tiny_model.encode({"image": torch.zeros(1, 1, 8, 8, dtype=torch.uint8)})[1] == {}
+    assert tiny_model.encode_condition({"image": torch.zeros(1, 1, 8, 8, dtype=torch.uint8)}) == {}
 
 
 def test_decoding_undoes_encoding_for_every_pixel_value(tiny_model):
     image = torch.arange(256, dtype=torch.uint8).reshape(4, 1, 8, 8)
-    assert torch.equal(tiny_model.decode(tiny_model.encode({"image": image})[0]), image)
+    assert torch.equal(tiny_model.decode(tiny_model.encode_x0({"image": image}, torch.Generator())), image)
 
 
 def test_decoding_clips_and_rounds(tiny_model):

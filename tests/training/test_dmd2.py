@@ -41,6 +41,12 @@ def real_batch(step: int = 0) -> dict[str, Tensor]:
     }
 
 
+def real_data(method: DMD2) -> tuple[Tensor | None, dict[str, Tensor]]:
+    batch = real_batch()
+    real = method.model.encode_x0(batch, torch.Generator()) if method.gan else None
+    return real, method.model.encode_condition(batch)
+
+
 def weights(*modules: nn.Module) -> list[Tensor]:
     return [p.detach().clone() for module in modules for p in module.parameters()]
 
@@ -82,7 +88,7 @@ def test_the_critics_update_leaves_student_and_teacher_bit_for_bit(tiny_model: P
     before, critic_before = weights(method.student, method.teacher), weights(method.critic)
     head_before = weights(method.discriminator)
     fake, condition, draws = student_fake(method, grad=False)
-    method.update_critic(fake, condition, real_batch(), draws)
+    method.update_critic(fake, condition, *real_data(method), draws)
     assert changed(critic_before, weights(method.critic))
     assert changed(head_before, weights(method.discriminator))
     assert not changed(before, weights(method.student, method.teacher))
@@ -159,7 +165,7 @@ def test_no_pass_is_thrown_away(tiny_model: PixelModel, case: str) -> None:
             if turn == "student":
                 method.update_student(fake, condition, draws)
             else:
-                method.update_critic(fake, condition, real_batch(), draws)
+                method.update_critic(fake, condition, *real_data(method), draws)
         whole = sum(x0 is not None for _, _, x0, _ in critic)
         return len(teacher), whole, len(critic) - whole
 
@@ -173,7 +179,7 @@ def test_shared_terms_see_one_noised_sample_and_independent_ones_do_not(tiny_mod
         method = make(tiny_model, gan=gan)
         with recorded_calls(method.critic) as calls:
             fake, condition, draws = student_fake(method, grad=False)
-            method.update_critic(fake, condition, real_batch(), draws)
+            method.update_critic(fake, condition, *real_data(method), draws)
         times = [t for _, t, _, _ in calls]
         assert all(torch.equal(times[0], t) for t in times) != independent
 

@@ -56,11 +56,14 @@ class PlaneModel:
 
     shape, device = (2,), torch.device("cpu")
 
-    def draw_condition(self, batch: dict[str, Tensor], num: int, draws: torch.Generator) -> dict:
+    def encode_condition(self, batch: dict[str, Tensor]) -> dict:
         return {}
 
-    def encode(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict]:
-        return batch["point"], {}
+    def draw_condition(self, real: dict, num: int, draws: torch.Generator) -> dict:
+        return {}
+
+    def encode_x0(self, batch: dict[str, Tensor], draws: torch.Generator) -> Tensor:
+        return batch["point"]
 
 
 def energy_distance(x: Tensor, y: Tensor) -> float:

@@ -1,7 +1,7 @@
 """What the floors above ask of an image model: a denoiser with what surrounds it."""
 
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Generator, Tensor
@@ -34,8 +34,8 @@ class ImageModel(Protocol):
     def null_condition(self) -> Condition | None:
         """(1, ...) tensors for guidance; None where the model can't be guided."""
 
-    def draw_condition(self, batch: dict[str, Tensor], num: int, draws: Generator) -> Condition:
-        """What `num` fakes are drawn for, beside a batch of real data: random classes, or that batch's captions."""
+    def draw_condition(self, real: Condition, num: int, draws: Generator) -> Condition:
+        """What `num` fakes are drawn for, beside the condition of real data: random classes, or those captions."""
 
     def drop_condition(self, condition: Condition, probability: float, draws: Generator) -> Condition:
         """The condition with this share of the samples replaced by the null condition."""
@@ -43,8 +43,11 @@ class ImageModel(Protocol):
     def balanced_condition(self, num: int) -> Condition:
         """`num` conditions for evaluation and grids, evenly spread."""
 
-    def encode(self, batch: dict[str, Tensor]) -> tuple[Tensor, Condition]:
-        """x0 and condition of a batch of real data, on the model's device."""
+    def encode_condition(self, batch: dict[str, Any]) -> Condition:
+        """The condition of a batch of real data, on the model's device."""
+
+    def encode_x0(self, batch: dict[str, Any], draws: Generator) -> Tensor:
+        """x0 of a batch of real data, on the model's device; an autoencoder that draws its latents uses `draws`."""
 
     def decode(self, x0: Tensor) -> Tensor:
         """uint8 images (B, C, H, W) of x0: for consumers of images, never in a training step."""

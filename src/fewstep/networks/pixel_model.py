@@ -3,7 +3,7 @@
 import copy
 import json
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from diffusers import UNet2DModel
@@ -123,8 +123,8 @@ class PixelModel:
     def null_condition(self) -> Condition | None:
         return self.conditioner.null_condition
 
-    def draw_condition(self, batch: dict[str, Tensor], num: int, draws: Generator) -> Condition:
-        """Uniform over the classes, whatever the batch holds."""
+    def draw_condition(self, real: Condition, num: int, draws: Generator) -> Condition:
+        """Uniform over the classes, whatever the real data are."""
         return self.conditioner.draw(num, draws)
 
     def drop_condition(self, condition: Condition, probability: float, draws: Generator) -> Condition:
@@ -135,10 +135,13 @@ class PixelModel:
         """`num` conditions with every class in turn, on the model's device."""
         return self.conditioner.encode(self.conditioner.labels(num).to(self.device))
 
-    def encode(self, batch: dict[str, Tensor]) -> tuple[Tensor, Condition]:
-        """x0 and condition of real data {"image": uint8 (B, C, H, W), "label": (B,)}, on the model's device."""
-        x0 = batch["image"].to(self.device).float() / 127.5 - 1
-        return x0, self.conditioner.encode(batch["label"].to(self.device)) if "label" in batch else {}
+    def encode_condition(self, batch: dict[str, Any]) -> Condition:
+        """The condition of real data {"label": (B,)}, on the model's device."""
+        return self.conditioner.encode(batch["label"].to(self.device)) if "label" in batch else {}
+
+    def encode_x0(self, batch: dict[str, Any], draws: Generator) -> Tensor:
+        """x0 of real data {"image": uint8 (B, C, H, W)}, on the model's device."""
+        return batch["image"].to(self.device).float() / 127.5 - 1
 
     def decode(self, x0: Tensor) -> Tensor:
         """x0 (B, C, H, W) -> uint8 images, clipped and rounded."""

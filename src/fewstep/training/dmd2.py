@@ -139,12 +139,15 @@ class DMD2:
         draws = generator(self.seed, "dmd2", step, device=self.model.device)
         stop = self.draw_stop(step)
         noise = self.randn((stop + 1, self.batch_size, *self.model.shape), draws)
-        condition = self.model.draw_condition(batch, self.batch_size, draws)
+        real_condition = self.model.encode_condition(batch)
+        condition = self.model.draw_condition(real_condition, self.batch_size, draws)
         if self.settings.critic.condition_on_stop:
-            condition["stop"] = torch.full((self.batch_size,), stop, device=draws.device)
+            stops = {"stop": torch.full((self.batch_size,), stop, device=draws.device)}
+            condition, real_condition = condition | stops, real_condition | stops
         fake = rollout(self.student, noise, self.timesteps, condition, stop, grad=student_turn)
         metrics = self.update_student(fake, condition, draws) if student_turn else {}
-        return metrics | self.update_critic(fake.detach(), condition, batch, draws)
+        real = self.model.encode_x0(batch, draws) if self.gan else None
+        return metrics | self.update_critic(fake.detach(), condition, real, real_condition, draws)
 
     def draw_stop(self, step: int) -> int:
         """The index of the timestep that this step trains: one for the whole batch, alike on all ranks (spec, 1.5)."""
@@ -186,8 +189,13 @@ class DMD2:
             losses["gan"] = gan_student_loss(self.discriminator(fake_features))
         return losses
 
-    def update_critic(self, fake: Tensor, condition: Condition, batch: Batch, draws: Generator) -> Metrics:
-        """One update of critic and discriminator on `fake`, a constant; the critic has neither guidance nor dropout."""
+    def update_critic(
+        self, fake: Tensor, condition: Condition, real: Tensor | None, real_condition: Condition, draws: Generator
+    ) -> Metrics:
+        """One update of critic and discriminator on constants; the critic has neither guidance nor dropout.
+
+        `real` is None without the GAN.
+        """
         x_t, t = self.noised(fake, self.critic_levels, draws)
         shared = self.gan and not self.settings.gan.independent_noise
         if shared:
@@ -196,9 +204,7 @@ class DMD2:
             x0_hat = self.critic(x_t, t, condition)
         loss = denoising_loss(x0_hat, fake, self.critic.coefficients(t)[1])
         metrics = {"denoising_loss": loss.detach()}
-        if self.gan:
-            real, real_condition = self.model.encode(batch)
-            real_condition |= {key: condition[key] for key in ("stop",) if key in condition}
+        if real is not None:
             if not shared:
                 fake_features = self.noised_features(fake, condition, draws)
             real_features = self.noised_features(real, real_condition, draws, t if shared else None)

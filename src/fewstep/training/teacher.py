@@ -47,7 +47,7 @@ class TeacherTraining:
     def step(self, batch: Batch, step: int) -> Metrics:
         """One update; returns the loss and the gradient norm before clipping."""
         draws = generator(self.seed, "teacher", step, device=self.model.device)
-        x0, condition = self.model.encode(batch)
+        x0, condition = self.model.encode_x0(batch, draws), self.model.encode_condition(batch)
         condition = self.model.drop_condition(condition, self.settings.class_dropout, draws)
         t = self.draw_levels(len(x0), draws)
         eps = torch.randn(x0.shape, generator=draws, device=draws.device)
