@@ -60,8 +60,8 @@ class LatentModel:
     def draw_condition(self, real: Condition, num: int, draws: torch.Generator) -> Condition:
         return real
 
-    def balanced_condition(self, num: int) -> Condition:
-        return self.encode_condition(captioned_latents(num))
+    def numbered_condition(self, first: int, last: int) -> Condition:
+        return self.encode_condition(captioned_latents(last - first))
 
 
 def captioned_latents(num: int = BATCH, seed: int = 0) -> dict[str, Tensor]:

@@ -70,15 +70,17 @@ def sample(
     num: Annotated[int, typer.Option(min=1, help="Number of images.")] = 40,
     seed: Seed = 0,
     label: Annotated[int | None, typer.Option(help="Class; by default all in turn.", show_default=False)] = None,
+    prompt: Annotated[str | None, typer.Option(help="For text-to-image models.", show_default=False)] = None,
     sampler: Annotated[
         str | None, typer.Option(help="For a teacher: ddim:STEPS or heun:STEPS.", show_default="heun:18")
     ] = None,
+    guidance: Annotated[float, typer.Option(min=1, help="For a teacher: guidance scale, 1 is none.")] = 1.0,
     device: Device = "auto",
 ) -> None:
     """Draw a grid of images from a run."""
     from fewstep.commands.sample import sample
 
-    sample(path, out, num, seed, label, sampler, device)
+    sample(path, out, num, seed, label, prompt, sampler, guidance, device)
     typer.echo(f"wrote {out}")
 
 

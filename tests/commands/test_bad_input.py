@@ -15,6 +15,8 @@ import yaml
 from PIL import Image
 
 from fewstep import cli
+from fewstep.commands.evaluate import classifier_path
+from fewstep.recipes.schema import DataSettings
 
 MODEL = {"num_classes": 10, "null_class": True, "block_out_channels": [8, 8], "norm_num_groups": 4}
 LOOP = {"num_steps": 2, "batch_size": 4, "data": {"source": "digits"}}
@@ -445,8 +447,9 @@ def test_features_that_are_no_torchscript_are_refused(refused: Refused, features
 
 
 def test_a_damaged_classifier_is_named(refused: Refused) -> None:
-    Path("classifier-digits.safetensors").write_bytes(b"garbage")
-    refused("evaluate student", "classifier-digits.safetensors: not a classifier of fewstep; remove it")
+    damaged = classifier_path(DataSettings(), Path())
+    damaged.write_bytes(b"garbage")
+    refused("evaluate student", f"{damaged}: not a classifier of fewstep; remove it")
 
 
 def test_runs_of_different_images_are_not_judged_together(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,10 @@
 """The demo: quickly, that it runs; slowly, that it reaches its figures."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -39,6 +43,24 @@ def test_the_demo_runs_writes_what_it_says_and_overwrites_nothing(
     assert page.count("data:image/png;base64,") == len(ROWS) + 1  # a grid per row, and the curves
     assert run_demo(monkeypatch, *small) == 2
     assert "continue it with --resume" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_stopped_demo_stops_its_workers_too_and_says_one_line(tmp_path: Path) -> None:
+    command = "from fewstep.cli import main; main()"
+    arguments = ["demo", "--out", str(tmp_path), "--set", "num_steps=100000", "--set", "batch_size=4"]
+    with subprocess.Popen(
+        [sys.executable, "-c", command, *arguments], stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as running:
+        metrics = tmp_path / "digits-teacher" / "metrics.jsonl"
+        while not (metrics.exists() and metrics.stat().st_size) and running.poll() is None:
+            time.sleep(0.1)
+        running.send_signal(signal.SIGINT)  # to the first process alone, as `kill -INT` and containers do
+        _, errors = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert errors.splitlines()[-1] == "fewstep: stopped; continue with --resume"
+    assert "Traceback" not in errors
+    assert list((tmp_path / "digits-teacher" / "checkpoints").glob("[0-9]*"))
 
 
 @pytest.mark.slow

@@ -299,3 +299,13 @@ def test_ranks_are_disjoint_within_an_epoch() -> None:
 
 def test_seeds_shuffle_differently() -> None:
     assert not torch.equal(stream(50, 10, steps=5, seed=0), stream(50, 10, steps=5, seed=1))
+
+
+def test_a_photo_is_turned_as_its_camera_says(tmp_path: Path) -> None:
+    upright = np.zeros((20, 20, 3), dtype=np.uint8)
+    upright[:10] = 255
+    orientation = Image.Exif()
+    orientation[0x0112] = 6  # stored lying on its left side
+    Image.fromarray(np.rot90(upright).copy()).save(tmp_path / "photo.png", exif=orientation)
+    image = load_images(str(tmp_path), 20, 3).fetch(torch.tensor([0]))[0]
+    assert torch.equal(image, torch.from_numpy(upright).permute(2, 0, 1))

@@ -108,7 +108,7 @@ def test_decoding_clips_and_rounds(tiny_model):
 
 
 def test_balanced_conditions_hold_every_class_equally_often(tiny_model):
-    assert tiny_model.balanced_condition(6)["label"].tolist() == [0, 1, 2, 0, 1, 2]
+    assert tiny_model.numbered_condition(0, 6)["label"].tolist() == [0, 1, 2, 0, 1, 2]
 
 
 @pytest.mark.parametrize("timesteps", [None, [80.0, 2.5, 0.8]])

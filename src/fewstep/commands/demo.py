@@ -5,6 +5,7 @@ Two processes share the work with one thread each; the teacher, while it has no 
 
 import multiprocessing
 import queue
+import signal
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -26,7 +27,7 @@ from fewstep.commands.evaluate import (
     publish,
     real_grid,
 )
-from fewstep.commands.runs import check_target, open_images, open_model
+from fewstep.commands.runs import check_target, open_images, open_pixel_model
 from fewstep.commands.teach import teach
 from fewstep.errors import Interrupted
 from fewstep.evaluation.extractors import CLASSIFIER_STEPS
@@ -43,6 +44,7 @@ CHUNK = 1250  # images per task of the evaluation
 TEACHER_SAMPLERS = (Sampler("heun", 18), *(Sampler("ddim", steps) for steps in (1, 2, 4, 8)))
 Recipes = dict[str, TeachRecipe | DistillRecipe]
 _messages: Any = None  # in a worker: the queue on which it reports
+_stopping: Any = None  # in a worker: the event that tells it to end its task
 
 
 class Task(NamedTuple):
@@ -62,9 +64,9 @@ def demo(out: Path, resume: bool, overrides: Sequence[str], num_samples: int) ->
         check_target(out / name, recipe, resume)
     out.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")
-    messages = context.Queue()
-    with ProcessPoolExecutor(NUM_PROCESSES, context, _start_worker, (messages,)) as pool:
-        run = TaskRunner(pool, messages)
+    messages, stopping = context.Queue(), context.Event()
+    with ProcessPoolExecutor(NUM_PROCESSES, context, _start_worker, (messages, stopping)) as pool:
+        run = TaskRunner(pool, messages, stopping)
         teacher, *students = recipes
         classifier = Task("classifier", CLASSIFIER_STEPS, _classify, (recipes[teacher], out))
         run([classifier, *_training(out, [teacher], recipes, threads=NUM_PROCESSES)])
@@ -91,7 +93,7 @@ def _training(out: Path, names: Sequence[str], recipes: Recipes, threads: int = 
 def judge_rows(run: "TaskRunner", out: Path, recipes: Recipes, num_samples: int) -> tuple[list[Row], dict[str, bytes]]:
     """The rows of the table and the grids of the page; images come from the workers, speeds from this process alone."""
     teacher, *students = recipes
-    models = {name: open_model(out / name) for name in recipes}
+    models = {name: open_pixel_model(out / name) for name in recipes}
     images = open_images(recipes[teacher].data, models[teacher].config)
     path = classifier_path(recipes[teacher].data, out)
     judge = make_judge(images, models[teacher].config, "classifier", path)
@@ -118,8 +120,8 @@ def judge_rows(run: "TaskRunner", out: Path, recipes: Recipes, num_samples: int)
 class TaskRunner:
     """Runs tasks in the pool, with one progress line per title; the first error of a task is raised here."""
 
-    def __init__(self, pool: ProcessPoolExecutor, messages: Any):
-        self.pool, self.messages = pool, messages
+    def __init__(self, pool: ProcessPoolExecutor, messages: Any, stopping: Any):
+        self.pool, self.messages, self.stopping = pool, messages, stopping
 
     def __call__(self, tasks: Sequence[Task]) -> list[Any]:
         """The results, in the order of the tasks."""
@@ -127,9 +129,12 @@ class TaskRunner:
         try:
             self._show(tasks, futures)
         except KeyboardInterrupt:
-            for future in futures:
-                future.cancel()
             raise Interrupted("stopped; continue with --resume") from None
+        finally:
+            if not all(future.done() for future in futures):  # stopped, or one has failed
+                self.stopping.set()
+                for future in futures:
+                    future.cancel()
         return [future.result() for future in futures]
 
     def _show(self, tasks: Sequence[Task], futures: list[Future]) -> None:
@@ -151,19 +156,32 @@ class TaskRunner:
                     progress.update(lines[title], completed=count, **({"note": note} if note else {}))
 
 
-def _start_worker(messages: Any) -> None:
-    global _messages
-    _messages = messages
+def _start_worker(messages: Any, stopping: Any) -> None:
+    global _messages, _stopping
+    _messages, _stopping = messages, stopping
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the first one stops the others
 
 
 def _run_task(index: int, task: Task) -> Any:
     torch.set_num_threads(task.threads)
-    return task.function(*task.arguments, lambda done, metrics: _messages.put((index, done, first_metric(metrics))))
+
+    def report(done: int, metrics: dict[str, float]) -> None:
+        if _stopping.is_set():
+            raise Interrupted("stopped")
+        _messages.put((index, done, first_metric(metrics)))
+
+    return task.function(*task.arguments, report)
 
 
 def _train(recipe: TeachRecipe | DistillRecipe, run: Path, report: Report) -> None:
+    def report_or_stop(done: int, metrics: dict[str, float]) -> None:
+        try:
+            report(done, metrics)
+        except Interrupted:
+            signal.raise_signal(signal.SIGINT)  # the loop writes a checkpoint before it stops
+
     verb: Any = teach if isinstance(recipe, TeachRecipe) else distill
-    verb(recipe, run, resume=run.exists(), report=report)
+    verb(recipe, run, resume=run.exists(), report=report_or_stop)
 
 
 def _classify(recipe: TeachRecipe, out: Path, report: Report) -> None:
@@ -172,4 +190,4 @@ def _classify(recipe: TeachRecipe, out: Path, report: Report) -> None:
 
 
 def _generate(run: Path, sampler: Sampler, indices: range, report: Report) -> Tensor:
-    return generate(open_model(run), sampler, indices, report=lambda done: report(done, {}))
+    return generate(open_pixel_model(run), sampler, indices, report=lambda done: report(done, {}))

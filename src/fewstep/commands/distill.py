@@ -4,9 +4,10 @@ from pathlib import Path
 
 import torch
 
-from fewstep.commands.runs import check_target, open_images, open_model, pick_device, start_run
+from fewstep.commands.runs import check_target, open_captioned, open_images, open_model, pick_device, start_run
 from fewstep.commands.teach import teach
-from fewstep.errors import UserError
+from fewstep.errors import Interrupted, UserError
+from fewstep.networks.latent_model import LatentModel
 from fewstep.networks.pixel_model import PixelModel
 from fewstep.networks.roles import make_roles
 from fewstep.recipes.loading import load_recipe, read_run_recipe, recipe_names
@@ -15,6 +16,8 @@ from fewstep.runtime.checkpoint import RECIPE, checkpoints, step_name
 from fewstep.runtime.tracking import Report
 from fewstep.training.dmd2 import DMD2
 
+NUM_GRID_PROMPTS = 8  # captions that the sample grids show
+
 
 def distill(recipe: DistillRecipe, run: Path, resume: bool = False, report: Report | None = None) -> None:
     """Runs the recipe into the folder `run`, after its teacher's if that is a recipe whose run is not finished."""
@@ -22,8 +25,12 @@ def distill(recipe: DistillRecipe, run: Path, resume: bool = False, report: Repo
     model = open_teacher(recipe.teacher, run.parent)
     if model.timesteps:
         raise UserError(f"teacher: {recipe.teacher} is a few-step student; name the run of its teacher")
-    images = open_images(recipe.data, model.config)
-    model.denoiser.to(pick_device(recipe.device))
+    if isinstance(model, LatentModel):
+        images = open_captioned(recipe.data, model)
+        model.prompts = (images.captions or [""])[:NUM_GRID_PROMPTS]
+    else:
+        images = open_images(recipe.data, model.config)
+    model.to(pick_device(recipe.device))
     torch.manual_seed(recipe.seed)
     num_stops = recipe.student.num_timesteps if recipe.critic.condition_on_stop else 0
     roles = make_roles(model, recipe.guidance_scale, recipe.gan.feature_layer, num_stops)
@@ -31,7 +38,7 @@ def distill(recipe: DistillRecipe, run: Path, resume: bool = False, report: Repo
     start_run(method, images, run, recipe, report)
 
 
-def open_teacher(teacher: str, runs: Path) -> PixelModel:
+def open_teacher(teacher: str, runs: Path) -> PixelModel | LatentModel:
     """The model at a path, or of a `teach` recipe's run in the folder `runs`, which is finished first if need be.
 
     A run that is there goes on with its own recipe, whatever overrides it was started with.
@@ -46,5 +53,8 @@ def open_teacher(teacher: str, runs: Path) -> PixelModel:
         raise UserError(f"teacher: the recipe {teacher!r} does not train a teacher")
     finished = checkpoints(run)
     if not finished or finished[-1].name < step_name(recipe.num_steps):
-        teach(recipe, run, resume=True)
+        try:
+            teach(recipe, run, resume=True)
+        except Interrupted as stop:
+            raise Interrupted(f"stopped while teaching {teacher}; the same command goes on with it") from stop
     return open_model(run)

@@ -1,5 +1,6 @@
 """`fewstep evaluate`: judges runs side by side, on the same noise, and writes the table and the page."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from fewstep.commands.runs import check_writable, open_images, open_model, pick_device
+from fewstep.commands.runs import check_writable, open_images, open_pixel_model, pick_device
 from fewstep.data.images import ImageSet
 from fewstep.errors import UserError
 from fewstep.evaluation import report
@@ -92,7 +93,8 @@ def open_classifier(images: ImageSet, config: PixelModelConfig, path: Path, repo
 
 def classifier_path(data: DataSettings, folder: Path) -> Path:
     """Where the classifier of a data source is kept."""
-    return folder / f"classifier-{Path(data.source).stem}.safetensors"
+    digest = hashlib.blake2b(repr(data).encode(), digest_size=4).hexdigest()  # two folders may both be called train
+    return folder / f"classifier-{Path(data.source).stem}-{digest}.safetensors"
 
 
 def evaluate(
@@ -110,7 +112,7 @@ def evaluate(
         check_run(run)
     check_writable(out)
     asked, on_device = [parse_sampler(text) for text in samplers], pick_device(device)
-    recipe, models = read_run_recipe(runs[0] / RECIPE), [open_model(run) for run in runs]
+    recipe, models = read_run_recipe(runs[0] / RECIPE), [open_pixel_model(run) for run in runs]
     _check_alike(runs, models)
     images = open_images(recipe.data, models[0].config)
     judge = make_judge(images, models[0].config, features, classifier_path(recipe.data, runs[0].parent), num_real)

@@ -6,10 +6,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fewstep.data.images import ImageSet, batch_indices, load_images
+from fewstep.data.images import ImageSet, batch_indices, load_captioned, load_images
 from fewstep.errors import UserError
-from fewstep.networks.pixel_model import DESCRIPTION, PixelModel, PixelModelConfig
-from fewstep.networks.pretrained import load
+from fewstep.networks.image_model import DESCRIPTION
+from fewstep.networks.latent_model import LatentModel
+from fewstep.networks.pixel_model import PixelModel, PixelModelConfig
+from fewstep.networks.pretrained import PIPELINE, load
 from fewstep.recipes.loading import differences, dump, read_run_recipe
 from fewstep.recipes.schema import DataSettings, DistillRecipe, TeachRecipe
 from fewstep.runtime.checkpoint import RECIPE, check_run, latest_model, write_text
@@ -38,6 +40,11 @@ def open_images(data: DataSettings, model: PixelModelConfig) -> ImageSet:
         data.label_column,
         data.split,
     )
+
+
+def open_captioned(data: DataSettings, model: LatentModel) -> ImageSet:
+    """The recipe's images with captions, in the model's size."""
+    return load_captioned(data.source, model.image_size, data.image_column, data.caption_column, data.split)
 
 
 def check_target(run: Path, recipe: TeachRecipe | DistillRecipe, resume: bool) -> None:
@@ -80,6 +87,15 @@ def start_run(
         train(method, batch_at, run, recipe, recipe.seed, show)
 
 
-def open_model(path: Path) -> PixelModel:
-    """The image model in a model folder, or in the newest checkpoint of a run folder."""
-    return load(path if (path / DESCRIPTION).is_file() else latest_model(path))
+def open_pixel_model(path: Path) -> PixelModel:
+    """The model of a run that can be judged; raises UserError for text-to-image models."""
+    model = open_model(path)
+    if not isinstance(model, PixelModel):
+        raise UserError(f"{path}: a text-to-image model, which can be sampled but not yet evaluated")
+    return model
+
+
+def open_model(path: Path) -> PixelModel | LatentModel:
+    """The image model in a model folder (ours or a diffusers pipeline), or in the newest checkpoint of a run folder."""
+    is_model = any((path / name).is_file() for name in (DESCRIPTION, PIPELINE))
+    return load(path if is_model else latest_model(path))

@@ -6,27 +6,52 @@ from fewstep.commands.runs import check_writable, open_model, pick_device
 from fewstep.data.pictures import grid, save_png
 from fewstep.errors import UserError
 from fewstep.evaluation.generation import Sampler, default_sampler, generate, parse_sampler
+from fewstep.networks.image_model import ImageModel
+from fewstep.networks.latent_model import LatentModel
 from fewstep.networks.pixel_model import PixelModel
 
 
-def sample(path: Path, out: Path, num: int, seed: int, label: int | None, sampler: str | None, device: str) -> None:
+def sample(
+    path: Path,
+    out: Path,
+    num: int,
+    seed: int,
+    label: int | None,
+    prompt: str | None,
+    sampler: str | None,
+    guidance_scale: float,
+    device: str,
+) -> None:
     """Writes `num` images of `path`'s model as one PNG grid to `out`."""
     if out.is_dir():
         raise UserError(f"--out {out}: is a folder; name a PNG file")
     check_writable(out.parent)
     model = open_model(path)
-    model.denoiser.to(pick_device(device))
-    if label is not None and not 0 <= label < model.config.num_classes:
-        raise UserError(f"--label {label}: the model has {model.config.num_classes} classes, counted from 0")
-    images = generate(model, choose_sampler(model, sampler), range(num), seed, label)
+    model.to(pick_device(device))
+    ask_for(model, label, prompt)
+    images = generate(model, choose_sampler(model, sampler, guidance_scale), range(num), seed, label)
     out.parent.mkdir(parents=True, exist_ok=True)
     save_png(grid(images, columns=min(10, num)), out)
 
 
-def choose_sampler(model: PixelModel, text: str | None) -> Sampler:
+def ask_for(model: PixelModel | LatentModel, label: int | None, prompt: str | None) -> None:
+    """Gives a text model its prompt; raises UserError where the model does not take what is asked for."""
+    if isinstance(model, LatentModel):
+        if label is not None or not prompt:
+            raise UserError("--prompt: a text-to-image model takes a prompt, and no --label")
+        model.prompts = [prompt]
+    elif prompt is not None:
+        raise UserError("--prompt: this model takes no text; choose a class with --label")
+    elif label is not None and not 0 <= label < model.config.num_classes:
+        raise UserError(f"--label {label}: the model has {model.config.num_classes} classes, counted from 0")
+
+
+def choose_sampler(model: ImageModel, text: str | None, guidance_scale: float) -> Sampler:
     """The named sampler, or the model's own."""
-    if text is None:
-        return default_sampler(model)
     if model.timesteps:
-        raise UserError(f"--sampler {text}: a student has its own timesteps and takes no sampler")
-    return parse_sampler(text)
+        if text is not None or guidance_scale != 1:
+            raise UserError("--sampler, --guidance: a student has its own timesteps, and its guidance is built in")
+        return default_sampler(model)
+    if guidance_scale != 1 and model.null_condition is None:
+        raise UserError("--guidance: the model has no null class to guide with")
+    return parse_sampler(text or "heun:18", guidance_scale)

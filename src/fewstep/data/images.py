@@ -3,7 +3,7 @@
 import io
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,16 +24,21 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".ti
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images by index: `fetch` gives uint8 (B, C, H, W) for indices (B,); labels (N,) int64 or None."""
+    """Images by index: `fetch` gives uint8 (B, C, H, W) for indices (B,); labels (N,) int64 and captions, or None."""
 
     fetch: Callable[[Tensor], Tensor]
     labels: Tensor | None
     length: int
+    captions: list[str] | None = None
 
-    def batch(self, indices: Tensor) -> dict[str, Tensor]:
-        """{"image": (B, C, H, W) uint8, "label": (B,) int64 where the set has labels}."""
-        batch = {"image": self.fetch(indices)}
-        return batch if self.labels is None else {**batch, "label": self.labels[indices]}
+    def batch(self, indices: Tensor) -> dict[str, Any]:
+        """{"image": (B, C, H, W) uint8}, with "label" (B,) int64 and "caption" (a list) where the set has them."""
+        batch: dict[str, Any] = {"image": self.fetch(indices)}
+        if self.labels is not None:
+            batch["label"] = self.labels[indices]
+        if self.captions is not None:
+            batch["caption"] = [self.captions[index] for index in indices.tolist()]
+        return batch
 
 
 def digits() -> ImageSet:
@@ -84,20 +89,42 @@ def _check_classes(images: ImageSet, num_classes: int, source: str) -> ImageSet:
     return images
 
 
+def load_captioned(
+    source: str, size: int, image_column: str | None = None, caption_column: str | None = None, split: str = "train"
+) -> ImageSet:
+    """RGB images with a caption each, from the files that `load_images` reads; a folder has them in metadata.csv.
+
+    Raises UserError for whatever is wrong with the files, and where captions are missing.
+    """
+    table, image_column = _open_table(Path(source), split, image_column)
+    captions = _captions(table, caption_column, Path(source))
+    return replace(_pictures(table, image_column, size, 3, Path(source)), captions=captions)
+
+
 def _from_files(
     path: Path, size: int, channels: int, labelled: bool, image_column: str | None, label_column: str | None, split: str
 ) -> ImageSet:
+    table, image_column = _open_table(path, split, image_column)
+    labels = _labels(table, label_column, path) if labelled else None
+    return replace(_pictures(table, image_column, size, channels, path), labels=labels)
+
+
+def _open_table(path: Path, split: str, image_column: str | None) -> tuple[Any, str]:
+    """The table with its images as undecoded bytes, and the name of their column."""
     from datasets import Image as ImageFeature
 
     table = _open(path, split)
     image_column = _column(table, image_column, ("image", "png", "jpg", "jpeg", "webp"), "image_column", path)
     try:
-        table = table.cast_column(image_column, ImageFeature(decode=False))
+        return table.cast_column(image_column, ImageFeature(decode=False)), image_column
     except (ValueError, TypeError, NotImplementedError) as error:  # pyarrow's errors are all one of these
         raise UserError(
             f"{path}: column {image_column!r} holds no images; name the one that does by data.image_column"
         ) from error
-    labels = _labels(table, label_column, path) if labelled else None
+
+
+def _pictures(table: Any, image_column: str, size: int, channels: int, path: Path) -> ImageSet:
+    """The images alone, in memory if they fit."""
     pictures = table.select_columns([image_column]).with_format(None)
 
     def fetch(indices: Tensor) -> Tensor:
@@ -106,7 +133,7 @@ def _from_files(
         return torch.stack([_decode(cell, size, channels, path, row) for cell, row in zip(cells, rows, strict=True)])
 
     if len(table) * channels * size**2 > MAX_BYTES_IN_MEMORY:
-        return ImageSet(fetch, labels, len(table))
+        return ImageSet(fetch, None, len(table))
     chunks = track(
         torch.arange(len(table)).split(1000),
         description=f"reading {path.name}",
@@ -114,7 +141,7 @@ def _from_files(
         console=Console(stderr=True),
         disable=not sys.stderr.isatty(),
     )
-    return ImageSet(torch.cat([fetch(chunk) for chunk in chunks]).__getitem__, labels, len(table))
+    return ImageSet(torch.cat([fetch(chunk) for chunk in chunks]).__getitem__, None, len(table))
 
 
 def _open(path: Path, split: str) -> Any:
@@ -177,13 +204,22 @@ def _labels(table: Any, label_column: str | None, path: Path) -> Tensor:
     return torch.tensor(cells, dtype=torch.int64)
 
 
+def _captions(table: Any, caption_column: str | None, path: Path) -> list[str]:
+    column = _column(table, caption_column, ("caption", "text", "txt", "prompt"), "caption_column", path)
+    captions = table[column][:]
+    missing = sum(not isinstance(caption, str) or not caption.strip() for caption in captions)
+    if missing:
+        raise UserError(f"{path}: column {column!r} has no caption for {missing} of {len(captions)} images")
+    return captions
+
+
 def _decode(cell: Any, size: int, channels: int, source: Path, row: int) -> Tensor:
     """One stored picture as uint8 (C, size, size)."""
     try:
         with Image.open(io.BytesIO(cell["bytes"]) if cell["bytes"] else cell["path"]) as opened:
             if opened.mode[0] in "IF":  # 16 bits or floats, which convert() would clip at 255
                 raise ValueError(opened.mode)
-            picture = opened.convert("L" if channels == 1 else "RGB")
+            picture = ImageOps.exif_transpose(opened).convert("L" if channels == 1 else "RGB")
     except (OSError, TypeError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         name = f"{source}, row {row}" + (f" ({cell['path']})" if cell and cell["path"] else "")
         raise UserError(f"{name}: not a readable 8-bit image; replace or remove it") from error

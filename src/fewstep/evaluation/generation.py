@@ -1,5 +1,6 @@
 """Images from an image model for evaluation: noise and class of image i depend on (seed, i) alone, not on the batch."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,12 +9,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fewstep.diffusion.denoiser import Condition
+from fewstep.diffusion.denoiser import Condition, Denoiser, Guided
 from fewstep.diffusion.sampling import ddim, heun, rollout
 from fewstep.errors import UserError
 from fewstep.networks.image_model import ImageModel
-from fewstep.networks.pixel_model import PixelModel
 from fewstep.seeding import generator
+
+NUMBERS_PER_BATCH = 2**18  # 16 latents of SD, 4 of SDXL
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class Sampler:
 
     kind: Literal["student", "ddim", "heun"]
     num_steps: int
+    guidance_scale: float = 1.0
 
     @property
     def nfe(self) -> int:
@@ -39,12 +42,12 @@ def default_sampler(model: ImageModel) -> Sampler:
     return Sampler("student", len(model.timesteps)) if model.timesteps else Sampler("heun", 18)
 
 
-def parse_sampler(text: str) -> Sampler:
+def parse_sampler(text: str, guidance_scale: float = 1.0) -> Sampler:
     """`heun:18` or `ddim:8`; raises UserError for anything else."""
     kind, _, steps = text.partition(":")
     if kind not in ("ddim", "heun") or not steps.isdecimal() or int(steps) < 1:
         raise UserError(f"sampler {text!r}: write ddim:STEPS or heun:STEPS, for example heun:18")
-    return Sampler("ddim" if kind == "ddim" else "heun", int(steps))
+    return Sampler("ddim" if kind == "ddim" else "heun", int(steps), guidance_scale)
 
 
 def draw_noise(model: ImageModel, num_noises: int, start: int, stop: int, seed: int) -> Tensor:
@@ -60,7 +63,10 @@ def draw_noise(model: ImageModel, num_noises: int, start: int, stop: int, seed: 
 
 def sample(model: ImageModel, sampler: Sampler, noise: Tensor, condition: Condition) -> Tensor:
     """x0 from noise (>= 1, B, ...), without gradient."""
-    denoiser, schedule = model.denoiser, model.denoiser.schedule
+    denoiser: Denoiser | Guided = model.denoiser
+    if sampler.guidance_scale != 1 and model.null_condition is not None:
+        denoiser = Guided(model.denoiser, sampler.guidance_scale, model.null_condition)
+    schedule = denoiser.schedule
     if sampler.kind == "student":
         timesteps = torch.tensor(model.timesteps, dtype=torch.float64, device=noise.device)
         return rollout(denoiser, noise, timesteps, condition, stop=len(timesteps) - 1)
@@ -71,12 +77,12 @@ def sample(model: ImageModel, sampler: Sampler, noise: Tensor, condition: Condit
 
 @torch.no_grad()
 def generate(
-    model: PixelModel,
+    model: ImageModel,
     sampler: Sampler,
     indices: range,
     seed: int = 0,
     label: int | None = None,
-    batch_size: int = 250,
+    batch_size: int | None = None,
     report: Callable[[int], None] = lambda done: None,
 ) -> Tensor:
     """uint8 images (N, C, H, W) number indices[0] .. indices[-1] of a seed, of class `label` or of all in turn.
@@ -84,10 +90,12 @@ def generate(
     `report` is called with the count of finished images.
     """
     images = []
+    batch_size = batch_size or min(250, max(1, NUMBERS_PER_BATCH // math.prod(model.shape)))
     for first in range(indices.start, indices.stop, batch_size):
         last = min(first + batch_size, indices.stop)
-        labels = model.conditioner.labels(last)[first:] if label is None else torch.full((last - first,), label)
-        condition = model.conditioner.encode(labels.to(model.device))
+        condition = model.numbered_condition(first, last)
+        if label is not None:
+            condition = {"label": torch.full_like(condition["label"], label)}
         noise = draw_noise(model, sampler.num_noises, first, last, seed)
         images.append(model.decode(sample(model, sampler, noise, condition)).cpu())
         report(last - indices.start)
@@ -98,7 +106,7 @@ def generate(
 def images_per_second(model: ImageModel, sampler: Sampler, batch_size: int, min_seconds: float = 1.0) -> float:
     """Median throughput over batches of `batch_size` for at least `min_seconds` and three batches, after a warm-up."""
     noise = draw_noise(model, sampler.num_noises, 0, batch_size, seed=0)
-    condition = model.balanced_condition(batch_size)
+    condition = model.numbered_condition(0, batch_size)
     seconds: list[float] = []
     sample(model, sampler, noise, condition)
     while len(seconds) < 3 or sum(seconds) < min_seconds:

@@ -1,6 +1,6 @@
 """Adapters: from (x, native t, condition) to the call of a diffusers network."""
 
-from diffusers import UNet2DModel
+from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
 from fewstep.diffusion.denoiser import Condition
@@ -18,3 +18,20 @@ class PixelUNet(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         return self.unet(x, t.log() / 4, class_labels=condition.get("label"), return_dict=False)[0]
+
+
+class TextUNet(nn.Module):
+    """A `UNet2DConditionModel` of the SD and SDXL family on integer times 0..999.
+
+    x (B, C, H, W), t (B,), condition {"text": (B, L, E)} and for SDXL "pooled" (B, P), "time_ids" (B, 6).
+    """
+
+    def __init__(self, unet: UNet2DConditionModel):
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        added = None
+        if "pooled" in condition:
+            added = {"text_embeds": condition["pooled"], "time_ids": condition["time_ids"]}
+        return self.unet(x, t, condition["text"], added_cond_kwargs=added, return_dict=False)[0]

@@ -1,5 +1,6 @@
 """What the floors above ask of an image model: a denoiser with what surrounds it."""
 
+import json
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -7,6 +8,13 @@ import torch
 from torch import Generator, Tensor
 
 from fewstep.diffusion.denoiser import Condition, Denoiser
+
+DESCRIPTION = "fewstep.json"
+
+
+def write_description(folder: Path, description: dict[str, Any]) -> None:
+    """What fewstep needs to know of a model folder beside what diffusers keeps there."""
+    (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
 
 
 class ImageModel(Protocol):
@@ -40,8 +48,11 @@ class ImageModel(Protocol):
     def drop_condition(self, condition: Condition, probability: float, draws: Generator) -> Condition:
         """The condition with this share of the samples replaced by the null condition."""
 
-    def balanced_condition(self, num: int) -> Condition:
-        """`num` conditions for evaluation and grids, evenly spread."""
+    def to(self, device: torch.device) -> None:
+        """Moves everything that computes to `device`."""
+
+    def numbered_condition(self, first: int, last: int) -> Condition:
+        """The conditions of images number first .. last-1 of an evaluation or a grid: classes or prompts in turn."""
 
     def encode_condition(self, batch: dict[str, Any]) -> Condition:
         """The condition of a batch of real data, on the model's device."""

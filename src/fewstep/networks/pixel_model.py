@@ -1,7 +1,6 @@
 """An image model: a denoiser with what surrounds it (conditioner, autoencoder) and how it is stored in a folder."""
 
 import copy
-import json
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -15,9 +14,8 @@ from fewstep.diffusion.parameterizations import edm
 from fewstep.diffusion.schedules import EDM
 from fewstep.networks.adapters import PixelUNet
 from fewstep.networks.conditioning import ClassLabels
+from fewstep.networks.image_model import write_description
 from fewstep.settings import Settings
-
-DESCRIPTION = "fewstep.json"
 
 
 class PixelModelConfig(Settings):
@@ -131,9 +129,13 @@ class PixelModel:
         """The condition with this share of the labels replaced by the null class."""
         return self.conditioner.dropout(condition, probability, draws)
 
-    def balanced_condition(self, num: int) -> Condition:
-        """`num` conditions with every class in turn, on the model's device."""
-        return self.conditioner.encode(self.conditioner.labels(num).to(self.device))
+    def to(self, device: torch.device) -> None:
+        """Moves everything that computes to `device`."""
+        self.denoiser.to(device)
+
+    def numbered_condition(self, first: int, last: int) -> Condition:
+        """Every class in turn, on the model's device."""
+        return self.conditioner.encode(self.conditioner.labels(last)[first:].to(self.device))
 
     def encode_condition(self, batch: dict[str, Any]) -> Condition:
         """The condition of real data {"label": (B,)}, on the model's device."""
@@ -157,4 +159,4 @@ class PixelModel:
         """Writes `unet/` as diffusers does (safetensors) and `fewstep.json` beside it."""
         self.unet.save_pretrained(folder / "unet")
         description = {"family": "pixel", "config": self.config.model_dump(), "timesteps": self.timesteps}
-        (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
+        write_description(folder, description)

@@ -54,7 +54,7 @@ def _make_discriminator(model: ImageModel, layer: str) -> Discriminator:
     x_t, t = torch.zeros(1, *model.shape, device=model.device), torch.ones(1, device=model.device)
     feature = None
     with torch.no_grad(), suppress(AttributeError, IndexError):
-        feature = features(model.denoiser, layer, x_t, t, model.balanced_condition(1))
+        feature = features(model.denoiser, layer, x_t, t, model.numbered_condition(0, 1))
     if feature is None or feature.ndim != 4:
         raise UserError(f"gan.feature_layer: no layer {layer!r} gives (B, C, H, W) features; try {model.bottleneck!r}")
     return Discriminator(*feature.shape[1:]).to(model.device)

@@ -22,6 +22,8 @@ class DataSettings(Settings):
     """Column of the images; by default the first of image, png, jpg, jpeg, webp."""
     label_column: str | None = None
     """Column of the class indices; by default the first of label, labels, class, cls."""
+    caption_column: str | None = None
+    """Column of the captions, for text-to-image; by default the first of caption, text, txt, prompt."""
 
 
 class RunSettings(LoopSettings):

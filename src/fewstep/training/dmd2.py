@@ -237,7 +237,7 @@ class DMD2:
 
     def sample(self, noise: Tensor) -> Tensor:
         """uint8 images from noise (K, B, ...) with the averaged weights, classes in turn."""
-        condition = self.model.balanced_condition(noise.shape[1])
+        condition = self.model.numbered_condition(0, noise.shape[1])
         with self.ema.applied():
             x0 = rollout(self.student, noise, self.timesteps, condition, stop=len(self.timesteps) - 1)
         return self.model.decode(x0)

@@ -61,7 +61,7 @@ class TeacherTraining:
     def sample(self, noise: Tensor) -> Tensor:
         """uint8 images from noise (1, B, ...) with the averaged weights, classes in turn."""
         grid = self.denoiser.schedule.ode_grid(self.NUM_SAMPLER_STEPS).to(noise.device)
-        condition = self.model.balanced_condition(noise.shape[1])
+        condition = self.model.numbered_condition(0, noise.shape[1])
         self.denoiser.eval()
         with self.ema.applied():
             x0 = heun(self.denoiser, noise[0], grid, condition)

@@ -1,0 +1,138 @@
+"""Image models in the latent space of an autoencoder, conditioned on text: SD 1.x, 2.x and SDXL."""
+
+from __future__ import annotations  # the pipelines are imported only where one is loaded
+
+import copy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Generator, Tensor
+
+from fewstep.diffusion.denoiser import Condition, Denoiser
+from fewstep.diffusion.parameterizations import Parameterization, eps, v, x0
+from fewstep.diffusion.schedules import VP
+from fewstep.networks.adapters import TextUNet
+from fewstep.networks.image_model import write_description
+from fewstep.networks.text import SDText, SDXLText
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin, StableDiffusionPipeline, StableDiffusionXLPipeline
+
+PARAMETERIZATIONS = {"epsilon": eps, "v_prediction": v, "sample": x0}
+
+
+class LatentModel:
+    """x0 is a latent (C, H, W): the autoencoder's sample times its scaling factor. Made of a diffusers pipeline."""
+
+    def __init__(
+        self, pipeline: StableDiffusionPipeline | StableDiffusionXLPipeline, timesteps: list[float] | None = None
+    ):
+        self.pipeline, self.unet, self.timesteps = pipeline, pipeline.unet, timesteps
+        self.autoencoder = pipeline.vae.eval().requires_grad_(False)
+        size = pipeline.unet.config.sample_size
+        self.shape: tuple[int, ...] = (pipeline.unet.config.in_channels, size, size)
+        self.conditioner = make_conditioner(pipeline).eval().requires_grad_(False)
+        self.prompts = [""]
+        schedule, parameterization = read_scheduler(pipeline.scheduler)
+        self.denoiser = Denoiser(TextUNet(pipeline.unet).eval(), schedule, parameterization)
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of the images in pixels."""
+        return self.shape[-1] * self.pipeline.vae_scale_factor
+
+    @property
+    def bottleneck(self) -> str:
+        """The middle of the UNet, as in the official system (spec, 1.4)."""
+        return "unet.mid_block"
+
+    @property
+    def time_embedding(self) -> str:
+        return "unet.time_embedding"
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.denoiser.parameters()).device
+
+    @property
+    def null_condition(self) -> Condition:
+        with torch.no_grad():
+            return self.conditioner.null_condition()
+
+    @torch.no_grad()
+    def text_condition(self, prompts: list[str]) -> Condition:
+        """The condition of prompts, on the model's device."""
+        return self.conditioner(prompts)
+
+    def encode_condition(self, batch: dict[str, Any]) -> Condition:
+        """The condition of real data {"caption": [B strings]}."""
+        return self.text_condition(batch["caption"])
+
+    def draw_condition(self, real: Condition, num: int, draws: Generator) -> Condition:
+        """The captions of the `num` real images, as the released 4-step SDXL run had it (spec, 1.5)."""
+        return dict(real)
+
+    def drop_condition(self, condition: Condition, probability: float, draws: Generator) -> Condition:
+        """The condition with this share of the samples replaced by the null condition."""
+        size = len(condition["text"])
+        dropped = torch.rand(size, generator=draws, device=draws.device) < probability
+        null = self.null_condition if probability else {}
+        return condition | {
+            key: torch.where(dropped.reshape(-1, *(1,) * (value.ndim - 1)), value, condition[key])
+            for key, value in null.items()
+        }
+
+    def to(self, device: torch.device) -> None:
+        """Moves everything that computes to `device`."""
+        self.denoiser.to(device)
+        self.autoencoder.to(device)
+        self.conditioner.to(device)
+
+    def numbered_condition(self, first: int, last: int) -> Condition:
+        """The model's `prompts` in turn."""
+        return self.text_condition([self.prompts[index % len(self.prompts)] for index in range(first, last)])
+
+    @torch.no_grad()
+    def encode_x0(self, batch: dict[str, Any], draws: Generator) -> Tensor:
+        """{"image": uint8 (B, 3, H, W)} -> one sample of the posterior, as the official data preparation draws it."""
+        pixels = batch["image"].to(self.device).float() / 127.5 - 1
+        return self.autoencoder.encode(pixels).latent_dist.sample(draws) * self.autoencoder.config.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, x0: Tensor) -> Tensor:
+        """x0 (B, C, H, W) -> uint8 images (B, 3, 8H, 8W) for SD and SDXL."""
+        pixels = self.autoencoder.decode(x0 / self.autoencoder.config.scaling_factor, return_dict=False)[0]
+        return ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+    def student(self, denoiser: Denoiser, timesteps: Tensor) -> LatentModel:
+        """The same image model around a few-step student."""
+        model = copy.copy(self)
+        model.denoiser, model.unet, model.timesteps = denoiser, denoiser.network.unet, timesteps.tolist()
+        return model
+
+    def save(self, folder: Path) -> None:
+        """Writes the whole pipeline as diffusers does, with this model's UNet, and `fewstep.json` beside it."""
+        self.unet.save_pretrained(folder / "unet")
+        for name, component in self.pipeline.components.items():
+            if name != "unet" and component is not None:
+                component.save_pretrained(folder / name)
+        self.pipeline.save_config(folder)
+        write_description(folder, {"family": "latent", "timesteps": self.timesteps})
+
+
+def make_conditioner(pipeline: StableDiffusionPipeline | StableDiffusionXLPipeline) -> SDText | SDXLText:
+    """The text conditioner of a pipeline's own tokenizers and encoders."""
+    if "text_encoder_2" in pipeline.components:
+        tokenizers = (pipeline.tokenizer, pipeline.tokenizer_2)
+        encoders = (pipeline.text_encoder, pipeline.text_encoder_2)
+        return SDXLText(tokenizers, encoders, pipeline.unet.config.sample_size * pipeline.vae_scale_factor)
+    return SDText(pipeline.tokenizer, pipeline.text_encoder)
+
+
+def read_scheduler(scheduler: SchedulerMixin) -> tuple[VP, Parameterization]:
+    """Schedule (with zero terminal SNR where the scheduler has it) and parameterization of any VP scheduler."""
+    from diffusers import DDIMScheduler
+
+    ddim = DDIMScheduler.from_config(scheduler.config)
+    return VP(ddim.alphas_cumprod), PARAMETERIZATIONS[ddim.config.prediction_type]

@@ -1,0 +1,11 @@
+"""Judging runs side by side."""
+
+from pathlib import Path
+
+from fewstep.commands.evaluate import classifier_path
+from fewstep.recipes.schema import DataSettings
+
+
+def test_sources_of_the_same_name_have_classifiers_of_their_own() -> None:
+    first, second = (classifier_path(DataSettings(source=f"{place}/train"), Path()) for place in "ab")
+    assert first != second

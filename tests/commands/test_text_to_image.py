@@ -1,0 +1,135 @@
+"""From a diffusers folder of SD or SDXL to a student of it, through the command line."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import LCMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from PIL import Image
+
+from fewstep.cli import main
+from fewstep.evaluation.generation import draw_noise
+from fewstep.networks.pretrained import load
+from tiny_pipelines import TINY
+
+RECIPE = """
+kind: distill
+teacher: teacher
+guidance_scale: 1.75
+data: {source: pictures}
+num_steps: 4
+batch_size: 3
+student_every: 2
+student: {num_timesteps: 2, optimizer: {lr: 1e-3}}
+critic: {optimizer: {lr: 1e-3}}
+"""
+
+
+@pytest.fixture(scope="module", params=TINY)
+def workplace(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher's folder, a folder of captioned pictures, and a recipe."""
+    folder = tmp_path_factory.mktemp(request.param)
+    TINY[request.param](folder / "scratch").save_pretrained(folder / "teacher")
+    (folder / "pictures").mkdir()
+    with (folder / "pictures" / "metadata.csv").open("w") as file:
+        rows = csv.writer(file)
+        rows.writerow(["file_name", "text"])
+        for index in range(6):
+            Image.new("RGB", (20 + index, 24), (40 * index, 90, 200)).save(folder / "pictures" / f"{index}.png")
+            rows.writerow([f"{index}.png", f"a picture of {index}"])
+    (folder / "recipe.yaml").write_text(RECIPE)
+    return folder
+
+
+@pytest.fixture
+def run(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path):
+    """Runs a command line in the work place; gives exit code and standard error."""
+    monkeypatch.chdir(workplace)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path))
+
+    def command(line: str) -> tuple[int, str]:
+        monkeypatch.setattr("sys.argv", line.split())
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code, capsys.readouterr().err
+
+    return command
+
+
+def refused(answer: tuple[int, str], *fragments: str) -> None:
+    code, error = answer
+    assert code == 2, error
+    assert error.count("\n") == 1, error
+    assert all(fragment in error for fragment in fragments), error
+
+
+def test_distil_sample_and_open_in_diffusers(run, workplace: Path) -> None:
+    assert run("fewstep distill recipe.yaml --out student") == (0, "")
+    (model_folder,) = (workplace / "student" / "checkpoints").glob("*/model")
+    teacher, student = load(workplace / "teacher"), load(model_folder)
+    assert student.timesteps == [999, 499]
+    pairs = zip(teacher.denoiser.parameters(), student.denoiser.parameters(), strict=True)
+    assert any(not torch.equal(a, b) for a, b in pairs)
+    assert run("fewstep sample student --prompt cat --num 2 --out cat.png") == (0, "")
+    assert Image.open(workplace / "cat.png").width > 32
+    kind = StableDiffusionXLPipeline if (model_folder / "text_encoder_2").exists() else StableDiffusionPipeline
+    pipeline = kind.from_pretrained(model_folder)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
+    noise = draw_noise(student, 2, 0, 1, seed=0)
+    stock = iter(noise[1:])
+
+    def ours(*args, **kwargs) -> torch.Tensor:  # the scheduler renoises with our noise
+        return next(stock)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("diffusers.schedulers.scheduling_lcm.randn_tensor", ours)
+        picture = pipeline("cat", timesteps=[999, 499], guidance_scale=1.0, latents=noise[0], output_type="pil").images[
+            0
+        ]
+    grid = Image.open(workplace / "cat.png")
+    scale = max(1, 48 // 16)
+    first = grid.resize((grid.width // scale, grid.height // scale), Image.Resampling.NEAREST).crop((1, 1, 17, 17))
+    difference = torch.tensor(list(first.tobytes())) - torch.tensor(list(picture.tobytes()))
+    assert difference.abs().max() <= 1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    ["gan.student_weight=0 --set gan.critic_weight=0", "student.num_timesteps=1 --set student.timesteps=[399]"],
+)
+def test_the_other_recipes_of_the_paper_run(run, settings: str, tmp_path: Path) -> None:
+    assert run(f"fewstep distill recipe.yaml --out {tmp_path}/run --set {settings}") == (0, "")
+
+
+def test_a_stopped_run_goes_on_to_the_same_weights(run, tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run(f"fewstep distill recipe.yaml --out {whole} --set checkpoint_every=2") == (0, "")
+    shutil.copytree(whole, parts)
+    shutil.rmtree(parts / "checkpoints" / "00000004")
+    assert run(f"fewstep distill recipe.yaml --out {parts} --set checkpoint_every=2 --resume") == (0, "")
+    ours, theirs = (load(folder / "checkpoints" / "00000004" / "model") for folder in (whole, parts))
+    pairs = zip(ours.denoiser.parameters(), theirs.denoiser.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_what_does_not_fit_is_refused_in_one_line(run, workplace: Path, tmp_path: Path) -> None:
+    refused(run("fewstep sample teacher"), "--prompt")
+    refused(run("fewstep sample teacher --prompt x --label 3"), "no --label")
+    refused(run(f"fewstep distill recipe.yaml --out {tmp_path}/x --set data.caption_column=words"), "caption_column")
+    refused(run(f"fewstep distill recipe.yaml --out {tmp_path}/x --set student.timesteps=[999,0.5]"), "integers")
+    index = json.loads((workplace / "teacher" / "model_index.json").read_text())
+    shutil.copytree(workplace / "teacher", tmp_path / "other")
+    (tmp_path / "other" / "model_index.json").write_text(json.dumps({**index, "_class_name": "FluxPipeline"}))
+    refused(run(f"fewstep sample {tmp_path}/other --prompt x"), "FluxPipeline", "StableDiffusionXLPipeline")
+    shutil.copytree(workplace / "teacher", tmp_path / "torn")
+    shutil.rmtree(tmp_path / "torn" / "text_encoder")
+    refused(run(f"fewstep sample {tmp_path}/torn --prompt x"), "torn", "text_encoder")
+    shutil.copytree(workplace / "pictures", tmp_path / "pictures")
+    lines = (tmp_path / "pictures" / "metadata.csv").read_text().splitlines()
+    (tmp_path / "pictures" / "metadata.csv").write_text("\n".join([*lines[:-2], "4.png,", "5.png,"]))
+    refused(run(f"fewstep distill recipe.yaml --out {tmp_path}/x --set data.source={tmp_path}/pictures"), "2 of 6")
+    assert not (tmp_path / "x").exists()

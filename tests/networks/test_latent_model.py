@@ -1,0 +1,114 @@
+"""SD- and SDXL-shaped models against the diffusers pipelines that they are made of."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, LCMScheduler
+
+from fewstep.diffusion.denoiser import Guided
+from fewstep.diffusion.sampling import rollout
+from fewstep.networks.latent_model import LatentModel, read_scheduler
+from fewstep.networks.pretrained import load
+from tiny_pipelines import BETAS, TINY
+
+PROMPTS = ["a red cat", "a mat", "a prompt that is longer than the tokenizer's twenty tokens"]
+
+
+@pytest.fixture(scope="module", params=TINY)
+def pipeline(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+    pipeline = TINY[request.param](tmp_path_factory.mktemp(request.param))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def embeddings(pipeline, prompts: list[str]) -> dict[str, torch.Tensor]:
+    """What the pipeline itself makes of prompts, with the embedding of its null prompt."""
+    with torch.no_grad():
+        outputs = pipeline.encode_prompt(
+            prompts, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True
+        )
+    return dict(zip(("text", "null text", "pooled", "null pooled"), outputs, strict=False))
+
+
+def test_the_condition_is_the_pipelines_own(pipeline) -> None:
+    model, theirs = LatentModel(pipeline), embeddings(pipeline, PROMPTS)
+    condition, null = model.text_condition(PROMPTS), model.null_condition
+    for name in ("text", "pooled"):
+        if name in theirs:
+            assert torch.equal(condition[name], theirs[name])
+            assert torch.equal(null[name], theirs[f"null {name}"][:1])
+    assert model.conditioner.num_cut == 1
+
+
+def test_the_micro_conditioning_is_the_whole_square_image(tmp_path: Path) -> None:
+    pipeline = TINY["sdxl"](tmp_path)
+    ours = LatentModel(pipeline).text_condition(["a", "b"])["time_ids"]
+    theirs = pipeline._get_add_time_ids((16, 16), (0, 0), (16, 16), torch.float32, 12)
+    assert torch.equal(ours, theirs.repeat(2, 1))
+
+
+@pytest.mark.parametrize(("timesteps", "scale"), [([999, 749, 499, 249], 1.0), ([399], 1.0), ([999, 499], 3.0)])
+def test_the_rollout_is_the_whole_pipeline_call_with_the_lcm_scheduler(pipeline, timesteps, scale) -> None:
+    model = LatentModel(pipeline)
+    pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
+    draws = torch.Generator().manual_seed(0)
+    theirs = pipeline(
+        "a red cat", timesteps=timesteps, guidance_scale=scale, generator=draws, output_type="latent"
+    ).images
+    draws = torch.Generator().manual_seed(0)
+    noise = torch.stack([torch.randn(1, 4, 8, 8, generator=draws) for _ in timesteps])
+    denoiser = Guided(model.denoiser, scale, model.null_condition) if scale != 1 else model.denoiser
+    condition = model.text_condition(["a red cat"])
+    with torch.no_grad():
+        ours = rollout(denoiser, noise, torch.tensor(timesteps), condition, stop=len(timesteps) - 1)
+    assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("zero_snr", [False, True])
+def test_every_prediction_type_and_zero_terminal_snr_are_diffusers_own(prediction: str, zero_snr: bool) -> None:
+    scheduler = DDIMScheduler(**BETAS, prediction_type=prediction, rescale_betas_zero_snr=zero_snr, clip_sample=False)
+    schedule, parameterization = read_scheduler(scheduler)
+    scheduler.set_timesteps(1000)
+    x_t, output = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8)
+    for t in (0, 399, 749, 998):
+        theirs = scheduler.step(output, t, x_t).pred_original_sample
+        c_skip, c_out, _ = parameterization(*schedule.alpha_sigma(torch.tensor([t])))
+        torch.testing.assert_close((c_skip * x_t + c_out * output).float(), theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_latents_and_pictures_are_the_autoencoders(pipeline) -> None:
+    model, draws = LatentModel(pipeline), torch.Generator
+    images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    ours = model.encode_x0({"image": images}, draws().manual_seed(1))
+    pixels = pipeline.image_processor.preprocess(images.float() / 255)
+    with torch.no_grad():
+        theirs = pipeline.vae.encode(pixels).latent_dist.sample(draws().manual_seed(1))
+        decoded = pipeline.vae.decode(theirs).sample
+    torch.testing.assert_close(ours, theirs * pipeline.vae.config.scaling_factor)
+    expected = pipeline.image_processor.postprocess(decoded, output_type="pt") * 255
+    assert (model.decode(ours).float() - expected).abs().max() <= 0.5 + 1e-3
+
+
+def test_a_saved_student_is_a_pipeline_folder_that_loads_again(pipeline, tmp_path: Path) -> None:
+    model = LatentModel(pipeline)
+    student = model.student(model.denoiser, torch.tensor([999.0, 499.0]))
+    student.save(tmp_path)
+    again = load(tmp_path)
+    assert again.timesteps == [999.0, 499.0]
+    x, t = torch.randn(2, 4, 8, 8), torch.tensor([999, 249])
+    with torch.no_grad():
+        expected = model.denoiser(x, t, model.text_condition(["a", "b"]))
+        assert torch.equal(again.denoiser(x, t, again.text_condition(["a", "b"])), expected)
+    type(pipeline).from_pretrained(tmp_path)
+
+
+def test_dropping_replaces_whole_samples_by_the_null_condition(pipeline) -> None:
+    model, draws = LatentModel(pipeline), torch.Generator().manual_seed(0)
+    condition = model.text_condition(["a"] * 200)
+    dropped = model.drop_condition(condition, 0.25, draws)
+    is_null = (dropped["text"] == model.null_condition["text"]).flatten(1).all(dim=1)
+    assert 25 < is_null.sum() < 75
+    assert torch.equal(dropped["text"][~is_null], condition["text"][~is_null])
+    assert model.drop_condition(condition, 0.0, draws)["text"] is condition["text"]
