@@ -20,7 +20,7 @@ from fewstep.recipes.schema import DataSettings
 
 MODEL = {"num_classes": 10, "null_class": True, "block_out_channels": [8, 8], "norm_num_groups": 4}
 LOOP = {"num_steps": 2, "batch_size": 4, "data": {"source": "digits"}}
-TEACHER = {"kind": "teach", "model": MODEL, **LOOP}
+TEACHER = {"kind": "teach", "model": MODEL, "class_dropout": 0.1, **LOOP}
 STUDENT = {"kind": "distill", "teacher": "teacher", **LOOP}
 Refused = Callable[..., str]
 
@@ -167,7 +167,7 @@ def test_a_distillation_that_does_not_fit_is_refused_before_it_starts(
 def test_guiding_a_teacher_without_null_class_is_refused(
     refused: Refused, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command_line(monkeypatch, "teach t.yaml --out plain --set model.null_class=false") == 0
+    assert command_line(monkeypatch, "teach t.yaml --out plain --set model.null_class=false --set class_dropout=0") == 0
     refused("distill d.yaml --out x --set teacher=plain --set guidance_scale=2", "guidance_scale", "no null class")
 
 
@@ -454,7 +454,11 @@ def test_a_damaged_classifier_is_named(refused: Refused) -> None:
 
 def test_runs_of_different_images_are_not_judged_together(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (
-        command_line(monkeypatch, "teach t.yaml --out free --set model.num_classes=0 --set model.null_class=false") == 0
+        command_line(
+            monkeypatch,
+            "teach t.yaml --out free --set model.num_classes=0 --set model.null_class=false --set class_dropout=0",
+        )
+        == 0
     )
     refused("evaluate student free", "free: ", "(1, 8, 8, 0)", "(1, 8, 8, 10)", "judge it apart")
     refused("evaluate free", "--features classifier: the model has no classes", "TorchScript file")

@@ -105,6 +105,12 @@ def test_the_other_recipes_of_the_paper_run(run, settings: str, tmp_path: Path) 
     assert run(f"fewstep distill recipe.yaml --out {tmp_path}/run --set {settings}") == (0, "")
 
 
+@pytest.mark.parametrize("name", ["sd15-1step", "sdxl-4step"])
+def test_the_packaged_recipes_run_on_any_folder(run, name: str, tmp_path: Path) -> None:
+    sizes = "--set teacher=teacher --set data.source=pictures --set num_steps=2 --set batch_size=2"
+    assert run(f"fewstep distill {name} --out {tmp_path}/run {sizes}") == (0, "")
+
+
 def test_a_stopped_run_goes_on_to_the_same_weights(run, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run(f"fewstep distill recipe.yaml --out {whole} --set checkpoint_every=2") == (0, "")

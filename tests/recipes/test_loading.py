@@ -79,7 +79,12 @@ def test_a_recipe_of_the_wrong_kind_names_the_right_verb() -> None:
 
 @pytest.mark.parametrize(
     ("wrong", "right"),
-    [("digits-techer", "digits-teacher"), ("digits1step", "digits-1step"), ("4step", "digits-4step")],
+    [
+        ("digits-techer", "digits-teacher"),
+        ("digits1step", "digits-1step"),
+        ("digit-4step", "digits-4step"),
+        ("sdxl4", "sdxl-4step"),
+    ],
 )
 def test_an_unknown_recipe_names_the_nearest(wrong: str, right: str) -> None:
     with pytest.raises(UserError, match=f"'{wrong}', did you mean '{right}'"):
@@ -187,9 +192,15 @@ def test_an_unknown_key_names_the_nearest_beside_it(content: dict, line: str) ->
         ({**TEACH, "model": {"channels": 2}}, "model.channels", "1 or 3"),
         ({**TEACH, "model": {"attention": [True, "maybe"]}}, "model.attention.1", "boolean"),
         ({**TEACH, "ema_decay": 1}, "ema_decay", "less than 1"),
-        ({**TEACH, "data": "digits"}, "data", "must hold keys (source, split, image_column, label_column)"),
+        (
+            {**TEACH, "data": "digits"},
+            "data",
+            "must hold keys (source, split, image_column, label_column, caption_column)",
+        ),
         ({**DISTILL, "student": {"timesteps": 80}}, "student.timesteps", "list"),
         ({**DISTILL, "guidance_scale": 0.5}, "guidance_scale", "greater than or equal to 1"),
+        ({**TEACH, "optimizer": {"betas": [2, 0.9]}}, "optimizer.betas.0", "less than 1"),
+        ({**TEACH, "class_dropout": 0.1}, "class_dropout", "null_class"),
         ({"kind": "distill"}, "teacher", "required"),
     ],
 )

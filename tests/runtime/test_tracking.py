@@ -100,7 +100,7 @@ def test_a_file_that_is_no_metrics_is_named(metrics: Metrics) -> None:
 def test_half_a_line_of_sums_is_resumed(metrics: Metrics, tmp_path: Path) -> None:
     add(metrics, loss=1.0)
     resumed = Metrics(tmp_path / "metrics.jsonl")
-    resumed.load_state_dict(metrics.state_dict())
+    resumed.load_state_dict(metrics.state_dict(), torch.device("cpu"))
     add(metrics, loss=4.0)
     add(resumed, loss=4.0)
     assert metrics.write(2) == resumed.write(2) == {"loss": 2.5}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -134,3 +135,16 @@ def test_a_run_folder_holds_what_the_readme_says(teacher_run: Path) -> None:
     assert {path.name for path in teacher_run.iterdir()} == {"recipe.yaml", "metrics.jsonl", "samples", "checkpoints"}
     assert [path.name for path in checkpoints(teacher_run)] == ["00000008", "00000012"]
     assert [path.name for path in (teacher_run / "samples").iterdir()] == ["00000012.png"]
+
+
+def test_a_stray_folder_is_no_checkpoint(teacher_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(teacher_run, tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "99 old").mkdir()
+    assert checkpoints(tmp_path / "run")[-1].name == "00000012"
+
+
+def test_a_checkpoint_of_something_else_is_refused(teacher_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(teacher_run, tmp_path / "run")
+    torch.save({"step": 12, "weights": torch.zeros(3)}, checkpoints(tmp_path / "run")[-1] / "state.pt")
+    with pytest.raises(UserError, match="00000012: the checkpoint is not of this run; remove it"):
+        teach(teach_recipe(), tmp_path / "run", resume=True, report=quiet)

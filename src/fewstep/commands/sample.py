@@ -50,7 +50,8 @@ def choose_sampler(model: ImageModel, text: str | None, guidance_scale: float) -
     """The named sampler, or the model's own."""
     if model.timesteps:
         if text is not None or guidance_scale != 1:
-            raise UserError("--sampler, --guidance: a student has its own timesteps, and its guidance is built in")
+            asked = f"--sampler {text}" if text else f"--guidance {guidance_scale:g}"
+            raise UserError(f"{asked}: a student has its own timesteps and guidance, and takes neither")
         return default_sampler(model)
     if guidance_scale != 1 and model.null_condition is None:
         raise UserError("--guidance: the model has no null class to guide with")

@@ -124,7 +124,7 @@ def _curve_section(curves: dict[str, list[dict]]) -> str:
 
 
 def _curve_picture(curves: dict[str, list[dict]]) -> bytes:
-    """One panel per metric that any run has, on a grey that reads on light and dark pages."""
+    """One panel per metric, one line per run."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -24,7 +24,7 @@ class Discriminator(nn.Module):
     @staticmethod
     def _stage(convolution: nn.Conv2d) -> list[nn.Module]:
         channels = convolution.out_channels
-        # 32 groups from 128 channels on; a group of one channel would be normalised to a constant at 1x1.
+        # 32 groups for 768 and 1280 channels; a group of one channel would be normalised to a constant at 1x1.
         return [convolution, nn.GroupNorm(math.gcd(32, channels, max(channels // 4, 1)), channels), nn.SiLU()]
 
     def forward(self, features: Tensor) -> Tensor:

@@ -57,6 +57,12 @@ class PixelModelConfig(Settings):
             raise ValueError(f"sigma_min {self.sigma_min:g} is not below sigma_max {self.sigma_max:g}")
         if len(self.attention) != levels:
             raise ValueError(f"attention has {len(self.attention)} entries, block_out_channels {levels}")
+        if not levels or min(self.block_out_channels) < 1:
+            raise ValueError(f"block_out_channels {self.block_out_channels}: at least one level, all positive")
+        with_attention = [w for w, on in zip(self.block_out_channels, self.attention, strict=True) if on]
+        with_attention += self.block_out_channels[-1:] if with_attention else []  # the middle block
+        if any(width % self.attention_head_dim for width in with_attention):
+            raise ValueError(f"attention_head_dim {self.attention_head_dim} does not divide {with_attention}")
         if self.image_size % 2 ** (levels - 1):
             raise ValueError(f"image_size {self.image_size} can't be halved {levels - 1} times")
         if any(width % self.norm_num_groups for width in self.block_out_channels):

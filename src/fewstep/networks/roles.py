@@ -41,7 +41,9 @@ def make_roles(
     if guidance_scale != 1:
         null_condition = model.null_condition
         if null_condition is None:
-            raise UserError("guidance_scale: the teacher has no null class; teach it with class_dropout, or set 1")
+            raise UserError(
+                "guidance_scale: the teacher has no null class; teach one with null_class and class_dropout, or set 1"
+            )
         on_device = {key: value.to(model.device) for key, value in null_condition.items()}
         teacher = Guided(base, guidance_scale, on_device)
     if num_stops:
@@ -53,8 +55,9 @@ def _make_discriminator(model: ImageModel, layer: str) -> Discriminator:
     """A head for what the layer gives, found out by one pass."""
     x_t, t = torch.zeros(1, *model.shape, device=model.device), torch.ones(1, device=model.device)
     feature = None
-    with torch.no_grad(), suppress(AttributeError, IndexError):
-        feature = features(model.denoiser, layer, x_t, t, model.numbered_condition(0, 1))
+    if layer in dict(model.denoiser.network.named_modules()):
+        with torch.no_grad(), suppress(IndexError):  # a layer that the forward pass does not call
+            feature = features(model.denoiser, layer, x_t, t, model.numbered_condition(0, 1))
     if feature is None or feature.ndim != 4:
         raise UserError(f"gan.feature_layer: no layer {layer!r} gives (B, C, H, W) features; try {model.bottleneck!r}")
     return Discriminator(*feature.shape[1:]).to(model.device)

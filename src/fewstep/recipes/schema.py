@@ -45,9 +45,9 @@ class TeachRecipe(RunSettings, TeacherSettings):
     model: PixelModelConfig = PixelModelConfig()
 
     @model_validator(mode="after")
-    def _dropout_has_a_null_class(self) -> Self:
-        if self.class_dropout and not self.model.null_class:
-            raise ValueError("class_dropout: replaces labels by the null class; set model.null_class to true")
+    def _null_class_is_trained(self) -> Self:
+        if bool(self.class_dropout) != self.model.null_class:
+            raise ValueError("class_dropout: guidance needs it and model.null_class (0.1 and true); else set neither")
         return self
 
 

@@ -32,7 +32,7 @@ def step_name(step: int) -> str:
 
 def checkpoints(run: Path) -> list[Path]:
     """The finished checkpoints of a run, oldest first."""
-    return sorted(p for p in (run / "checkpoints").glob("[0-9]*") if p.is_dir())
+    return sorted(p for p in (run / "checkpoints").glob("[0-9]" * 8) if p.is_dir())
 
 
 def save_checkpoint(run: Path, step: int, state: dict[str, Any], save_model: Callable[[Path], None]) -> None:

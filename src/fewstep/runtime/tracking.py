@@ -66,8 +66,9 @@ class Metrics:
     def state_dict(self) -> dict:
         return {"sums": self.sums, "counts": self.counts}
 
-    def load_state_dict(self, state: dict) -> None:
-        self.sums, self.counts = dict(state["sums"]), dict(state["counts"])
+    def load_state_dict(self, state: dict, device: torch.device) -> None:
+        self.sums = {name: value.to(device) for name, value in state["sums"].items()}
+        self.counts = dict(state["counts"])
 
 
 def progress_columns() -> Progress:

@@ -7,7 +7,7 @@ import torch
 from pydantic import Field
 
 from fewstep.data.pictures import grid, save_png
-from fewstep.errors import Interrupted
+from fewstep.errors import Interrupted, UserError
 from fewstep.runtime.checkpoint import METRICS, checkpoints, load_state, save_checkpoint, step_name
 from fewstep.runtime.tracking import Metrics, Report, stop_request
 from fewstep.seeding import generator
@@ -67,7 +67,10 @@ def _resume(method: Method, metrics: Metrics, run: Path) -> int:
         metrics.rewind(0)
         return 0
     state = load_state(found[-1])
-    method.load_state_dict(state["method"])
-    metrics.load_state_dict(state["metrics"])
+    try:
+        method.load_state_dict(state["method"])
+        metrics.load_state_dict(state["metrics"], method.model.device)
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise UserError(f"{found[-1]}: the checkpoint is not of this run; remove it to go on from before it") from error
     metrics.rewind(state["step"])
     return state["step"]

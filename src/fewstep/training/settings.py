@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -13,6 +13,7 @@ from fewstep.diffusion.schedules import EDM, Flow, NoiseSchedule
 from fewstep.errors import UserError
 from fewstep.settings import Settings
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
 NoiseLevelSampler = Callable[[int, Generator], Tensor]
 
 
@@ -46,7 +47,7 @@ class NoiseLevels(Settings):
         """
         native = {"lognormal": EDM, "logit_normal": Flow, "shifted": Flow}.get(self.distribution, NoiseSchedule)
         if not isinstance(schedule, native):
-            raise UserError(f"noise.distribution: {self.distribution} is not for this teacher's schedule; take index")
+            raise UserError(f"noise.distribution: {self.distribution} is not for the teacher's schedule; take index")
         if self.distribution == "lognormal":
             return partial(timesteps.lognormal_sigma, mean=self.mean, std=self.std)
         if self.distribution == "logit_normal":
@@ -62,7 +63,7 @@ class OptimizerSettings(Settings):
 
     lr: float = Field(2e-6, gt=0)
     """Peak learning rate. ImageNet-64: 2e-6, SD 1.5 stage 1: 1e-5, SDXL: 5e-7."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     """Decay of the running means."""
     weight_decay: float = Field(0.01, ge=0)
     """Decoupled weight decay."""
