@@ -31,7 +31,7 @@ from fewstep.commands.runs import check_target, open_images, open_pixel_model
 from fewstep.commands.teach import teach
 from fewstep.errors import Interrupted
 from fewstep.evaluation.extractors import CLASSIFIER_STEPS
-from fewstep.evaluation.generation import Sampler, generate, images_per_second
+from fewstep.evaluation.generation import Sampler, default_sampler, generate, images_per_second
 from fewstep.evaluation.metrics import Row
 from fewstep.evaluation.report import sample_grid
 from fewstep.recipes.loading import load_recipe
@@ -98,7 +98,7 @@ def judge_rows(run: "TaskRunner", out: Path, recipes: Recipes, num_samples: int)
     path = classifier_path(recipes[teacher].data, out)
     judge = make_judge(images, models[teacher].config, "classifier", path)
     wanted = [(teacher, sampler) for sampler in TEACHER_SAMPLERS]
-    wanted += [(name, Sampler("student", len(models[name].timesteps or []))) for name in students]
+    wanted += [(name, default_sampler(models[name])) for name in students]
     ranges = [range(start, min(start + CHUNK, num_samples)) for start in range(0, num_samples, CHUNK)]
     drawn = run(
         [

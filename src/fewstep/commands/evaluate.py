@@ -119,7 +119,7 @@ def evaluate(
     rows, grids = [judge.floor()], {"real": real_grid(images, models[0])}
     names = [run.name if len({other.name for other in runs}) == len(runs) else str(run) for run in runs]
     for name, model in zip(names, models, strict=True):
-        model.denoiser.to(on_device)
+        model.to(on_device)
         for sampler in [default_sampler(model)] if model.timesteps else asked:
             title = f"{name} {describe(sampler)}"
             with progress_bar(title, num_samples) as progress:

@@ -8,10 +8,9 @@ from torch import Tensor
 
 from fewstep.data.images import ImageSet, batch_indices, load_captioned, load_images
 from fewstep.errors import UserError
-from fewstep.networks.image_model import DESCRIPTION
 from fewstep.networks.latent_model import LatentModel
 from fewstep.networks.pixel_model import PixelModel, PixelModelConfig
-from fewstep.networks.pretrained import PIPELINE, load
+from fewstep.networks.pretrained import is_model_folder, load
 from fewstep.recipes.loading import differences, dump, read_run_recipe
 from fewstep.recipes.schema import DataSettings, DistillRecipe, TeachRecipe
 from fewstep.runtime.checkpoint import RECIPE, check_run, latest_model, write_text
@@ -97,5 +96,4 @@ def open_pixel_model(path: Path) -> PixelModel:
 
 def open_model(path: Path) -> PixelModel | LatentModel:
     """The image model in a model folder (ours or a diffusers pipeline), or in the newest checkpoint of a run folder."""
-    is_model = any((path / name).is_file() for name in (DESCRIPTION, PIPELINE))
-    return load(path if is_model else latest_model(path))
+    return load(path if is_model_folder(path) else latest_model(path))

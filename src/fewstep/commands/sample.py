@@ -1,5 +1,6 @@
 """`fewstep sample`: a grid of images from a run or a model folder."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from fewstep.commands.runs import check_writable, open_model, pick_device
@@ -55,4 +56,4 @@ def choose_sampler(model: ImageModel, text: str | None, guidance_scale: float) -
         return default_sampler(model)
     if guidance_scale != 1 and model.null_condition is None:
         raise UserError("--guidance: the model has no null class to guide with")
-    return parse_sampler(text or "heun:18", guidance_scale)
+    return replace(parse_sampler(text) if text else default_sampler(model), guidance_scale=guidance_scale)

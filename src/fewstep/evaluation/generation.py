@@ -42,12 +42,12 @@ def default_sampler(model: ImageModel) -> Sampler:
     return Sampler("student", len(model.timesteps)) if model.timesteps else Sampler("heun", 18)
 
 
-def parse_sampler(text: str, guidance_scale: float = 1.0) -> Sampler:
+def parse_sampler(text: str) -> Sampler:
     """`heun:18` or `ddim:8`; raises UserError for anything else."""
     kind, _, steps = text.partition(":")
     if kind not in ("ddim", "heun") or not steps.isdecimal() or int(steps) < 1:
         raise UserError(f"sampler {text!r}: write ddim:STEPS or heun:STEPS, for example heun:18")
-    return Sampler("ddim" if kind == "ddim" else "heun", int(steps), guidance_scale)
+    return Sampler("ddim" if kind == "ddim" else "heun", int(steps))
 
 
 def draw_noise(model: ImageModel, num_noises: int, start: int, stop: int, seed: int) -> Tensor:
@@ -64,8 +64,8 @@ def draw_noise(model: ImageModel, num_noises: int, start: int, stop: int, seed: 
 def sample(model: ImageModel, sampler: Sampler, noise: Tensor, condition: Condition) -> Tensor:
     """x0 from noise (>= 1, B, ...), without gradient."""
     denoiser: Denoiser | Guided = model.denoiser
-    if sampler.guidance_scale != 1 and model.null_condition is not None:
-        denoiser = Guided(model.denoiser, sampler.guidance_scale, model.null_condition)
+    if sampler.guidance_scale != 1 and (null_condition := model.null_condition) is not None:
+        denoiser = Guided(model.denoiser, sampler.guidance_scale, null_condition)
     schedule = denoiser.schedule
     if sampler.kind == "student":
         timesteps = torch.tensor(model.timesteps, dtype=torch.float64, device=noise.device)

@@ -1,11 +1,12 @@
 """What the floors above ask of an image model: a denoiser with what surrounds it."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any, Protocol, Self
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from fewstep.diffusion.denoiser import Condition, Denoiser
 
@@ -17,10 +18,22 @@ def write_description(folder: Path, description: dict[str, Any]) -> None:
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
 
 
+def to_pixels(images: Tensor) -> Tensor:
+    """uint8 images -> floats in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def to_images(pixels: Tensor) -> Tensor:
+    """Floats in [-1, 1] -> uint8 images, clipped and rounded."""
+    return ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
 class ImageModel(Protocol):
-    """A teacher or a student of one family: pixel models now, latent ones later."""
+    """A teacher or a student of one family, pixel or latent; what has a body here is the same in both."""
 
     denoiser: Denoiser
+    unet: nn.Module
+    """The diffusers network in the denoiser's adapter."""
     shape: tuple[int, ...]
     """Of one x0, without the batch."""
     timesteps: list[float] | None
@@ -33,14 +46,16 @@ class ImageModel(Protocol):
     @property
     def time_embedding(self) -> str:
         """Dotted name of the layer that embeds native time."""
+        return "unet.time_embedding"
 
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
+        return next(self.denoiser.parameters()).device
 
     @property
     def null_condition(self) -> Condition | None:
-        """(1, ...) tensors for guidance; None where the model can't be guided."""
+        """(1, ...) tensors for guidance, on the model's device; None where the model can't be guided."""
 
     def draw_condition(self, real: Condition, num: int, draws: Generator) -> Condition:
         """What `num` fakes are drawn for, beside the condition of real data: random classes, or those captions."""
@@ -50,6 +65,7 @@ class ImageModel(Protocol):
 
     def to(self, device: torch.device) -> None:
         """Moves everything that computes to `device`."""
+        self.denoiser.to(device)
 
     def numbered_condition(self, first: int, last: int) -> Condition:
         """The conditions of images number first .. last-1 of an evaluation or a grid: classes or prompts in turn."""
@@ -65,6 +81,13 @@ class ImageModel(Protocol):
 
     def student(self, denoiser: Denoiser, timesteps: Tensor) -> Self:
         """The same image model around a few-step student."""
+        model = copy.copy(self)
+        model.denoiser, model.unet, model.timesteps = (
+            denoiser,
+            denoiser.network.get_submodule("unet"),
+            timesteps.tolist(),
+        )
+        return model
 
     def save(self, folder: Path) -> None:
         """Writes what `pretrained.load` reads."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations  # the pipelines are imported only where one is loaded
 
-import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,7 @@ from fewstep.diffusion.denoiser import Condition, Denoiser
 from fewstep.diffusion.parameterizations import Parameterization, eps, v, x0
 from fewstep.diffusion.schedules import VP
 from fewstep.networks.adapters import TextUNet
-from fewstep.networks.image_model import write_description
+from fewstep.networks.image_model import ImageModel, to_images, to_pixels, write_description
 from fewstep.networks.text import SDText, SDXLText
 
 if TYPE_CHECKING:
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 PARAMETERIZATIONS = {"epsilon": eps, "v_prediction": v, "sample": x0}
 
 
-class LatentModel:
+class LatentModel(ImageModel):
     """x0 is a latent (C, H, W): the autoencoder's sample times its scaling factor. Made of a diffusers pipeline."""
 
     def __init__(
@@ -46,14 +45,6 @@ class LatentModel:
     def bottleneck(self) -> str:
         """The middle of the UNet, as in the official system (spec, 1.4)."""
         return "unet.mid_block"
-
-    @property
-    def time_embedding(self) -> str:
-        return "unet.time_embedding"
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.denoiser.parameters()).device
 
     @property
     def null_condition(self) -> Condition:
@@ -84,8 +75,7 @@ class LatentModel:
         }
 
     def to(self, device: torch.device) -> None:
-        """Moves everything that computes to `device`."""
-        self.denoiser.to(device)
+        super().to(device)
         self.autoencoder.to(device)
         self.conditioner.to(device)
 
@@ -96,20 +86,14 @@ class LatentModel:
     @torch.no_grad()
     def encode_x0(self, batch: dict[str, Any], draws: Generator) -> Tensor:
         """{"image": uint8 (B, 3, H, W)} -> one sample of the posterior, as the official data preparation draws it."""
-        pixels = batch["image"].to(self.device).float() / 127.5 - 1
+        pixels = to_pixels(batch["image"].to(self.device))
         return self.autoencoder.encode(pixels).latent_dist.sample(draws) * self.autoencoder.config.scaling_factor
 
     @torch.no_grad()
     def decode(self, x0: Tensor) -> Tensor:
         """x0 (B, C, H, W) -> uint8 images (B, 3, 8H, 8W) for SD and SDXL."""
         pixels = self.autoencoder.decode(x0 / self.autoencoder.config.scaling_factor, return_dict=False)[0]
-        return ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-
-    def student(self, denoiser: Denoiser, timesteps: Tensor) -> LatentModel:
-        """The same image model around a few-step student."""
-        model = copy.copy(self)
-        model.denoiser, model.unet, model.timesteps = denoiser, denoiser.network.unet, timesteps.tolist()
-        return model
+        return to_images(pixels)
 
     def save(self, folder: Path) -> None:
         """Writes the whole pipeline as diffusers does, with this model's UNet, and `fewstep.json` beside it."""

@@ -1,10 +1,8 @@
-"""An image model: a denoiser with what surrounds it (conditioner, autoencoder) and how it is stored in a folder."""
+"""Image models on pixels: their configuration, their `UNet2DModel`, and how they are stored in a folder."""
 
-import copy
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import torch
 from diffusers import UNet2DModel
 from pydantic import Field, model_validator
 from torch import Generator, Tensor
@@ -14,7 +12,7 @@ from fewstep.diffusion.parameterizations import edm
 from fewstep.diffusion.schedules import EDM
 from fewstep.networks.adapters import PixelUNet
 from fewstep.networks.conditioning import ClassLabels
-from fewstep.networks.image_model import write_description
+from fewstep.networks.image_model import ImageModel, to_images, to_pixels, write_description
 from fewstep.settings import Settings
 
 
@@ -96,7 +94,7 @@ def build_unet(config: PixelModelConfig) -> UNet2DModel:
     )
 
 
-class PixelModel:
+class PixelModel(ImageModel):
     """A pixel-space image model: x0 is the image itself, (C, H, W) in [-1, 1].
 
     `timesteps` are a few-step student's, None for a teacher.
@@ -115,17 +113,9 @@ class PixelModel:
         return f"unet.down_blocks.{len(self.config.block_out_channels) - 1}"
 
     @property
-    def time_embedding(self) -> str:
-        """The layer that embeds native time."""
-        return "unet.time_embedding"
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.denoiser.parameters()).device
-
-    @property
     def null_condition(self) -> Condition | None:
-        return self.conditioner.null_condition
+        null = self.conditioner.null_condition
+        return null and {key: value.to(self.device) for key, value in null.items()}
 
     def draw_condition(self, real: Condition, num: int, draws: Generator) -> Condition:
         """Uniform over the classes, whatever the real data are."""
@@ -134,10 +124,6 @@ class PixelModel:
     def drop_condition(self, condition: Condition, probability: float, draws: Generator) -> Condition:
         """The condition with this share of the labels replaced by the null class."""
         return self.conditioner.dropout(condition, probability, draws)
-
-    def to(self, device: torch.device) -> None:
-        """Moves everything that computes to `device`."""
-        self.denoiser.to(device)
 
     def numbered_condition(self, first: int, last: int) -> Condition:
         """Every class in turn, on the model's device."""
@@ -149,17 +135,11 @@ class PixelModel:
 
     def encode_x0(self, batch: dict[str, Any], draws: Generator) -> Tensor:
         """x0 of real data {"image": uint8 (B, C, H, W)}, on the model's device."""
-        return batch["image"].to(self.device).float() / 127.5 - 1
+        return to_pixels(batch["image"].to(self.device))
 
     def decode(self, x0: Tensor) -> Tensor:
         """x0 (B, C, H, W) -> uint8 images, clipped and rounded."""
-        return ((x0.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-
-    def student(self, denoiser: Denoiser, timesteps: Tensor) -> "PixelModel":
-        """The same image model around a few-step student."""
-        model = copy.copy(self)
-        model.denoiser, model.unet, model.timesteps = denoiser, denoiser.network.unet, timesteps.tolist()
-        return model
+        return to_images(x0)
 
     def save(self, folder: Path) -> None:
         """Writes `unet/` as diffusers does (safetensors) and `fewstep.json` beside it."""

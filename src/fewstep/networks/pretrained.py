@@ -12,8 +12,14 @@ from fewstep.networks.latent_model import LatentModel
 from fewstep.networks.pixel_model import PixelModel, PixelModelConfig, build_unet
 
 PIPELINE = "model_index.json"
+LIBRARIES = ("diffusers", "transformers", None)  # None: an optional part that is not there
 UNWANTED = {"safety_checker", "feature_extractor", "image_encoder"}
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+
+
+def is_model_folder(folder: Path) -> bool:
+    """Whether `load` would try."""
+    return any((folder / name).is_file() for name in (DESCRIPTION, PIPELINE))
 
 
 def load(folder: Path) -> PixelModel | LatentModel:
@@ -21,7 +27,7 @@ def load(folder: Path) -> PixelModel | LatentModel:
 
     Raises UserError if the folder is neither, or is damaged.
     """
-    if not any((folder / name).is_file() for name in (DESCRIPTION, PIPELINE)):
+    if not is_model_folder(folder):
         raise UserError(
             f"{folder}: not a model folder (it has no {DESCRIPTION}); name a run or another checkpoint's model"
         )
@@ -52,8 +58,11 @@ def _load_pipeline(folder: Path) -> LatentModel:
     name = index["_class_name"]
     if name not in PIPELINES:
         raise UserError(f"{folder}: a {name}, which is not supported; supported are {', '.join(PIPELINES)}")
-    parts = [part for part, entry in index.items() if isinstance(entry, list) and entry[0] and part not in UNWANTED]
-    missing = [part for part in parts if not (folder / part).is_dir()]
+    parts = {part: entry[0] for part, entry in index.items() if isinstance(entry, list) and part not in UNWANTED}
+    foreign = [f"{part} ({library})" for part, library in parts.items() if library not in LIBRARIES]
+    if foreign:
+        raise UserError(f"{folder}: {', '.join(foreign)} is code from elsewhere, which is never run")
+    missing = [part for part, library in parts.items() if library and not (folder / part).is_dir()]
     if missing:
         raise UserError(f"{folder}: lacks the subfolder {', '.join(missing)}; the whole pipeline is needed")
     described = (folder / DESCRIPTION).is_file()

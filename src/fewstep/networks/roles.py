@@ -44,8 +44,7 @@ def make_roles(
             raise UserError(
                 "guidance_scale: the teacher has no null class; teach one with null_class and class_dropout, or set 1"
             )
-        on_device = {key: value.to(model.device) for key, value in null_condition.items()}
-        teacher = Guided(base, guidance_scale, on_device)
+        teacher = Guided(base, guidance_scale, null_condition)
     if num_stops:
         condition_on_stop(critic.network, model.time_embedding, num_stops)
     return Roles(teacher, student, critic, _make_discriminator(model, layer), layer)
