@@ -72,7 +72,10 @@ def sample(
     label: Annotated[int | None, typer.Option(help="Class; by default all in turn.", show_default=False)] = None,
     prompt: Annotated[str | None, typer.Option(help="For text-to-image models.", show_default=False)] = None,
     sampler: Annotated[
-        str | None, typer.Option(help="For a teacher: ddim:STEPS or heun:STEPS.", show_default="heun:18")
+        str | None,
+        typer.Option(
+            help="For a teacher: heun:18, ddim:50, dpm++:8, unipc:8.", show_default="heun:18; ddim:50 for text-to-image"
+        ),
     ] = None,
     guidance: Annotated[float, typer.Option(min=1, help="For a teacher: guidance scale, 1 is none.")] = 1.0,
     device: Device = "auto",
@@ -89,12 +92,20 @@ def evaluate(
     runs: Annotated[list[Path], typer.Argument(help="Run folders; the first one's data is the reference.")],
     out: Annotated[Path, typer.Option(help="Folder for results.json and report.html.")] = Path("evaluation"),
     features: Annotated[
-        str, typer.Option(help="TorchScript file, or `classifier`: a small one trained on the labels.")
-    ] = "classifier",
+        str | None,
+        typer.Option(
+            help="TorchScript file, `classifier` (a small one trained on the labels) or `autoencoder` (the model's).",
+            show_default="classifier; autoencoder for text-to-image",
+        ),
+    ] = None,
     num_samples: Annotated[int, typer.Option(min=100, help="Images per row.")] = 5000,
     num_real: Annotated[int, typer.Option(min=100, help="Real images to compare with, at most.")] = 50_000,
     sampler: Annotated[
-        list[str] | None, typer.Option(help="Of teachers, repeatable: ddim:STEPS, heun:STEPS.", show_default="heun:18")
+        list[str] | None,
+        typer.Option(
+            help="Of teachers, repeatable: heun:18, ddim:50@3 (guided), dpm++:4, unipc:4.",
+            show_default="heun:18; ddim:50 for text-to-image",
+        ),
     ] = None,
     seed: Seed = 0,
     device: Device = "auto",
@@ -102,7 +113,7 @@ def evaluate(
     """Judge runs side by side: FID with its noise floor, precision, recall, accuracy, speed."""
     from fewstep.commands.evaluate import evaluate
 
-    evaluate(runs, out, features, num_samples, num_real, sampler or ["heun:18"], seed, device)
+    evaluate(runs, out, features, num_samples, num_real, sampler or [], seed, device)
 
 
 @app.command(epilog="Example: fewstep recipes show digits-4step")

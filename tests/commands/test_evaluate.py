@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from fewstep.commands.evaluate import classifier_path
+from fewstep.commands.judges import classifier_path
 from fewstep.recipes.schema import DataSettings
 
 

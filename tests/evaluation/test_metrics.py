@@ -111,13 +111,13 @@ def test_the_floor_compares_two_halves_that_share_no_image(monkeypatch: pytest.M
 
 def test_the_floor_is_a_function_of_its_seed() -> None:
     real = points(80, 1)
-    assert floor_row(real, None) == floor_row(real, None)
-    assert floor_row(real, None).fid != floor_row(real, None, seed=1).fid
+    assert floor_row(real) == floor_row(real)
+    assert floor_row(real).fid != floor_row(real, seed=1).fid
 
 
 def test_the_floor_of_real_images_is_low_but_not_zero() -> None:
     real = whitened(400, 3)
-    row = floor_row(real, None)
+    row = floor_row(real)
     assert 0 < row.fid < 0.5
     assert row.precision > 0.8
     assert row.recall > 0.8

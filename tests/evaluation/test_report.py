@@ -17,9 +17,9 @@ from fewstep.evaluation.metrics import Row
 from fewstep.evaluation.report import cell, sample_grid, text_table, write_json, write_page
 
 KEYS = ["model", "sampler", "nfe", "fid", "precision", "recall", "accuracy", "images_per_second"]
-REAL = Row("real", None, None, 0.1, 0.99, 0.98, 0.97, None)
-TEACHER = Row("teacher", "heun 18", 35, 0.5, 0.9, 0.8, 0.96, 123.4)
-STUDENT = Row("student", "student", 1, 0.7, 0.95, 0.7, 0.95, 4321.0)
+REAL = Row("real", None, None, 0.1, 0.99, 0.98, accuracy=0.97)
+TEACHER = Row("teacher", "heun 18", 35, 0.5, 0.9, 0.8, accuracy=0.96, images_per_second=123.4)
+STUDENT = Row("student", "student", 1, 0.7, 0.95, 0.7, accuracy=0.95, images_per_second=4321.0)
 ROWS = [REAL, TEACHER, STUDENT]
 CURVE = {"run": [{"step": 1, "denoising_loss": 0.5}, {"step": 2, "denoising_loss": 0.4, "logit_gap": 0.1}]}
 PICTURE = sample_grid(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), columns=2)

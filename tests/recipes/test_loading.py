@@ -74,7 +74,7 @@ def test_documented_goes_down_to_single_values() -> None:
 
 def test_a_recipe_of_the_wrong_kind_names_the_right_verb() -> None:
     with pytest.raises(UserError, match="is for `fewstep teach`, not for `fewstep distill`"):
-        load_recipe("digits-teacher", kind="distill")
+        load_recipe("digits-teacher", verb="distill")
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_a_wrong_value_names_its_key_and_what_the_key_takes(content: dict, key: 
 
 @pytest.mark.parametrize("content", [{}, {"kind": "learn"}, {"num_steps": 3}, {1: 2}])
 def test_a_recipe_is_of_one_of_two_kinds(content: dict) -> None:
-    assert mistake(content) == f"kind: must be teach or distill, not {content.get('kind')!r}"
+    assert mistake(content) == f"kind: must be teach, teach-text, teach-autoencoder, distill, not {content.get('kind')!r}"
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ def distill(recipe: DistillRecipe, run: Path, resume: bool = False, report: Repo
         raise UserError(f"teacher: {recipe.teacher} is a few-step student; name the run of its teacher")
     if isinstance(model, LatentModel):
         images = open_captioned(recipe.data, model)
-        model.prompts = (images.captions or [""])[:NUM_GRID_PROMPTS]
+        model.prompts = list((images.captions or [""])[:NUM_GRID_PROMPTS])
     else:
         images = open_images(recipe.data, model.config)
     model.to(pick_device(recipe.device))

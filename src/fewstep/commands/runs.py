@@ -6,13 +6,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fewstep.data import shapes
 from fewstep.data.images import ImageSet, batch_indices, load_captioned, load_images
 from fewstep.errors import UserError
+from fewstep.networks.autoencoder import Autoencoder
 from fewstep.networks.latent_model import LatentModel
 from fewstep.networks.pixel_model import PixelModel, PixelModelConfig
 from fewstep.networks.pretrained import is_model_folder, load
 from fewstep.recipes.loading import differences, dump, read_run_recipe
-from fewstep.recipes.schema import DataSettings, DistillRecipe, TeachRecipe
+from fewstep.recipes.schema import AnyRecipe, DataSettings
 from fewstep.runtime.checkpoint import RECIPE, check_run, latest_model, write_text
 from fewstep.runtime.tracking import Report, progress_bar
 from fewstep.training.loop import train
@@ -41,12 +43,16 @@ def open_images(data: DataSettings, model: PixelModelConfig) -> ImageSet:
     )
 
 
-def open_captioned(data: DataSettings, model: LatentModel) -> ImageSet:
+def open_captioned(data: DataSettings, model: LatentModel | Autoencoder) -> ImageSet:
     """The recipe's images with captions, in the model's size."""
+    if data.source == "shapes":
+        if model.image_size != shapes.IMAGE_SIZE:
+            raise UserError(f"data.source: the shapes have {shapes.IMAGE_SIZE} pixels, the model {model.image_size}")
+        return shapes.shapes()
     return load_captioned(data.source, model.image_size, data.image_column, data.caption_column, data.split)
 
 
-def check_target(run: Path, recipe: TeachRecipe | DistillRecipe, resume: bool) -> None:
+def check_target(run: Path, recipe: AnyRecipe, resume: bool) -> None:
     """Raises UserError if the recipe can't start in the folder `run`, or continue there; writes nothing.
 
     With `resume` a folder that is not there or empty will do, so that one command starts and continues a run.
@@ -71,9 +77,7 @@ def check_writable(folder: Path) -> None:
         raise UserError(f"--out: {nearest} is not a folder that can be written to; choose another")
 
 
-def start_run(
-    method: Method, images: ImageSet, run: Path, recipe: TeachRecipe | DistillRecipe, report: Report | None
-) -> None:
+def start_run(method: Method, images: ImageSet, run: Path, recipe: AnyRecipe, report: Report | None) -> None:
     """Makes the run folder and trains; `report` replaces the progress bar."""
     run.mkdir(parents=True, exist_ok=True)
     if not (run / RECIPE).exists():
@@ -84,14 +88,6 @@ def start_run(
 
     with progress_bar(run.name, recipe.num_steps, report) as show:
         train(method, batch_at, run, recipe, recipe.seed, show)
-
-
-def open_pixel_model(path: Path) -> PixelModel:
-    """The model of a run that can be judged; raises UserError for text-to-image models."""
-    model = open_model(path)
-    if not isinstance(model, PixelModel):
-        raise UserError(f"{path}: a text-to-image model, which can be sampled but not yet evaluated")
-    return model
 
 
 def open_model(path: Path) -> PixelModel | LatentModel:

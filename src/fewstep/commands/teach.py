@@ -1,21 +1,82 @@
-"""`fewstep teach`: trains a teacher from scratch."""
+"""`fewstep teach`: trains from scratch, a teacher on pixels or on latents with captions, or the autoencoder of one."""
 
 from pathlib import Path
 
 import torch
 
-from fewstep.commands.runs import check_target, open_images, pick_device, start_run
+from fewstep.commands.runs import check_target, open_captioned, open_images, pick_device, start_run
+from fewstep.data.images import ImageSet
+from fewstep.errors import Interrupted, UserError
+from fewstep.networks.autoencoder import Autoencoder, load_autoencoder
+from fewstep.networks.latent_config import build_autoencoder, build_pipeline
+from fewstep.networks.latent_model import LatentModel
 from fewstep.networks.pixel_model import PixelModel, build_unet
-from fewstep.recipes.schema import TeachRecipe
+from fewstep.recipes.loading import load_recipe, read_run_recipe, recipe_names
+from fewstep.recipes.schema import AutoencoderRecipe, DistillRecipe, TeachingRecipe, TeachRecipe, TeachTextRecipe
+from fewstep.runtime.checkpoint import RECIPE, checkpoints, latest_model, step_name
 from fewstep.runtime.tracking import Report
+from fewstep.training.autoencoder import AutoencoderTraining
+from fewstep.training.method import Method
 from fewstep.training.teacher import TeacherTraining
 
+NUM_GRID_PROMPTS = 40  # captions that the sample grids show
+VOCABULARY_CAPTIONS = 10_000  # whose words make the tokenizer, where the recipe names none
 
-def teach(recipe: TeachRecipe, run: Path, resume: bool = False, report: Report | None = None) -> None:
+
+def teach(recipe: TeachingRecipe, run: Path, resume: bool = False, report: Report | None = None) -> None:
     """Runs the recipe into the folder `run`; whatever is wrong with recipe, data or folder is told before any of it."""
     check_target(run, recipe, resume)
-    images = open_images(recipe.data, recipe.model)
     device = pick_device(recipe.device)
+    if isinstance(recipe, TeachRecipe):
+        method, images = _pixel_teacher(recipe, device)
+    elif isinstance(recipe, TeachTextRecipe):
+        method, images = _text_teacher(recipe, device, run.parent)
+    else:
+        method, images = _autoencoder(recipe, device)
+    start_run(method, images, run, recipe, report)
+
+
+def _pixel_teacher(recipe: TeachRecipe, device: torch.device) -> tuple[Method, ImageSet]:
+    images = open_images(recipe.data, recipe.model)
     torch.manual_seed(recipe.seed)
     model = PixelModel(recipe.model, build_unet(recipe.model).to(device))
-    start_run(TeacherTraining(recipe, model, recipe.num_steps, recipe.seed), images, run, recipe, report)
+    return TeacherTraining(recipe, model, recipe.num_steps, recipe.seed), images
+
+
+def _text_teacher(recipe: TeachTextRecipe, device: torch.device, runs: Path) -> tuple[Method, ImageSet]:
+    autoencoder = load_autoencoder(latest_model(finished_run(recipe.model.autoencoder, runs, "model.autoencoder")))
+    images = open_captioned(recipe.data, autoencoder)
+    captions = (images.captions or [])[:VOCABULARY_CAPTIONS]
+    torch.manual_seed(recipe.seed)
+    model = LatentModel(build_pipeline(recipe.model, autoencoder.vae, captions))
+    model.prompts = list(captions[:NUM_GRID_PROMPTS])
+    model.to(device)
+    return TeacherTraining(recipe, model, recipe.num_steps, recipe.seed), images
+
+
+def _autoencoder(recipe: AutoencoderRecipe, device: torch.device) -> tuple[Method, ImageSet]:
+    torch.manual_seed(recipe.seed)
+    model = Autoencoder(build_autoencoder(recipe.model).to(device))
+    return AutoencoderTraining(recipe, model, recipe.num_steps, recipe.seed), open_captioned(recipe.data, model)
+
+
+def finished_run(name: str, runs: Path, field: str) -> Path:
+    """The run folder at a path, or of a `teach` recipe in the folder `runs`, which is finished first if need be.
+
+    A run that is there goes on with its own recipe, whatever overrides it was started with.
+    """
+    if Path(name).exists():
+        return Path(name)
+    if name not in recipe_names():
+        raise UserError(f"{field}: {name!r} is neither a folder nor the name of a recipe")
+    run = runs / name
+    recipe = read_run_recipe(run / RECIPE) if (run / RECIPE).is_file() else load_recipe(name)
+    if isinstance(recipe, DistillRecipe):
+        raise UserError(f"{field}: the recipe {name!r} does not train one; `fewstep recipes` lists those that do")
+    finished = checkpoints(run)
+    if not finished or finished[-1].name < step_name(recipe.num_steps):
+        try:
+            teach(recipe, run, resume=True)
+        except Interrupted as stop:
+            raise Interrupted(f"stopped while teaching {name}; the same command goes on with it") from stop
+    return run

@@ -2,7 +2,7 @@
 
 import io
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -29,7 +29,7 @@ class ImageSet:
     fetch: Callable[[Tensor], Tensor]
     labels: Tensor | None
     length: int
-    captions: list[str] | None = None
+    captions: Sequence[str] | None = None
 
     def batch(self, indices: Tensor) -> dict[str, Any]:
         """{"image": (B, C, H, W) uint8}, with "label" (B,) int64 and "caption" (a list) where the set has them."""

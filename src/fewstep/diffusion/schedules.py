@@ -97,6 +97,11 @@ class VP(NoiseSchedule):
         betas = torch.linspace(beta_start**0.5, beta_end**0.5, num_timesteps, dtype=torch.float64) ** 2
         return cls(torch.cumprod(1 - betas, dim=0))
 
+    @property
+    def betas(self) -> Tensor:
+        """beta_t = 1 - abar_t / abar_(t-1), (T,) float64, for samplers that start from those."""
+        return 1 - self.alphas_cumprod / torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod[:-1]])
+
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         if t.device not in self._by_device:
             self._by_device[t.device] = self.alphas_cumprod.to(t.device)

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -49,6 +49,25 @@ class TorchScriptExtractor:
             raise UserError(
                 f"{self.path}: must take uint8 images {shape} and give features (B, D) (--features)"
             ) from error
+
+
+class AutoencoderExtractor:
+    """The means of a diffusers autoencoder's posterior, flattened: uint8 (B, 3, H, W) -> (B, C h w)."""
+
+    name = "the autoencoder"
+    MAX_FEATURES = 4096  # of a covariance that a Fréchet distance can be taken of
+
+    def __init__(self, autoencoder: Any):
+        self.autoencoder = autoencoder
+
+    def features(self, images: Tensor) -> Tensor:
+        means = self.autoencoder.encode(images.to(self.autoencoder.device).float() / 127.5 - 1).latent_dist.mode()
+        if means[0].numel() > self.MAX_FEATURES:
+            raise UserError(
+                f"--features: the autoencoder's {means[0].numel():,} numbers per image are too many for a FID; give a "
+                "TorchScript file"
+            )
+        return means.flatten(1)
 
 
 class Classifier(nn.Module):

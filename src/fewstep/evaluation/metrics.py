@@ -1,6 +1,7 @@
 """Distances between two sets of images, in the features of any network."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,12 @@ def _share_inside(points: Tensor, manifold: Tensor, neighbours: int, chunk: int 
     return torch.cat(inside).double().mean().item()
 
 
+def diversity(features: Tensor, num_prompts: int) -> float:
+    """Mean distance between two images of one prompt, of features (N, D) whose prompts come in turn."""
+    whole = features[: len(features) // num_prompts * num_prompts].reshape(-1, num_prompts, features.shape[1])
+    return torch.stack([torch.pdist(of_prompt).mean() for of_prompt in whole.unbind(1)]).mean().item()
+
+
 @dataclass(frozen=True)
 class Row:
     """One line of the table; `None` where a number has no meaning."""
@@ -46,12 +53,21 @@ class Row:
     fid: float
     precision: float
     recall: float
-    accuracy: float | None
-    images_per_second: float | None
+    accuracy: float | None = None
+    """Of classes, by a classifier."""
+    prompt_accuracy: float | None = None
+    """Share of images with everything as the prompt says; of the embedded shapes, prompts of one object."""
+    two_objects: float | None = None
+    """The same for prompts of two objects."""
+    diversity: float | None = None
+    """Mean feature distance between two images of one prompt."""
+    images_per_second: float | None = None
+    attributes: dict[str, float] | None = None
+    """Prompt accuracy attribute by attribute; not in the table."""
 
 
-def floor_row(real: Tensor, accuracy: float | None, seed: int = 0) -> Row:
+def floor_row(real: Tensor, seed: int = 0, **extras: Any) -> Row:
     """The noise floor: one random half of the real features (N, D) against the other."""
     order = torch.randperm(len(real), generator=torch.Generator().manual_seed(seed))
     first, second = real[order].chunk(2)
-    return Row("real", None, None, fid(first, second), *precision_recall(first, second), accuracy, None)
+    return Row("real", None, None, fid(first, second), *precision_recall(first, second), **extras)

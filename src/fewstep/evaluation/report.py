@@ -16,9 +16,16 @@ from torch import Tensor
 from fewstep.data.pictures import grid, png_bytes
 from fewstep.evaluation.metrics import Row
 
-COLUMNS = [field.name for field in fields(Row)]
 LOWER_IS_BETTER = {"fid"}
-HIGHER_IS_BETTER = {"precision", "recall", "accuracy", "images_per_second"}
+HIGHER_IS_BETTER = {
+    "precision",
+    "recall",
+    "accuracy",
+    "prompt_accuracy",
+    "two_objects",
+    "diversity",
+    "images_per_second",
+}
 CURVES = {
     "denoising_loss": "denoising loss (of the critic, where there is one)",
     "dm_image_grad_norm": "gradient norm at the image: distribution matching",
@@ -38,21 +45,33 @@ def cell(name: str, value: object) -> str:
     return f"{value:.3f}"
 
 
+def columns(rows: list[Row]) -> list[str]:
+    """The columns in which any row has a single value."""
+    values = [asdict(row) for row in rows]
+    names = [field.name for field in fields(Row) if field.name != "attributes"]
+    return [name for name in names if any(row[name] is not None for row in values)]
+
+
 def text_table(rows: list[Row]) -> Table:
     """The table for a terminal."""
-    names = [name.replace("images_per_second", "images/s") for name in COLUMNS]
-    table = Table(*names, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))  # 78 columns of text
+    names = columns(rows)
+    heads = [
+        {"images_per_second": "images/s", "prompt_accuracy": "prompt", "two_objects": "two"}.get(n, n) for n in names
+    ]
+    table = Table(*heads, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))  # 78 columns of text
     for index, column in enumerate(table.columns):
         column.justify = "left" if index < 2 else "right"
     for row in rows:
         style = "bold" if row.sampler == "student" else None
-        table.add_row(*(cell(name, value) for name, value in asdict(row).items()), style=style)
+        table.add_row(*(cell(name, getattr(row, name)) for name in names), style=style)
     return table
 
 
 def write_json(rows: list[Row], path: Path) -> None:
-    """results.json: a list of rows; whole or not at all."""
-    _write(path, json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+    """results.json: a list of rows, without what no row has; whole or not at all."""
+    kept = [*columns(rows), *(["attributes"] if any(row.attributes for row in rows) else [])]
+    lines = [{name: getattr(row, name) for name in kept} for row in rows]
+    _write(path, json.dumps(lines, indent=2) + "\n")
 
 
 def write_page(
@@ -89,12 +108,14 @@ def _write(path: Path, text: str) -> None:
 
 
 def _html_table(rows: list[Row]) -> str:
-    head = "".join(f"<th>{name.replace('_', ' ')}</th>" for name in COLUMNS)
-    best = {name: _best(rows, name) for name in COLUMNS}
+    names = columns(rows)
+    head = "".join(f"<th>{name.replace('_', ' ')}</th>" for name in names)
+    best = {name: _best(rows, name) for name in names}
     lines = [f"<table><thead><tr>{head}</tr></thead><tbody>"]
     for row in rows:
         cells = ""
-        for name, value in asdict(row).items():
+        for name in names:
+            value = getattr(row, name)
             mark = ' class="best"' if row.nfe is not None and value is not None and value == best[name] else ""
             cells += f"<td{mark}>{escape(cell(name, value))}</td>"
         lines.append(f'<tr class="{"student" if row.sampler == "student" else ""}">{cells}</tr>')

@@ -9,10 +9,16 @@ import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from fewstep.errors import UserError
-from fewstep.recipes.schema import DistillRecipe, Recipe, TeachRecipe
+from fewstep.recipes.schema import AnyRecipe, AutoencoderRecipe, DistillRecipe, Recipe, TeachRecipe, TeachTextRecipe
 
 FOLDER = Path(__file__).parent
-_ADAPTER: TypeAdapter[TeachRecipe | DistillRecipe] = TypeAdapter(Recipe)
+_ADAPTER: TypeAdapter[AnyRecipe] = TypeAdapter(Recipe)
+KINDS: dict[object, type[AnyRecipe]] = {
+    "teach": TeachRecipe,
+    "teach-text": TeachTextRecipe,
+    "teach-autoencoder": AutoencoderRecipe,
+    "distill": DistillRecipe,
+}
 
 
 def recipe_names() -> list[str]:
@@ -20,17 +26,18 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
-def load_recipe(name: str, overrides: Sequence[str] = (), kind: str | None = None) -> Any:
+def load_recipe(name: str, overrides: Sequence[str] = (), verb: str | None = None) -> Any:
     """The recipe of that name, or in that YAML file, with `a.b=value` overrides put in: a TeachRecipe or DistillRecipe.
 
-    Raises UserError for an unknown name, key or type, naming the nearest right one, or if it is not of the `kind`.
+    Raises UserError for an unknown name, key or type, naming the nearest right one, or if it is not for the `verb`.
     """
     content = _read(find(name))
     for override in overrides:
         _put(content, override)
     recipe = parse(content, name)
-    if kind not in (None, recipe.kind):
-        raise UserError(f"recipe {name}: is for `fewstep {recipe.kind}`, not for `fewstep {kind}`")
+    right = recipe.kind.partition("-")[0]
+    if verb not in (None, right):
+        raise UserError(f"recipe {name}: is for `fewstep {right}`, not for `fewstep {verb}`")
     return recipe
 
 
@@ -46,7 +53,7 @@ def find(name: str) -> Path:
     return FOLDER / f"{name}.yaml"
 
 
-def parse(content: dict[str, Any], name: str) -> TeachRecipe | DistillRecipe:
+def parse(content: dict[str, Any], name: str) -> AnyRecipe:
     """Checks the content of a recipe; raises UserError with the first mistake."""
     try:
         return _ADAPTER.validate_python(content)
@@ -59,12 +66,12 @@ def dump(recipe: BaseModel) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
 
 
-def read_run_recipe(path: Path) -> TeachRecipe | DistillRecipe:
+def read_run_recipe(path: Path) -> AnyRecipe:
     """The resolved recipe of a run folder."""
     return parse(_read(path), str(path))
 
 
-def differences(old: TeachRecipe | DistillRecipe, new: TeachRecipe | DistillRecipe) -> list[str]:
+def differences(old: AnyRecipe, new: AnyRecipe) -> list[str]:
     """The dotted keys in which two recipes differ, as `key: old -> new`; of two kinds, only the kind."""
     if old.kind != new.kind:
         return [f"kind: {old.kind} -> {new.kind}"]
@@ -124,7 +131,7 @@ def _explain(error: ValidationError, content: dict[str, Any]) -> str:
     location = [str(part) for part in first["loc"][1:]]  # behind the kind
     key = ".".join(location)
     if first["type"].startswith("union_tag"):
-        return f"kind: must be teach or distill, not {kind!r}"
+        return f"kind: must be {', '.join(map(str, KINDS))}, not {kind!r}"
     if first["type"] == "extra_forbidden":
         text = f"{key}: unknown key{_nearest(location[-1], _keys_beside(kind, location))}"
     elif first["type"] == "model_type":
@@ -139,7 +146,7 @@ def _explain(error: ValidationError, content: dict[str, Any]) -> str:
 
 def _keys_beside(kind: object, location: list[str]) -> list[str]:
     """The keys that a recipe takes where `location` stands."""
-    model: Any = DistillRecipe if kind == "distill" else TeachRecipe
+    model: Any = KINDS[kind]
     for part in location[:-1]:
         annotation = model.model_fields[part].annotation
         model = next((t for t in (annotation, *get_args(annotation)) if isinstance(t, type)), None)

@@ -4,8 +4,10 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from fewstep.networks.latent_config import AutoencoderConfig, TextModelConfig
 from fewstep.networks.pixel_model import PixelModelConfig
 from fewstep.settings import Settings
+from fewstep.training.autoencoder import AutoencoderSettings
 from fewstep.training.dmd2 import DMD2Settings
 from fewstep.training.loop import LoopSettings
 from fewstep.training.teacher import TeacherSettings
@@ -15,7 +17,8 @@ class DataSettings(Settings):
     """Where the real images come from; size, grey or RGB, and the number of classes are the model's."""
 
     source: str = "digits"
-    """`digits` (embedded), an image folder, a parquet file, a WebDataset tar, or a folder of those."""
+    """`digits` or, with captions, `shapes` (both embedded), an image folder, a parquet file, a WebDataset tar, or a
+    folder of those."""
     split: str = "train"
     """The split to read, where the source has several."""
     image_column: str | None = None
@@ -51,6 +54,20 @@ class TeachRecipe(RunSettings, TeacherSettings):
         return self
 
 
+class TeachTextRecipe(RunSettings, TeacherSettings):
+    """Trains a small text-to-image teacher from scratch, on the latents of an autoencoder."""
+
+    kind: Literal["teach-text"] = "teach-text"
+    model: TextModelConfig = TextModelConfig()
+
+
+class AutoencoderRecipe(RunSettings, AutoencoderSettings):
+    """Trains a small autoencoder from scratch."""
+
+    kind: Literal["teach-autoencoder"] = "teach-autoencoder"
+    model: AutoencoderConfig = AutoencoderConfig()
+
+
 class DistillRecipe(RunSettings, DMD2Settings):
     """Distils a teacher into a few-step student."""
 
@@ -61,4 +78,6 @@ class DistillRecipe(RunSettings, DMD2Settings):
     """Classifier-free guidance on the teacher, uncond + s (cond - uncond); 1 is none. SD 1.5: 1.75, SDXL: 8."""
 
 
-Recipe = Annotated[TeachRecipe | DistillRecipe, Field(discriminator="kind")]
+TeachingRecipe = TeachRecipe | TeachTextRecipe | AutoencoderRecipe
+AnyRecipe = TeachingRecipe | DistillRecipe
+Recipe = Annotated[AnyRecipe, Field(discriminator="kind")]

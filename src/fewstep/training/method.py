@@ -3,18 +3,28 @@
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
-
-from fewstep.networks.image_model import ImageModel
 
 Batch = dict[str, Tensor]
 Metrics = dict[str, Tensor]
 
 
+class TrainedModel(Protocol):
+    """An `ImageModel`, or an autoencoder by itself."""
+
+    shape: tuple[int, ...]
+
+    @property
+    def device(self) -> torch.device: ...
+
+
 class Method(Protocol):
     """A training algorithm: one `step` per batch; everything random in it is a function of (seed, step, rank)."""
 
-    model: ImageModel
+    @property
+    def model(self) -> TrainedModel:
+        """What the loop draws noise for."""
 
     @property
     def num_noises(self) -> int:

@@ -1,0 +1,184 @@
+"""Text-to-image models small enough to be trained from scratch: ordinary SD and SDXL pipelines by a few sizes."""
+
+from __future__ import annotations  # the pipelines are imported only where one is built
+
+import json
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+from torch import nn
+
+from fewstep.settings import Settings
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTokenizer
+
+MAX_VOCABULARY = 4000  # tokens of a tokenizer that is trained here
+SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}  # SD, SDXL
+
+
+class AutoencoderConfig(Settings):
+    """An `AutoencoderKL` on RGB images."""
+
+    image_size: int = Field(32, ge=8)
+    """Height and width in pixels; divisible by 2 for every level after the first."""
+    block_out_channels: list[int] = [16, 32, 64]
+    """Channels of each level; every level after the first halves the resolution."""
+    layers_per_block: int = Field(1, ge=1)
+    """Residual blocks per level."""
+    latent_channels: int = Field(4, ge=1)
+    """Channels of a latent."""
+    norm_num_groups: int = Field(8, ge=1)
+    """Groups of every GroupNorm; divides all channel counts."""
+
+
+class TextModelConfig(Settings):
+    """A text-to-image model of SD's or SDXL's kind; its latents are its autoencoder's."""
+
+    architecture: Literal["sdxl", "sd"] = "sdxl"
+    """`sdxl`: two text encoders, pooled embedding and time_ids; `sd`: one text encoder."""
+    autoencoder: str = "shapes-autoencoder"
+    """A run folder, or the name of an `autoencode` recipe, which is run first if its run does not exist."""
+    tokenizer: str | None = None
+    """Folder of a CLIP tokenizer; by default one is trained on the captions."""
+    num_tokens: int = Field(16, ge=4)
+    """Length of a prompt in tokens, start and end included; longer ones are cut. CLIP: 77."""
+    text_width: int = Field(32, ge=8)
+    """Hidden width of each text encoder; their weights stay random."""
+    block_out_channels: list[int] = [64, 128]
+    """Channels of each level of the UNet; every level after the first halves the resolution."""
+    layers_per_block: int = Field(1, ge=1)
+    """Residual blocks per level."""
+    transformer_layers: int = Field(1, ge=1)
+    """Transformer blocks behind each residual block; as in SDXL, the first level has none."""
+    attention_head_dim: int = Field(32, ge=8)
+    """Channels per attention head."""
+    norm_num_groups: int = Field(16, ge=1)
+    """Groups of every GroupNorm; divides all channel counts."""
+    prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
+    """What the UNet predicts; SD 1.5 and SDXL: epsilon."""
+
+
+def build_autoencoder(config: AutoencoderConfig) -> AutoencoderKL:
+    """A randomly initialised autoencoder; its scaling factor is 1 until `AutoencoderTraining` measures it."""
+    from diffusers import AutoencoderKL
+
+    levels = len(config.block_out_channels)
+    return AutoencoderKL(
+        block_out_channels=config.block_out_channels,
+        layers_per_block=config.layers_per_block,
+        down_block_types=["DownEncoderBlock2D"] * levels,
+        up_block_types=["UpDecoderBlock2D"] * levels,
+        latent_channels=config.latent_channels,
+        norm_num_groups=config.norm_num_groups,
+        sample_size=config.image_size,
+        mid_block_add_attention=False,
+        scaling_factor=1.0,
+    )
+
+
+def build_pipeline(
+    config: TextModelConfig, autoencoder: AutoencoderKL, captions: Iterable[str]
+) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
+    """A pipeline with a randomly initialised UNet and random text encoders around a trained autoencoder."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    tokenizer = build_tokenizer(config, captions)
+    unet = build_unet(config, autoencoder)
+    scheduler = DDIMScheduler(
+        **SCHEDULE, clip_sample=False, set_alpha_to_one=False, prediction_type=config.prediction_type
+    )
+    if config.architecture == "sd":
+        encoder = _text_encoder(CLIPTextModel, config, tokenizer)
+        return StableDiffusionPipeline(
+            autoencoder, encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
+        )
+    encoders = [_text_encoder(kind, config, tokenizer) for kind in (CLIPTextModel, CLIPTextModelWithProjection)]
+    return StableDiffusionXLPipeline(
+        autoencoder, *encoders, tokenizer, tokenizer, unet, scheduler, add_watermarker=False
+    )
+
+
+def build_unet(config: TextModelConfig, autoencoder: AutoencoderKL) -> UNet2DConditionModel:
+    """SDXL's shape in small: cross-attention on every level but the first; for `sdxl` with pooled text and time_ids."""
+    from diffusers import UNet2DConditionModel
+
+    levels, width, added = len(config.block_out_channels), config.text_width, {}
+    if config.architecture == "sdxl":
+        added = {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": width + 6 * 8,
+        }
+    size = autoencoder.config.sample_size // 2 ** (len(autoencoder.config.block_out_channels) - 1)
+    return UNet2DConditionModel(
+        sample_size=size,
+        in_channels=autoencoder.config.latent_channels,
+        out_channels=autoencoder.config.latent_channels,
+        block_out_channels=config.block_out_channels,
+        layers_per_block=config.layers_per_block,
+        down_block_types=["DownBlock2D", *["CrossAttnDownBlock2D"] * (levels - 1)],
+        up_block_types=[*["CrossAttnUpBlock2D"] * (levels - 1), "UpBlock2D"],
+        transformer_layers_per_block=config.transformer_layers,
+        cross_attention_dim=2 * width if config.architecture == "sdxl" else width,
+        attention_head_dim=[channels // config.attention_head_dim for channels in config.block_out_channels],
+        norm_num_groups=config.norm_num_groups,
+        use_linear_projection=True,
+        **added,
+    )
+
+
+def _text_encoder(kind: Any, config: TextModelConfig, tokenizer: CLIPTokenizer) -> nn.Module:
+    """A random CLIP text encoder: random features of the tokens, which is enough for a small vocabulary."""
+    from transformers import CLIPTextConfig
+
+    encoder = kind(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=config.text_width,
+            intermediate_size=2 * config.text_width,
+            projection_dim=config.text_width,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=config.num_tokens,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    for name, weight in encoder.named_parameters():
+        if "embedding" in name:
+            nn.init.normal_(weight)  # CLIP's own 0.02 would drown in what attention adds
+    return encoder
+
+
+def build_tokenizer(config: TextModelConfig, captions: Iterable[str]) -> CLIPTokenizer:
+    """The tokenizer at `config.tokenizer`, or one that is trained on the captions."""
+    from transformers import CLIPTokenizer
+
+    if config.tokenizer:
+        return CLIPTokenizer.from_pretrained(config.tokenizer, model_max_length=config.num_tokens)
+    with tempfile.TemporaryDirectory() as folder:
+        _write_vocabulary(captions, Path(folder))
+        return CLIPTokenizer.from_pretrained(folder, model_max_length=config.num_tokens)
+
+
+def _write_vocabulary(captions: Iterable[str], folder: Path) -> None:
+    """CLIP's two files: all bytes, inside and at the end of a word, then what the merges of a trained BPE make."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.BpeTrainer(vocab_size=MAX_VOCABULARY, end_of_word_suffix="</w>", show_progress=False)
+    bpe.train_from_iterator((caption.lower() for caption in captions), trainer)
+    merges = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
+    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*symbols, *(f"{symbol}</w>" for symbol in symbols), *(left + right for left, right in merges)]
+    vocabulary = dict.fromkeys([*tokens, "<|startoftext|>", "<|endoftext|>"])
+    (folder / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(vocabulary)}))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *(" ".join(merge) for merge in merges)]) + "\n")
