@@ -38,7 +38,7 @@ def test_the_condition_is_the_pipelines_own(pipeline) -> None:
         if name in theirs:
             assert torch.equal(condition[name], theirs[name])
             assert torch.equal(null[name], theirs[f"null {name}"][:1])
-    assert model.conditioner.num_cut == 1
+    assert model.conditioner.too_long(PROMPTS).tolist() == [False, False, True]
 
 
 def test_the_micro_conditioning_is_the_whole_square_image(tmp_path: Path) -> None:

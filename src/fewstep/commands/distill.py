@@ -1,11 +1,13 @@
 """`fewstep distill`: distils a teacher into a few-step student."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from fewstep.commands.runs import check_target, open_captioned, open_images, open_model, pick_device, start_run
+from fewstep.commands.runs import check_target, image_batches, open_images, open_model, pick_device, start_run
 from fewstep.commands.teach import teach
+from fewstep.commands.texts import text_batches
 from fewstep.errors import Interrupted, UserError
 from fewstep.networks.latent_model import LatentModel
 from fewstep.networks.pixel_model import PixelModel
@@ -15,8 +17,7 @@ from fewstep.recipes.schema import DistillRecipe, TeachRecipe
 from fewstep.runtime.checkpoint import RECIPE, checkpoints, step_name
 from fewstep.runtime.tracking import Report
 from fewstep.training.dmd2 import DMD2
-
-NUM_GRID_PROMPTS = 8  # captions that the sample grids show
+from fewstep.training.method import Batch
 
 
 def distill(recipe: DistillRecipe, run: Path, resume: bool = False, report: Report | None = None) -> None:
@@ -25,17 +26,21 @@ def distill(recipe: DistillRecipe, run: Path, resume: bool = False, report: Repo
     model = open_teacher(recipe.teacher, run.parent)
     if model.timesteps:
         raise UserError(f"teacher: {recipe.teacher} is a few-step student; name the run of its teacher")
-    if isinstance(model, LatentModel):
-        images = open_captioned(recipe.data, model)
-        model.prompts = (images.captions or [""])[:NUM_GRID_PROMPTS]
-    else:
-        images = open_images(recipe.data, model.config)
     model.to(pick_device(recipe.device))
     torch.manual_seed(recipe.seed)
     num_stops = recipe.student.num_timesteps if recipe.critic.condition_on_stop else 0
     roles = make_roles(model, recipe.guidance_scale, recipe.gan.feature_layer, num_stops)
     method = DMD2(recipe, model, roles, recipe.num_steps, recipe.batch_size, recipe.seed)
-    start_run(method, images, run, recipe, report)
+    start_run(method, open_batches(recipe, model, run.parent), run, recipe, report)
+
+
+def open_batches(recipe: DistillRecipe, model: PixelModel | LatentModel, runs: Path) -> Callable[[int], Batch]:
+    """The batch of every step; runs in the folder `runs` share their text embeddings."""
+    if isinstance(model, LatentModel):
+        return text_batches(recipe, model, Path(recipe.embeddings.folder or runs / "embeddings"))
+    if recipe.prompts:
+        raise UserError("prompts: the teacher takes no text")
+    return image_batches(open_images(recipe.data, model.config), recipe)
 
 
 def open_teacher(teacher: str, runs: Path) -> PixelModel | LatentModel:

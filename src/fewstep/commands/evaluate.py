@@ -94,7 +94,7 @@ def open_classifier(images: ImageSet, config: PixelModelConfig, path: Path, repo
 def classifier_path(data: DataSettings, folder: Path) -> Path:
     """Where the classifier of a data source is kept."""
     digest = hashlib.blake2b(repr(data).encode(), digest_size=4).hexdigest()  # two folders may both be called train
-    return folder / f"classifier-{Path(data.source).stem}-{digest}.safetensors"
+    return folder / f"classifier-{Path(str(data.source)).stem}-{digest}.safetensors"
 
 
 def evaluate(

@@ -1,12 +1,13 @@
 """Run folders as the verbs use them: start or resume one, find the model in one."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from fewstep.data.images import ImageSet, batch_indices, load_captioned, load_images
+from fewstep.data.latents import LatentSet, is_latents, load_latents
 from fewstep.errors import UserError
 from fewstep.networks.latent_model import LatentModel
 from fewstep.networks.pixel_model import PixelModel, PixelModelConfig
@@ -16,7 +17,7 @@ from fewstep.recipes.schema import DataSettings, DistillRecipe, TeachRecipe
 from fewstep.runtime.checkpoint import RECIPE, check_run, latest_model, write_text
 from fewstep.runtime.tracking import Report, progress_bar
 from fewstep.training.loop import train
-from fewstep.training.method import Method
+from fewstep.training.method import Batch, Method
 
 
 def pick_device(device: str) -> torch.device:
@@ -31,7 +32,7 @@ def pick_device(device: str) -> torch.device:
 def open_images(data: DataSettings, model: PixelModelConfig) -> ImageSet:
     """The recipe's images, in the model's size, colours and classes."""
     return load_images(
-        data.source,
+        _source(data),
         model.image_size,
         model.channels,
         model.num_classes,
@@ -41,9 +42,18 @@ def open_images(data: DataSettings, model: PixelModelConfig) -> ImageSet:
     )
 
 
-def open_captioned(data: DataSettings, model: LatentModel) -> ImageSet:
-    """The recipe's images with captions, in the model's size."""
-    return load_captioned(data.source, model.image_size, data.image_column, data.caption_column, data.split)
+def open_captioned(data: DataSettings, model: LatentModel) -> ImageSet | LatentSet:
+    """The recipe's images with captions, in the model's size, or their latents."""
+    source = _source(data)
+    if is_latents(Path(source)):
+        return load_latents(Path(source), model.latent_space)
+    return load_captioned(source, model.image_size, data.image_column, data.caption_column, data.split)
+
+
+def _source(data: DataSettings) -> str:
+    if data.source is None:
+        raise UserError("data.source: null will do only for text-to-image with prompts and without GAN")
+    return data.source
 
 
 def check_target(run: Path, recipe: TeachRecipe | DistillRecipe, resume: bool) -> None:
@@ -71,17 +81,22 @@ def check_writable(folder: Path) -> None:
         raise UserError(f"--out: {nearest} is not a folder that can be written to; choose another")
 
 
+def image_batches(images: ImageSet, recipe: TeachRecipe | DistillRecipe) -> Callable[[int], Batch]:
+    """The batch of every step: real images with their labels."""
+    return lambda step: images.batch(batch_indices(images.length, recipe.batch_size, step, recipe.seed))
+
+
 def start_run(
-    method: Method, images: ImageSet, run: Path, recipe: TeachRecipe | DistillRecipe, report: Report | None
+    method: Method,
+    batch_at: Callable[[int], Batch],
+    run: Path,
+    recipe: TeachRecipe | DistillRecipe,
+    report: Report | None,
 ) -> None:
-    """Makes the run folder and trains; `report` replaces the progress bar."""
+    """Makes the run folder and trains on `batch_at(step)`; `report` replaces the progress bar."""
     run.mkdir(parents=True, exist_ok=True)
     if not (run / RECIPE).exists():
         write_text(run / RECIPE, dump(recipe))
-
-    def batch_at(step: int) -> dict[str, Tensor]:
-        return images.batch(batch_indices(images.length, recipe.batch_size, step, recipe.seed))
-
     with progress_bar(run.name, recipe.num_steps, report) as show:
         train(method, batch_at, run, recipe, recipe.seed, show)
 

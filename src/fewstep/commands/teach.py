@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from fewstep.commands.runs import check_target, open_images, pick_device, start_run
+from fewstep.commands.runs import check_target, image_batches, open_images, pick_device, start_run
 from fewstep.networks.pixel_model import PixelModel, build_unet
 from fewstep.recipes.schema import TeachRecipe
 from fewstep.runtime.tracking import Report
@@ -18,4 +18,10 @@ def teach(recipe: TeachRecipe, run: Path, resume: bool = False, report: Report |
     device = pick_device(recipe.device)
     torch.manual_seed(recipe.seed)
     model = PixelModel(recipe.model, build_unet(recipe.model).to(device))
-    start_run(TeacherTraining(recipe, model, recipe.num_steps, recipe.seed), images, run, recipe, report)
+    start_run(
+        TeacherTraining(recipe, model, recipe.num_steps, recipe.seed),
+        image_batches(images, recipe),
+        run,
+        recipe,
+        report,
+    )

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from fewstep.networks.image_model import ImageModel
 
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]
+"""What an image model encodes; under "prompt" what fakes are drawn for, where that is not the real data's condition."""
 Metrics = dict[str, Tensor]
 
 
