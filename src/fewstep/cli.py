@@ -121,8 +121,8 @@ def latents(
     max_unsafe: Annotated[float, typer.Option(help="Largest score in --unsafe-column.")] = 0.5,
     aesthetic_column: Annotated[str | None, typer.Option(help="Column of aesthetic scores.")] = None,
     min_aesthetic: Annotated[
-        float, typer.Option(help="Smallest score in --aesthetic-column; paper: 5.5 for images, 6.25 for prompts.")
-    ] = 5.5,
+        float | None, typer.Option(help="Smallest score there; paper: 5.5 for images, 6.25 for prompts.")
+    ] = None,
     image_column: Annotated[str | None, typer.Option(help="By default image, png, jpg, jpeg or webp.")] = None,
     caption_column: Annotated[str | None, typer.Option(help="By default caption, text, txt or prompt.")] = None,
     split: Annotated[str, typer.Option(help="The split to read, where there are several.")] = "train",

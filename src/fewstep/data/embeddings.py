@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fewstep.data.shards import ROWS, Rows, open_shard, save_shard, shard_paths
+from fewstep.data.shards import ROWS, Rows, open_shard, save_shard, shard_rows
 from fewstep.errors import UserError
 
 TEXTS_PER_BATCH = 64
@@ -32,15 +32,14 @@ def cached_embeddings(
     bytes_per_text = sum(tensor.nbytes for tensor in embed([""]).values())
     if len(texts) * bytes_per_text > max_gb * 1e9:
         return None
-    digest = hashlib.blake2b(json.dumps([fingerprint, texts]).encode(), digest_size=8).hexdigest()
-    home = folder / f"embeddings-{digest}"
-    paths = shard_paths(home, len(texts))
-    missing = {path: start for path, start in zip(paths, range(0, len(texts), ROWS), strict=True) if not path.exists()}
-    _check_room(folder, sum(len(texts[start : start + ROWS]) for start in missing.values()) * bytes_per_text)
-    for path, start in missing.items():
-        save_shard(path, _embed(texts[start : start + ROWS], embed))
-        report(min(start + ROWS, len(texts)))
-    return Rows.of([open_shard(path)[0] for path in paths])
+    digest = hashlib.blake2b(json.dumps([fingerprint, ROWS, texts]).encode(), digest_size=8).hexdigest()
+    shards = shard_rows(folder / f"embeddings-{digest}", len(texts), ROWS)
+    missing = {path: rows for path, rows in shards.items() if not path.exists()}
+    _check_room(folder, sum(map(len, missing.values())) * bytes_per_text)
+    for path, rows in missing.items():
+        save_shard(path, _embed(texts[rows.start : rows.stop], embed))
+        report(rows.stop)
+    return Rows.of([open_shard(path)[0] for path in shards])
 
 
 def _embed(texts: list[str], embed: Embed) -> dict[str, Tensor]:

@@ -23,8 +23,12 @@ class Filter:
     """Drop what is true, UNSAFE or NSFW, or a score above `max_unsafe` here, and what has no value."""
     max_unsafe: float = 0.5
     aesthetic_column: str | None = None
-    min_aesthetic: float = 5.5
-    """Smallest score in `aesthetic_column`; without that column, no filter."""
+    min_aesthetic: float | None = None
+    """Smallest score in `aesthetic_column`."""
+
+    def __post_init__(self) -> None:
+        if (self.aesthetic_column is None) != (self.min_aesthetic is None):
+            raise UserError("aesthetic-column and min-aesthetic: give both or neither")
 
 
 def load_filtered(
@@ -48,7 +52,7 @@ def load_filtered(
         cells = _cells(table, filter.unsafe_column, path)
         unsafe = ["unsafe" if _is_unsafe(cell, filter, path) else None for cell in cells]
         reasons = [first or second for first, second in zip(reasons, unsafe, strict=True)]
-    if filter.aesthetic_column:
+    if filter.aesthetic_column and filter.min_aesthetic is not None:
         reason = f"aesthetic score below {filter.min_aesthetic:g}"
         cells = _cells(table, filter.aesthetic_column, path)
         ugly = [None if _score(cell, filter, path) >= filter.min_aesthetic else reason for cell in cells]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fewstep.data.images import ImageSet, Unusable
-from fewstep.data.shards import ROWS, Rows, open_shard, save_shard, shard_paths, written_whole
+from fewstep.data.shards import ROWS, Rows, open_shard, save_shard, shard_rows, written_whole
 from fewstep.errors import UserError
 from fewstep.seeding import generator
 
@@ -55,15 +55,15 @@ def write_latents(
     `space` is the model's `latent_space`; the noise of image i is a function of (seed, i). Unusable images are left out
     and counted in the description's `dropped`, on top of those given. Raises UserError if `out` holds something else.
     """
-    plan = {**space, "seed": seed, "num_images": images.length, "settings": settings or {}}
+    plan = {**space, "seed": seed, "num_images": images.length, "rows_per_file": ROWS, **(settings or {})}
     _start(out, json.loads(json.dumps(plan)))
-    paths, shape = shard_paths(out, images.length), tuple(space["shape"])
-    for path, rows in zip(paths, torch.arange(images.length).split(ROWS), strict=True):
+    shards = shard_rows(out, images.length, ROWS)
+    for path, rows in shards.items():
         if not path.exists():
-            latents, facts = _encode_rows(images, encode, shape, rows, seed, batch_size, report)
+            latents, facts = _encode_rows(images, encode, tuple(space["shape"]), rows, seed, batch_size, report)
             save_shard(path, {"latent": latents}, facts)
-        report(int(rows[-1]) + 1)
-    return _finish(out, plan, paths, Counter(dropped))
+        report(rows.stop)
+    return _finish(out, plan, list(shards), Counter(dropped))
 
 
 def _start(out: Path, plan: dict[str, Any]) -> None:
@@ -85,7 +85,7 @@ def _encode_rows(
     images: ImageSet,
     encode: Encode,
     shape: tuple[int, ...],
-    rows: Tensor,
+    rows: range,
     seed: int,
     batch_size: int,
     report: Callable[[int], None],
@@ -93,7 +93,7 @@ def _encode_rows(
     """The latents of one file, and its captions and counts."""
     latents, captions = [torch.empty(0, *shape, dtype=torch.float16)], []
     dropped: Counter[str] = Counter()
-    for chunk in rows.split(batch_size):
+    for chunk in torch.arange(rows.start, rows.stop).split(batch_size):
         usable: dict[int, Tensor] = {}
         for index in chunk:
             try:
@@ -149,9 +149,8 @@ def load_latents(folder: Path, space: dict[str, Any]) -> LatentSet:
             )
     if not description.get("complete"):
         raise UserError(f"{folder}: not all images are encoded yet; run the same `fewstep data latents` again")
-    paths = shard_paths(folder, description["num_images"])
     shards, captions = [], []
-    for path in paths:
+    for path in shard_rows(folder, description["num_images"], description["rows_per_file"]):
         tensors, facts = open_shard(path)
         if tuple(tensors["latent"].shape) != (len(facts["captions"]), *space["shape"]):
             raise UserError(f"{path}: damaged; remove it and run the same `fewstep data latents` again")
