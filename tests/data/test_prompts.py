@@ -83,4 +83,6 @@ def test_the_lists_of_the_papers() -> None:
     assert parti == [line.split("\t")[0].strip() for line in lines]
     assert (len(parti), parti[0]) == (1632, "bond")
     coco = load_prompts(str(SHARED / "coco14_val_captions_30k.txt"))
-    assert (len(coco), len(set(coco))) == (30000, 29436)
+    lines = (SHARED / "coco14_val_captions_30k.txt").read_text().splitlines()
+    assert coco == [line.strip() for line in lines]
+    assert (len(coco), len(set(lines))) == (30000, 29436)
