@@ -155,6 +155,8 @@ def test_a_mistake_in_a_recipe_names_the_key_and_what_is_right(
         (["teacher=nowhere"], ["teacher: 'nowhere' is neither a folder nor the name of a recipe"]),
         (["teacher=digits-1step"], ["teacher: ", "'digits-1step' does not train a teacher"]),
         (["teacher=student"], ["teacher: student is a few-step student"]),
+        (["prompts.source=prompts.txt"], ["prompts: the teacher takes no text"]),
+        (["data.source=null"], ["data.source: null will do only for text-to-image"]),
         (["teacher=."], [".: not a run folder (it has no recipe.yaml)"]),
     ],
 )
@@ -191,6 +193,10 @@ def test_a_file_that_is_no_recipe_is_named(refused: Refused, content: bytes, fra
 
 def test_a_source_that_is_not_there_is_named(refused: Refused) -> None:
     refused("teach t.yaml --out x --set data.source=nowhere", "nowhere: no such file or folder (data.source)")
+
+
+def test_a_teacher_cannot_be_taught_without_images(refused: Refused) -> None:
+    refused("teach t.yaml --out x --set data.source=null", "data.source: null will do only for text-to-image")
 
 
 def test_a_source_without_images_says_what_a_source_is(refused: Refused) -> None:

@@ -325,6 +325,14 @@ def test_cut_captions_are_told_once(run: Run) -> None:
         assert told == "1 of 6 captions are longer than 20 tokens and were cut\n"
 
 
+def test_a_list_over_the_limit_is_told_and_embedded_at_every_step(run: Run, place: Path, batches: list[dict]) -> None:
+    code, told, _ = run("fewstep distill recipe.yaml --out runs/x --set embeddings.max_gb=1.0e-6")
+    assert code == 0
+    assert told.splitlines()[1:] == ["embeddings of 6 captions exceed embeddings.max_gb=1e-06; made at every step"]
+    assert all("text" not in batch for batch in batches)
+    assert not (place / "runs" / "embeddings").exists()
+
+
 def test_a_full_disk_is_told_before_anything_is_written(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "free")(100))
     refused(run("fewstep distill recipe.yaml --out runs/x"), "GB of disk are free", "embeddings.max_gb=0")

@@ -86,4 +86,6 @@ def open_texts(
             settings.max_gb,
             lambda done: show(done, {}),
         )
+    if rows is None and settings.max_gb:
+        print(f"embeddings of {len(number):,} {what} exceed embeddings.max_gb={settings.max_gb:g}; made at every step")
     return Texts(texts, row_of, rows)

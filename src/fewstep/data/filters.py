@@ -47,20 +47,16 @@ def load_filtered(
     path = Path(source)
     table, image_column = open_table(path, split, image_column)
     captions = read_captions(table, caption_column, path)
-    reasons = ["without a caption" if caption is None else None for caption in captions]
+    drop = {"without a caption": [caption is None for caption in captions]}
     if filter.unsafe_column:
-        cells = _cells(table, filter.unsafe_column, path)
-        unsafe = ["unsafe" if _is_unsafe(cell, filter, path) else None for cell in cells]
-        reasons = [first or second for first, second in zip(reasons, unsafe, strict=True)]
+        drop["unsafe"] = [_is_unsafe(cell, filter, path) for cell in _cells(table, filter.unsafe_column, path)]
     if filter.aesthetic_column and filter.min_aesthetic is not None:
-        reason = f"aesthetic score below {filter.min_aesthetic:g}"
-        cells = _cells(table, filter.aesthetic_column, path)
-        ugly = [None if _score(cell, filter, path) >= filter.min_aesthetic else reason for cell in cells]
-        reasons = [first or second for first, second in zip(reasons, ugly, strict=True)]
-    kept = [row for row, reason in enumerate(reasons) if reason is None]
-    images = pictures(table.select(kept), image_column, size, 3, path, filter.min_side)
-    kept_captions = [caption for caption, reason in zip(captions, reasons, strict=True) if caption and reason is None]
-    return replace(images, captions=kept_captions), dict(Counter(reason for reason in reasons if reason))
+        scores = [_score(cell, filter, path) for cell in _cells(table, filter.aesthetic_column, path)]
+        drop[f"aesthetic score below {filter.min_aesthetic:g}"] = [not s >= filter.min_aesthetic for s in scores]
+    reasons = [next((reason for reason in drop if drop[reason][row]), None) for row in range(len(captions))]
+    kept = {row: captions[row] or "" for row, reason in enumerate(reasons) if reason is None}
+    images = pictures(table.select(list(kept)), image_column, size, 3, path, filter.min_side)
+    return replace(images, captions=list(kept.values())), dict(Counter(reason for reason in reasons if reason))
 
 
 def _cells(table: Any, column: str, path: Path) -> list[Any]:

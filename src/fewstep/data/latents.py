@@ -136,12 +136,8 @@ def is_latents(source: Path) -> bool:
 def load_latents(folder: Path, space: dict[str, Any]) -> LatentSet:
     """The latents in `folder`, for a model with this `latent_space`; raises UserError if they are not, or not whole."""
     description = read_description(folder)
-    for key, what in (
-        ("autoencoder", "another autoencoder"),
-        ("shape", "another size"),
-        ("image_size", "other images"),
-    ):
-        wanted = list(space[key]) if key == "shape" else space[key]
+    for key, what in (("autoencoder", "another autoencoder"), ("shape", "another size")):
+        wanted = space[key]
         if description.get(key) != wanted:
             raise UserError(
                 f"{folder}: latents of {what} ({key} {description.get(key)}, the model has {wanted}); "

@@ -43,16 +43,16 @@ def shard_rows(folder: Path, num_rows: int, size: int) -> dict[Path, range]:
 def save_shard(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any] | None = None) -> None:
     """Writes tensors (rows, ...) with facts as JSON beside them."""
     with written_whole(path) as temporary:
-        save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, {"facts": json.dumps(facts)}
-        )
+        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(whole, temporary, {"facts": json.dumps(facts)})
 
 
 def open_shard(path: Path) -> tuple[dict[str, Tensor], Any]:
     """The tensors of one file, memory-mapped, and its facts; raises UserError if it is missing or damaged."""
     try:
         with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["facts"])  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, for it is no dict
+            return tensors, json.loads(file.metadata()["facts"])
     except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
         raise UserError(
             f"{path}: missing or damaged; remove it and run the command that wrote it again, which makes only this anew"
