@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 
 from fewstep import cli
-from fewstep.commands.evaluate import classifier_path
+from fewstep.commands.judges import classifier_path
 from fewstep.recipes.schema import DataSettings
 
 MODEL = {"num_classes": 10, "null_class": True, "block_out_channels": [8, 8], "norm_num_groups": 4}
@@ -124,7 +124,10 @@ def damage(run: str, file: str, content: bytes | None = None) -> Path:
         ("teach t.yaml --out x --set model.attention=[true]", ["model: attention has 1 entries, block_out_channels 2"]),
         ("teach t.yaml --out x --set model.image_size=9", ["model: image_size 9 can't be halved"]),
         ("teach t.yaml --out x --set noise.distribution=gauss", ["noise.distribution: ", "'lognormal'", "'gauss'"]),
-        ("teach t.yaml --out x --set kind=learn", ["kind: must be teach, teach-text, teach-autoencoder, distill, not 'learn'"]),
+        (
+            "teach t.yaml --out x --set kind=learn",
+            ["kind: must be teach, teach-text, teach-autoencoder, distill, not 'learn'"],
+        ),
         ("teach t.yaml --out x --set num_steps", ["--set 'num_steps'", "write key=value"]),
         ("teach t.yaml --out x --set =5", ["--set '=5'", "write key=value"]),
         ("teach t.yaml --out x --set num_steps.a=5", ["num_steps", "holds no keys"]),
@@ -153,8 +156,10 @@ def test_a_mistake_in_a_recipe_names_the_key_and_what_is_right(
         (["gan.feature_layer=unet.nowhere"], ["gan.feature_layer", "'unet.nowhere'", "'unet.down_blocks.1'"]),
         (["gan.student_weight=0"], ["student_weight and critic_weight: set both, or both to 0"]),
         (["teacher=nowhere"], ["teacher: 'nowhere' is neither a folder nor the name of a recipe"]),
-        (["teacher=digits-1step"], ["teacher: ", "'digits-1step' does not train a teacher"]),
+        (["teacher=digits-1step"], ["teacher: ", "'digits-1step' does not train one"]),
         (["teacher=student"], ["teacher: student is a few-step student"]),
+        (["prompts.source=prompts.txt"], ["prompts: the teacher takes no text"]),
+        (["data.source=null"], ["data.source: null will do only for text-to-image"]),
         (["teacher=."], [".: not a run folder (it has no recipe.yaml)"]),
     ],
 )
@@ -191,6 +196,10 @@ def test_a_file_that_is_no_recipe_is_named(refused: Refused, content: bytes, fra
 
 def test_a_source_that_is_not_there_is_named(refused: Refused) -> None:
     refused("teach t.yaml --out x --set data.source=nowhere", "nowhere: no such file or folder (data.source)")
+
+
+def test_a_teacher_cannot_be_taught_without_images(refused: Refused) -> None:
+    refused("teach t.yaml --out x --set data.source=null", "data.source: null will do only for text-to-image")
 
 
 def test_a_source_without_images_says_what_a_source_is(refused: Refused) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fewstep.commands import distill as module
+from fewstep.commands import teach as module
 from fewstep.commands.distill import open_teacher
 from fewstep.errors import Interrupted
 

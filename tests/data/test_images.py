@@ -297,6 +297,12 @@ def test_ranks_are_disjoint_within_an_epoch() -> None:
     assert sorted(torch.cat(seen).tolist()) == list(range(24))
 
 
+def test_purposes_shuffle_differently() -> None:
+    images, prompts = batch_indices(50, 50, 0, seed=0), batch_indices(50, 50, 0, seed=0, purpose="prompts")
+    assert not torch.equal(images, prompts)
+    assert sorted(prompts.tolist()) == list(range(50))
+
+
 def test_seeds_shuffle_differently() -> None:
     assert not torch.equal(stream(50, 10, steps=5, seed=0), stream(50, 10, steps=5, seed=1))
 

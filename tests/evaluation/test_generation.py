@@ -140,7 +140,22 @@ def test_a_sampler_is_read_from_its_name() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "heun", "heun:", "heun:0", "heun:-1", "euler:4", "student:1", "ddim:²", "ddim:4x", "ddim:4@", "ddim:4@x", "ddim:4@0.5", "ddim:4@nan"]
+    "text",
+    [
+        "",
+        "heun",
+        "heun:",
+        "heun:0",
+        "heun:-1",
+        "euler:4",
+        "student:1",
+        "ddim:²",
+        "ddim:4x",
+        "ddim:4@",
+        "ddim:4@x",
+        "ddim:4@0.5",
+        "ddim:4@nan",
+    ],
 )
 def test_another_text_is_no_sampler(text: str) -> None:
     with pytest.raises(UserError, match="write ddim:STEPS, heun:STEPS"):

@@ -1,5 +1,6 @@
 """SD- and SDXL-shaped models against the diffusers pipelines that they are made of."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,7 @@ def test_the_condition_is_the_pipelines_own(pipeline) -> None:
         if name in theirs:
             assert torch.equal(condition[name], theirs[name])
             assert torch.equal(null[name], theirs[f"null {name}"][:1])
-    assert model.conditioner.num_cut == 1
+    assert model.conditioner.too_long(PROMPTS).tolist() == [False, False, True]
 
 
 def test_the_micro_conditioning_is_the_whole_square_image(tmp_path: Path) -> None:
@@ -112,3 +113,61 @@ def test_dropping_replaces_whole_samples_by_the_null_condition(pipeline) -> None
     assert 25 < is_null.sum() < 75
     assert torch.equal(dropped["text"][~is_null], condition["text"][~is_null])
     assert model.drop_condition(condition, 0.0, draws)["text"] is condition["text"]
+
+
+def test_embeddings_make_the_condition_that_their_captions_make(pipeline) -> None:
+    model = LatentModel(pipeline)
+    whole = model.encode_condition({"caption": PROMPTS})
+    with torch.no_grad():
+        kept = model.conditioner.embed(PROMPTS)
+    assert set(kept) == set(whole) - {"time_ids"}
+    model.conditioner.forward = model.conditioner.embed = None  # nothing is embedded again
+    again = model.encode_condition({"caption": PROMPTS, **kept})
+    assert set(again) == set(whole)
+    assert all(torch.equal(again[key], whole[key]) for key in whole)
+
+
+def test_a_prompt_of_a_grid_is_embedded_once(pipeline) -> None:
+    model = LatentModel(pipeline)
+    model.prompts = ["a red cat", "a mat"]
+    asked = []
+    model.conditioner.register_forward_pre_hook(lambda module, arguments: asked.append(arguments[0]))
+    condition = model.numbered_condition(3, 8)
+    assert asked == [["a mat", "a red cat"]]
+    wanted = model.text_condition(["a mat", "a red cat"])["text"]
+    assert torch.equal(condition["text"], wanted[[0, 1, 0, 1, 0]])
+
+
+def test_latents_in_a_batch_are_x0_as_they_are(pipeline) -> None:
+    model = LatentModel(pipeline)
+    model.autoencoder.encode = None
+    latents = torch.randn(2, 4, 8, 8).half()
+    x0 = model.encode_x0({"latent": latents}, torch.Generator())
+    assert x0.dtype == torch.float32
+    assert torch.equal(x0, latents.float())
+
+
+def test_the_fingerprint_of_an_autoencoder_is_of_its_weights_and_its_scale(pipeline) -> None:
+    model = LatentModel(copy.deepcopy(pipeline))
+    before = model.latent_space
+    assert before == LatentModel(pipeline).latent_space
+    assert (before["shape"], before["image_size"]) == ([4, 8, 8], 16)
+    factor = model.autoencoder.config.scaling_factor
+    model.autoencoder.register_to_config(scaling_factor=2 * factor)
+    assert model.latent_space["autoencoder"] != before["autoencoder"]
+    model.autoencoder.register_to_config(scaling_factor=factor)
+    assert model.latent_space == before
+    next(model.autoencoder.parameters()).data[0] += 1e-6
+    assert model.latent_space["autoencoder"] != before["autoencoder"]
+
+
+def test_the_fingerprint_of_a_conditioner_is_of_its_weights_and_its_tokenizers(pipeline) -> None:
+    model = LatentModel(copy.deepcopy(pipeline))
+    before = model.conditioner.fingerprint()
+    model.text_condition(PROMPTS)
+    assert model.conditioner.fingerprint() == before == LatentModel(pipeline).conditioner.fingerprint()
+    model.conditioner.tokenizers[-1].pad_token = "#"
+    assert model.conditioner.fingerprint() != before
+    model = LatentModel(copy.deepcopy(pipeline))
+    list(model.conditioner.parameters())[-1].data[0] += 1e-6
+    assert model.conditioner.fingerprint() != before

@@ -1,22 +1,21 @@
 """`fewstep distill`: distils a teacher into a few-step student."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from fewstep.commands.runs import check_target, open_captioned, open_images, open_model, pick_device, start_run
-from fewstep.commands.teach import teach
-from fewstep.errors import Interrupted, UserError
+from fewstep.commands.runs import check_target, image_batches, open_images, open_model, pick_device, start_run
+from fewstep.commands.teach import finished_run
+from fewstep.commands.texts import text_batches
+from fewstep.errors import UserError
 from fewstep.networks.latent_model import LatentModel
 from fewstep.networks.pixel_model import PixelModel
 from fewstep.networks.roles import make_roles
-from fewstep.recipes.loading import load_recipe, read_run_recipe, recipe_names
-from fewstep.recipes.schema import DistillRecipe, TeachRecipe
-from fewstep.runtime.checkpoint import RECIPE, checkpoints, step_name
+from fewstep.recipes.schema import DistillRecipe
 from fewstep.runtime.tracking import Report
 from fewstep.training.dmd2 import DMD2
-
-NUM_GRID_PROMPTS = 8  # captions that the sample grids show
+from fewstep.training.method import Batch
 
 
 def distill(recipe: DistillRecipe, run: Path, resume: bool = False, report: Report | None = None) -> None:
@@ -25,36 +24,23 @@ def distill(recipe: DistillRecipe, run: Path, resume: bool = False, report: Repo
     model = open_teacher(recipe.teacher, run.parent)
     if model.timesteps:
         raise UserError(f"teacher: {recipe.teacher} is a few-step student; name the run of its teacher")
-    if isinstance(model, LatentModel):
-        images = open_captioned(recipe.data, model)
-        model.prompts = list((images.captions or [""])[:NUM_GRID_PROMPTS])
-    else:
-        images = open_images(recipe.data, model.config)
     model.to(pick_device(recipe.device))
     torch.manual_seed(recipe.seed)
     num_stops = recipe.student.num_timesteps if recipe.critic.condition_on_stop else 0
     roles = make_roles(model, recipe.guidance_scale, recipe.gan.feature_layer, num_stops)
     method = DMD2(recipe, model, roles, recipe.num_steps, recipe.batch_size, recipe.seed)
-    start_run(method, images, run, recipe, report)
+    start_run(method, open_batches(recipe, model, run.parent), run, recipe, report)
+
+
+def open_batches(recipe: DistillRecipe, model: PixelModel | LatentModel, runs: Path) -> Callable[[int], Batch]:
+    """The batch of every step; the run lies in the folder `runs`."""
+    if isinstance(model, LatentModel):
+        return text_batches(recipe, model, runs)
+    if recipe.prompts:
+        raise UserError("prompts: the teacher takes no text")
+    return image_batches(open_images(recipe.data, model.config), recipe)
 
 
 def open_teacher(teacher: str, runs: Path) -> PixelModel | LatentModel:
-    """The model at a path, or of a `teach` recipe's run in the folder `runs`, which is finished first if need be.
-
-    A run that is there goes on with its own recipe, whatever overrides it was started with.
-    """
-    if Path(teacher).exists():
-        return open_model(Path(teacher))
-    if teacher not in recipe_names():
-        raise UserError(f"teacher: {teacher!r} is neither a folder nor the name of a recipe")
-    run = runs / teacher
-    recipe = read_run_recipe(run / RECIPE) if (run / RECIPE).is_file() else load_recipe(teacher)
-    if not isinstance(recipe, TeachRecipe):
-        raise UserError(f"teacher: the recipe {teacher!r} does not train a teacher")
-    finished = checkpoints(run)
-    if not finished or finished[-1].name < step_name(recipe.num_steps):
-        try:
-            teach(recipe, run, resume=True)
-        except Interrupted as stop:
-            raise Interrupted(f"stopped while teaching {teacher}; the same command goes on with it") from stop
-    return open_model(run)
+    """The model at a path, or of a `teach` recipe's run in the folder `runs`, which is finished first if need be."""
+    return open_model(finished_run(teacher, runs, "teacher"))

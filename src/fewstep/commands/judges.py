@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.commands.runs import open_captioned, open_images
+from fewstep.commands.runs import open_captioned_images, open_images
 from fewstep.data import shapes
 from fewstep.data.images import ImageSet
 from fewstep.errors import UserError
@@ -105,7 +105,9 @@ def make_text_judge(
     """
     network = TorchScriptExtractor(Path(features)) if features not in (None, "autoencoder") else None
     extractor: Any = network or AutoencoderExtractor(model.autoencoder)
-    prompts, real = _shapes_reference(num_samples) if data.source == "shapes" else _reference(data, model, num_real)
+    images = open_captioned_images(data, model.image_size)
+    embedded = isinstance(images.captions, shapes.Captions)
+    prompts, real = _shapes_reference(num_samples) if embedded else _reference(images, num_real)
     model.prompts = prompts
     real_features = extract(extractor, real)
 
@@ -148,9 +150,8 @@ def _shapes_reference(num: int) -> tuple[list[str], Tensor]:
     return prompts, shapes.render([scenes[i % len(scenes)] for i in range(num)], generator(0, "reference"))
 
 
-def _reference(data: DataSettings, model: LatentModel, num_real: int) -> tuple[list[str], Tensor]:
-    """At most `num_real` of the source's images in random order, and their captions."""
-    images = open_captioned(data, model)
+def _reference(images: ImageSet, num_real: int) -> tuple[list[str], Tensor]:
+    """At most `num_real` of the images in random order, and their captions."""
     if images.length < GRID_IMAGES:
         raise UserError(f"data.source: has {images.length} images; judging needs at least {GRID_IMAGES}")
     batch = images.batch(torch.randperm(images.length, generator=generator(0, "reference"))[:num_real])
@@ -172,7 +173,7 @@ def open_classifier(images: ImageSet, config: PixelModelConfig, path: Path, repo
 def classifier_path(data: DataSettings, folder: Path) -> Path:
     """Where the classifier of a data source is kept."""
     digest = hashlib.blake2b(repr(data).encode(), digest_size=4).hexdigest()  # two folders may both be called train
-    return folder / f"classifier-{Path(data.source).stem}-{digest}.safetensors"
+    return folder / f"classifier-{Path(str(data.source)).stem}-{digest}.safetensors"
 
 
 def real_grid(images: ImageSet, model: PixelModel) -> bytes:

@@ -1,13 +1,14 @@
 """Run folders as the verbs use them: start or resume one, find the model in one."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from fewstep.data import shapes
 from fewstep.data.images import ImageSet, batch_indices, load_captioned, load_images
+from fewstep.data.latents import LatentSet, is_latents, load_latents, read_description
 from fewstep.errors import UserError
 from fewstep.networks.autoencoder import Autoencoder
 from fewstep.networks.latent_model import LatentModel
@@ -18,7 +19,7 @@ from fewstep.recipes.schema import AnyRecipe, DataSettings
 from fewstep.runtime.checkpoint import RECIPE, check_run, latest_model, write_text
 from fewstep.runtime.tracking import Report, progress_bar
 from fewstep.training.loop import train
-from fewstep.training.method import Method
+from fewstep.training.method import Batch, Method
 
 
 def pick_device(device: str) -> torch.device:
@@ -33,7 +34,7 @@ def pick_device(device: str) -> torch.device:
 def open_images(data: DataSettings, model: PixelModelConfig) -> ImageSet:
     """The recipe's images, in the model's size, colours and classes."""
     return load_images(
-        data.source,
+        required_source(data),
         model.image_size,
         model.channels,
         model.num_classes,
@@ -43,13 +44,30 @@ def open_images(data: DataSettings, model: PixelModelConfig) -> ImageSet:
     )
 
 
-def open_captioned(data: DataSettings, model: LatentModel | Autoencoder) -> ImageSet:
-    """The recipe's images with captions, in the model's size."""
-    if data.source == "shapes":
-        if model.image_size != shapes.IMAGE_SIZE:
-            raise UserError(f"data.source: the shapes have {shapes.IMAGE_SIZE} pixels, the model {model.image_size}")
+def open_captioned(data: DataSettings, model: LatentModel | Autoencoder) -> ImageSet | LatentSet:
+    """The recipe's images with captions, in the model's size, or their latents."""
+    if is_latents(source := Path(required_source(data))):
+        return load_latents(source, model.latent_space)
+    return open_captioned_images(data, model.image_size)
+
+
+def open_captioned_images(data: DataSettings, size: int) -> ImageSet:
+    """The recipe's images with captions; where it names latents, the images that those were made of."""
+    source = required_source(data)
+    if is_latents(Path(source)):
+        source = read_description(Path(source))["source"]
+    if source == "shapes":
+        if size != shapes.IMAGE_SIZE:
+            raise UserError(f"data.source: the shapes have {shapes.IMAGE_SIZE} pixels, the model {size}")
         return shapes.shapes()
-    return load_captioned(data.source, model.image_size, data.image_column, data.caption_column, data.split)
+    return load_captioned(source, size, data.image_column, data.caption_column, data.split)
+
+
+def required_source(data: DataSettings) -> str:
+    """`data.source`; raises UserError if it is null."""
+    if data.source is None:
+        raise UserError("data.source: null will do only for text-to-image with prompts and without GAN")
+    return data.source
 
 
 def check_target(run: Path, recipe: AnyRecipe, resume: bool) -> None:
@@ -77,15 +95,18 @@ def check_writable(folder: Path) -> None:
         raise UserError(f"--out: {nearest} is not a folder that can be written to; choose another")
 
 
-def start_run(method: Method, images: ImageSet, run: Path, recipe: AnyRecipe, report: Report | None) -> None:
-    """Makes the run folder and trains; `report` replaces the progress bar."""
+def image_batches(images: ImageSet, recipe: AnyRecipe) -> Callable[[int], Batch]:
+    """The batch of every step: real images with their labels."""
+    return lambda step: images.batch(batch_indices(images.length, recipe.batch_size, step, recipe.seed))
+
+
+def start_run(
+    method: Method, batch_at: Callable[[int], Batch], run: Path, recipe: AnyRecipe, report: Report | None
+) -> None:
+    """Makes the run folder and trains on `batch_at(step)`; `report` replaces the progress bar."""
     run.mkdir(parents=True, exist_ok=True)
     if not (run / RECIPE).exists():
         write_text(run / RECIPE, dump(recipe))
-
-    def batch_at(step: int) -> dict[str, Tensor]:
-        return images.batch(batch_indices(images.length, recipe.batch_size, step, recipe.seed))
-
     with progress_bar(run.name, recipe.num_steps, report) as show:
         train(method, batch_at, run, recipe, recipe.seed, show)
 

@@ -1,11 +1,20 @@
 """`fewstep teach`: trains from scratch, a teacher on pixels or on latents with captions, or the autoencoder of one."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from fewstep.commands.runs import check_target, open_captioned, open_images, pick_device, start_run
-from fewstep.data.images import ImageSet
+from fewstep.commands.runs import (
+    check_target,
+    image_batches,
+    open_captioned,
+    open_captioned_images,
+    open_images,
+    pick_device,
+    start_run,
+)
+from fewstep.commands.texts import text_batches
 from fewstep.errors import Interrupted, UserError
 from fewstep.networks.autoencoder import Autoencoder, load_autoencoder
 from fewstep.networks.latent_config import build_autoencoder, build_pipeline
@@ -16,11 +25,11 @@ from fewstep.recipes.schema import AutoencoderRecipe, DistillRecipe, TeachingRec
 from fewstep.runtime.checkpoint import RECIPE, checkpoints, latest_model, step_name
 from fewstep.runtime.tracking import Report
 from fewstep.training.autoencoder import AutoencoderTraining
-from fewstep.training.method import Method
+from fewstep.training.method import Batch, Method
 from fewstep.training.teacher import TeacherTraining
 
-NUM_GRID_PROMPTS = 40  # captions that the sample grids show
-VOCABULARY_CAPTIONS = 10_000  # whose words make the tokenizer, where the recipe names none
+VOCABULARY_CAPTIONS = 10_000  # that a tokenizer is trained on, where the recipe names none
+Batches = Callable[[int], Batch]
 
 
 def teach(recipe: TeachingRecipe, run: Path, resume: bool = False, report: Report | None = None) -> None:
@@ -28,36 +37,36 @@ def teach(recipe: TeachingRecipe, run: Path, resume: bool = False, report: Repor
     check_target(run, recipe, resume)
     device = pick_device(recipe.device)
     if isinstance(recipe, TeachRecipe):
-        method, images = _pixel_teacher(recipe, device)
+        method, batch_at = _pixel_teacher(recipe, device)
     elif isinstance(recipe, TeachTextRecipe):
-        method, images = _text_teacher(recipe, device, run.parent)
+        method, batch_at = _text_teacher(recipe, device, run.parent)
     else:
-        method, images = _autoencoder(recipe, device)
-    start_run(method, images, run, recipe, report)
+        method, batch_at = _autoencoder(recipe, device)
+    start_run(method, batch_at, run, recipe, report)
 
 
-def _pixel_teacher(recipe: TeachRecipe, device: torch.device) -> tuple[Method, ImageSet]:
+def _pixel_teacher(recipe: TeachRecipe, device: torch.device) -> tuple[Method, Batches]:
     images = open_images(recipe.data, recipe.model)
     torch.manual_seed(recipe.seed)
     model = PixelModel(recipe.model, build_unet(recipe.model).to(device))
-    return TeacherTraining(recipe, model, recipe.num_steps, recipe.seed), images
+    return TeacherTraining(recipe, model, recipe.num_steps, recipe.seed), image_batches(images, recipe)
 
 
-def _text_teacher(recipe: TeachTextRecipe, device: torch.device, runs: Path) -> tuple[Method, ImageSet]:
+def _text_teacher(recipe: TeachTextRecipe, device: torch.device, runs: Path) -> tuple[Method, Batches]:
     autoencoder = load_autoencoder(latest_model(finished_run(recipe.model.autoencoder, runs, "model.autoencoder")))
-    images = open_captioned(recipe.data, autoencoder)
-    captions = (images.captions or [])[:VOCABULARY_CAPTIONS]
+    captions = open_captioned(recipe.data, autoencoder).captions or []
     torch.manual_seed(recipe.seed)
-    model = LatentModel(build_pipeline(recipe.model, autoencoder.vae, captions))
-    model.prompts = list(captions[:NUM_GRID_PROMPTS])
+    model = LatentModel(build_pipeline(recipe.model, autoencoder.vae, captions[:VOCABULARY_CAPTIONS]))
     model.to(device)
-    return TeacherTraining(recipe, model, recipe.num_steps, recipe.seed), images
+    method = TeacherTraining(recipe, model, recipe.num_steps, recipe.seed)
+    return method, text_batches(recipe, model, runs)
 
 
-def _autoencoder(recipe: AutoencoderRecipe, device: torch.device) -> tuple[Method, ImageSet]:
+def _autoencoder(recipe: AutoencoderRecipe, device: torch.device) -> tuple[Method, Batches]:
+    images = open_captioned_images(recipe.data, recipe.model.image_size)
     torch.manual_seed(recipe.seed)
     model = Autoencoder(build_autoencoder(recipe.model).to(device))
-    return AutoencoderTraining(recipe, model, recipe.num_steps, recipe.seed), open_captioned(recipe.data, model)
+    return AutoencoderTraining(recipe, model, recipe.num_steps, recipe.seed), image_batches(images, recipe)
 
 
 def finished_run(name: str, runs: Path, field: str) -> Path:

@@ -19,7 +19,7 @@ from fewstep.data.images import ImageSet
 from fewstep.seeding import generator
 
 IMAGE_SIZE = 32
-NUM_IMAGES = 2**20  # an epoch; every index is another picture
+NUM_IMAGES = 50_000  # an epoch; every index is another picture
 TWO_OBJECT_SHARE = 0.25
 SHAPES = ("circle", "square", "triangle", "star")
 COLOURS = {
@@ -181,7 +181,7 @@ def _placed(scenes: Sequence[Scene], number: int, u: Tensor) -> tuple[Tensor, Te
     return jittered, span[:, 0] + (span[:, 1] - span[:, 0]) * fraction, colour
 
 
-class _Captions(Sequence[str]):
+class Captions(Sequence[str]):
     """The captions of a seed's pictures, made when they are asked for."""
 
     def __init__(self, seed: int, length: int):
@@ -209,4 +209,4 @@ def shapes(seed: int = 0, length: int = NUM_IMAGES) -> ImageSet:
         pictures = [render([draw_scene(index, seed)], generator(seed, "shapes", index)) for index in indices.tolist()]
         return torch.cat(pictures)
 
-    return ImageSet(fetch, None, length, _Captions(seed, length))
+    return ImageSet(fetch, None, length, Captions(seed, length))

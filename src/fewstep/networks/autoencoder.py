@@ -3,13 +3,14 @@
 from __future__ import annotations  # diffusers is imported only where an autoencoder is loaded
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fewstep.errors import UserError
-from fewstep.networks.image_model import to_images, write_description
+from fewstep.networks.fingerprint import fingerprint
+from fewstep.networks.image_model import to_images, to_pixels, write_description
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -18,16 +19,29 @@ if TYPE_CHECKING:
 class Autoencoder:
     """x (B, 3, H, W) in [-1, 1] <-> latents (B, C, h, w)."""
 
-    def __init__(self, vae: AutoencoderKL):
+    def __init__(self, vae: AutoencoderKL, image_size: int | None = None):
         self.vae = vae
-        size = vae.config.sample_size // 2 ** (len(vae.config.block_out_channels) - 1)
+        self.image_size: int = image_size or vae.config.sample_size
+        size = self.image_size // 2 ** (len(vae.config.block_out_channels) - 1)
         self.shape: tuple[int, ...] = (vae.config.latent_channels, size, size)
-        self.image_size: int = vae.config.sample_size
 
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
         return next(self.vae.parameters()).device
+
+    def to(self, device: torch.device) -> None:
+        """Moves the weights."""
+        self.vae.to(device)
+
+    @property
+    def latent_space(self) -> dict[str, Any]:
+        """What latents on disk must agree in."""
+        return latent_space(self.vae, self.shape, self.image_size)
+
+    def encode_images(self, images: Tensor, noise: Tensor) -> Tensor:
+        """Latents of uint8 images (B, 3, R, R) by unit noise (B, C, h, w)."""
+        return encode_images(self.vae, images, noise)
 
     @torch.no_grad()
     def reconstruct(self, pixels: Tensor) -> Tensor:
@@ -38,6 +52,22 @@ class Autoencoder:
         """Writes `vae/` as diffusers does, and `fewstep.json` beside it."""
         self.vae.save_pretrained(folder / "vae")
         write_description(folder, {"family": "autoencoder"})
+
+
+def latent_space(vae: AutoencoderKL, shape: tuple[int, ...], image_size: int) -> dict[str, Any]:
+    """What latents on disk must agree in: the autoencoder's fingerprint, their shape, the images' size."""
+    return {
+        "autoencoder": fingerprint([vae], vae.config.scaling_factor),
+        "shape": list(shape),
+        "image_size": image_size,
+    }
+
+
+@torch.no_grad()
+def encode_images(vae: AutoencoderKL, images: Tensor, noise: Tensor) -> Tensor:
+    """scale (mean + std noise) of the posterior of uint8 images: one sample, as the official preparation has it."""
+    posterior = vae.encode(to_pixels(images.to(vae.device))).latent_dist
+    return (posterior.mean + posterior.std * noise.to(posterior.mean)) * vae.config.scaling_factor
 
 
 def load_autoencoder(folder: Path) -> Autoencoder:

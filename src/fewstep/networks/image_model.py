@@ -57,8 +57,8 @@ class ImageModel(Protocol):
     def null_condition(self) -> Condition | None:
         """(1, ...) tensors for guidance, on the model's device; None where the model can't be guided."""
 
-    def draw_condition(self, real: Condition, num: int, draws: Generator) -> Condition:
-        """What `num` fakes are drawn for, beside the condition of real data: random classes, or those captions."""
+    def draw_condition(self, given: Condition, num: int, draws: Generator) -> Condition:
+        """What `num` fakes are drawn for: random classes, or the prompts or captions given."""
 
     def drop_condition(self, condition: Condition, probability: float, draws: Generator) -> Condition:
         """The condition with this share of the samples replaced by the null condition."""

@@ -12,12 +12,14 @@ from fewstep.diffusion.denoiser import Condition, Denoiser
 from fewstep.diffusion.parameterizations import Parameterization, eps, v, x0
 from fewstep.diffusion.schedules import VP
 from fewstep.networks.adapters import TextUNet
-from fewstep.networks.image_model import ImageModel, to_images, to_pixels, write_description
+from fewstep.networks.autoencoder import encode_images, latent_space
+from fewstep.networks.image_model import ImageModel, to_images, write_description
 from fewstep.networks.text import SDText, SDXLText
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin, StableDiffusionPipeline, StableDiffusionXLPipeline
 
+EMBEDDINGS = ("text", "pooled")
 PARAMETERIZATIONS = {"epsilon": eps, "v_prediction": v, "sample": x0}
 
 
@@ -49,20 +51,31 @@ class LatentModel(ImageModel):
     @property
     def null_condition(self) -> Condition:
         with torch.no_grad():
-            return self.conditioner.null_condition()
+            return self._moved(self.conditioner.null_condition())
+
+    @property
+    def latent_space(self) -> dict[str, Any]:
+        """What latents on disk must agree in: the autoencoder's fingerprint, their shape, the images' size."""
+        return latent_space(self.autoencoder, self.shape, self.image_size)
 
     @torch.no_grad()
     def text_condition(self, prompts: list[str]) -> Condition:
         """The condition of prompts, on the model's device."""
-        return self.conditioner(prompts)
+        return self._moved(self.conditioner(prompts))
+
+    def _moved(self, condition: Condition) -> Condition:
+        """On the model's device, wherever the text encoders are."""
+        return {key: value.to(self.device) for key, value in condition.items()}
 
     def encode_condition(self, batch: dict[str, Any]) -> Condition:
-        """The condition of real data {"caption": [B strings]}."""
-        return self.text_condition(batch["caption"])
+        """The condition of {"caption": [B strings]}, or of their embeddings {"text": ..., "pooled": ...}; else {}."""
+        if "text" in batch:
+            return self.conditioner.complete(self._moved({key: batch[key] for key in EMBEDDINGS if key in batch}))
+        return self.text_condition(batch["caption"]) if "caption" in batch else {}
 
-    def draw_condition(self, real: Condition, num: int, draws: Generator) -> Condition:
-        """The captions of the `num` real images, as the released 4-step SDXL run had it (spec, 1.5)."""
-        return dict(real)
+    def draw_condition(self, given: Condition, num: int, draws: Generator) -> Condition:
+        """The `num` prompts, or captions of the real images, as the released 4-step SDXL run had it (spec, 1.5)."""
+        return dict(given)
 
     def drop_condition(self, condition: Condition, probability: float, draws: Generator) -> Condition:
         """The condition with this share of the samples replaced by the null condition."""
@@ -80,14 +93,22 @@ class LatentModel(ImageModel):
         self.conditioner.to(device)
 
     def numbered_condition(self, first: int, last: int) -> Condition:
-        """The model's `prompts` in turn."""
-        return self.text_condition([self.prompts[index % len(self.prompts)] for index in range(first, last)])
+        """The model's `prompts` in turn, each embedded once."""
+        prompts = [self.prompts[index % len(self.prompts)] for index in range(first, last)]
+        number = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompts))}
+        indices = torch.tensor([number[prompt] for prompt in prompts], device=self.device)
+        return {key: value[indices] for key, value in self.text_condition(list(number)).items()}
 
-    @torch.no_grad()
     def encode_x0(self, batch: dict[str, Any], draws: Generator) -> Tensor:
-        """{"image": uint8 (B, 3, H, W)} -> one sample of the posterior, as the official data preparation draws it."""
-        pixels = to_pixels(batch["image"].to(self.device))
-        return self.autoencoder.encode(pixels).latent_dist.sample(draws) * self.autoencoder.config.scaling_factor
+        """{"latent": (B, C, H, W)} as it is, or {"image": uint8 (B, 3, R, R)} encoded with noise from `draws`."""
+        if "latent" in batch:
+            return batch["latent"].to(self.device).float()
+        noise = torch.randn(len(batch["image"]), *self.shape, generator=draws, device=draws.device)
+        return self.encode_images(batch["image"], noise)
+
+    def encode_images(self, images: Tensor, noise: Tensor) -> Tensor:
+        """Latents of uint8 images (B, 3, R, R) by unit noise (B, C, h, w)."""
+        return encode_images(self.autoencoder, images, noise)
 
     @torch.no_grad()
     def decode(self, x0: Tensor) -> Tensor:

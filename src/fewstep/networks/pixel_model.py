@@ -117,8 +117,8 @@ class PixelModel(ImageModel):
         null = self.conditioner.null_condition
         return null and {key: value.to(self.device) for key, value in null.items()}
 
-    def draw_condition(self, real: Condition, num: int, draws: Generator) -> Condition:
-        """Uniform over the classes, whatever the real data are."""
+    def draw_condition(self, given: Condition, num: int, draws: Generator) -> Condition:
+        """Uniform over the classes, whatever is given."""
         return self.conditioner.draw(num, draws)
 
     def drop_condition(self, condition: Condition, probability: float, draws: Generator) -> Condition:

@@ -16,9 +16,10 @@ from fewstep.training.teacher import TeacherSettings
 class DataSettings(Settings):
     """Where the real images come from; size, grey or RGB, and the number of classes are the model's."""
 
-    source: str = "digits"
-    """`digits` or, with captions, `shapes` (both embedded), an image folder, a parquet file, a WebDataset tar, or a
-    folder of those."""
+    source: str | None = "digits"
+    """`digits` or, with captions, `shapes` (both embedded), an image folder, a parquet file, a WebDataset tar, a folder
+    of those, or of latents that `fewstep data latents` wrote; null for text-to-image with `prompts` and without GAN,
+    which needs no images."""
     split: str = "train"
     """The split to read, where the source has several."""
     image_column: str | None = None
@@ -27,6 +28,25 @@ class DataSettings(Settings):
     """Column of the class indices; by default the first of label, labels, class, cls."""
     caption_column: str | None = None
     """Column of the captions, for text-to-image; by default the first of caption, text, txt, prompt."""
+
+
+class PromptSettings(Settings):
+    """What the student draws fakes for, where that is not the captions of the real images."""
+
+    source: str
+    """A .txt file with one prompt per line, or a .csv, .tsv or .parquet file."""
+    column: str | None = None
+    """Column of the prompts; by default the first of prompt, caption, text, in any capitals."""
+
+
+class EmbeddingSettings(Settings):
+    """Where the text encoders' results are kept, so that every caption and prompt is embedded once."""
+
+    max_gb: float = Field(50.0, ge=0)
+    """Limit for one list of texts in GB (SDXL: 0.64 MB per text in float32); beyond it, and with 0, texts are embedded
+    at every step."""
+    folder: str | None = None
+    """By default `embeddings` beside the run folder, so that runs share it."""
 
 
 class RunSettings(LoopSettings):
@@ -59,6 +79,7 @@ class TeachTextRecipe(RunSettings, TeacherSettings):
 
     kind: Literal["teach-text"] = "teach-text"
     model: TextModelConfig = TextModelConfig()
+    embeddings: EmbeddingSettings = EmbeddingSettings()
 
 
 class AutoencoderRecipe(RunSettings, AutoencoderSettings):
@@ -76,6 +97,10 @@ class DistillRecipe(RunSettings, DMD2Settings):
     """A run folder, a model folder, or the name of a `teach` recipe, which is run first if its run does not exist."""
     guidance_scale: float = Field(1.0, ge=1)
     """Classifier-free guidance on the teacher, uncond + s (cond - uncond); 1 is none. SD 1.5: 1.75, SDXL: 8."""
+    prompts: PromptSettings | None = None
+    """Prompts for the student (keys source, column); by default the captions of the real images, as in the released
+    4-step model. The paper has captions of LAION-Aesthetics 6.25+ here."""
+    embeddings: EmbeddingSettings = EmbeddingSettings()
 
 
 TeachingRecipe = TeachRecipe | TeachTextRecipe | AutoencoderRecipe

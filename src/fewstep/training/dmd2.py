@@ -140,7 +140,8 @@ class DMD2:
         stop = self.draw_stop(step)
         noise = self.randn((stop + 1, self.batch_size, *self.model.shape), draws)
         real_condition = self.model.encode_condition(batch)
-        condition = self.model.draw_condition(real_condition, self.batch_size, draws)
+        given = self.model.encode_condition(batch["prompt"]) if "prompt" in batch else real_condition
+        condition = self.model.draw_condition(given, self.batch_size, draws)
         if self.settings.critic.condition_on_stop:
             stops = {"stop": torch.full((self.batch_size,), stop, device=draws.device)}
             condition, real_condition = condition | stops, real_condition | stops

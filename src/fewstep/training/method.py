@@ -6,7 +6,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]
+"""What an image model encodes; under "prompt" what fakes are drawn for, where that is not the real data's condition."""
 Metrics = dict[str, Tensor]
 
 

@@ -1,0 +1,94 @@
+"""Files with images as tables: image folders, parquet files, WebDataset tars, read by `datasets`; nothing is run."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.errors import UserError
+
+SHARD_SUFFIXES = {"parquet": ".parquet", "webdataset": ".tar"}
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+
+
+def open_table(path: Path, split: str, image_column: str | None) -> tuple[Any, str]:
+    """The table with its images as undecoded bytes, and the name of their column."""
+    from datasets import Image as ImageFeature
+
+    table = _open(path, split)
+    image_column = find_column(table, image_column, ("image", "png", "jpg", "jpeg", "webp"), "image_column", path)
+    try:
+        return table.cast_column(image_column, ImageFeature(decode=False)), image_column
+    except (ValueError, TypeError, NotImplementedError) as error:  # pyarrow's errors are all one of these
+        raise UserError(
+            f"{path}: column {image_column!r} holds no images; name the one that does by data.image_column"
+        ) from error
+
+
+def _open(path: Path, split: str) -> Any:
+    """A `datasets.Dataset` of one kind of file; datasets caches what it converts, nothing is run."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would log is in the error that is raised here
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder (data.source)")
+    kind = _kind(path)
+    try:
+        if kind == "imagefolder":
+            return datasets.load_dataset(kind, data_dir=str(path), split=split)
+        files = {split: [str(path)]} if path.is_file() else _shards(path, SHARD_SUFFIXES[kind])
+        return datasets.load_dataset(kind, data_files=files, split=split)
+    except Exception as error:  # the builders raise almost any error on damaged files
+        reason = (str(error.__cause__ or error) or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"{path}: can't be read as {kind}, split {split!r} ({reason}) (data.source, data.split)"
+        ) from error
+
+
+def _shards(folder: Path, suffix: str) -> dict[str, list[str]]:
+    """The files of each split, which `datasets` tells from their names (train-00000.parquet); else all are train."""
+    from datasets.data_files import DataFilesDict, get_data_patterns
+
+    base = str(folder.absolute())
+    return DataFilesDict.from_patterns(get_data_patterns(base), base_path=base).filter(extensions=[suffix])
+
+
+def _kind(path: Path) -> str:
+    """Which `datasets` builder reads `path`."""
+    suffixes = {path.suffix.lower()} if path.is_file() else {file.suffix.lower() for file in path.rglob("*")}
+    for kind, suffix in SHARD_SUFFIXES.items():
+        if suffix in suffixes:
+            return kind
+    if path.is_dir() and suffixes & IMAGE_SUFFIXES:
+        return "imagefolder"
+    raise UserError(f"{path}: no images here; a source is a folder of images, a .parquet file or a WebDataset .tar")
+
+
+def find_column(table: Any, wanted: str | None, usual: tuple[str, ...], field: str, path: Path) -> str:
+    """The column asked for, or the first usual one; raises UserError that names the setting `field`."""
+    names = table.column_names
+    if wanted is not None and wanted not in names:
+        raise UserError(f"{path}: has no column {wanted!r} (data.{field}); it has {', '.join(names)}")
+    found = [wanted] if wanted else [name for name in usual if name in names]
+    if not found:
+        what = field.removesuffix("_column") + "s"
+        otherwise = ", or sort the images into a folder per class" if what == "labels" else ""
+        raise UserError(f"{path}: no column of {what} among {', '.join(names)}; name it by data.{field}{otherwise}")
+    return found[0]
+
+
+def read_labels(table: Any, label_column: str | None, path: Path) -> Tensor:
+    """Class indices (N,) int64."""
+    column = find_column(table, label_column, ("label", "labels", "class", "cls"), "label_column", path)
+    cells = table[column][:]
+    if not all(isinstance(cell, int) and cell >= 0 for cell in cells):
+        raise UserError(f"{path}: column {column!r} must hold class indices 0, 1, 2, ... (data.label_column)")
+    return torch.tensor(cells, dtype=torch.int64)
+
+
+def read_captions(table: Any, caption_column: str | None, path: Path) -> list[str | None]:
+    """The captions; None where one is missing or blank."""
+    column = find_column(table, caption_column, ("caption", "text", "txt", "prompt"), "caption_column", path)
+    return [cell if isinstance(cell, str) and cell.strip() else None for cell in table[column][:]]

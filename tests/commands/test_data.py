@@ -1,0 +1,347 @@
+"""Latents, prompts and kept embeddings through the command line, on tiny pipelines."""
+
+import csv
+import json
+import shutil
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+from fewstep.cli import main
+from fewstep.commands.texts import open_texts
+from fewstep.data import latents as latents_module
+from fewstep.data.images import batch_indices
+from fewstep.data.latents import load_latents
+from fewstep.networks.autoencoder import Autoencoder
+from fewstep.networks.latent_model import LatentModel
+from fewstep.networks.pretrained import load
+from fewstep.recipes.schema import EmbeddingSettings
+from fewstep.runtime.checkpoint import latest_model
+from fewstep.seeding import generator
+from fewstep.training.dmd2 import DMD2
+from tiny_pipelines import TINY
+
+RECIPE = """
+kind: distill
+teacher: teacher
+data: {source: pictures}
+num_steps: 4
+batch_size: 3
+student_every: 2
+student: {num_timesteps: 2, optimizer: {lr: 1e-3}}
+critic: {optimizer: {lr: 1e-3}}
+"""
+NUM = 6
+NO_GAN = "--set gan.student_weight=0 --set gan.critic_weight=0"
+LATENTS = "fewstep data latents --model teacher --source pictures --out"
+Answer = tuple[int, str, str]
+Run = Callable[[str], Answer]
+
+
+def pixels(index: int) -> np.ndarray:
+    return np.random.default_rng(index).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module", params=TINY)
+def workshop(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp(request.param)
+    TINY[request.param](folder / "scratch").save_pretrained(folder / "teacher")
+    (folder / "pictures").mkdir()
+    with (folder / "pictures" / "metadata.csv").open("w") as file:
+        rows = csv.writer(file)
+        rows.writerow(["file_name", "text"])
+        for index in range(NUM):
+            Image.fromarray(pixels(index)).save(folder / "pictures" / f"{index}.png")
+            rows.writerow([f"{index}.png", f"picture {index}" + " that has a very long caption" * (index == 3)])
+    (folder / "recipe.yaml").write_text(RECIPE)
+    (folder / "prompts.txt").write_text("".join(f"prompt {index}\n" for index in range(5)))
+    return folder
+
+
+@pytest.fixture
+def place(workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory: a copy of the workshop, to be damaged."""
+    shutil.copytree(workshop, tmp_path / "place")
+    monkeypatch.chdir(tmp_path / "place")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "place"
+
+
+@pytest.fixture
+def run(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Run:
+    """Runs a command line; gives exit code, standard output and standard error."""
+
+    def command(line: str) -> Answer:
+        monkeypatch.setattr("sys.argv", line.split())
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code, *capsys.readouterr()
+
+    return command
+
+
+def refused(answer: Answer, *fragments: str) -> None:
+    code, _, error = answer
+    assert code == 2, error
+    assert error.count("\n") == 1, error
+    assert all(fragment in error for fragment in fragments), error
+
+
+@pytest.fixture
+def batches(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
+    """The batches that training steps get."""
+    seen: list[dict] = []
+    step = DMD2.step
+    monkeypatch.setattr(DMD2, "step", lambda self, batch, number: seen.append(batch) or step(self, batch, number))
+    return seen
+
+
+# --- latents ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_latents_are_samples_of_the_autoencoders_posterior(run: Run, place: Path, batch_size: int) -> None:
+    assert run(f"{LATENTS} latents --seed 3 --batch-size {batch_size}") == (
+        0,
+        "kept 6 of 6 images; dropped: none\n",
+        "",
+    )
+    model = load(place / "teacher")
+    latents = load_latents(place / "latents", model.latent_space)
+    vae = model.pipeline.vae
+    for index in range(NUM):
+        image = torch.from_numpy(pixels(index)).permute(2, 0, 1)[None] / 127.5 - 1
+        with torch.no_grad():
+            sample = vae.encode(image).latent_dist.sample(generator(3, "latent", index))
+        batch = latents.batch(torch.tensor([index]))
+        torch.testing.assert_close(batch["latent"].float(), sample * vae.config.scaling_factor, rtol=1e-3, atol=1e-4)
+        assert batch["caption"][0].startswith(f"picture {index}")
+
+
+def test_what_cannot_be_used_is_counted(run: Run, place: Path) -> None:
+    (place / "pictures" / "1.png").write_bytes((place / "pictures" / "1.png").read_bytes()[:100])
+    Image.new("RGB", (15, 40)).save(place / "pictures" / "4.png")
+    rows = list(csv.reader((place / "pictures" / "metadata.csv").open()))
+    rows[3][1] = ""
+    with (place / "pictures" / "metadata.csv").open("w") as file:
+        csv.writer(file).writerows([*row, extra] for row, extra in zip(rows, ["score", 6, 6, 6, 6, 6, 1], strict=True))
+    code, told, error = run(f"{LATENTS} out --min-side 16 --aesthetic-column score --min-aesthetic 5.5")
+    assert (code, error) == (0, "")
+    assert told == (
+        "kept 2 of 6 images; dropped: 1 without a caption, 1 aesthetic score below 5.5, "
+        "1 not a readable 8-bit image, 1 smaller than 16 pixels\n"
+    )
+    model = load(place / "teacher")
+    assert [text[:9] for text in load_latents(place / "out", model.latent_space).captions] == ["picture 0", "picture 3"]
+    refused(run(f"{LATENTS} none --aesthetic-column score --min-aesthetic 9"), "no image is left", "5 aesthetic score")
+    assert not (place / "none").exists()
+
+
+def test_a_stop_is_told_and_the_same_command_goes_on(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latents_module, "ROWS", 2)
+    assert run(f"{LATENTS} whole --batch-size 2")[0] == 0
+    with pytest.MonkeyPatch.context() as patch:
+        calls, encode = iter(range(2)), Autoencoder.encode_images
+
+        def interrupted(self: Autoencoder, *arguments: torch.Tensor) -> torch.Tensor:
+            if next(calls, None) is None:
+                raise KeyboardInterrupt
+            return encode(self, *arguments)
+
+        patch.setattr(Autoencoder, "encode_images", interrupted)
+        code, _, error = run(f"{LATENTS} parts --batch-size 2")
+    assert (code, error) == (130, "fewstep: stopped; the same command goes on with parts\n")
+    refused(run("fewstep distill recipe.yaml --out x --set data.source=parts"), "parts", "not all images are encoded")
+    refused(run(f"{LATENTS} parts --seed 1"), "seed: 0 -> 1", "another --out")
+    assert run(f"{LATENTS} parts --batch-size 2")[0] == 0
+    names = sorted(path.name for path in (place / "whole").iterdir())
+    assert len(names) == 4
+    assert all((place / "whole" / name).read_bytes() == (place / "parts" / name).read_bytes() for name in names)
+
+
+def test_training_on_latents_encodes_nothing(
+    run: Run, place: Path, batches: list[dict], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(f"{LATENTS} latents")[0] == 0
+    monkeypatch.setattr(LatentModel, "encode_images", None)
+    assert run("fewstep distill recipe.yaml --out student --set data.source=latents")[0] == 0
+    latents = load_latents(place / "latents", load(place / "teacher").latent_space)
+    for step, batch in enumerate(batches):
+        wanted = latents.batch(batch_indices(NUM, 3, step, seed=0))
+        assert batch["caption"] == wanted["caption"]
+        assert torch.equal(batch["latent"], wanted["latent"])
+    assert len(batches) == 4
+
+
+def test_latents_that_do_not_fit_are_refused(run: Run, place: Path) -> None:
+    assert run(f"{LATENTS} latents")[0] == 0
+    distill = "fewstep distill recipe.yaml --out x --set data.source=latents"
+    shutil.copytree(place / "teacher", place / "other")
+    config = json.loads((place / "other" / "vae" / "config.json").read_text())
+    (place / "other" / "vae" / "config.json").write_text(json.dumps(config | {"scaling_factor": 0.5}))
+    refused(run(f"{distill} --set teacher=other"), "latents of another autoencoder", "fewstep data latents")
+    shutil.copytree(place / "teacher", place / "large")
+    config = json.loads((place / "large" / "unet" / "config.json").read_text())
+    (place / "large" / "unet" / "config.json").write_text(json.dumps(config | {"sample_size": 16}))
+    refused(run(f"{distill} --set teacher=large"), "latents of another size", "[4, 8, 8]", "[4, 16, 16]")
+    shard = place / "latents" / "00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    refused(run(distill), "00000.safetensors", "damaged")
+    (place / "latents" / "latents.json").write_text("{")
+    refused(run(distill), "latents.json", "can't be read")
+    assert not (place / "x").exists()
+
+
+def test_only_text_models_have_latents(run: Run, place: Path, tiny_model) -> None:
+    (place / "pixel").mkdir()
+    tiny_model.save(place / "pixel")
+    refused(run("fewstep data latents --model pixel --source pictures --out out"), "a pixel model has no latents")
+    refused(run(f"{LATENTS} recipe.yaml"), "--out")
+    refused(run(f"{LATENTS} out --min-aesthetic 5"), "aesthetic-column", "both or neither")
+    assert not (place / "out").exists()
+
+
+# --- prompts ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_student_draws_for_prompts_and_the_critic_sees_captions(run: Run, place: Path, batches: list[dict]) -> None:
+    assert run("fewstep distill recipe.yaml --out x --set prompts.source=prompts.txt --set embeddings.max_gb=0")[0] == 0
+    for step, batch in enumerate(batches):
+        images = batch_indices(NUM, 3, step, seed=0)
+        prompts = batch_indices(5, 3, step, seed=0, purpose="prompts")
+        assert [caption[:9] for caption in batch["caption"]] == [f"picture {index}" for index in images.tolist()]
+        assert batch["prompt"] == {"caption": [f"prompt {index}" for index in prompts.tolist()]}
+    assert sorted({text for batch in batches for text in batch["prompt"]["caption"]}) == [
+        f"prompt {i}" for i in range(5)
+    ]
+
+
+def test_the_condition_of_fakes_is_that_of_the_prompts(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple] = []
+    update = DMD2.update_critic
+
+    def spy(self: DMD2, fake, condition, real, real_condition, draws):
+        seen.append((condition["text"], real_condition["text"]))
+        return update(self, fake, condition, real, real_condition, draws)
+
+    monkeypatch.setattr(DMD2, "update_critic", spy)
+    assert run("fewstep distill recipe.yaml --out x --set prompts.source=prompts.txt")[0] == 0
+    model = load(place / "teacher")
+    for step, (fake, real) in enumerate(seen):
+        prompts = batch_indices(5, 3, step, seed=0, purpose="prompts").tolist()
+        torch.testing.assert_close(fake, model.text_condition([f"prompt {index}" for index in prompts])["text"])
+        assert not torch.equal(fake, real)
+
+
+def test_with_prompts_and_without_gan_no_images_are_needed(run: Run, place: Path, batches: list[dict]) -> None:
+    shutil.rmtree(place / "pictures")
+    alone = "fewstep distill recipe.yaml --set prompts.source=prompts.txt --set data.source=null"
+    assert run(f"{alone} --out x {NO_GAN}")[0] == 0
+    assert all(set(batch) == {"prompt"} for batch in batches)
+    refused(run(f"{alone} --out y"), "data.source: null", "without GAN")
+    refused(run(f"fewstep distill recipe.yaml --out y --set data.source=null {NO_GAN}"), "data.source: null", "prompts")
+    assert not (place / "y").exists()
+
+
+def test_mistakes_in_prompts_are_one_line(run: Run, place: Path) -> None:
+    (place / "empty.txt").write_text("\n")
+    distill = "fewstep distill recipe.yaml --out x --set"
+    refused(run(f"{distill} prompts.source=empty.txt"), "empty.txt: holds no prompts")
+    refused(run(f"{distill} prompts.source=gone.csv"), "gone.csv", "can't be read")
+    refused(run(f"{distill} prompts.source=pictures/metadata.csv --set prompts.column=words"), "no column words")
+    refused(run(f"{distill} prompts.source=a --set prompts.colum=b"), "prompts.colum: unknown key", "'column'")
+    assert not (place / "x").exists()
+
+
+# --- kept embeddings -------------------------------------------------------------------------------------------------
+
+
+def weights(run_folder: Path) -> list[torch.Tensor]:
+    return list(load(latest_model(run_folder)).denoiser.parameters())
+
+
+@pytest.mark.parametrize("settings", ["", NO_GAN, "--set prompts.source=prompts.txt"])
+def test_kept_embeddings_make_the_same_student_as_fresh_ones(run: Run, place: Path, settings: str) -> None:
+    assert run(f"fewstep distill recipe.yaml --out kept {settings}")[0] == 0
+    assert run(f"fewstep distill recipe.yaml --out warm {settings}")[0] == 0
+    assert run(f"fewstep distill recipe.yaml --out fresh {settings} --set embeddings.max_gb=0")[0] == 0
+    kept, warm, fresh = ((place / name / "metrics.jsonl").read_text() for name in ("kept", "warm", "fresh"))
+    assert kept == warm
+    assert json.loads(kept) == pytest.approx(json.loads(fresh), rel=1e-4)  # rounding depends on a batch's size
+    assert all(torch.equal(a, b) for a, b in zip(weights(place / "kept"), weights(place / "warm"), strict=True))
+
+
+def test_kept_embeddings_are_the_fresh_ones_bit_for_bit(place: Path) -> None:
+    model = load(place / "teacher")
+    texts = ["a cat", "a mat", "a cat", "a prompt that is longer than twenty tokens"]
+    kept = open_texts(texts, "prompts", model.conditioner, EmbeddingSettings(), place / "kept")
+    ours = model.encode_condition(kept.batch(torch.tensor([1, 3, 2])))
+    fresh = model.text_condition(["a cat", "a mat", texts[3]])  # in the batch in which they were embedded
+    assert all(torch.equal(ours[key], fresh[key][[1, 2, 0]]) for key in fresh)
+    for key, value in model.text_condition(["a mat"]).items():
+        torch.testing.assert_close(ours[key][:1], value, rtol=1e-5, atol=1e-6)
+
+
+def test_no_text_encoder_runs_in_a_step(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = {"step": 0, "else": 0}
+    where = ["else"]
+    step = DMD2.step
+
+    def counted(kind: type) -> None:
+        forward = kind.forward
+
+        def count(self, *arguments, **named):
+            calls[where[0]] += 1
+            return forward(self, *arguments, **named)
+
+        monkeypatch.setattr(kind, "forward", count)
+
+    def marked(self: DMD2, batch: dict, number: int) -> dict:
+        where[0] = "step"
+        metrics = step(self, batch, number)
+        where[0] = "else"
+        return metrics
+
+    counted(CLIPTextModel)
+    counted(CLIPTextModelWithProjection)
+    monkeypatch.setattr(DMD2, "step", marked)
+    guided = "--set guidance_scale=2 --set prompts.source=prompts.txt"
+    assert run(f"fewstep distill recipe.yaml --out kept {guided}")[0] == 0
+    assert calls["step"] == 0
+    assert calls["else"] > 0
+    assert run(f"fewstep distill recipe.yaml --out fresh {guided} --set embeddings.max_gb=0")[0] == 0
+    assert calls["step"] > 0  # the count would show it
+
+
+def test_cut_captions_are_told_once(run: Run) -> None:
+    for settings in ("", "--set embeddings.max_gb=0"):
+        code, told, error = run(f"fewstep distill recipe.yaml --out run{len(settings)} {settings}")
+        assert (code, error) == (0, "")
+        assert told == "1 of 6 captions are longer than 20 tokens and were cut\n"
+
+
+def test_a_list_over_the_limit_is_told_and_embedded_at_every_step(run: Run, place: Path, batches: list[dict]) -> None:
+    code, told, _ = run("fewstep distill recipe.yaml --out runs/x --set embeddings.max_gb=1.0e-6")
+    assert code == 0
+    assert told.splitlines()[1:] == ["embeddings of 6 captions exceed embeddings.max_gb=1e-06; made at every step"]
+    assert all("text" not in batch for batch in batches)
+    assert not (place / "runs" / "embeddings").exists()
+
+
+def test_a_full_disk_is_told_before_anything_is_written(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "free")(100))
+    refused(run("fewstep distill recipe.yaml --out runs/x"), "GB of disk are free", "embeddings.max_gb=0")
+    assert not (place / "runs").exists()
+    assert run("fewstep distill recipe.yaml --out runs/x --set embeddings.max_gb=0")[0] == 0
+
+
+def test_the_folder_of_embeddings_can_be_chosen(run: Run, place: Path) -> None:
+    assert run("fewstep distill recipe.yaml --out runs/x --set embeddings.folder=kept")[0] == 0
+    assert not (place / "runs" / "embeddings").exists()
+    assert len(list((place / "kept").glob("embeddings-*/00000.safetensors"))) == 1

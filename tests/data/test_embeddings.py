@@ -1,0 +1,136 @@
+"""Embeddings on disk: each text once, never half a file, nothing beyond the limit or the room."""
+
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from fewstep.data import embeddings as module
+from fewstep.data.embeddings import cached_embeddings
+from fewstep.data.shards import Rows
+from fewstep.errors import UserError
+
+TEXTS = [f"text {index}" for index in range(11)]
+BYTES = (3 * 2 + 5) * 4
+
+
+@pytest.fixture(autouse=True)
+def _small_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ROWS", 4)
+    monkeypatch.setattr(module, "TEXTS_PER_BATCH", 3)
+
+
+class Embed:
+    """Embeds a text by its characters, and remembers what it was asked; dies at text number `dies`."""
+
+    def __init__(self, dies: int = 1000) -> None:
+        self.asked: list[str] = []
+        self.dies = dies
+
+    def __call__(self, texts: list[str]) -> dict[str, Tensor]:
+        self.asked += [text for text in texts if text]
+        if len(self.asked) > self.dies:
+            raise KeyboardInterrupt
+        return {name: torch.stack([self.of(text, name) for text in texts]) for name in ("text", "pooled")}
+
+    @staticmethod
+    def of(text: str, name: str) -> Tensor:
+        draws = torch.Generator().manual_seed(sum(map(ord, text)))
+        return torch.randn((3, 2) if name == "text" else (5,), generator=draws)
+
+
+def keep(folder: Path, embed: Embed, texts: list[str] = TEXTS, fingerprint: str = "f", max_gb: float = 1.0) -> Rows:
+    rows = cached_embeddings(texts, embed, fingerprint, folder, max_gb)
+    assert rows is not None
+    return rows
+
+
+def test_rows_are_the_embeddings_of_their_texts(tmp_path: Path) -> None:
+    rows = keep(tmp_path, Embed()).fetch(torch.tensor([10, 3, 4, 3]))
+    for name, tensor in rows.items():
+        assert torch.equal(tensor, torch.stack([Embed.of(TEXTS[index], name) for index in (10, 3, 4, 3)]))
+
+
+def test_every_text_is_embedded_once_and_never_again(tmp_path: Path) -> None:
+    first, second = Embed(), Embed()
+    keep(tmp_path, first)
+    assert first.asked == TEXTS
+    rows = keep(tmp_path, second)
+    assert second.asked == []
+    assert torch.equal(rows.fetch(torch.tensor([7]))["pooled"][0], Embed.of(TEXTS[7], "pooled"))
+
+
+@pytest.mark.parametrize("other", [{"texts": [*TEXTS, "more"]}, {"texts": TEXTS[::-1]}, {"fingerprint": "g"}])
+def test_other_texts_or_encoders_have_files_of_their_own(other: dict, tmp_path: Path) -> None:
+    keep(tmp_path, Embed())
+    embed = Embed()
+    keep(tmp_path, embed, **other)
+    assert embed.asked == other.get("texts", TEXTS)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_what_is_stopped_goes_on_where_whole_files_end(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        keep(tmp_path, Embed(dies=9))
+    (folder,) = tmp_path.iterdir()
+    assert sorted(path.name for path in folder.iterdir()) == ["00000.safetensors", "00001.safetensors"]
+    embed = Embed()
+    keep(tmp_path, embed)
+    assert embed.asked == TEXTS[8:]
+
+
+def test_two_writers_at_once_end_with_whole_files(tmp_path: Path) -> None:
+    inner = Embed()
+
+    class Slow(Embed):
+        """Between its texts, another process writes all of the same files."""
+
+        def __call__(self, texts: list[str]) -> dict[str, Tensor]:
+            if not inner.asked and "text 5" in texts:
+                keep(tmp_path, inner)
+            return super().__call__(texts)
+
+    rows = keep(tmp_path, Slow()).fetch(torch.arange(11))["pooled"]
+    assert inner.asked == TEXTS[4:]  # the first file was there already
+    assert torch.equal(rows, torch.stack([Embed.of(text, "pooled") for text in TEXTS]))
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_the_limit_is_on_the_whole_list_and_leaves_nothing(tmp_path: Path) -> None:
+    embed = Embed()
+    assert cached_embeddings(TEXTS, embed, "f", tmp_path / "new", max_gb=(11 * BYTES - 1) / 1e9) is None
+    assert cached_embeddings(TEXTS, embed, "f", tmp_path / "new", max_gb=0) is None
+    assert embed.asked == []
+    assert not (tmp_path / "new").exists()
+    assert keep(tmp_path / "new", embed, max_gb=11 * BYTES / 1e9).length == 11
+
+
+def test_a_full_disk_is_told_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = namedtuple("free", "free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free(11 * BYTES - 1))
+    embed = Embed()
+    with pytest.raises(UserError, match=r"embeddings\.folder, or set embeddings\.max_gb=0"):
+        keep(tmp_path / "new", embed)
+    assert embed.asked == []
+    assert not (tmp_path / "new").exists()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free(11 * BYTES))
+    keep(tmp_path / "new", embed)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free(0))
+    keep(tmp_path / "new", embed)  # what is there needs no room
+
+
+@pytest.mark.parametrize("damage", [b"", b"\x00" * 30])
+def test_a_damaged_file_is_named(damage: bytes, tmp_path: Path) -> None:
+    keep(tmp_path, Embed())
+    next(tmp_path.rglob("00001.safetensors")).write_bytes(damage)
+    with pytest.raises(UserError, match=r"00001\.safetensors: missing or damaged; remove it"):
+        keep(tmp_path, Embed())
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="can't be written"):
+        keep(tmp_path / "file", Embed())
