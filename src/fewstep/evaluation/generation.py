@@ -1,6 +1,5 @@
 """Images from an image model for evaluation: noise and class of image i depend on (seed, i) alone, not on the batch."""
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,8 +13,6 @@ from fewstep.diffusion.sampling import ddim, heun, rollout
 from fewstep.errors import UserError
 from fewstep.networks.image_model import ImageModel
 from fewstep.seeding import generator
-
-NUMBERS_PER_BATCH = 2**18  # 16 latents of SD, 4 of SDXL
 
 
 @dataclass(frozen=True)
@@ -90,7 +87,7 @@ def generate(
     `report` is called with the count of finished images.
     """
     images = []
-    batch_size = batch_size or min(250, max(1, NUMBERS_PER_BATCH // math.prod(model.shape)))
+    batch_size = batch_size or model.sampling_batch
     for first in range(indices.start, indices.stop, batch_size):
         last = min(first + batch_size, indices.stop)
         condition = model.numbered_condition(first, last)

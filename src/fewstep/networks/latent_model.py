@@ -2,6 +2,7 @@
 
 from __future__ import annotations  # the pipelines are imported only where one is loaded
 
+import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +75,11 @@ class LatentModel(ImageModel):
             for key, value in null.items()
         }
 
+    def encode_in(self, dtype: torch.dtype) -> None:
+        if dtype != torch.float32:  # copies: the pipeline keeps, and `save` writes, the weights as they were loaded
+            self.autoencoder = copy.deepcopy(self.autoencoder).to(dtype)
+            self.conditioner = copy.deepcopy(self.conditioner).to(dtype)
+
     def to(self, device: torch.device) -> None:
         super().to(device)
         self.autoencoder.to(device)
@@ -86,14 +92,15 @@ class LatentModel(ImageModel):
     @torch.no_grad()
     def encode_x0(self, batch: dict[str, Any], draws: Generator) -> Tensor:
         """{"image": uint8 (B, 3, H, W)} -> one sample of the posterior, as the official data preparation draws it."""
-        pixels = to_pixels(batch["image"].to(self.device))
-        return self.autoencoder.encode(pixels).latent_dist.sample(draws) * self.autoencoder.config.scaling_factor
+        pixels = to_pixels(batch["image"].to(self.device)).to(self.autoencoder.dtype)
+        latents = self.autoencoder.encode(pixels).latent_dist.sample(draws)
+        return latents.float() * self.autoencoder.config.scaling_factor
 
     @torch.no_grad()
     def decode(self, x0: Tensor) -> Tensor:
         """x0 (B, C, H, W) -> uint8 images (B, 3, 8H, 8W) for SD and SDXL."""
-        pixels = self.autoencoder.decode(x0 / self.autoencoder.config.scaling_factor, return_dict=False)[0]
-        return to_images(pixels)
+        latents = (x0 / self.autoencoder.config.scaling_factor).to(self.autoencoder.dtype)
+        return to_images(self.autoencoder.decode(latents, return_dict=False)[0])
 
     def save(self, folder: Path) -> None:
         """Writes the whole pipeline as diffusers does, with this model's UNet, and `fewstep.json` beside it."""
