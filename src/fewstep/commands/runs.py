@@ -15,7 +15,7 @@ from fewstep.recipes.loading import differences, dump, read_run_recipe
 from fewstep.recipes.schema import DataSettings, DistillRecipe, TeachRecipe
 from fewstep.runtime.checkpoint import RECIPE, check_run, latest_model, write_text
 from fewstep.runtime.tracking import Report, progress_bar
-from fewstep.training.loop import train
+from fewstep.training.loop import Evaluate, train
 from fewstep.training.method import Method
 
 
@@ -72,9 +72,14 @@ def check_writable(folder: Path) -> None:
 
 
 def start_run(
-    method: Method, images: ImageSet, run: Path, recipe: TeachRecipe | DistillRecipe, report: Report | None
+    method: Method,
+    images: ImageSet,
+    run: Path,
+    recipe: TeachRecipe | DistillRecipe,
+    report: Report | None,
+    evaluate: Evaluate | None = None,
 ) -> None:
-    """Makes the run folder and trains; `report` replaces the progress bar."""
+    """Makes the run folder and trains, judging with `evaluate`; `report` replaces the progress bar."""
     run.mkdir(parents=True, exist_ok=True)
     if not (run / RECIPE).exists():
         write_text(run / RECIPE, dump(recipe))
@@ -83,7 +88,7 @@ def start_run(
         return images.batch(batch_indices(images.length, recipe.batch_size, step, recipe.seed))
 
     with progress_bar(run.name, recipe.num_steps, report) as show:
-        train(method, batch_at, run, recipe, recipe.seed, show)
+        train(method, batch_at, run, recipe, recipe.seed, show, evaluate)
 
 
 def open_pixel_model(path: Path) -> PixelModel:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from fewstep.commands.judging import make_evaluation
 from fewstep.commands.runs import check_target, open_images, pick_device, start_run
 from fewstep.networks.pixel_model import PixelModel, build_unet
 from fewstep.recipes.schema import TeachRecipe
@@ -18,4 +19,5 @@ def teach(recipe: TeachRecipe, run: Path, resume: bool = False, report: Report |
     device = pick_device(recipe.device)
     torch.manual_seed(recipe.seed)
     model = PixelModel(recipe.model, build_unet(recipe.model).to(device))
-    start_run(TeacherTraining(recipe, model, recipe.num_steps, recipe.seed), images, run, recipe, report)
+    method = TeacherTraining(recipe, model, recipe.num_steps, recipe.seed)
+    start_run(method, images, run, recipe, report, make_evaluation(recipe, model, images, run))
