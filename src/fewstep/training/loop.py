@@ -76,15 +76,17 @@ def train(
         for step in range(start, settings.num_steps):
             metrics.add(method.step(batch_at(step), step))
             done = step + 1
-            last, stopped = done == settings.num_steps, stop_requested()
-            report(done, metrics.write(done) if done % settings.log_every == 0 or last else {})
-            if done % settings.sample_every == 0 or last:
-                save_png(sample_grid(method, noise), run / "samples" / f"{step_name(done)}.png")
+            last = done == settings.num_steps
+            shown = metrics.write(done) if done % settings.log_every == 0 or last else {}
             judged = evaluate is not None and (done % every == 0 or last)
             if evaluate is not None and judged:
                 scores = evaluate(method)
                 write_line(run / EVALUATIONS, done, scores)
-                report(done, scores)
+                shown = scores | shown
+            stopped = stop_requested()
+            report(done, shown)
+            if done % settings.sample_every == 0 or last:
+                save_png(sample_grid(method, noise), run / "samples" / f"{step_name(done)}.png")
             if done % settings.checkpoint_every == 0 or last or stopped or judged:
                 state = {"method": method.state_dict(), "metrics": metrics.state_dict()}
                 best = best_steps(read_metrics(run / EVALUATIONS)).values()
