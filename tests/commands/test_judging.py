@@ -1,6 +1,7 @@
 """A run that judges itself finds what `fewstep evaluate` finds."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from fewstep.commands.distill import distill
 from fewstep.commands.evaluate import evaluate
 from fewstep.commands.teach import teach
+from fewstep.evaluation.extractors import train_classifier
 from fewstep.recipes.loading import load_recipe
 
 TINY = ["batch_size=8", "sample_every=100", "num_steps=4", "device=cpu", "checkpoint_every=100"]
@@ -21,14 +23,17 @@ def quiet(step: int, metrics: dict[str, float]) -> None:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("place") / "runs"
-    teach(load_recipe("digits-teacher", [*TINY, *JUDGING]), folder / "teacher", report=quiet)
+    with pytest.MonkeyPatch.context() as patch:  # a worse classifier will do
+        patch.setattr("fewstep.commands.evaluate.train_classifier", partial(train_classifier, num_steps=30))
+        teach(load_recipe("digits-teacher", [*TINY, *JUDGING]), folder / "teacher", report=quiet)
     settings = [*TINY, *JUDGING, f"teacher={folder / 'teacher'}", "student_every=2"]
     distill(load_recipe("digits-4step", settings), folder / "student", report=quiet)
     return folder
 
 
-def test_the_numbers_are_those_of_evaluate(runs: Path, tmp_path: Path) -> None:
+def test_the_numbers_are_those_of_evaluate(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same noise, classes, features and averaged weights, of a teacher and of a student."""
+    monkeypatch.setattr("fewstep.commands.evaluate.images_per_second", lambda *args: 1.0)
     arguments = {"features": "classifier", "num_samples": 100, "num_real": 5000, "samplers": ["heun:18"], "seed": 0}
     evaluate([runs / "teacher", runs / "student"], tmp_path, device="cpu", **arguments)
     rows = {row["model"]: row for row in json.loads((tmp_path / "results.json").read_text())}

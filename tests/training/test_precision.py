@@ -98,7 +98,7 @@ def test_master_weights_averages_and_what_is_trained_stay_in_float32(model: Late
 
 
 def test_noisy_samples_predictions_and_gradients_at_the_image_are_float32(model: LatentModel) -> None:
-    method, dtypes = make(model, torch.bfloat16), set()
+    method, dtypes = make(model, torch.bfloat16), {model.encode_x0(captioned(), torch.Generator()).dtype}
     for denoiser in (method.teacher, method.student):
         denoiser.register_forward_hook(lambda m, args, x0: dtypes.update({args[0].dtype, x0.dtype}))
     losses = method.student_losses

@@ -84,6 +84,7 @@ def open_classifier(images: ImageSet, config: PixelModelConfig, path: Path, repo
     if not path.exists():
         with progress_bar("classifier", CLASSIFIER_STEPS, report) as show:
             classifier = train_classifier(images, config.channels, config.num_classes, report=show)
+        path.parent.mkdir(parents=True, exist_ok=True)
         save_classifier(classifier, path)
     classifier = load_classifier(path)
     if (classifier.channels, classifier.num_classes) != (config.channels, config.num_classes):

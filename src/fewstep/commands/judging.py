@@ -50,7 +50,6 @@ def open_judge(
     """The judge in the recipe's features; a classifier is kept in `folder`, where `fewstep evaluate` looks for it."""
     features = recipe.evaluation.features
     if isinstance(model, PixelModel):
-        folder.mkdir(parents=True, exist_ok=True)
         return make_judge(images, model.config, features, classifier_path(recipe.data, folder))
     if features == "classifier":
         raise UserError("evaluation.features: captioned images have no classes to train a classifier on; give a file")
