@@ -37,8 +37,8 @@ def workplace(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     with (folder / "pictures" / "metadata.csv").open("w") as file:
         rows = csv.writer(file)
         rows.writerow(["file_name", "text"])
-        for index in range(6):
-            Image.new("RGB", (20 + index, 24), (40 * index, 90, 200)).save(folder / "pictures" / f"{index}.png")
+        for index in range(12):
+            Image.new("RGB", (20 + index, 24), (20 * index, 90, 200)).save(folder / "pictures" / f"{index}.png")
             rows.writerow([f"{index}.png", f"a picture of {index}"])
     (folder / "recipe.yaml").write_text(RECIPE)
     return folder
@@ -105,10 +105,73 @@ def test_the_other_recipes_of_the_paper_run(run, settings: str, tmp_path: Path) 
     assert run(f"fewstep distill recipe.yaml --out {tmp_path}/run --set {settings}") == (0, "")
 
 
-@pytest.mark.parametrize("name", ["sd15-1step", "sdxl-4step"])
-def test_the_packaged_recipes_run_on_any_folder(run, name: str, tmp_path: Path) -> None:
-    sizes = "--set teacher=teacher --set data.source=pictures --set num_steps=2 --set batch_size=2"
-    assert run(f"fewstep distill {name} --out {tmp_path}/run {sizes}") == (0, "")
+SIZES = "--set teacher=teacher --set data.source=pictures --set num_steps=2 --set batch_size=2"
+
+
+@pytest.mark.parametrize("name", ["sd15-1step", "sdxl-1step", "sdxl-4step"])
+def test_the_packaged_recipes_run_on_any_folder(run, workplace: Path, name: str, tmp_path: Path) -> None:
+    assert run(f"fewstep distill {name} --out {tmp_path}/run {SIZES}") == (0, "")
+    assert run(f"fewstep sample {tmp_path}/run --prompt cat --num 2 --out {tmp_path}/cat.png") == (0, "")
+    (model,) = (tmp_path / "run" / "checkpoints").glob("*/model")
+    assert load(model).timesteps == {"sd15-1step": [999], "sdxl-1step": [399], "sdxl-4step": [999, 749, 499, 249]}[name]
+    grid, images = Image.open(tmp_path / "run" / "samples" / "00000002.png"), 8 if name.startswith("sd15") else 4
+    assert grid.size == ((17 * images + 1) * 3, 18 * 3)
+    saved, teacher = (load(folder).pipeline.vae.state_dict() for folder in (model, workplace / "teacher"))
+    assert all(torch.equal(value, teacher[key]) for key, value in saved.items())  # untouched by bfloat16
+
+
+class Brightness(torch.nn.Module):
+    """A feature network: uint8 (B, 3, H, W) -> (B, 3), the mean of each colour."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.float().mean(dim=(2, 3))
+
+
+@pytest.mark.parametrize("choice", ["", "@best-fid", "@2"])
+def test_the_two_stages_of_sd_with_judging_on_the_way(run, workplace: Path, choice: str, tmp_path: Path) -> None:
+    """Stage 1 judges itself, stage 2 starts from it with the GAN, and its student can be sampled."""
+    features, first, second = tmp_path / "features.pt", tmp_path / "runs" / "first", tmp_path / "runs" / "second"
+    torch.jit.script(Brightness()).save(features)
+    judging = f"--set evaluation.every=2 --set evaluation.num_samples=12 --set evaluation.features={features}"
+    long = f"{SIZES.replace('num_steps=2', 'num_steps=6')} --set student_every=2 {judging}"
+    assert run(f"fewstep distill sd15-1step --out {first} {long} --set student.optimizer.lr=1e-2") == (0, "")
+    lines = [json.loads(line) for line in (first / "evaluations.jsonl").read_text().splitlines()]
+    assert [(line["step"], line.keys() - {"step"}) for line in lines] == [
+        (step, {"fid", "precision", "recall"}) for step in (2, 4, 6)
+    ]
+    assert len({line["fid"] for line in lines}) == 3
+    kept = {line["step"] for name in ("fid", "precision", "recall") for line in [best(lines, name)]} | {4, 6}
+    assert {int(path.name) for path in (first / "checkpoints").iterdir()} == kept
+    step = {"": 6, "@best-fid": best(lines, "fid")["step"], "@2": 2}[choice]
+    if step not in kept:
+        refused(run(f"fewstep distill sd15-1step-gan --out {second} {SIZES} --set init_from={first}{choice}"), "@2")
+        return
+    slow = "--set student.optimizer.lr=1e-12 --set student.optimizer.weight_decay=0"
+    assert run(f"fewstep distill sd15-1step-gan --out {second} {SIZES} {slow} --set init_from={first}{choice}") == (
+        0,
+        "",
+    )
+    before, after = (
+        load(folder / "model").denoiser.state_dict()
+        for folder in (first / "checkpoints" / f"{step:08d}", second / "checkpoints" / "00000002")
+    )
+    assert all((before[name] - after[name]).abs().max() < 1e-6 for name in before)  # stage 1 has no average
+    teacher = load(workplace / "teacher").denoiser.state_dict()
+    assert any((teacher[name] - after[name]).abs().max() > 1e-3 for name in before)
+    assert json.loads((second / "metrics.jsonl").read_text().splitlines()[-1])["gan_critic_loss"] > 0
+    assert run(f"fewstep sample {second} --prompt cat --num 2 --out {tmp_path}/cat.png") == (0, "")
+
+
+def best(lines: list[dict], metric: str) -> dict:
+    return (min if metric == "fid" else max)(lines, key=lambda line: line[metric])
+
+
+def test_judging_captions_by_a_classifier_is_refused(run, tmp_path: Path) -> None:
+    answer = run(
+        f"fewstep distill recipe.yaml --out {tmp_path}/x --set evaluation.every=2 --set evaluation.features=classifier"
+    )
+    refused(answer, "features: ", "give autoencoder or a file")
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_stopped_run_goes_on_to_the_same_weights(run, tmp_path: Path) -> None:
@@ -141,5 +204,5 @@ def test_what_does_not_fit_is_refused_in_one_line(run, workplace: Path, tmp_path
     shutil.copytree(workplace / "pictures", tmp_path / "pictures")
     lines = (tmp_path / "pictures" / "metadata.csv").read_text().splitlines()
     (tmp_path / "pictures" / "metadata.csv").write_text("\n".join([*lines[:-2], "4.png,", "5.png,"]))
-    refused(run(f"fewstep distill recipe.yaml --out {tmp_path}/x --set data.source={tmp_path}/pictures"), "2 of 6")
+    refused(run(f"fewstep distill recipe.yaml --out {tmp_path}/x --set data.source={tmp_path}/pictures"), "2 of 12")
     assert not (tmp_path / "x").exists()

@@ -8,16 +8,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from fewstep.commands.distill import distill
 from fewstep.commands.runs import open_model
 from fewstep.commands.teach import teach
 from fewstep.errors import Interrupted, UserError
+from fewstep.networks.pixel_model import PixelModel
+from fewstep.networks.pretrained import load
 from fewstep.recipes.loading import load_recipe
 from fewstep.recipes.schema import DistillRecipe, TeachRecipe
 from fewstep.runtime import checkpoint
 from fewstep.runtime.checkpoint import checkpoints, load_state
+from fewstep.runtime.tracking import read_metrics
+from fewstep.training.method import Method
 
 TINY = ["batch_size=8", "log_every=2", "sample_every=100", "checkpoint_every=4", "num_steps=12"]
 
@@ -67,11 +72,11 @@ def interrupt_at(stop: int):
     return report
 
 
-@pytest.mark.parametrize("stop", [4, 7])
+@pytest.mark.parametrize(("stop", "precision"), [(4, "float32"), (7, "float32"), (7, "bfloat16")])
 def test_a_stopped_and_resumed_distillation_equals_an_uninterrupted_one(
-    teacher_run: Path, tmp_path: Path, stop: int
+    teacher_run: Path, tmp_path: Path, stop: int, precision: str
 ) -> None:
-    recipe = distill_recipe(teacher_run)
+    recipe = distill_recipe(teacher_run, f"precision={precision}")
     distill(recipe, tmp_path / "whole", report=quiet)
     with pytest.raises(Interrupted, match=f"stopped at step {stop + 1} of 12"):
         distill(recipe, tmp_path / "stopped", report=interrupt_at(stop))
@@ -148,3 +153,92 @@ def test_a_checkpoint_of_something_else_is_refused(teacher_run: Path, tmp_path: 
     torch.save({"step": 12, "weights": torch.zeros(3)}, checkpoints(tmp_path / "run")[-1] / "state.pt")
     with pytest.raises(UserError, match="00000012: the checkpoint is not of this run; remove it"):
         teach(teach_recipe(), tmp_path / "run", resume=True, report=quiet)
+
+
+# --- judging on the way ----------------------------------------------------------------------------------------------
+
+SCORES = {3: 5.0, 6: 1.0, 9: 3.0, 12: 4.0}  # step -> FID; recall grows with the step, and so the last is best in it
+
+
+def judged(
+    recipe: DistillRecipe, run: Path, monkeypatch: pytest.MonkeyPatch, report=quiet, resume=False
+) -> list[float]:
+    """Distils with a judge that knows the FIDs beforehand; gives the sums of the weights that it was shown."""
+    sums: list[float] = []
+
+    def make_evaluation(*args: object) -> object:
+        def evaluate(method: Method) -> dict[str, float]:
+            step = method.critic_optimizer.schedule.last_epoch
+            with method.averaged_model() as model:
+                sums.append(sum(p.double().sum().item() for p in model.denoiser.parameters()))
+            return {"fid": SCORES[step], "recall": step / 12}
+
+        return evaluate
+
+    monkeypatch.setattr("fewstep.commands.distill.make_evaluation", make_evaluation)
+    distill(recipe, run, resume=resume, report=report)
+    return sums
+
+
+def test_the_best_checkpoints_are_kept_beside_the_newest_two(
+    teacher_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = distill_recipe(teacher_run, "evaluation.every=3", "checkpoint_every=100")
+    shown: list[tuple[int, dict[str, float]]] = []
+    sums = judged(recipe, tmp_path / "run", monkeypatch, lambda *args: shown.append(args))
+    lines = [{"step": step, "fid": fid, "recall": step / 12} for step, fid in SCORES.items()]
+    assert read_metrics(tmp_path / "run" / "evaluations.jsonl") == lines
+    assert [int(path.name) for path in checkpoints(tmp_path / "run")] == [6, 9, 12]
+    assert [(step, metrics["fid"]) for step, metrics in shown if "fid" in metrics] == [*SCORES.items()]
+    assert len(set(sums)) == 4
+    saved = load(checkpoints(tmp_path / "run")[0] / "model").denoiser  # what was judged is what was kept
+    assert sums[1] == pytest.approx(sum(p.double().sum().item() for p in saved.parameters()), abs=1e-9)
+    assert all("fid" not in line for line in read_metrics(tmp_path / "run" / "metrics.jsonl"))
+
+
+@pytest.mark.parametrize("stop", [4, 5, 6, 8])
+def test_a_judged_run_resumes_exactly(
+    teacher_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
+) -> None:
+    recipe = distill_recipe(teacher_run, "evaluation.every=3", "checkpoint_every=100")
+    whole = judged(recipe, tmp_path / "whole", monkeypatch)
+    with pytest.raises(Interrupted, match=f"stopped at step {stop + 1} of 12"):
+        judged(recipe, tmp_path / "parts", monkeypatch, interrupt_at(stop))
+    rest = judged(recipe, tmp_path / "parts", monkeypatch, resume=True)
+    assert rest == whole[-len(rest) :]
+    assert_same_end(tmp_path / "whole", tmp_path / "parts")
+    ours, theirs = ((tmp_path / run / "evaluations.jsonl").read_text() for run in ("whole", "parts"))
+    assert ours == theirs
+    assert (tmp_path / "parts" / "checkpoints" / "00000006").is_dir()
+
+
+def test_an_evaluation_without_its_checkpoint_is_made_again(
+    teacher_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the two: the line is dropped and written anew, once."""
+    recipe = distill_recipe(teacher_run, "evaluation.every=3", "checkpoint_every=100")
+    judged(recipe, tmp_path / "run", monkeypatch)
+    before = (tmp_path / "run" / "evaluations.jsonl").read_text()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "00000012")
+    assert len(judged(recipe, tmp_path / "run", monkeypatch, resume=True)) == 1
+    assert (tmp_path / "run" / "evaluations.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize("images", [40, 4, 13])
+def test_a_grid_has_as_many_images_as_the_recipe_says(teacher_run: Path, tmp_path: Path, images: int) -> None:
+    distill(distill_recipe(teacher_run, f"grid_images={images}", "num_steps=1"), tmp_path / "run", report=quiet)
+    columns, rows = min(10, images), -(-images // 10)
+    with Image.open(tmp_path / "run" / "samples" / "00000001.png") as picture:
+        assert picture.size == ((9 * columns + 1) * 6, (9 * rows + 1) * 6)
+
+
+def test_a_grid_is_the_same_in_batches_of_any_size(teacher_run: Path, tmp_path: Path) -> None:
+    """Noise and class of an image do not depend on the batch that it is drawn in."""
+    grids = []
+    for size in (40, 7):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(PixelModel, "sampling_batch", size)
+            distill(distill_recipe(teacher_run, "num_steps=1"), tmp_path / str(size), report=quiet)
+        with Image.open(tmp_path / str(size) / "samples" / "00000001.png") as picture:
+            grids.append(torch.tensor(list(picture.tobytes())))
+    assert (grids[0] - grids[1]).abs().max() <= 1

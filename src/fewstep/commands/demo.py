@@ -84,15 +84,14 @@ def judge_job(run: TaskRunner, job: Job, out: Path, num_samples: int) -> None:
     """
     torch.set_num_threads(1)
     models = {name: open_model(out / name) for name in (job.teacher, *job.students)}
-    judge = make_judge(job.data, list(models.values()), None, out, num_samples, MAX_REAL)
+    judge = make_judge(job.data, models[job.teacher], None, out, num_samples, MAX_REAL)
     wanted = [(job.teacher, parse_sampler(text)) for text in job.samplers]
     wanted += [(name, default_sampler(models[name])) for name in job.students]
     ranges = [range(start, min(start + CHUNK, num_samples)) for start in range(0, num_samples, CHUNK)]
-    prompts = [getattr(models[name], "prompts", None) for name, _ in wanted]
     drawn = run(
         [
-            Task("draw images", len(part), _generate, (out / name, sampler, part, texts))
-            for (name, sampler), texts in zip(wanted, prompts, strict=True)
+            Task("draw images", len(part), _generate, (out / name, sampler, part, judge.prompts))
+            for name, sampler in wanted
             for part in ranges
         ]
     )
@@ -123,8 +122,8 @@ def _classify(recipe: TeachRecipe, out: Path, report: Report) -> None:
     open_classifier(images, recipe.model, classifier_path(recipe.data, out), report)
 
 
-def _generate(run: Path, sampler: Sampler, indices: range, prompts: list[str] | None, report: Report) -> Tensor:
+def _generate(run: Path, sampler: Sampler, indices: range, prompts: list[str], report: Report) -> Tensor:
     model = open_model(run)
-    if isinstance(model, LatentModel) and prompts:
+    if isinstance(model, LatentModel):
         model.prompts = prompts
     return generate(model, sampler, indices, report=lambda done: report(done, {}))

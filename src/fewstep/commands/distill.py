@@ -5,16 +5,21 @@ from pathlib import Path
 
 import torch
 
+from fewstep.commands.judging import make_evaluation
 from fewstep.commands.runs import check_target, image_batches, open_images, open_model, pick_device, start_run
 from fewstep.commands.teach import finished_run
 from fewstep.commands.texts import text_batches
 from fewstep.errors import UserError
 from fewstep.networks.latent_model import LatentModel
 from fewstep.networks.pixel_model import PixelModel
-from fewstep.networks.roles import make_roles
+from fewstep.networks.precision import DTYPES
+from fewstep.networks.roles import Roles, make_roles
 from fewstep.recipes.schema import DistillRecipe
+from fewstep.runtime.checkpoint import checkpoints
+from fewstep.runtime.selection import find_checkpoint
 from fewstep.runtime.tracking import Report
 from fewstep.training.dmd2 import DMD2
+from fewstep.training.initialization import start_from
 from fewstep.training.method import Batch
 
 
@@ -24,12 +29,17 @@ def distill(recipe: DistillRecipe, run: Path, resume: bool = False, report: Repo
     model = open_teacher(recipe.teacher, run.parent)
     if model.timesteps:
         raise UserError(f"teacher: {recipe.teacher} is a few-step student; name the run of its teacher")
+    dtype = DTYPES[recipe.precision]
+    model.encode_in(dtype)
     model.to(pick_device(recipe.device))
     torch.manual_seed(recipe.seed)
     num_stops = recipe.student.num_timesteps if recipe.critic.condition_on_stop else 0
-    roles = make_roles(model, recipe.guidance_scale, recipe.gan.feature_layer, num_stops)
+    roles = make_roles(model, recipe.guidance_scale, recipe.gan.feature_layer, num_stops, dtype)
+    if recipe.init_from and not checkpoints(run):  # a run that has begun goes on with its own weights
+        initialize(roles, recipe.init_from)
     method = DMD2(recipe, model, roles, recipe.num_steps, recipe.batch_size, recipe.seed)
-    start_run(method, open_batches(recipe, model, run.parent), run, recipe, report)
+    batch_at = open_batches(recipe, model, run.parent)
+    start_run(method, batch_at, make_evaluation(recipe, model, run), run, recipe, report)
 
 
 def open_batches(recipe: DistillRecipe, model: PixelModel | LatentModel, runs: Path) -> Callable[[int], Batch]:
@@ -39,6 +49,14 @@ def open_batches(recipe: DistillRecipe, model: PixelModel | LatentModel, runs: P
     if recipe.prompts:
         raise UserError("prompts: the teacher takes no text")
     return image_batches(open_images(recipe.data, model.config), recipe)
+
+
+def initialize(roles: Roles, source: str) -> None:
+    """Puts the weights of another distillation into student and critic; raises UserError if they don't fit."""
+    try:
+        start_from(roles, find_checkpoint(source))
+    except UserError as error:
+        raise UserError(f"init_from: {error}") from error
 
 
 def open_teacher(teacher: str, runs: Path) -> PixelModel | LatentModel:

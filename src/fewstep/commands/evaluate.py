@@ -35,11 +35,13 @@ def evaluate(
     asked, on_device = [parse_sampler(text) for text in samplers], pick_device(device)
     recipe, models = read_run_recipe(runs[0] / RECIPE), [open_model(run) for run in runs]
     _check_alike(runs, models)
-    judge = make_judge(recipe.data, models, features, runs[0].parent, num_samples, num_real)
+    judge = make_judge(recipe.data, models[0], features, runs[0].parent, num_samples, num_real)
     rows, grids = [judge.floor], {"real": judge.real_grid}
     names = [run.name if len({other.name for other in runs}) == len(runs) else str(run) for run in runs]
     for name, model in zip(names, models, strict=True):
         model.to(on_device)
+        if isinstance(model, LatentModel):
+            model.prompts = judge.prompts
         for sampler in [default_sampler(model)] if model.timesteps or not asked else asked:
             title = f"{name} {describe(sampler)}"
             with progress_bar(title, num_samples) as progress:
@@ -52,21 +54,16 @@ def evaluate(
 
 def make_judge(
     data: DataSettings,
-    models: Sequence[PixelModel | LatentModel],
+    model: PixelModel | LatentModel,
     features: str | None,
     folder: Path,
     num_samples: int,
     num_real: int,
 ) -> Judge:
-    """A judge for models that `_check_alike` found alike; it gives text models the prompts that they are judged on."""
-    first = models[0]
-    if isinstance(first, PixelModel):
-        return make_class_judge(data, first, features, folder, num_real)
-    judge = make_text_judge(data, first, features, num_samples, num_real)
-    for model in models:
-        if isinstance(model, LatentModel):
-            model.prompts = first.prompts
-    return judge
+    """A judge for `model` and those that `_check_alike` found to be like it."""
+    if isinstance(model, PixelModel):
+        return make_class_judge(data, model, features, folder, num_real)
+    return make_text_judge(data, model, features, num_samples, num_real)
 
 
 def _check_alike(runs: Sequence[Path], models: Sequence[PixelModel | LatentModel]) -> None:

@@ -37,6 +37,7 @@ from fewstep.seeding import generator
 GRID_IMAGES = 40
 MAX_REAL = 50_000  # precision and recall compare all pairs
 TWO_OBJECT_PROMPTS = 80  # beside the 240 of one object, as in the training pictures
+MIN_CAPTIONED = 10  # images, for halves with the neighbours that precision looks at
 MIN_PER_PROMPT = 4  # images, for a diversity
 
 
@@ -50,6 +51,8 @@ class Judge:
     floor: Row
     """The line of the real images: half against half."""
     real_grid: bytes
+    prompts: list[str]
+    """Of text-to-image models: what images number 0, 1, 2, ... are drawn for, in turn."""
 
     def row(self, name: str, sampler: Sampler, images: Tensor, per_second: float | None = None) -> Row:
         """The line of the table for generated uint8 images (N, C, H, W), number 0 .. N-1 of a seed."""
@@ -92,23 +95,24 @@ def make_class_judge(
         return {"accuracy": classifier.accuracy(fakes, labels)} if classifier else {}
 
     floor = floor_row(real_features, accuracy=classifier.held_out_accuracy if classifier else None)
-    return Judge(extractor, real_features, check, floor, real_grid(images, model))
+    return Judge(extractor, real_features, check, floor, real_grid(images, model), [])
 
 
 def make_text_judge(
     data: DataSettings, model: LatentModel, features: str | None, num_samples: int, num_real: int = MAX_REAL
 ) -> Judge:
-    """A judge of text-to-image models, which also gives `model` the prompts that it is judged on.
+    """A judge of text-to-image models, and the prompts that they are judged on.
 
     Of the embedded shapes these are 240 of one object and 80 of two, in turn, and the real images are drawn for them;
     else they are the captions of the real images. Raises UserError if there is too little to judge with.
     """
+    if features == "classifier":
+        raise UserError("features: captions are no classes to train a classifier on; give autoencoder or a file")
     network = TorchScriptExtractor(Path(features)) if features not in (None, "autoencoder") else None
     extractor: Any = network or AutoencoderExtractor(model.autoencoder)
     images = open_captioned_images(data, model.image_size)
     embedded = isinstance(images.captions, shapes.Captions)
     prompts, real = _shapes_reference(num_samples) if embedded else _reference(images, num_real)
-    model.prompts = prompts
     real_features = extract(extractor, real)
 
     def check(images: Tensor, found: Tensor) -> dict[str, Any]:
@@ -117,7 +121,7 @@ def make_text_judge(
         return ({"diversity": diversity(found, len(prompts))} if several else {}) | check_prompts(images, asked)
 
     floor = floor_row(real_features, **check(real, real_features))
-    return Judge(extractor, real_features, check, floor, report.sample_grid(real[:GRID_IMAGES]))
+    return Judge(extractor, real_features, check, floor, report.sample_grid(real[:GRID_IMAGES]), prompts)
 
 
 def check_prompts(images: Tensor, prompts: Sequence[str]) -> dict[str, Any]:
@@ -152,8 +156,8 @@ def _shapes_reference(num: int) -> tuple[list[str], Tensor]:
 
 def _reference(images: ImageSet, num_real: int) -> tuple[list[str], Tensor]:
     """At most `num_real` of the images in random order, and their captions."""
-    if images.length < GRID_IMAGES:
-        raise UserError(f"data.source: has {images.length} images; judging needs at least {GRID_IMAGES}")
+    if images.length < MIN_CAPTIONED:
+        raise UserError(f"data.source: has {images.length} images; judging needs at least {MIN_CAPTIONED}")
     batch = images.batch(torch.randperm(images.length, generator=generator(0, "reference"))[:num_real])
     return batch["caption"], batch["image"]
 
@@ -163,6 +167,7 @@ def open_classifier(images: ImageSet, config: PixelModelConfig, path: Path, repo
     if not path.exists():
         with progress_bar("classifier", CLASSIFIER_STEPS, report) as show:
             classifier = train_classifier(images, config.channels, config.num_classes, report=show)
+        path.parent.mkdir(parents=True, exist_ok=True)
         save_classifier(classifier, path)
     classifier = load_classifier(path)
     if (classifier.channels, classifier.num_classes) != (config.channels, config.num_classes):

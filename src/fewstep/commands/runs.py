@@ -18,7 +18,7 @@ from fewstep.recipes.loading import differences, dump, read_run_recipe
 from fewstep.recipes.schema import AnyRecipe, DataSettings
 from fewstep.runtime.checkpoint import RECIPE, check_run, latest_model, write_text
 from fewstep.runtime.tracking import Report, progress_bar
-from fewstep.training.loop import train
+from fewstep.training.loop import Evaluate, train
 from fewstep.training.method import Batch, Method
 
 
@@ -101,14 +101,19 @@ def image_batches(images: ImageSet, recipe: AnyRecipe) -> Callable[[int], Batch]
 
 
 def start_run(
-    method: Method, batch_at: Callable[[int], Batch], run: Path, recipe: AnyRecipe, report: Report | None
+    method: Method,
+    batch_at: Callable[[int], Batch],
+    evaluate: Evaluate | None,
+    run: Path,
+    recipe: AnyRecipe,
+    report: Report | None,
 ) -> None:
     """Makes the run folder and trains on `batch_at(step)`; `report` replaces the progress bar."""
     run.mkdir(parents=True, exist_ok=True)
     if not (run / RECIPE).exists():
         write_text(run / RECIPE, dump(recipe))
     with progress_bar(run.name, recipe.num_steps, report) as show:
-        train(method, batch_at, run, recipe, recipe.seed, show)
+        train(method, batch_at, run, recipe, recipe.seed, show, evaluate)
 
 
 def open_model(path: Path) -> PixelModel | LatentModel:

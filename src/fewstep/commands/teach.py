@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from fewstep.commands.judging import make_evaluation
 from fewstep.commands.runs import (
     check_target,
     image_batches,
@@ -25,11 +26,13 @@ from fewstep.recipes.schema import AutoencoderRecipe, DistillRecipe, TeachingRec
 from fewstep.runtime.checkpoint import RECIPE, checkpoints, latest_model, step_name
 from fewstep.runtime.tracking import Report
 from fewstep.training.autoencoder import AutoencoderTraining
+from fewstep.training.loop import Evaluate
 from fewstep.training.method import Batch, Method
 from fewstep.training.teacher import TeacherTraining
 
 VOCABULARY_CAPTIONS = 10_000  # that a tokenizer is trained on, where the recipe names none
-Batches = Callable[[int], Batch]
+Job = tuple[Method, Callable[[int], Batch], Evaluate | None]
+"""What is trained, on which batch at a step, and how it is judged on the way."""
 
 
 def teach(recipe: TeachingRecipe, run: Path, resume: bool = False, report: Report | None = None) -> None:
@@ -37,36 +40,37 @@ def teach(recipe: TeachingRecipe, run: Path, resume: bool = False, report: Repor
     check_target(run, recipe, resume)
     device = pick_device(recipe.device)
     if isinstance(recipe, TeachRecipe):
-        method, batch_at = _pixel_teacher(recipe, device)
+        start_run(*_pixel_teacher(recipe, device, run), run, recipe, report)
     elif isinstance(recipe, TeachTextRecipe):
-        method, batch_at = _text_teacher(recipe, device, run.parent)
+        start_run(*_text_teacher(recipe, device, run), run, recipe, report)
     else:
-        method, batch_at = _autoencoder(recipe, device)
-    start_run(method, batch_at, run, recipe, report)
+        start_run(*_autoencoder(recipe, device), run, recipe, report)
 
 
-def _pixel_teacher(recipe: TeachRecipe, device: torch.device) -> tuple[Method, Batches]:
+def _pixel_teacher(recipe: TeachRecipe, device: torch.device, run: Path) -> Job:
     images = open_images(recipe.data, recipe.model)
     torch.manual_seed(recipe.seed)
     model = PixelModel(recipe.model, build_unet(recipe.model).to(device))
-    return TeacherTraining(recipe, model, recipe.num_steps, recipe.seed), image_batches(images, recipe)
+    method = TeacherTraining(recipe, model, recipe.num_steps, recipe.seed)
+    return method, image_batches(images, recipe), make_evaluation(recipe, model, run)
 
 
-def _text_teacher(recipe: TeachTextRecipe, device: torch.device, runs: Path) -> tuple[Method, Batches]:
-    autoencoder = load_autoencoder(latest_model(finished_run(recipe.model.autoencoder, runs, "model.autoencoder")))
+def _text_teacher(recipe: TeachTextRecipe, device: torch.device, run: Path) -> Job:
+    trained = finished_run(recipe.model.autoencoder, run.parent, "model.autoencoder")
+    autoencoder = load_autoencoder(latest_model(trained))
     captions = open_captioned(recipe.data, autoencoder).captions or []
     torch.manual_seed(recipe.seed)
     model = LatentModel(build_pipeline(recipe.model, autoencoder.vae, captions[:VOCABULARY_CAPTIONS]))
     model.to(device)
     method = TeacherTraining(recipe, model, recipe.num_steps, recipe.seed)
-    return method, text_batches(recipe, model, runs)
+    return method, text_batches(recipe, model, run.parent), make_evaluation(recipe, model, run)
 
 
-def _autoencoder(recipe: AutoencoderRecipe, device: torch.device) -> tuple[Method, Batches]:
+def _autoencoder(recipe: AutoencoderRecipe, device: torch.device) -> Job:
     images = open_captioned_images(recipe.data, recipe.model.image_size)
     torch.manual_seed(recipe.seed)
     model = Autoencoder(build_autoencoder(recipe.model).to(device))
-    return AutoencoderTraining(recipe, model, recipe.num_steps, recipe.seed), image_batches(images, recipe)
+    return AutoencoderTraining(recipe, model, recipe.num_steps, recipe.seed), image_batches(images, recipe), None
 
 
 def finished_run(name: str, runs: Path, field: str) -> Path:

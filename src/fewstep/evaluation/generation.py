@@ -1,6 +1,5 @@
 """Images from an image model for evaluation: noise and class of image i depend on (seed, i) alone, not on the batch."""
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +17,6 @@ from fewstep.seeding import generator
 
 SAMPLERS = ("ddim", "heun", "dpm++", "unipc")  # of teachers
 MULTISTEP = {"dpm++": "DPMSolverMultistepScheduler", "unipc": "UniPCMultistepScheduler"}
-NUMBERS_PER_BATCH = 2**18  # 16 latents of SD, 4 of SDXL
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ def parse_sampler(text: str) -> Sampler:
 
 def _is_scale(text: str) -> bool:
     try:
-        return 1 <= float(text) < math.inf
+        return 1 <= float(text) < float("inf")
     except ValueError:
         return False
 
@@ -129,7 +127,7 @@ def generate(
     `report` is called with the count of finished images.
     """
     images = []
-    batch_size = batch_size or default_batch_size(model)
+    batch_size = batch_size or model.sampling_batch
     for first in range(indices.start, indices.stop, batch_size):
         last = min(first + batch_size, indices.stop)
         condition = model.numbered_condition(first, last)
@@ -141,18 +139,13 @@ def generate(
     return torch.cat(images)
 
 
-def default_batch_size(model: ImageModel) -> int:
-    """Images per batch that any machine holds: 250 small ones, 16 of SD, 4 of SDXL."""
-    return min(250, max(1, NUMBERS_PER_BATCH // math.prod(model.shape)))
-
-
 @torch.no_grad()
 def images_per_second(model: ImageModel, sampler: Sampler, batch_size: int = 0, min_seconds: float = 1.0) -> float:
     """Median throughput, pixels included, over batches for at least `min_seconds` and three of them, after a warm-up.
 
     A `batch_size` of 0 is the model's default.
     """
-    batch_size = batch_size or default_batch_size(model)
+    batch_size = batch_size or model.sampling_batch
     noise = draw_noise(model, sampler.num_noises, 0, batch_size, seed=0)
     condition = model.numbered_condition(0, batch_size)
     seconds: list[float] = []

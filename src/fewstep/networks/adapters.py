@@ -1,4 +1,4 @@
-"""Adapters: from (x, native t, condition) to the call of a diffusers network."""
+"""Adapters: from (x, native t, condition) to the call of a diffusers network, in the dtype of its weights."""
 
 from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ class PixelUNet(nn.Module):
         self.unet = unet
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        x = x.to(self.unet.dtype)
         return self.unet(x, t.log() / 4, class_labels=condition.get("label"), return_dict=False)[0]
 
 
@@ -31,7 +32,7 @@ class TextUNet(nn.Module):
         self.unet = unet
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        added = None
-        if "pooled" in condition:
-            added = {"text_embeds": condition["pooled"], "time_ids": condition["time_ids"]}
-        return self.unet(x, t, condition["text"], added_cond_kwargs=added, return_dict=False)[0]
+        dtype, added = self.unet.dtype, None
+        if "pooled" in condition:  # time_ids are pixels, which bfloat16 would round
+            added = {"text_embeds": condition["pooled"].to(dtype), "time_ids": condition["time_ids"]}
+        return self.unet(x.to(dtype), t, condition["text"].to(dtype), added_cond_kwargs=added, return_dict=False)[0]

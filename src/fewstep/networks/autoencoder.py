@@ -24,6 +24,7 @@ class Autoencoder:
         self.image_size: int = image_size or vae.config.sample_size
         size = self.image_size // 2 ** (len(vae.config.block_out_channels) - 1)
         self.shape: tuple[int, ...] = (vae.config.latent_channels, size, size)
+        self.sampling_batch = 250
 
     @property
     def device(self) -> torch.device:
@@ -66,8 +67,8 @@ def latent_space(vae: AutoencoderKL, shape: tuple[int, ...], image_size: int) ->
 @torch.no_grad()
 def encode_images(vae: AutoencoderKL, images: Tensor, noise: Tensor) -> Tensor:
     """scale (mean + std noise) of the posterior of uint8 images: one sample, as the official preparation has it."""
-    posterior = vae.encode(to_pixels(images.to(vae.device))).latent_dist
-    return (posterior.mean + posterior.std * noise.to(posterior.mean)) * vae.config.scaling_factor
+    posterior = vae.encode(to_pixels(images.to(vae.device)).to(vae.dtype)).latent_dist
+    return (posterior.mean.float() + posterior.std.float() * noise.to(vae.device)) * vae.config.scaling_factor
 
 
 def load_autoencoder(folder: Path) -> Autoencoder:

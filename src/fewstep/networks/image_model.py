@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -11,6 +12,7 @@ from torch import Generator, Tensor, nn
 from fewstep.diffusion.denoiser import Condition, Denoiser
 
 DESCRIPTION = "fewstep.json"
+NUMBERS_PER_BATCH = 2**18
 
 
 def write_description(folder: Path, description: dict[str, Any]) -> None:
@@ -66,6 +68,18 @@ class ImageModel(Protocol):
     def to(self, device: torch.device) -> None:
         """Moves everything that computes to `device`."""
         self.denoiser.to(device)
+
+    def encode_in(self, dtype: torch.dtype) -> None:
+        """Text and images are encoded and decoded in `dtype` from now on; call it before `to`.
+
+        What `save` writes stays as it was loaded. A pixel model has no encoders.
+        """
+        return
+
+    @property
+    def sampling_batch(self) -> int:
+        """How many images are drawn at once: 16 of SD, 4 of SDXL, at most 250."""
+        return min(250, max(1, NUMBERS_PER_BATCH // math.prod(self.shape)))
 
     def numbered_condition(self, first: int, last: int) -> Condition:
         """The conditions of images number first .. last-1 of an evaluation or a grid: classes or prompts in turn."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations  # the pipelines are imported only where one is loaded
 
+import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,6 +88,11 @@ class LatentModel(ImageModel):
             for key, value in null.items()
         }
 
+    def encode_in(self, dtype: torch.dtype) -> None:
+        if dtype != torch.float32:  # copies: the pipeline keeps, and `save` writes, the weights as they were loaded
+            self.autoencoder = copy.deepcopy(self.autoencoder).to(dtype)
+            self.conditioner = copy.deepcopy(self.conditioner).to(dtype)
+
     def to(self, device: torch.device) -> None:
         super().to(device)
         self.autoencoder.to(device)
@@ -113,8 +119,8 @@ class LatentModel(ImageModel):
     @torch.no_grad()
     def decode(self, x0: Tensor) -> Tensor:
         """x0 (B, C, H, W) -> uint8 images (B, 3, 8H, 8W) for SD and SDXL."""
-        pixels = self.autoencoder.decode(x0 / self.autoencoder.config.scaling_factor, return_dict=False)[0]
-        return to_images(pixels)
+        latents = (x0 / self.autoencoder.config.scaling_factor).to(self.autoencoder.dtype)
+        return to_images(self.autoencoder.decode(latents, return_dict=False)[0])
 
     def save(self, folder: Path) -> None:
         """Writes the whole pipeline as diffusers does, with this model's UNet, and `fewstep.json` beside it."""

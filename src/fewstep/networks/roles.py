@@ -11,6 +11,7 @@ from fewstep.errors import UserError
 from fewstep.networks.discriminator import Discriminator
 from fewstep.networks.features import features
 from fewstep.networks.image_model import ImageModel
+from fewstep.networks.precision import trainable
 from fewstep.networks.stop_embedding import condition_on_stop
 
 
@@ -26,16 +27,22 @@ class Roles:
 
 
 def make_roles(
-    model: ImageModel, guidance_scale: float = 1.0, feature_layer: str | None = None, num_stops: int = 0
+    model: ImageModel,
+    guidance_scale: float = 1.0,
+    feature_layer: str | None = None,
+    num_stops: int = 0,
+    dtype: torch.dtype = torch.float32,
 ) -> Roles:
     """Freezes the model as teacher (guided, unless the scale is 1) and copies it as student and critic.
 
     All run in evaluation mode, i.e. without dropout, as the official system does. `feature_layer` names the critic's
     layer that the discriminator reads; by default the adapter's bottleneck. With `num_stops` the critic is conditioned
-    on the student's timestep, of so many. Raises UserError where the model has no null class, or no such layer.
+    on the student's timestep, of so many. In bfloat16 the teacher is held in it, and the copies only compute in it; the
+    head stays in float32. Raises UserError where the model has no null class, or no such layer.
     """
-    student, critic = (copy.deepcopy(model.denoiser).eval().requires_grad_(True) for _ in range(2))
-    base = model.denoiser.eval().requires_grad_(False)
+    copies = (copy.deepcopy(model.denoiser).eval().requires_grad_(True) for _ in range(2))
+    student, critic = (trainable(denoiser, dtype) for denoiser in copies)
+    base = model.denoiser.eval().requires_grad_(False).to(dtype)
     layer = feature_layer or model.bottleneck
     teacher: Denoiser | Guided = base
     if guidance_scale != 1:

@@ -88,6 +88,12 @@ class AutoencoderRecipe(RunSettings, AutoencoderSettings):
     kind: Literal["teach-autoencoder"] = "teach-autoencoder"
     model: AutoencoderConfig = AutoencoderConfig()
 
+    @model_validator(mode="after")
+    def _is_not_judged(self) -> Self:
+        if self.evaluation.every:
+            raise ValueError("evaluation.every: an autoencoder is not judged on the way; its errors are its metrics")
+        return self
+
 
 class DistillRecipe(RunSettings, DMD2Settings):
     """Distils a teacher into a few-step student."""
@@ -95,6 +101,12 @@ class DistillRecipe(RunSettings, DMD2Settings):
     kind: Literal["distill"] = "distill"
     teacher: str
     """A run folder, a model folder, or the name of a `teach` recipe, which is run first if its run does not exist."""
+    init_from: str | None = None
+    """A distillation whose student and critic this one starts from: RUN (its newest checkpoint), RUN@5000 (that step)
+    or RUN@best-fid (the best by a metric of its evaluation). Optimizers and discriminator start anew."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16 computes every network in it but the discriminator: teacher, autoencoder and text encoders are held in
+    it, student and critic keep float32 weights. There is no float16, in which EDM's training diverges (spec, 1.1)."""
     guidance_scale: float = Field(1.0, ge=1)
     """Classifier-free guidance on the teacher, uncond + s (cond - uncond); 1 is none. SD 1.5: 1.75, SDXL: 8."""
     prompts: PromptSettings | None = None

@@ -1,11 +1,11 @@
 """A run is a folder; everything in it is written under a temporary name and then renamed.
 
-recipe.yaml  metrics.jsonl  samples/00000500.png  checkpoints/00000500/{model/, state.pt}
+recipe.yaml  metrics.jsonl  evaluations.jsonl  samples/00000500.png  checkpoints/00000500/{model/, state.pt}
 """
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from fewstep.errors import UserError
 
 RECIPE = "recipe.yaml"
 METRICS = "metrics.jsonl"
-KEEP = 2  # checkpoints; the older ones are removed
+EVALUATIONS = "evaluations.jsonl"
+KEEP = 2  # checkpoints; the older ones are removed, but for the best
 
 
 def write_text(path: Path, text: str) -> None:
@@ -35,8 +36,10 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(p for p in (run / "checkpoints").glob("[0-9]" * 8) if p.is_dir())
 
 
-def save_checkpoint(run: Path, step: int, state: dict[str, Any], save_model: Callable[[Path], None]) -> None:
-    """Writes checkpoints/STEP whole or not at all, then removes those behind the newest two.
+def save_checkpoint(
+    run: Path, step: int, state: dict[str, Any], save_model: Callable[[Path], None], best: Collection[int] = ()
+) -> None:
+    """Writes checkpoints/STEP whole or not at all, then removes those behind the newest two, but for the `best` steps.
 
     `save_model` writes what `sample` and `evaluate` load; `state` is what resuming needs besides.
     """
@@ -49,14 +52,18 @@ def save_checkpoint(run: Path, step: int, state: dict[str, Any], save_model: Cal
     shutil.rmtree(final, ignore_errors=True)
     os.replace(temporary, final)
     for old in checkpoints(run)[:-KEEP]:
-        shutil.rmtree(old)
+        if int(old.name) not in best:
+            shutil.rmtree(old)
 
 
-def load_state(checkpoint: Path) -> dict[str, Any]:
-    """What `save_checkpoint` was given; raises UserError if the file is missing or damaged."""
+def load_state(checkpoint: Path, lazy: bool = False) -> dict[str, Any]:
+    """What `save_checkpoint` was given; raises UserError if the file is missing or damaged.
+
+    `lazy` leaves the tensors on the disk until they are used, for those who need but a few of them.
+    """
     path = checkpoint / "state.pt"
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=lazy)
     except Exception as error:  # a truncated file shows itself as almost any error
         raise UserError(
             f"{path}: the checkpoint can't be read; remove {checkpoint} to fall back on the one before it"

@@ -22,12 +22,24 @@ Report = Callable[[int, dict[str, float]], None]
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The lines of a metrics.jsonl; [] if there is none. A last line that was torn by a kill is left out."""
+    """The lines of metrics.jsonl or evaluations.jsonl; [] if there is none. A last line torn by a kill is left out."""
     try:
         lines = path.read_text().splitlines() if path.exists() else []
         return [json.loads(line) for line in lines if line.endswith("}")]
     except ValueError as error:  # neither UTF-8 nor JSON
         raise UserError(f"{path}: can't be read; remove it, which loses the run's curves and nothing else") from error
+
+
+def write_line(path: Path, step: int, values: dict[str, float]) -> None:
+    """Appends {"step": step, **values}."""
+    with path.open("a") as file:
+        file.write(json.dumps({"step": step, **values}) + "\n")
+
+
+def rewind(path: Path, step: int) -> None:
+    """Drops the lines behind `step`, before a resumed run writes them again."""
+    kept = [line for line in read_metrics(path) if line["step"] <= step]
+    write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 class Metrics:
@@ -49,19 +61,13 @@ class Metrics:
         values = torch.stack([self.sums[name].float() / count for name, count in self.counts.items()]).tolist()
         means = dict(zip(self.counts, values, strict=True))
         self.sums, self.counts = {}, {}
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **means}) + "\n")
+        write_line(self.path, step, means)
         broken = [name for name, value in means.items() if not math.isfinite(value)]
         if broken:
             raise UserError(
                 f"step {step}: {', '.join(broken)} is not finite; lower the learning rate or the GAN weights"
             )
         return means
-
-    def rewind(self, step: int) -> None:
-        """Drops the lines behind `step`, before a resumed run writes them again."""
-        kept = [line for line in read_metrics(self.path) if line["step"] <= step]
-        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def state_dict(self) -> dict:
         return {"sums": self.sums, "counts": self.counts}

@@ -1,5 +1,7 @@
 """Training a small autoencoder from scratch, for a text-to-image job that needs no download."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +56,18 @@ class AutoencoderTraining:
         metrics = {"squared_error": squared.detach(), "absolute_error": absolute.detach(), "kl": kl.detach()}
         return metrics | {"grad_norm": self.optimizer.step()}
 
-    def sample(self, noise: Tensor) -> Tensor:
+    def sample(self, noise: Tensor, first: int = 0) -> Tensor:
         """uint8 pictures of the last batch and what became of them in turn; `noise` only says how many."""
-        pixels = self.shown[: noise.shape[1] // 2]
+        pixels = self.shown[first // 2 : (first + noise.shape[1]) // 2]
         self.model.vae.eval()
         restored = self.model.reconstruct(pixels)
         self.model.vae.train()
         return torch.stack([to_images(pixels), restored], dim=1).flatten(0, 1)
+
+    @contextmanager
+    def averaged_model(self) -> Iterator[Autoencoder]:
+        """The autoencoder; its weights are not averaged."""
+        yield self.model
 
     def save_model(self, folder: Path) -> None:
         """Writes the autoencoder with the scaling factor that gives its latents unit variance."""

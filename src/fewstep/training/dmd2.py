@@ -1,6 +1,7 @@
 """DMD2: distribution matching with a two time-scale critic, a GAN on it, and backward simulation (arXiv 2405.14867)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any, Self
@@ -32,6 +33,9 @@ class StudentSettings(Settings):
     """K, the number of calls that make an image."""
     timesteps: list[float] | None = None
     """The K native times, decreasing; by default evenly spaced levels of the schedule (999, 749, 499, 249 for SDXL)."""
+    backward_simulation: bool = True
+    """Train on its own samples, as at inference. false is the paper's ablation "w/o backward simulation": its input is
+    noised real images, each at a random one of the K times (pure noise at the first), with the real condition."""
     optimizer: OptimizerSettings = OptimizerSettings()
     """Of the student; its updates are every `student_every`-th step."""
     ema_decay: float = Field(0.999, ge=0, lt=1)
@@ -110,9 +114,16 @@ class DMD2:
     STATE = ("student", "critic", "discriminator", "ema", "student_optimizer", "critic_optimizer")
 
     def __init__(
-        self, settings: DMD2Settings, model: ImageModel, roles: Roles, num_steps: int, batch_size: int, seed: int
+        self,
+        settings: DMD2Settings,
+        model: ImageModel,
+        roles: Roles,
+        num_steps: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
     ):
-        self.settings, self.model, self.batch_size, self.seed = settings, model, batch_size, seed
+        self.settings, self.model, self.batch_size, self.seed, self.rank = settings, model, batch_size, seed, rank
         self.teacher, self.student, self.critic = roles.teacher, roles.student, roles.critic
         self.discriminator, self.feature_layer = roles.discriminator, roles.feature_layer
         self.schedule = roles.student.schedule
@@ -134,21 +145,42 @@ class DMD2:
         return len(self.timesteps)
 
     def step(self, batch: Batch, step: int) -> Metrics:
-        """Draws fakes, updates the student if it is its turn, then the critic on the same fakes."""
+        """Makes fakes, updates the student if it is its turn, then the critic on the same fakes."""
         student_turn = step % self.settings.student_every == 0
-        draws = generator(self.seed, "dmd2", step, device=self.model.device)
-        stop = self.draw_stop(step)
-        noise = self.randn((stop + 1, self.batch_size, *self.model.shape), draws)
-        real_condition = self.model.encode_condition(batch)
-        given = self.model.encode_condition(batch["prompt"]) if "prompt" in batch else real_condition
-        condition = self.model.draw_condition(given, self.batch_size, draws)
+        draws = generator(self.seed, "dmd2", step, self.rank, self.model.device)
+        real, real_condition = None, self.model.encode_condition(batch)
+        if self.settings.student.backward_simulation:
+            given = self.model.encode_condition(batch["prompt"]) if "prompt" in batch else real_condition
+            fake, condition, stops = self.simulated_fake(given, self.draw_stop(step), draws, student_turn)
+        else:
+            real, condition = self.model.encode_x0(batch, draws), real_condition
+            fake, stops = self.fake_of_real(real, condition, draws, student_turn)
         if self.settings.critic.condition_on_stop:
-            stops = {"stop": torch.full((self.batch_size,), stop, device=draws.device)}
-            condition, real_condition = condition | stops, real_condition | stops
-        fake = rollout(self.student, noise, self.timesteps, condition, stop, grad=student_turn)
+            condition, real_condition = condition | {"stop": stops}, real_condition | {"stop": stops}
         metrics = self.update_student(fake, condition, draws) if student_turn else {}
-        real = self.model.encode_x0(batch, draws) if self.gan else None
+        if not self.gan:
+            real = None
+        elif real is None:
+            real = self.model.encode_x0(batch, draws)
         return metrics | self.update_critic(fake.detach(), condition, real, real_condition, draws)
+
+    def simulated_fake(
+        self, real_condition: Condition, stop: int, draws: Generator, grad: bool
+    ) -> tuple[Tensor, Condition, Tensor]:
+        """The student's x0 behind its own rollout up to `stop`, its condition, and the stop of each sample (B,)."""
+        noise = self.randn((stop + 1, self.batch_size, *self.model.shape), draws)
+        condition = self.model.draw_condition(real_condition, self.batch_size, draws)
+        fake = rollout(self.student, noise, self.timesteps, condition, stop, grad=grad)
+        return fake, condition, torch.full((self.batch_size,), stop, device=draws.device)
+
+    def fake_of_real(self, real: Tensor, condition: Condition, draws: Generator, grad: bool) -> tuple[Tensor, Tensor]:
+        """The student's x0 of noised real data, each at a random one of its timesteps, and which one (B,)."""
+        stops = torch.randint(len(self.timesteps), (len(real),), generator=draws, device=draws.device)
+        eps, t = self.randn(real.shape, draws), self.timesteps[stops]
+        noised, pure = self.schedule.add_noise(real, eps, t), self.schedule.pure_noise(eps)
+        x_t = torch.where(stops.reshape(-1, *(1,) * (real.ndim - 1)) == 0, pure, noised)
+        with torch.set_grad_enabled(grad):
+            return self.student(x_t, t, condition), stops
 
     def draw_stop(self, step: int) -> int:
         """The index of the timestep that this step trains: one for the whole batch, alike on all ranks (spec, 1.5)."""
@@ -236,17 +268,23 @@ class DMD2:
     def randn(shape: Sequence[int], draws: Generator) -> Tensor:
         return torch.randn(shape, generator=draws, device=draws.device)
 
-    def sample(self, noise: Tensor) -> Tensor:
-        """uint8 images from noise (K, B, ...) with the averaged weights, classes in turn."""
-        condition = self.model.numbered_condition(0, noise.shape[1])
+    def sample(self, noise: Tensor, first: int = 0) -> Tensor:
+        """uint8 images number `first` and on from noise (K, B, ...) with the averaged weights, classes in turn."""
+        condition = self.model.numbered_condition(first, first + noise.shape[1])
         with self.ema.applied():
             x0 = rollout(self.student, noise, self.timesteps, condition, stop=len(self.timesteps) - 1)
         return self.model.decode(x0)
 
+    @contextmanager
+    def averaged_model(self) -> Iterator[ImageModel]:
+        """The student with its timesteps and its averaged weights, inside the context alone."""
+        with self.ema.applied():
+            yield self.model.student(self.student, self.timesteps)
+
     def save_model(self, folder: Path) -> None:
         """Writes the student with its averaged weights and its timesteps."""
-        with self.ema.applied():
-            self.model.student(self.student, self.timesteps).save(folder)
+        with self.averaged_model() as model:
+            model.save(folder)
 
     def state_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name).state_dict() for name in self.STATE}

@@ -4,17 +4,34 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from PIL.Image import Image
 from pydantic import Field
+from torch import Tensor
 
 from fewstep.data.pictures import grid, save_png
 from fewstep.errors import Interrupted, UserError
-from fewstep.runtime.checkpoint import METRICS, checkpoints, load_state, save_checkpoint, step_name
-from fewstep.runtime.tracking import Metrics, Report, stop_request
+from fewstep.runtime.checkpoint import EVALUATIONS, METRICS, checkpoints, load_state, save_checkpoint, step_name
+from fewstep.runtime.selection import best_steps
+from fewstep.runtime.tracking import Metrics, Report, read_metrics, rewind, stop_request, write_line
 from fewstep.seeding import generator
 from fewstep.settings import Settings
 from fewstep.training.method import Batch, Method
 
-GRID_ROWS, GRID_COLUMNS = 4, 10
+GRID_COLUMNS = 10
+Evaluate = Callable[[Method], dict[str, float]]
+"""Judges the averaged weights of a method: numbers by name; a function of the weights alone."""
+
+
+class EvaluationSettings(Settings):
+    """How a run judges itself on the way: FID, and what else its judge gives, of the weights that it saves."""
+
+    every: int | None = Field(None, ge=1)
+    """Steps per evaluation, which also writes a checkpoint; by default none. The paper picks its best by FID."""
+    num_samples: int = Field(1000, ge=10)
+    """Images per evaluation, always of the same noise and conditions."""
+    features: str | None = None
+    """The network in whose features FID is taken: a TorchScript file, `classifier`, trained on the data's labels, or
+    `autoencoder`, the text-to-image model's; by default the one of the two that the model has."""
 
 
 class LoopSettings(Settings):
@@ -28,43 +45,72 @@ class LoopSettings(Settings):
     """Steps per line of metrics.jsonl."""
     sample_every: int = Field(1000, ge=1)
     """Steps per sample grid."""
+    grid_images: int = Field(40, ge=1)
+    """Images in a sample grid, drawn a few at a time: 40 suit small images, 8 those of SD, 4 those of SDXL."""
     checkpoint_every: int = Field(1000, ge=1)
-    """Steps per checkpoint; the newest two are kept."""
+    """Steps per checkpoint; the newest two are kept, and those that are the best by a metric of `evaluation`."""
+    evaluation: EvaluationSettings = EvaluationSettings()
+    """Judging on the way; `init_from: RUN@best-fid` starts from what it found best."""
 
 
 def train(
-    method: Method, batch_at: Callable[[int], Batch], run: Path, settings: LoopSettings, seed: int, report: Report
+    method: Method,
+    batch_at: Callable[[int], Batch],
+    run: Path,
+    settings: LoopSettings,
+    seed: int,
+    report: Report,
+    evaluate: Evaluate | None = None,
 ) -> None:
     """Runs `method` from the run's newest checkpoint, or from the start, to `num_steps`.
 
-    `batch_at(step)` gives the batch of a step. Raises Interrupted, behind a checkpoint, if the user stops it.
+    `batch_at(step)` gives the batch of a step; `evaluate`, if there is one, judges every `evaluation.every` steps and
+    at the end, and every judged step gets a checkpoint. Raises Interrupted, behind a checkpoint, if the user stops it.
     """
     metrics = Metrics(run / METRICS)
     start = _resume(method, metrics, run)
-    noise = torch.randn(
-        (method.num_noises, GRID_ROWS * GRID_COLUMNS, *method.model.shape), generator=generator(seed, "grid")
-    ).to(method.model.device)
+    shape = (method.num_noises, settings.grid_images, *method.model.shape)
+    noise = torch.randn(shape, generator=generator(seed, "grid"))
     (run / "samples").mkdir(exist_ok=True)
+    every = settings.evaluation.every or settings.num_steps
     with stop_request() as stop_requested:
         for step in range(start, settings.num_steps):
             metrics.add(method.step(batch_at(step), step))
             done = step + 1
-            last, stopped = done == settings.num_steps, stop_requested()
-            report(done, metrics.write(done) if done % settings.log_every == 0 or last else {})
+            last = done == settings.num_steps
+            shown = metrics.write(done) if done % settings.log_every == 0 or last else {}
+            judged = evaluate is not None and (done % every == 0 or last)
+            if evaluate is not None and judged:
+                scores = evaluate(method)
+                write_line(run / EVALUATIONS, done, scores)
+                shown = scores | shown
+            stopped = stop_requested()
+            report(done, shown)
             if done % settings.sample_every == 0 or last:
-                save_png(grid(method.sample(noise), GRID_COLUMNS), run / "samples" / f"{step_name(done)}.png")
-            if done % settings.checkpoint_every == 0 or last or stopped:
+                save_png(sample_grid(method, noise), run / "samples" / f"{step_name(done)}.png")
+            if done % settings.checkpoint_every == 0 or last or stopped or judged:
                 state = {"method": method.state_dict(), "metrics": metrics.state_dict()}
-                save_checkpoint(run, done, state, method.save_model)
+                best = best_steps(read_metrics(run / EVALUATIONS)).values()
+                save_checkpoint(run, done, state, method.save_model, best)
             if stopped and not last:
                 raise Interrupted(f"stopped at step {done} of {settings.num_steps}; continue with --resume --out {run}")
+
+
+def sample_grid(method: Method, noise: Tensor) -> Image:
+    """One grid of images from noise (K, N, ...), drawn in small batches."""
+    size = method.model.sampling_batch
+    parts = [
+        method.sample(part.to(method.model.device), first=index * size).cpu()
+        for index, part in enumerate(noise.split(size, dim=1))
+    ]
+    return grid(torch.cat(parts), min(GRID_COLUMNS, noise.shape[1]))
 
 
 def _resume(method: Method, metrics: Metrics, run: Path) -> int:
     """The step to go on from, with the state of that step loaded."""
     found = checkpoints(run)
     if not found:
-        metrics.rewind(0)
+        _rewind(run, 0)
         return 0
     state = load_state(found[-1])
     try:
@@ -72,5 +118,11 @@ def _resume(method: Method, metrics: Metrics, run: Path) -> int:
         metrics.load_state_dict(state["metrics"], method.model.device)
     except (KeyError, ValueError, RuntimeError) as error:
         raise UserError(f"{found[-1]}: the checkpoint is not of this run; remove it to go on from before it") from error
-    metrics.rewind(state["step"])
+    _rewind(run, state["step"])
     return state["step"]
+
+
+def _rewind(run: Path, step: int) -> None:
+    for path in (run / METRICS, run / EVALUATIONS):
+        if path.exists():
+            rewind(path, step)

@@ -1,5 +1,6 @@
 """What the loop asks of a training algorithm."""
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +16,9 @@ class TrainedModel(Protocol):
     """An `ImageModel`, or an autoencoder by itself."""
 
     shape: tuple[int, ...]
+
+    @property
+    def sampling_batch(self) -> int: ...
 
     @property
     def device(self) -> torch.device: ...
@@ -34,8 +38,11 @@ class Method(Protocol):
     def step(self, batch: Batch, step: int) -> Metrics:
         """One update; returns 0-d tensors, which only the loop turns into numbers, and only when it logs."""
 
-    def sample(self, noise: Tensor) -> Tensor:
-        """uint8 images (B, C, H, W) from noise (K, B, ...) with the averaged weights, for the sample grids."""
+    def sample(self, noise: Tensor, first: int = 0) -> Tensor:
+        """uint8 images (B, C, H, W) number `first` and on from noise (K, B, ...), with the averaged weights."""
+
+    def averaged_model(self) -> AbstractContextManager[Any]:
+        """The image model with the averaged weights, inside the context alone: what is saved and judged."""
 
     def save_model(self, folder: Path) -> None:
         """Writes the averaged weights as a model folder."""

@@ -1,5 +1,7 @@
 """Training a teacher from scratch, as EDM does (arXiv 2206.00364, table 1), for a job that needs no download."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +39,8 @@ class TeacherTraining:
     num_noises = 1
     NUM_SAMPLER_STEPS = 18  # Heun, 35 calls: for the sample grids
 
-    def __init__(self, settings: TeacherSettings, model: ImageModel, num_steps: int, seed: int):
-        self.settings, self.model, self.seed = settings, model, seed
+    def __init__(self, settings: TeacherSettings, model: ImageModel, num_steps: int, seed: int, rank: int = 0):
+        self.settings, self.model, self.seed, self.rank = settings, model, seed, rank
         self.denoiser = model.denoiser.train()
         self.optimizer = Optimizer(self.denoiser.parameters(), settings.optimizer, num_steps)
         self.ema = EMA(self.denoiser, settings.ema_decay)
@@ -46,7 +48,7 @@ class TeacherTraining:
 
     def step(self, batch: Batch, step: int) -> Metrics:
         """One update; returns the loss and the gradient norm before clipping."""
-        draws = generator(self.seed, "teacher", step, device=self.model.device)
+        draws = generator(self.seed, "teacher", step, self.rank, self.model.device)
         x0, condition = self.model.encode_x0(batch, draws), self.model.encode_condition(batch)
         condition = self.model.drop_condition(condition, self.settings.class_dropout, draws)
         t = self.draw_levels(len(x0), draws)
@@ -58,19 +60,24 @@ class TeacherTraining:
         self.ema.update()
         return {"denoising_loss": loss.detach(), "grad_norm": grad_norm}
 
-    def sample(self, noise: Tensor) -> Tensor:
-        """uint8 images from noise (1, B, ...) with the averaged weights, classes in turn."""
+    def sample(self, noise: Tensor, first: int = 0) -> Tensor:
+        """uint8 images number `first` and on from noise (1, B, ...) with the averaged weights, classes in turn."""
         grid = self.denoiser.schedule.ode_grid(self.NUM_SAMPLER_STEPS).to(noise.device)
-        condition = self.model.numbered_condition(0, noise.shape[1])
+        condition = self.model.numbered_condition(first, first + noise.shape[1])
+        with self.averaged_model() as model:
+            return model.decode(heun(model.denoiser, noise[0], grid, condition))
+
+    @contextmanager
+    def averaged_model(self) -> Iterator[ImageModel]:
+        """The model with the averaged weights and without dropout, inside the context alone."""
         self.denoiser.eval()
         with self.ema.applied():
-            x0 = heun(self.denoiser, noise[0], grid, condition)
+            yield self.model
         self.denoiser.train()
-        return self.model.decode(x0)
 
     def save_model(self, folder: Path) -> None:
-        with self.ema.applied():
-            self.model.save(folder)
+        with self.averaged_model() as model:
+            model.save(folder)
 
     def state_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name).state_dict() for name in ("denoiser", "ema", "optimizer")}

@@ -1,0 +1,39 @@
+"""Judging a run while it trains, as `fewstep evaluate` judges it afterwards."""
+
+from pathlib import Path
+
+from fewstep.commands.evaluate import make_judge
+from fewstep.commands.judges import MAX_REAL
+from fewstep.evaluation.generation import default_sampler, generate
+from fewstep.networks.latent_model import LatentModel
+from fewstep.networks.pixel_model import PixelModel
+from fewstep.recipes.schema import DistillRecipe, TeachRecipe, TeachTextRecipe
+from fewstep.training.loop import Evaluate
+from fewstep.training.method import Method
+
+SCORES = ("fid", "precision", "recall", "accuracy", "prompt_accuracy", "two_objects", "diversity")
+
+
+def make_evaluation(
+    recipe: TeachRecipe | TeachTextRecipe | DistillRecipe, model: PixelModel | LatentModel, run: Path
+) -> Evaluate | None:
+    """What the loop calls to judge the averaged weights; None where the recipe asks for no evaluation.
+
+    Image i has the noise and the class or prompt that it has in `fewstep evaluate`, which therefore finds the same
+    numbers. Raises UserError if the images can't be judged in the recipe's features.
+    """
+    if not recipe.evaluation.every:
+        return None
+    num = recipe.evaluation.num_samples
+    judge = make_judge(recipe.data, model, recipe.evaluation.features, run.parent, num, MAX_REAL)
+
+    def evaluate(method: Method) -> dict[str, float]:
+        with method.averaged_model() as averaged:
+            if isinstance(averaged, LatentModel):  # a copy: the grids keep their prompts
+                averaged.prompts = judge.prompts
+            sampler = default_sampler(averaged)
+            fakes = generate(averaged, sampler, range(num))
+        row = judge.row(run.name, sampler, fakes)
+        return {name: getattr(row, name) for name in SCORES if getattr(row, name) is not None}
+
+    return evaluate

@@ -1,0 +1,27 @@
+"""bfloat16, put on from outside: networks know nothing of it, and losses and schedules stay as they are."""
+
+import torch
+from torch import Tensor
+
+from fewstep.diffusion.denoiser import Condition, Denoiser
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class AutocastDenoiser(Denoiser):
+    """A denoiser that is trained: float32 weights, and a network that computes in bfloat16 in every pass.
+
+    Every pass opens its own autocast region, which keeps casts of weights: one that is cast without gradient, in a
+    rollout, must not serve a pass with it. The coefficients and the prediction of x0 stay in float64 and float32.
+    """
+
+    def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        with torch.autocast(x_t.device.type, torch.bfloat16):
+            return super().forward(x_t, t, condition)
+
+
+def trainable(denoiser: Denoiser, dtype: torch.dtype) -> Denoiser:
+    """The denoiser, on the same weights, with a network that computes in `dtype` (float32 or bfloat16)."""
+    if dtype == torch.float32:
+        return denoiser
+    return AutocastDenoiser(denoiser.network, denoiser.schedule, denoiser.parameterization).train(denoiser.training)

@@ -1,0 +1,57 @@
+"""A run that judges itself finds what `fewstep evaluate` finds."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from fewstep.commands.distill import distill
+from fewstep.commands.evaluate import evaluate
+from fewstep.commands.teach import teach
+from fewstep.evaluation.extractors import train_classifier
+from fewstep.recipes.loading import load_recipe
+
+TINY = ["batch_size=8", "sample_every=100", "num_steps=4", "device=cpu", "checkpoint_every=100"]
+JUDGING = ["evaluation.every=2", "evaluation.num_samples=100"]
+
+
+def quiet(step: int, metrics: dict[str, float]) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("place") / "runs"
+    with pytest.MonkeyPatch.context() as patch:  # a worse classifier will do
+        patch.setattr("fewstep.commands.judges.train_classifier", partial(train_classifier, num_steps=30))
+        teach(load_recipe("digits-teacher", [*TINY, *JUDGING]), folder / "teacher", report=quiet)
+    settings = [*TINY, *JUDGING, f"teacher={folder / 'teacher'}", "student_every=2"]
+    distill(load_recipe("digits-4step", settings), folder / "student", report=quiet)
+    return folder
+
+
+def test_the_numbers_are_those_of_evaluate(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same noise, classes, features and averaged weights, of a teacher and of a student."""
+    monkeypatch.setattr("fewstep.commands.evaluate.images_per_second", lambda *args: 1.0)
+    arguments = {"features": "classifier", "num_samples": 100, "num_real": 5000, "samplers": ["heun:18"], "seed": 0}
+    evaluate([runs / "teacher", runs / "student"], tmp_path, device="cpu", **arguments)
+    rows = {row["model"]: row for row in json.loads((tmp_path / "results.json").read_text())}
+    for name in ("teacher", "student"):
+        lines = [json.loads(line) for line in (runs / name / "evaluations.jsonl").read_text().splitlines()]
+        assert [line.pop("step") for line in lines] == [2, 4]
+        assert lines[0] != lines[1]
+        assert lines[-1] == pytest.approx({metric: rows[name][metric] for metric in lines[-1]}, rel=1e-6)
+        assert lines[-1].keys() == {"fid", "precision", "recall", "accuracy"}
+
+
+def test_the_classifier_is_kept_where_evaluate_looks_for_it(runs: Path) -> None:
+    assert len(list(runs.glob("classifier-digits-*.safetensors"))) == 1
+
+
+def test_judging_changes_nothing_in_the_training(runs: Path, tmp_path: Path) -> None:
+    settings = [*TINY, f"teacher={runs / 'teacher'}", "student_every=2"]
+    distill(load_recipe("digits-4step", settings), tmp_path / "student", report=quiet)
+    ours, theirs = ((folder / "student" / "metrics.jsonl").read_text() for folder in (runs, tmp_path))
+    assert ours == theirs
+    assert not (tmp_path / "student" / "evaluations.jsonl").exists()

@@ -1,0 +1,140 @@
+"""A distillation that starts from another one's weights."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch import Tensor, nn
+
+from fewstep.commands import distill as module
+from fewstep.commands.distill import distill
+from fewstep.commands.teach import teach
+from fewstep.errors import UserError
+from fewstep.recipes.loading import load_recipe
+from fewstep.runtime.checkpoint import checkpoints, load_state
+from fewstep.training.dmd2 import DMD2
+
+TINY = ["batch_size=8", "sample_every=100", "checkpoint_every=2", "num_steps=4", "device=cpu"]
+SMALL = ["model.block_out_channels=[8, 8]", "model.norm_num_groups=4"]
+
+
+def quiet(step: int, metrics: dict[str, float]) -> None:
+    pass
+
+
+def fresh(teacher: Path, *overrides: str):
+    settings = [*TINY, "student_every=1", f"teacher={teacher}", *overrides]
+    return load_recipe("digits-4step", settings)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher and distillations of four steps with the critic told the stop, without, and of two steps."""
+    folder = tmp_path_factory.mktemp("runs")
+    teach(load_recipe("digits-teacher", [*TINY, *SMALL]), folder / "teacher", report=quiet)
+    distill(fresh(folder / "teacher"), folder / "told", report=quiet)
+    distill(fresh(folder / "teacher", "critic.condition_on_stop=false"), folder / "untold", report=quiet)
+    two = ["student.num_timesteps=2", "student.timesteps=[80, 1]"]
+    distill(fresh(folder / "teacher", *two), folder / "two", report=quiet)
+    lines = [{"step": 2, "fid": 1.0}, {"step": 4, "fid": 2.0}]
+    (folder / "told" / "evaluations.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    return folder
+
+
+def start(recipe, run: Path, monkeypatch: pytest.MonkeyPatch) -> DMD2:
+    """The method of a run before its first step."""
+    begun: list[DMD2] = []
+    monkeypatch.setattr(module, "start_run", lambda method, *args: begun.append(method))
+    distill(recipe, run, report=quiet)
+    monkeypatch.undo()
+    return begun[0]
+
+
+def assert_equal(module: nn.Module, weights: dict[str, Tensor]) -> None:
+    assert module.state_dict().keys() == weights.keys()
+    assert all(torch.equal(value, weights[name]) for name, value in module.state_dict().items())
+
+
+@pytest.mark.parametrize(("choice", "step"), [("", 4), ("@2", 2), ("@best-fid", 2)])
+def test_student_and_critic_are_the_other_runs_and_the_rest_is_new(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, choice: str, step: int
+) -> None:
+    saved = load_state(runs / "told" / "checkpoints" / f"{step:08d}")["method"]
+    plain = start(fresh(runs / "teacher"), tmp_path / "plain", monkeypatch)
+    method = start(fresh(runs / "teacher", f"init_from={runs / 'told'}{choice}"), tmp_path / "run", monkeypatch)
+    assert_equal(method.student, saved["student"])
+    assert_equal(method.critic, saved["critic"])
+    assert any(
+        not torch.equal(a, b) for a, b in zip(method.student.parameters(), saved["ema"]["averages"], strict=True)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(method.ema.averages, method.student.parameters(), strict=True))
+    assert_equal(method.teacher, plain.teacher.state_dict())
+    assert_equal(method.discriminator, plain.discriminator.state_dict())
+    assert any(not torch.equal(a, saved["discriminator"][n]) for n, a in method.discriminator.state_dict().items())
+    assert not method.student_optimizer.adamw.state
+    assert not method.critic_optimizer.adamw.state
+    assert method.ema.num_updates == 0
+
+
+def test_the_stop_embedding_alone_may_be_missing(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told, untold = (load_state(checkpoints(runs / name)[-1])["method"]["critic"] for name in ("told", "untold"))
+    embedding = "network.stop_embedding.weight"
+    assert told[embedding].norm() > 0
+    method = start(fresh(runs / "teacher", f"init_from={runs / 'untold'}"), tmp_path / "run", monkeypatch)
+    state = method.critic.state_dict()
+    assert state.pop(embedding).norm() == 0
+    assert all(torch.equal(value, untold[name]) for name, value in state.items())
+    recipe = fresh(runs / "teacher", f"init_from={runs / 'told'}", "critic.condition_on_stop=false")
+    state = start(recipe, tmp_path / "run", monkeypatch).critic.state_dict()
+    assert told.keys() - state.keys() == {embedding}
+    assert all(torch.equal(value, told[name]) for name, value in state.items())
+
+
+def test_another_number_of_timesteps_matters_to_a_critic_that_is_told_them_alone(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = load_state(checkpoints(runs / "two")[-1])["method"]
+    with pytest.raises(UserError, match=r"init_from: .*its critic is of another number of timesteps"):
+        start(fresh(runs / "teacher", f"init_from={runs / 'two'}"), tmp_path / "run", monkeypatch)
+    recipe = fresh(runs / "teacher", f"init_from={runs / 'two'}", "critic.condition_on_stop=false")
+    assert_equal(start(recipe, tmp_path / "run", monkeypatch).student, saved["student"])
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("nowhere", "init_from: .*nowhere: no such run folder"),
+        ("teacher", "init_from: .*teacher.*00000004: holds no student and critic; name a run of `fewstep distill`"),
+        ("told@3", "init_from: .*told: has no checkpoint @3; it has @2, @4, @best-fid"),
+        ("told@best-kid", "init_from: .*told: has no checkpoint @best-kid; it has @2, @4, @best-fid"),
+        ("untold@best-fid", "it has @2, @4, and was not evaluated"),
+        ("wide", "init_from: .*its student is of another architecture than this recipe's: network.unet"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_written(
+    runs: Path, tmp_path: Path, source: str, message: str
+) -> None:
+    if source == "wide" and not (runs / "wide").exists():
+        wide = ["model.block_out_channels=[16, 16]", "model.norm_num_groups=4"]
+        teach(load_recipe("digits-teacher", [*TINY, *wide]), runs / "wide teacher", report=quiet)
+        distill(fresh(runs / "wide teacher"), runs / "wide", report=quiet)
+    with pytest.raises(UserError, match=message) as refused:
+        distill(fresh(runs / "teacher", f"init_from={runs}/{source}"), tmp_path / "run", report=quiet)
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_has_begun_no_longer_needs_the_other(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "told", tmp_path / "first")
+    recipe = fresh(runs / "teacher", f"init_from={tmp_path / 'first'}")
+    distill(recipe, tmp_path / "whole", report=quiet)
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    shutil.rmtree(checkpoints(tmp_path / "parts")[-1])
+    shutil.rmtree(tmp_path / "first")
+    distill(recipe, tmp_path / "parts", resume=True, report=quiet)
+    ours, theirs = (load_state(checkpoints(tmp_path / name)[-1])["method"]["student"] for name in ("whole", "parts"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert yaml.safe_load((tmp_path / "whole" / "recipe.yaml").read_text())["init_from"] == str(tmp_path / "first")

@@ -1,0 +1,225 @@
+"""On an SDXL-shaped model: the closed-form gradient, training inputs as at inference, ranks, and the ablation."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fewstep.diffusion.sampling import rollout
+from fewstep.evaluation.generation import default_sampler, sample
+from fewstep.networks.image_model import ImageModel
+from fewstep.networks.latent_model import LatentModel
+from fewstep.networks.pixel_model import PixelModel
+from fewstep.networks.roles import make_roles
+from fewstep.runtime.ema import EMA
+from fewstep.seeding import generator
+from fewstep.training.dmd2 import DMD2, DMD2Settings
+from fewstep.training.settings import NoiseLevels
+from fewstep.training.teacher import TeacherSettings, TeacherTraining
+from tiny_pipelines import TINY
+
+BATCH = 5
+CAPTIONS = [f"picture {index}" for index in range(BATCH)]
+
+
+@pytest.fixture
+def latent_model(tmp_path: Path) -> LatentModel:
+    return LatentModel(TINY["sdxl"](tmp_path / "vocabularies"))
+
+
+def make(model: ImageModel, guidance_scale: float = 1.0, rank: int = 0, **settings) -> DMD2:
+    torch.manual_seed(0)
+    settings = DMD2Settings(
+        **{
+            "student_every": 2,
+            "student": {"num_timesteps": 4, "optimizer": {"lr": 1e-3}},
+            "gan": {"student_weight": 0.1, "critic_weight": 0.1},
+            **settings,
+        }
+    )
+    num_stops = settings.student.num_timesteps if settings.critic.condition_on_stop else 0
+    roles = make_roles(model, guidance_scale, num_stops=num_stops)
+    return DMD2(settings, model, roles, 20, BATCH, seed=0, rank=rank)
+
+
+def batch() -> dict:
+    draws = torch.Generator().manual_seed(3)
+    return {
+        "image": torch.randint(0, 256, (BATCH, 3, 16, 16), generator=draws).to(torch.uint8),
+        "caption": CAPTIONS,
+    }
+
+
+@contextmanager
+def recorded_inputs(network: nn.Module) -> Iterator[list[tuple]]:
+    """(x, t, condition) of every call."""
+    calls: list[tuple] = []
+    handle = network.register_forward_pre_hook(lambda m, args: calls.append(args))
+    yield calls
+    handle.remove()
+
+
+def eps_of(unet: nn.Module, x_t: Tensor, t: Tensor, text: Tensor, pooled: Tensor, time_ids: Tensor) -> Tensor:
+    added = {"text_embeds": pooled, "time_ids": time_ids}
+    return unet(x_t, t, text, added_cond_kwargs=added, return_dict=False)[0]
+
+
+def test_the_parameter_gradient_of_distribution_matching_is_the_closed_form(latent_model: LatentModel) -> None:
+    """J^T g / (B D) with g = (critic - teacher) / mean|x - teacher| (DMD2, equation 1), all of it from plain diffusers.
+
+    Teacher and critic are called here as a pipeline would, with guidance in eps as the official code has it.
+    """
+    scale, stop = 8.0, 2
+    method = make(latent_model, scale, gan={"student_weight": 0, "critic_weight": 0})
+    for role in (method.teacher, method.student, method.critic):
+        role.double()
+    method.ema = EMA(method.student, decay=0)
+    for parameter in method.critic.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    condition = latent_model.text_condition(CAPTIONS)
+    noise = torch.randn(4, BATCH, *latent_model.shape, dtype=torch.float64)
+    fake = rollout(method.student, noise, method.timesteps, condition, stop, grad=True)
+    draws = torch.Generator().manual_seed(1)
+    state = draws.get_state()
+    received: list[Tensor] = []
+    method.student_optimizer.step = lambda: (
+        received.extend(p.grad for p in method.student.parameters()) or torch.ones(())
+    )
+    again = rollout(method.student, noise, method.timesteps, condition, stop, grad=True)
+    method.update_student(again, condition, draws)
+
+    draws.set_state(state)
+    t = torch.randint(20, 981, (BATCH,), generator=draws)
+    eps = torch.randn(fake.shape, generator=draws)
+    abar = latent_model.denoiser.schedule.alphas_cumprod[t].reshape(-1, 1, 1, 1)
+    with torch.no_grad():
+        x_t = abar.sqrt() * fake + (1 - abar).sqrt() * eps
+        text, pooled, time_ids = (condition[name].double() for name in ("text", "pooled", "time_ids"))
+        teacher = latent_model.pipeline.unet
+        eps_text = eps_of(teacher, x_t, t, text, pooled, time_ids)
+        eps_null = eps_of(teacher, x_t, t, torch.zeros_like(text), torch.zeros_like(pooled), time_ids)
+        eps_critic = eps_of(method.critic.network.unet, x_t, t, text, pooled, time_ids)
+        guided = eps_null + scale * (eps_text - eps_null)
+        teacher_x0, critic_x0 = (((x_t - (1 - abar).sqrt() * e) / abar.sqrt()) for e in (guided, eps_critic))
+        g = (critic_x0 - teacher_x0) / (fake - teacher_x0).abs().mean(dim=(1, 2, 3), keepdim=True)
+    expected = torch.autograd.grad(fake, list(method.student.parameters()), g / fake.numel())
+    assert len(expected) > 50
+    for ours, theirs in zip(received, expected, strict=True):
+        assert theirs.norm() > 0
+        assert (ours - theirs).norm() <= 1e-9 * theirs.norm()
+
+
+@pytest.mark.parametrize("stop", range(4))
+def test_training_feeds_the_student_what_sampling_feeds_it(latent_model: LatentModel, stop: int) -> None:
+    """The same noise in a training step and in the sampler of `fewstep sample`: equal inputs bit for bit."""
+    method = make(latent_model)
+    step = next(step for step in range(1, 99, 2) if method.draw_stop(step) == stop)
+    student = latent_model.student(method.student, method.timesteps)
+    noise = torch.randn(4, BATCH, *latent_model.shape)
+    drawn = torch.randn((stop + 1, BATCH, *latent_model.shape), generator=generator(0, "dmd2", step))
+    noise[: stop + 1] = drawn
+    with recorded_inputs(method.student.network) as inference:
+        sample(student, default_sampler(student), noise, latent_model.text_condition(CAPTIONS))
+    with recorded_inputs(method.student.network) as training:
+        method.step(batch(), step)
+    assert (len(inference), len(training)) == (4, stop + 1)
+    for (x, t, condition), (other_x, other_t, other) in zip(training, inference[: stop + 1], strict=True):
+        assert torch.equal(x, other_x)
+        assert torch.equal(t, other_t)
+        assert all(torch.equal(condition[name], other[name]) for name in other)
+
+
+def test_ranks_agree_on_the_stop_and_on_nothing_else(latent_model: LatentModel) -> None:
+    methods = [make(latent_model, rank=rank) for rank in range(2)]
+    for step in range(6):
+        inputs = []
+        for method in methods:
+            with recorded_inputs(method.student.network) as calls:
+                method.step(batch(), step)
+            inputs.append(calls)
+        first, second = inputs
+        assert len(first) == len(second)  # the same stop
+        correlation = torch.corrcoef(torch.stack([first[0][0].flatten(), second[0][0].flatten()]))[0, 1]
+        assert abs(correlation) < 0.1
+    assert len({method.draw_stop(step) for step in range(6)}) > 1
+
+
+def test_the_ranks_of_a_teachers_training_draw_their_own_noise(tiny_model: PixelModel) -> None:
+    inputs = []
+    for rank in range(2):
+        method = TeacherTraining(TeacherSettings(noise=NoiseLevels()), tiny_model, 10, seed=0, rank=rank)
+        with recorded_inputs(method.denoiser.network) as calls:
+            method.step({"image": torch.zeros(BATCH, 1, 8, 8).byte(), "label": torch.zeros(BATCH).long()}, 0)
+        inputs.append(calls[0])
+    assert not torch.equal(inputs[0][1], inputs[1][1])
+
+
+def real_batch(model: ImageModel) -> dict:
+    if isinstance(model, LatentModel):
+        return batch()
+    return {"image": torch.full((BATCH, 1, 8, 8), 255).byte(), "label": torch.arange(BATCH) % 3}
+
+
+@pytest.mark.parametrize("family", ["pixel", "latent"])
+@pytest.mark.parametrize("gan", [0.0, 0.1])
+def test_without_backward_simulation_the_student_sees_noised_reals(
+    tiny_model: PixelModel, latent_model: LatentModel, family: str, gan: float
+) -> None:
+    model = tiny_model if family == "pixel" else latent_model
+    method = make(
+        model,
+        student={"num_timesteps": 4, "optimizer": {"lr": 1e-9}, "backward_simulation": False},
+        critic={"condition_on_stop": True, "optimizer": {"lr": 1e-9}},
+        gan={"student_weight": gan, "critic_weight": gan},
+    )
+    encoded: list[Tensor] = []
+    encode = model.encode_x0
+    model.encode_x0 = lambda *args: encoded.append(encode(*args)) or encoded[-1]
+    residues, stops_seen = [], set()
+    for step in range(6):
+        with (
+            recorded_inputs(method.student) as student,
+            recorded_inputs(method.critic) as critic,
+        ):
+            method.step(real_batch(model), step)
+        ((x_t, t, condition),) = student
+        stops = (t[:, None] == method.timesteps).long().argmax(dim=1)
+        assert torch.equal(method.timesteps[stops], t)
+        assert all(torch.equal(seen["stop"], stops) for _, _, seen in critic)
+        alpha, sigma = (each.float().reshape(-1, 1, 1, 1) for each in method.schedule.alpha_sigma(t))
+        first = (stops == 0).reshape(-1, 1, 1, 1)
+        scale = 80.0 if family == "pixel" else 1.0
+        residues.append(torch.where(first, x_t / scale, (x_t - alpha * encoded[-1]) / sigma).flatten(1))
+        stops_seen |= set(stops.tolist())
+        expected = model.encode_condition(real_batch(model))
+        assert all(torch.equal(condition[name], expected[name]) for name in expected)
+    assert len(encoded) == 6  # real data are encoded once a step
+    assert stops_seen == {0, 1, 2, 3}
+    residue = torch.cat(residues)
+    assert 0.95 < residue.std() < 1.05
+    assert abs(residue.mean()) < 0.05
+
+
+def test_a_one_step_student_without_backward_simulation_starts_from_pure_noise(latent_model: LatentModel) -> None:
+    student = {"num_timesteps": 1, "timesteps": [399], "backward_simulation": False}
+    method = make(latent_model, student=student)
+    with recorded_inputs(method.student) as calls:
+        method.step(batch(), 0)
+    ((x_t, t, _),) = calls
+    draws = generator(0, "dmd2", 0)
+    method.model.encode_x0(batch(), draws)
+    torch.randint(1, (BATCH,), generator=draws)
+    assert torch.equal(x_t, torch.randn(x_t.shape, generator=draws))
+    assert t.tolist() == [399] * BATCH
+
+
+def test_the_students_turn_of_the_ablation_alone_carries_gradient(tiny_model: PixelModel) -> None:
+    method = make(tiny_model, student={"num_timesteps": 4, "backward_simulation": False, "optimizer": {"lr": 1e-3}})
+    for step in range(4):
+        before = [p.detach().clone() for p in method.student.parameters()]
+        metrics = method.step(real_batch(tiny_model), step)
+        moved = any(not torch.equal(a, b) for a, b in zip(before, method.student.parameters(), strict=True))
+        assert moved == (step % 2 == 0) == ("dm_loss" in metrics)
