@@ -64,8 +64,12 @@ class ImageModel(Protocol):
         """The condition with this share of the samples replaced by the null condition."""
 
     def to(self, device: torch.device) -> None:
-        """Moves everything that computes to `device`."""
+        """Moves the denoiser to `device`; what surrounds it follows when it is used."""
         self.denoiser.to(device)
+
+    def release(self) -> None:
+        """Sends what surrounds the denoiser back to the CPU, until it is used again."""
+        return
 
     def numbered_condition(self, first: int, last: int) -> Condition:
         """The conditions of images number first .. last-1 of an evaluation or a grid: classes or prompts in turn."""

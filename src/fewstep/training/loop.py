@@ -53,6 +53,7 @@ def train(
             report(done, metrics.write(done) if done % settings.log_every == 0 or last else {})
             if done % settings.sample_every == 0 or last:
                 save_png(grid(method.sample(noise), GRID_COLUMNS), run / "samples" / f"{step_name(done)}.png")
+                method.model.release()
             if done % settings.checkpoint_every == 0 or last or stopped:
                 state = {"method": method.state_dict(), "metrics": metrics.state_dict()}
                 save_checkpoint(run, done, state, method.save_model)
