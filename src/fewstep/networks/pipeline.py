@@ -65,6 +65,9 @@ def load_single_file(
         raise UserError(f"{path}: for a {pipeline_name(weights)}, but the configuration in {config} is a {name}'s")
     _check_subfolders(config, name)
     there = parts_in(weights)
+    absent = [part for part in PARTS[name] if part in WEIGHTED and part not in there and not _files(config, part)]
+    if absent:
+        raise UserError(f"{path}: lacks {', '.join(absent)}, and {config} has no weights for that; name a whole folder")
     parts = {
         part: _from_file(path, weights, config, part) if part in there else _from_folder(config, part)
         for part in PARTS[name]
@@ -79,8 +82,12 @@ def _check_subfolders(folder: Path, name: str) -> None:
         raise UserError(f"{folder}: lacks the subfolder {', '.join(missing)}; the whole pipeline is needed")
 
 
+def _files(folder: Path, part: str) -> list[str]:
+    return [file.name for file in (folder / part).glob("*.safetensors")]
+
+
 def _from_folder(folder: Path, part: str) -> nn.Module:
-    files = [file.name for file in (folder / part).glob("*.safetensors")]
+    files = _files(folder, part)
     if not files:
         raise UserError(f"{folder}: {part} has no safetensors weights; other formats can run code, and are never read")
     halves = all(".fp16." in file for file in files)

@@ -45,7 +45,7 @@ def load(
     if config is not None and path.suffix != SUFFIX:
         raise UserError(f"{source}: has its own configuration; only a single {SUFFIX} file takes another")
     try:
-        if path.is_file():
+        if path.is_file() or path.suffix in WEIGHT_SUFFIXES:
             return _load_file(path, config, prediction_type)
         return _load_folder(_local(path), prediction_type)
     except UserError:
@@ -89,6 +89,8 @@ def _load_pixel_model(folder: Path, description: dict[str, Any]) -> PixelModel:
 
 
 def _load_file(path: Path, config: str | Path | None, prediction_type: str | None) -> LatentModel:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
     if path.suffix != SUFFIX:
         raise UserError(
             f"{path}: only {SUFFIX} files are read; others ({path.suffix}) can run code when they are opened"

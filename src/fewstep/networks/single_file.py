@@ -56,17 +56,18 @@ def pipeline_name(weights: Weights) -> str:
     return "StableDiffusionXLPipeline" if f"{UNET}label_emb.0.0.weight" in weights else "StableDiffusionPipeline"
 
 
+def base_model(weights: Weights) -> str:
+    """The hub id of the release that the file was most likely tuned from, by family and width of the text."""
+    if pipeline_name(weights) == "StableDiffusionXLPipeline":
+        return "stabilityai/stable-diffusion-xl-base-1.0"
+    widths = {tensor.shape[-1] for name, tensor in weights.items() if name.endswith("attn2.to_k.weight")}
+    return "stabilityai/stable-diffusion-2-1" if 1024 in widths else "stable-diffusion-v1-5/stable-diffusion-v1-5"
+
+
 def parts_in(weights: Weights) -> list[str]:
     """The parts that the file holds; fine-tunes may leave out the VAE and the text encoders."""
     prefixes = PREFIXES[pipeline_name(weights)]
     return [part for part, prefix in prefixes.items() if any(name.startswith(prefix) for name in weights)]
-
-
-def base_model(weights: Weights) -> str:
-    """The hub id of the release that the file was most likely tuned from."""
-    from diffusers.loaders.single_file_utils import fetch_diffusers_config
-
-    return fetch_diffusers_config(weights)["pretrained_model_name_or_path"]
 
 
 def scheduler_changes(weights: Weights) -> dict[str, Any]:

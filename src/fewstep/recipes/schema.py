@@ -59,8 +59,8 @@ class DistillRecipe(RunSettings, DMD2Settings):
     """A run folder, a model folder (diffusers' or ours), one `.safetensors` file of an SD or SDXL fine-tune, a hub id
     `owner/name`, or the name of a `teach` recipe, which is run first if its run does not exist."""
     teacher_config: str | None = None
-    """For a single file: a diffusers folder or hub id of its family, for configuration, tokenizers and the parts that the
-    file lacks; by default its base model on the hub."""
+    """For a single file: a diffusers folder or hub id of its family, for configuration, tokenizers and the parts that
+    the file lacks; by default its base model on the hub."""
     teacher_prediction_type: Literal["epsilon", "v_prediction"] | None = None
     """What a text-to-image teacher predicts, where the scheduler in its folder or `teacher_config` says it wrongly."""
     guidance_scale: float = Field(1.0, ge=1)
