@@ -109,6 +109,7 @@ def test_samples_of_the_file_are_samples_of_the_folder(run, tmp_path: Path) -> N
         ("teacher=model.ckpt", ["model.ckpt", "only .safetensors"]),
         ("teacher=pictures/gone", ["pictures/gone", "neither a folder"]),
         ("teacher=tuned.safetensors --set teacher_config=pictures", ["pictures", "model_index.json"]),
+        ("teacher=digits-teacher --set teacher_config=config", ["digits-teacher", "takes no teacher_config"]),
         ("teacher_config=config", ["teacher", "only a single .safetensors file"]),
         ("teacher_prediction_type=noise", ["teacher_prediction_type", "v_prediction"]),
     ],

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers.loaders.single_file_utils import CHECKPOINT_KEY_NAMES
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -16,8 +17,8 @@ from fewstep.errors import UserError
 from fewstep.networks.hub import is_hub_id
 from fewstep.networks.latent_model import LatentModel
 from fewstep.networks.pretrained import load
-from fewstep.networks.single_file import base_model
-from single_files import original_weights, write_single_file
+from fewstep.networks.single_file import base_model, convert
+from single_files import original_unet, original_weights, write_single_file
 from tiny_pipelines import BETAS, TINY
 
 KINDS = {"sd": ("sd", False), "sd2": ("sd", True), "sdxl": ("sdxl", False)}
@@ -89,6 +90,49 @@ def refused(*fragments: str, source: object, config: object = None, prediction_t
 
 def test_a_single_file_is_the_folder(place: Path) -> None:
     same(load(place / "file.safetensors", place / "config"), load(place / "folder"))
+
+
+def test_tensors_of_training_and_old_buffers_do_no_harm(sd: Path, tmp_path: Path) -> None:
+    extra = {
+        "model_ema.decay": torch.zeros(()),
+        "alphas_cumprod": torch.zeros(1000),
+        "cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(20)[None],
+    }
+    path = write_single_file(tmp_path / "trained.safetensors", load_file(sd / "file.safetensors") | extra)
+    same(load(path, sd / "folder"), load(sd / "folder"))
+
+
+FULL_SIZE = {
+    "sd": ({"cross_attention_dim": 768}, 686),
+    "sdxl": (
+        {
+            "block_out_channels": (320, 640, 1280),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            "transformer_layers_per_block": (1, 2, 10),
+            "attention_head_dim": (5, 10, 20),
+            "cross_attention_dim": 2048,
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2816,
+        },
+        1680,
+    ),
+}
+
+
+@pytest.mark.parametrize("family", FULL_SIZE)
+def test_the_released_models_names_are_all_converted(family: str) -> None:
+    """686 and 1,680 tensors in the UNets of SD 1.5 and SDXL; the last name of the file is known to diffusers, too."""
+    settings, num_tensors = FULL_SIZE[family]
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**settings)
+    weights = {f"model.diffusion_model.{name}": tensor for name, tensor in original_unet(unet).items()}
+    assert len(weights) == num_tensors
+    assert (CHECKPOINT_KEY_NAMES["v1"] in weights) == (family == "sd")
+    shapes = {name: tensor.shape for name, tensor in convert(weights, "unet", unet).items()}
+    assert shapes == {name: tensor.shape for name, tensor in unet.state_dict().items()}
 
 
 def test_what_the_file_lacks_comes_from_the_configuration(place: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ NUM_GRID_PROMPTS = 8  # captions that the sample grids show
 def distill(recipe: DistillRecipe, run: Path, resume: bool = False, report: Report | None = None) -> None:
     """Runs the recipe into the folder `run`, after its teacher's if that is a recipe whose run is not finished."""
     check_target(run, recipe, resume)
-    model = open_teacher(recipe, run.parent)
+    model = open_teacher(recipe.teacher, run.parent, recipe.teacher_config, recipe.teacher_prediction_type)
     if model.timesteps:
         raise UserError(f"teacher: {recipe.teacher} is a few-step student; name the run of its teacher")
     if isinstance(model, LatentModel):
@@ -42,24 +42,27 @@ def distill(recipe: DistillRecipe, run: Path, resume: bool = False, report: Repo
     start_run(method, images, run, recipe, report)
 
 
-def open_teacher(recipe: DistillRecipe, runs: Path) -> PixelModel | LatentModel:
-    """The recipe's teacher: the model at a path or on the hub, or of a `teach` recipe's run in the folder `runs`.
+def open_teacher(
+    teacher: str, runs: Path, config: str | None = None, prediction_type: str | None = None
+) -> PixelModel | LatentModel:
+    """The model at a path or on the hub, or of a `teach` recipe's run in the folder `runs`, finished first if need be.
 
-    That run is finished first if need be, with its own recipe, whatever overrides it was started with.
+    A run that is there goes on with its own recipe, whatever overrides it was started with.
     """
-    teacher = recipe.teacher
-    if Path(teacher).exists() or (teacher not in recipe_names() and is_loadable(teacher)):
-        return open_model(teacher, recipe.teacher_config, recipe.teacher_prediction_type)
+    if Path(teacher).exists() or is_loadable(teacher):
+        return open_model(teacher, config, prediction_type)
     if teacher not in recipe_names():
         raise UserError(f"teacher: {teacher!r} is neither a folder nor the name of a recipe, nor a file or a hub id")
+    if config or prediction_type:
+        raise UserError(f"teacher: the recipe {teacher!r} takes no teacher_config and no teacher_prediction_type")
     run = runs / teacher
-    teaching = read_run_recipe(run / RECIPE) if (run / RECIPE).is_file() else load_recipe(teacher)
-    if not isinstance(teaching, TeachRecipe):
+    recipe = read_run_recipe(run / RECIPE) if (run / RECIPE).is_file() else load_recipe(teacher)
+    if not isinstance(recipe, TeachRecipe):
         raise UserError(f"teacher: the recipe {teacher!r} does not train a teacher")
     finished = checkpoints(run)
-    if not finished or finished[-1].name < step_name(teaching.num_steps):
+    if not finished or finished[-1].name < step_name(recipe.num_steps):
         try:
-            teach(teaching, run, resume=True)
+            teach(recipe, run, resume=True)
         except Interrupted as stop:
             raise Interrupted(f"stopped while teaching {teacher}; the same command goes on with it") from stop
     return open_model(run)
