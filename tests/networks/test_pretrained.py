@@ -222,14 +222,11 @@ def test_files_that_are_no_sd_or_sdxl_model_are_named(sd: Path, tmp_path: Path) 
         refused("other.safetensors", what, "supported", "SDXL", source=source, config=sd / "folder")
 
 
-class Trap:
-    """Unpickling it leaves a file behind."""
-
-    def __init__(self, path: Path):
-        self.path = path
+class Trap(str):
+    """A path; unpickling it leaves a file there."""
 
     def __reduce__(self) -> tuple:
-        return Path.touch, (self.path,)
+        return Path.touch, (Path(self),)
 
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".bin", ".pt", ".pth", ".safetensors"])
