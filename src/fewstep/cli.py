@@ -67,7 +67,7 @@ def distill(
 
 @app.command(epilog="Example: fewstep sample runs/digits-1step --label 3 --out threes.png")
 def sample(
-    path: Annotated[Path, typer.Argument(help="Run folder or model folder.")],
+    path: Annotated[str, typer.Argument(help="Run folder, model folder, .safetensors file or hub id.")],
     out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("samples.png"),
     num: Annotated[int, typer.Option(min=1, help="Number of images.")] = 40,
     seed: Seed = 0,
@@ -81,11 +81,17 @@ def sample(
     ] = None,
     guidance: Annotated[float, typer.Option(min=1, help="For a teacher: guidance scale, 1 is none.")] = 1.0,
     device: Device = "auto",
+    config: Annotated[
+        str | None, typer.Option(help="For a single file: a diffusers folder of its family.", show_default=False)
+    ] = None,
+    prediction_type: Annotated[
+        str | None, typer.Option(help="epsilon or v_prediction, where the model says it wrongly.", show_default=False)
+    ] = None,
 ) -> None:
     """Draw a grid of images from a run."""
     from fewstep.commands.sample import sample
 
-    sample(path, out, num, seed, label, prompt, sampler, guidance, device)
+    sample(path, out, num, seed, label, prompt, sampler, guidance, device, config, prediction_type)
     typer.echo(f"wrote {out}")
 
 

@@ -1,6 +1,7 @@
 """SD- and SDXL-shaped models against the diffusers pipelines that they are made of."""
 
 import copy
+import filecmp
 from pathlib import Path
 
 import pytest
@@ -171,3 +172,78 @@ def test_the_fingerprint_of_a_conditioner_is_of_its_weights_and_its_tokenizers(p
     model = LatentModel(copy.deepcopy(pipeline))
     list(model.conditioner.parameters())[-1].data[0] += 1e-6
     assert model.conditioner.fingerprint() != before
+
+
+def tracked(model: LatentModel, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """The moves of what surrounds the denoiser, as (part, device); back from the device `meta` there is no way."""
+    moves: list[tuple[str, str]] = []
+
+    def track(name: str, part: torch.nn.Module) -> None:
+        to = part.to
+
+        def move(device: object) -> torch.nn.Module:
+            moves.append((name, str(device)))
+            return to(device) if str(device) == "meta" else part
+
+        monkeypatch.setattr(part, "to", move)
+
+    track("autoencoder", model.autoencoder)
+    track("conditioner", model.conditioner)
+    return moves
+
+
+def test_text_encoders_and_autoencoder_are_on_the_device_only_from_use_to_release(
+    pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline.save_pretrained(tmp_path)
+    model = load(tmp_path)
+    moves = tracked(model, monkeypatch)
+    model.to(torch.device("meta"))
+    assert model.device.type == "meta"
+    assert moves == []
+    assert model.text_condition(["a"])["text"].device.type == "meta"
+    assert moves == [("conditioner", "meta")]
+    model.numbered_condition(0, 1)
+    _ = model.null_condition
+    assert len(moves) == 1
+    model.decode(torch.zeros(1, 4, 8, 8, device="meta"))
+    model.encode_x0({"image": torch.zeros(1, 3, 16, 16)}, torch.Generator())
+    assert moves[1:] == [("autoencoder", "meta")]
+    model.release()
+    assert sorted(moves[2:]) == [("autoencoder", "cpu"), ("conditioner", "cpu")]
+
+
+def test_saving_with_a_frozen_folder_links_weights_and_copies_what_people_edit(pipeline, tmp_path: Path) -> None:
+    model = LatentModel(pipeline)
+    model.frozen = tmp_path / "frozen"
+    (tmp_path / ".frozen.tmp" / "half written").mkdir(parents=True)
+    for name in ("first", "second"):
+        model.save(tmp_path / name)
+    plain = LatentModel(pipeline)
+    plain.save(tmp_path / "plain")
+    files = {path.relative_to(tmp_path / "plain") for path in (tmp_path / "plain").rglob("*") if path.is_file()}
+    for name in ("first", "second"):
+        assert files == {path.relative_to(tmp_path / name) for path in (tmp_path / name).rglob("*") if path.is_file()}
+    assert not (tmp_path / "first" / "half written").exists()
+    for file in files:
+        first, second = tmp_path / "first" / file, tmp_path / "second" / file
+        shared = file.suffix == ".safetensors" and file.parts[0] != "unet"
+        assert (first.stat().st_ino == second.stat().st_ino) == shared, file
+        assert filecmp.cmp(first, second, shallow=False), file  # bytes in an assertion would take minutes to print
+        assert filecmp.cmp(first, tmp_path / "plain" / file, shallow=False), file
+
+
+def test_without_links_on_the_file_system_the_folder_is_as_complete(
+    pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(source: str, target: str) -> None:
+        raise PermissionError(source)
+
+    monkeypatch.setattr("os.link", refuse)
+    model = LatentModel(pipeline)
+    model.frozen = tmp_path / "frozen"
+    model.save(tmp_path / "model")
+    weights = tmp_path / "model" / "vae" / "diffusion_pytorch_model.safetensors"
+    assert weights.stat().st_nlink == 1
+    assert filecmp.cmp(weights, tmp_path / "frozen" / "vae" / weights.name, shallow=False)
+    type(pipeline).from_pretrained(tmp_path / "model")

@@ -6,13 +6,14 @@ from pathlib import Path
 import torch
 
 from fewstep.commands.judging import make_evaluation
-from fewstep.commands.runs import check_target, image_batches, open_images, open_model, pick_device, start_run
+from fewstep.commands.runs import FROZEN, check_target, image_batches, open_images, open_model, pick_device, start_run
 from fewstep.commands.teach import finished_run
 from fewstep.commands.texts import text_batches
 from fewstep.errors import UserError
 from fewstep.networks.latent_model import LatentModel
 from fewstep.networks.pixel_model import PixelModel
 from fewstep.networks.precision import DTYPES
+from fewstep.networks.pretrained import is_loadable
 from fewstep.networks.roles import Roles, make_roles
 from fewstep.recipes.schema import DistillRecipe
 from fewstep.runtime.checkpoint import checkpoints
@@ -26,7 +27,7 @@ from fewstep.training.method import Batch
 def distill(recipe: DistillRecipe, run: Path, resume: bool = False, report: Report | None = None) -> None:
     """Runs the recipe into the folder `run`, after its teacher's if that is a recipe whose run is not finished."""
     check_target(run, recipe, resume)
-    model = open_teacher(recipe.teacher, run.parent)
+    model = open_teacher(recipe.teacher, run.parent, recipe.teacher_config, recipe.teacher_prediction_type)
     if model.timesteps:
         raise UserError(f"teacher: {recipe.teacher} is a few-step student; name the run of its teacher")
     dtype = DTYPES[recipe.precision]
@@ -38,7 +39,10 @@ def distill(recipe: DistillRecipe, run: Path, resume: bool = False, report: Repo
     if recipe.init_from and not checkpoints(run):  # a run that has begun goes on with its own weights
         initialize(roles, recipe.init_from)
     method = DMD2(recipe, model, roles, recipe.num_steps, recipe.batch_size, recipe.seed)
+    if isinstance(model, LatentModel):
+        model.frozen = run / FROZEN
     batch_at = open_batches(recipe, model, run.parent)
+    model.release()
     start_run(method, batch_at, make_evaluation(recipe, model, run), run, recipe, report)
 
 
@@ -59,6 +63,12 @@ def initialize(roles: Roles, source: str) -> None:
         raise UserError(f"init_from: {error}") from error
 
 
-def open_teacher(teacher: str, runs: Path) -> PixelModel | LatentModel:
-    """The model at a path, or of a `teach` recipe's run in the folder `runs`, which is finished first if need be."""
+def open_teacher(
+    teacher: str, runs: Path, config: str | None = None, prediction_type: str | None = None
+) -> PixelModel | LatentModel:
+    """The model at a path or on the hub, or of a `teach` recipe's run in the folder `runs`, finished if need be."""
+    if Path(teacher).exists() or is_loadable(teacher):
+        return open_model(teacher, config, prediction_type)
+    if config or prediction_type:
+        raise UserError(f"teacher: {teacher!r} takes no teacher_config and no teacher_prediction_type")
     return open_model(finished_run(teacher, runs, "teacher"))

@@ -13,13 +13,15 @@ from fewstep.errors import UserError
 from fewstep.networks.autoencoder import Autoencoder
 from fewstep.networks.latent_model import LatentModel
 from fewstep.networks.pixel_model import PixelModel, PixelModelConfig
-from fewstep.networks.pretrained import is_model_folder, load
+from fewstep.networks.pretrained import is_loadable, load
 from fewstep.recipes.loading import differences, dump, read_run_recipe
 from fewstep.recipes.schema import AnyRecipe, DataSettings
 from fewstep.runtime.checkpoint import RECIPE, check_run, latest_model, write_text
 from fewstep.runtime.tracking import Report, progress_bar
 from fewstep.training.loop import Evaluate, train
 from fewstep.training.method import Batch, Method
+
+FROZEN = "frozen"  # folder of a run: the autoencoder and the text encoders, which its checkpoints link to
 
 
 def pick_device(device: str) -> torch.device:
@@ -116,6 +118,10 @@ def start_run(
         train(method, batch_at, run, recipe, recipe.seed, show, evaluate)
 
 
-def open_model(path: Path) -> PixelModel | LatentModel:
-    """The image model in a model folder (ours or a diffusers pipeline), or in the newest checkpoint of a run folder."""
-    return load(path if is_model_folder(path) else latest_model(path))
+def open_model(
+    source: str | Path, config: str | Path | None = None, prediction_type: str | None = None
+) -> PixelModel | LatentModel:
+    """The image model in the newest checkpoint of a run folder, or what `pretrained.load` finds in `source`."""
+    if is_loadable(source):
+        return load(source, config, prediction_type)
+    return load(latest_model(Path(source)), config, prediction_type)

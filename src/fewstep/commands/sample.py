@@ -13,7 +13,7 @@ from fewstep.networks.pixel_model import PixelModel
 
 
 def sample(
-    path: Path,
+    path: str,
     out: Path,
     num: int,
     seed: int,
@@ -22,12 +22,14 @@ def sample(
     sampler: str | None,
     guidance_scale: float,
     device: str,
+    config: str | None = None,
+    prediction_type: str | None = None,
 ) -> None:
     """Writes `num` images of `path`'s model as one PNG grid to `out`."""
     if out.is_dir():
         raise UserError(f"--out {out}: is a folder; name a PNG file")
     check_writable(out.parent)
-    model = open_model(path)
+    model = open_model(path, config, prediction_type)
     model.to(pick_device(device))
     ask_for(model, label, prompt)
     images = generate(model, choose_sampler(model, sampler, guidance_scale), range(num), seed, label)

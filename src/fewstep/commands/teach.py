@@ -7,6 +7,7 @@ import torch
 
 from fewstep.commands.judging import make_evaluation
 from fewstep.commands.runs import (
+    FROZEN,
     check_target,
     image_batches,
     open_captioned,
@@ -61,6 +62,7 @@ def _text_teacher(recipe: TeachTextRecipe, device: torch.device, run: Path) -> J
     captions = open_captioned(recipe.data, autoencoder).captions or []
     torch.manual_seed(recipe.seed)
     model = LatentModel(build_pipeline(recipe.model, autoencoder.vae, captions[:VOCABULARY_CAPTIONS]))
+    model.frozen = run / FROZEN
     model.to(device)
     method = TeacherTraining(recipe, model, recipe.num_steps, recipe.seed)
     return method, text_batches(recipe, model, run.parent), make_evaluation(recipe, model, run)
@@ -81,7 +83,7 @@ def finished_run(name: str, runs: Path, field: str) -> Path:
     if Path(name).exists():
         return Path(name)
     if name not in recipe_names():
-        raise UserError(f"{field}: {name!r} is neither a folder nor the name of a recipe")
+        raise UserError(f"{field}: {name!r} is neither a folder nor the name of a recipe, nor a file or a hub id")
     run = runs / name
     recipe = read_run_recipe(run / RECIPE) if (run / RECIPE).is_file() else load_recipe(name)
     if isinstance(recipe, DistillRecipe):

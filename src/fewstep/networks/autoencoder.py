@@ -35,6 +35,9 @@ class Autoencoder:
         """Moves the weights."""
         self.vae.to(device)
 
+    def release(self) -> None:
+        """Nothing surrounds the weights that are trained."""
+
     @property
     def latent_space(self) -> dict[str, Any]:
         """What latents on disk must agree in."""

@@ -66,7 +66,7 @@ class ImageModel(Protocol):
         """The condition with this share of the samples replaced by the null condition."""
 
     def to(self, device: torch.device) -> None:
-        """Moves everything that computes to `device`."""
+        """Moves the denoiser to `device`; what surrounds it follows when it is used."""
         self.denoiser.to(device)
 
     def encode_in(self, dtype: torch.dtype) -> None:
@@ -80,6 +80,10 @@ class ImageModel(Protocol):
     def sampling_batch(self) -> int:
         """How many images are drawn at once: 16 of SD, 4 of SDXL, at most 250."""
         return min(250, max(1, NUMBERS_PER_BATCH // math.prod(self.shape)))
+
+    def release(self) -> None:
+        """Sends what surrounds the denoiser back to the CPU, until it is used again."""
+        return
 
     def numbered_condition(self, first: int, last: int) -> Condition:
         """The conditions of images number first .. last-1 of an evaluation or a grid: classes or prompts in turn."""

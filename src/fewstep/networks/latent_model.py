@@ -3,11 +3,14 @@
 from __future__ import annotations  # the pipelines are imported only where one is loaded
 
 import copy
+import os
+import shutil
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from fewstep.diffusion.denoiser import Condition, Denoiser
 from fewstep.diffusion.parameterizations import Parameterization, eps, v, x0
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
     from diffusers import SchedulerMixin, StableDiffusionPipeline, StableDiffusionXLPipeline
 
 EMBEDDINGS = ("text", "pooled")
+Part = TypeVar("Part", bound=nn.Module)
 PARAMETERIZATIONS = {"epsilon": eps, "v_prediction": v, "sample": x0}
 
 
@@ -36,6 +40,8 @@ class LatentModel(ImageModel):
         self.shape: tuple[int, ...] = (pipeline.unet.config.in_channels, size, size)
         self.conditioner = make_conditioner(pipeline).eval().requires_grad_(False)
         self.prompts = [""]
+        self.frozen: Path | None = None
+        """Where a run keeps the one copy of what its checkpoints have in common, written by the first of them."""
         schedule, parameterization = read_scheduler(pipeline.scheduler)
         self.denoiser = Denoiser(TextUNet(pipeline.unet).eval(), schedule, parameterization)
 
@@ -52,7 +58,7 @@ class LatentModel(ImageModel):
     @property
     def null_condition(self) -> Condition:
         with torch.no_grad():
-            return self._moved(self.conditioner.null_condition())
+            return self._here(self.conditioner).null_condition()
 
     @property
     def latent_space(self) -> dict[str, Any]:
@@ -62,16 +68,12 @@ class LatentModel(ImageModel):
     @torch.no_grad()
     def text_condition(self, prompts: list[str]) -> Condition:
         """The condition of prompts, on the model's device."""
-        return self._moved(self.conditioner(prompts))
-
-    def _moved(self, condition: Condition) -> Condition:
-        """On the model's device, wherever the text encoders are."""
-        return {key: value.to(self.device) for key, value in condition.items()}
+        return self._here(self.conditioner)(prompts)
 
     def encode_condition(self, batch: dict[str, Any]) -> Condition:
         """The condition of {"caption": [B strings]}, or of their embeddings {"text": ..., "pooled": ...}; else {}."""
         if "text" in batch:
-            return self.conditioner.complete(self._moved({key: batch[key] for key in EMBEDDINGS if key in batch}))
+            return self.conditioner.complete({k: batch[k].to(self.device) for k in EMBEDDINGS if k in batch})
         return self.text_condition(batch["caption"]) if "caption" in batch else {}
 
     def draw_condition(self, given: Condition, num: int, draws: Generator) -> Condition:
@@ -93,10 +95,18 @@ class LatentModel(ImageModel):
             self.autoencoder = copy.deepcopy(self.autoencoder).to(dtype)
             self.conditioner = copy.deepcopy(self.conditioner).to(dtype)
 
-    def to(self, device: torch.device) -> None:
-        super().to(device)
-        self.autoencoder.to(device)
-        self.conditioner.to(device)
+    def _here(self, part: Part) -> Part:
+        """The autoencoder or the conditioner, on the denoiser's device."""
+        moved = next(part.parameters()).device != self.device
+        return part.to(self.device) if moved else part
+
+    def release(self) -> None:
+        """Sends autoencoder and text encoders back to the CPU, until they are used again.
+
+        For behind what uses them once: making the roles, caching latents and embeddings, a grid of samples.
+        """
+        self.autoencoder.to("cpu")
+        self.conditioner.to("cpu")
 
     def numbered_condition(self, first: int, last: int) -> Condition:
         """The model's `prompts` in turn, each embedded once."""
@@ -114,22 +124,46 @@ class LatentModel(ImageModel):
 
     def encode_images(self, images: Tensor, noise: Tensor) -> Tensor:
         """Latents of uint8 images (B, 3, R, R) by unit noise (B, C, h, w)."""
-        return encode_images(self.autoencoder, images, noise)
+        return encode_images(self._here(self.autoencoder), images, noise)
 
     @torch.no_grad()
     def decode(self, x0: Tensor) -> Tensor:
         """x0 (B, C, H, W) -> uint8 images (B, 3, 8H, 8W) for SD and SDXL."""
         latents = (x0 / self.autoencoder.config.scaling_factor).to(self.autoencoder.dtype)
-        return to_images(self.autoencoder.decode(latents, return_dict=False)[0])
+        return to_images(self._here(self.autoencoder).decode(latents, return_dict=False)[0])
 
     def save(self, folder: Path) -> None:
-        """Writes the whole pipeline as diffusers does, with this model's UNet, and `fewstep.json` beside it."""
+        """Writes the whole pipeline as diffusers does, with this model's UNet, and `fewstep.json` beside it.
+
+        With `frozen`, the weights of the other parts are hard links to those in that folder.
+        """
         self.unet.save_pretrained(folder / "unet")
+        if self.frozen is None:
+            self._save_frozen(folder)
+        else:
+            if not self.frozen.is_dir():
+                temporary = self.frozen.with_name(f".{self.frozen.name}.tmp")
+                shutil.rmtree(temporary, ignore_errors=True)
+                self._save_frozen(temporary)
+                os.replace(temporary, self.frozen)
+            shutil.copytree(self.frozen, folder, copy_function=link_weights, dirs_exist_ok=True)
+        write_description(folder, {"family": "latent", "timesteps": self.timesteps})
+
+    def _save_frozen(self, folder: Path) -> None:
+        """Everything of the pipeline but the UNet."""
         for name, component in self.pipeline.components.items():
             if name != "unet" and component is not None:
                 component.save_pretrained(folder / name)
         self.pipeline.save_config(folder)
-        write_description(folder, {"family": "latent", "timesteps": self.timesteps})
+
+
+def link_weights(source: str, target: str) -> None:
+    """A hard link for weights; a copy for small files, which people edit, and where a file system has no links."""
+    if source.endswith(".safetensors"):
+        with suppress(OSError):
+            os.link(source, target)
+            return
+    shutil.copy2(source, target)
 
 
 def make_conditioner(pipeline: StableDiffusionPipeline | StableDiffusionXLPipeline) -> SDText | SDXLText:

@@ -1,4 +1,4 @@
-"""From a folder to an image model; nothing in the folder is executed."""
+"""From a folder, a single file or a model on the hub to an image model; nothing in it is executed."""
 
 import json
 from pathlib import Path
@@ -6,15 +6,16 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from fewstep.errors import UserError
+from fewstep.errors import UserError, brief
+from fewstep.networks import hub, single_file
+from fewstep.networks.hub import PIPELINE, read_index
 from fewstep.networks.image_model import DESCRIPTION
-from fewstep.networks.latent_model import LatentModel
+from fewstep.networks.latent_model import PARAMETERIZATIONS, LatentModel
+from fewstep.networks.pipeline import PARTS, WEIGHTED, check_index, load_pipeline, load_single_file
 from fewstep.networks.pixel_model import PixelModel, PixelModelConfig, build_unet
 
-PIPELINE = "model_index.json"
-LIBRARIES = ("diffusers", "transformers", None)  # None: an optional part that is not there
-UNWANTED = {"safety_checker", "feature_extractor", "image_encoder"}
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+SUFFIX = ".safetensors"
+WEIGHT_SUFFIXES = (SUFFIX, ".ckpt", ".pt", ".pth", ".bin", ".gguf")  # all but the first are refused, by name
 
 
 def is_model_folder(folder: Path) -> bool:
@@ -22,28 +23,62 @@ def is_model_folder(folder: Path) -> bool:
     return any((folder / name).is_file() for name in (DESCRIPTION, PIPELINE))
 
 
-def load(folder: Path) -> PixelModel | LatentModel:
-    """The image model in `folder`, on the CPU, in evaluation mode: one of ours, or a diffusers pipeline of SD or SDXL.
+def is_loadable(source: str | Path) -> bool:
+    """Whether it is a model folder, a file of weights or a hub id."""
+    path = Path(source)
+    return is_model_folder(path) or path.suffix in WEIGHT_SUFFIXES or hub.is_hub_id(source)
 
-    Raises UserError if the folder is neither, or is damaged.
+
+def load(
+    source: str | Path, config: str | Path | None = None, prediction_type: str | None = None
+) -> PixelModel | LatentModel:
+    """The image model in `source`, on the CPU, in float32 and in evaluation mode.
+
+    `source` is a folder (one of ours, or a diffusers pipeline of SD or SDXL), a `.safetensors` file of an SD or SDXL
+    fine-tune, or a hub id `owner/name`. A file is configured by `config`, a diffusers folder or hub id of its family,
+    by default its base model on the hub. `prediction_type` (epsilon, v_prediction) replaces what the model says of
+    itself. Raises UserError if it is none of these, is damaged, or can't be fetched.
     """
+    path = Path(source)
+    if prediction_type not in (None, *PARAMETERIZATIONS):
+        raise UserError(f"prediction type {prediction_type!r}: write {' or '.join(PARAMETERIZATIONS)}")
+    if config is not None and path.suffix != SUFFIX:
+        raise UserError(f"{source}: has its own configuration; only a single {SUFFIX} file takes another")
+    try:
+        if path.is_file() or path.suffix in WEIGHT_SUFFIXES:
+            return _load_file(path, config, prediction_type)
+        return _load_folder(_local(path), prediction_type)
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file shows itself as almost any error
+        raise UserError(
+            f"{source}: the model is damaged ({brief(error)}); name another checkpoint's model folder"
+        ) from error
+
+
+def _local(path: Path) -> Path:
+    """The folder itself, or what the hub has under its name."""
+    if path.is_dir() or not hub.is_hub_id(path):
+        return path
+    name = check_index(path, read_index(hub.fetch_index(str(path))))
+    return hub.fetch(str(path), PARTS[name], weights=[part for part in PARTS[name] if part in WEIGHTED])
+
+
+def _load_folder(folder: Path, prediction_type: str | None) -> PixelModel | LatentModel:
     if not is_model_folder(folder):
         raise UserError(
             f"{folder}: not a model folder (it has no {DESCRIPTION}); name a run or another checkpoint's model"
         )
-    try:
-        return _load_pipeline(folder) if (folder / PIPELINE).is_file() else _load_pixel_model(folder)
-    except UserError:
-        raise
-    except Exception as error:  # a damaged file shows itself as almost any error
-        reason = " ".join(str(error).split()[:20])
-        raise UserError(
-            f"{folder}: the model is damaged ({type(error).__name__}: {reason}); name another checkpoint's model folder"
-        ) from error
+    description = json.loads((folder / DESCRIPTION).read_text()) if (folder / DESCRIPTION).is_file() else {}
+    if (folder / PIPELINE).is_file():
+        changes = {"prediction_type": prediction_type} if prediction_type else {}
+        return LatentModel(load_pipeline(folder, changes), description.get("timesteps"))
+    if prediction_type:
+        raise UserError(f"{folder}: a pixel model, which takes no prediction type")
+    return _load_pixel_model(folder, description)
 
 
-def _load_pixel_model(folder: Path) -> PixelModel:
-    description = json.loads((folder / DESCRIPTION).read_text())
+def _load_pixel_model(folder: Path, description: dict[str, Any]) -> PixelModel:
     config = PixelModelConfig(**description["config"])
     timesteps = description["timesteps"] and [float(t) for t in description["timesteps"]]
     unet = build_unet(config)
@@ -53,36 +88,32 @@ def _load_pixel_model(folder: Path) -> PixelModel:
     return model
 
 
-def _load_pipeline(folder: Path) -> LatentModel:
-    index = json.loads((folder / PIPELINE).read_text())
-    name = index["_class_name"]
-    if name not in PIPELINES:
-        raise UserError(f"{folder}: a {name}, which is not supported; supported are {', '.join(PIPELINES)}")
-    parts = {part: entry[0] for part, entry in index.items() if isinstance(entry, list) and part not in UNWANTED}
-    foreign = [f"{part} ({library})" for part, library in parts.items() if library not in LIBRARIES]
-    if foreign:
-        raise UserError(f"{folder}: {', '.join(foreign)} is code from elsewhere, which is never run")
-    missing = [part for part, library in parts.items() if library and not (folder / part).is_dir()]
-    if missing:
-        raise UserError(f"{folder}: lacks the subfolder {', '.join(missing)}; the whole pipeline is needed")
-    described = (folder / DESCRIPTION).is_file()
-    timesteps = json.loads((folder / DESCRIPTION).read_text())["timesteps"] if described else None
-    pipeline_class = _quiet_diffusers(name)
-    unwanted = UNWANTED & set(pipeline_class._optional_components)
-    pipeline = pipeline_class.from_pretrained(
-        folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False, **dict.fromkeys(unwanted)
-    )
-    return LatentModel(pipeline, timesteps)
+def _load_file(path: Path, config: str | Path | None, prediction_type: str | None) -> LatentModel:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    if path.suffix != SUFFIX:
+        raise UserError(
+            f"{path}: only {SUFFIX} files are read; others ({path.suffix}) can run code when they are opened"
+        )
+    weights = single_file.read(path)
+    changes = single_file.scheduler_changes(weights)
+    changes |= {"prediction_type": prediction_type} if prediction_type else {}
+    return LatentModel(load_single_file(path, weights, _configuration(path, weights, config), changes))
 
 
-def _quiet_diffusers(name: str) -> Any:
-    """A pipeline class, with the bars and the advice of both libraries off: what matters is raised."""
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    import diffusers
-
-    diffusers.logging.set_verbosity_error()
-    diffusers.logging.disable_progress_bar()
-    return getattr(diffusers, name)
+def _configuration(path: Path, weights: single_file.Weights, config: str | Path | None) -> Path:
+    """A local diffusers folder with what the file lacks."""
+    if config is not None and (is_model_folder(Path(config)) or not hub.is_hub_id(config)):
+        if not (Path(config) / PIPELINE).is_file():
+            raise UserError(f"{config}: no diffusers folder (it has no {PIPELINE}); it should configure {path}")
+        return Path(config)
+    name = str(config or single_file.base_model(weights))
+    try:
+        parts = PARTS[check_index(name, read_index(hub.fetch_index(name)))]
+        absent = set(WEIGHTED) & set(parts) - set(single_file.parts_in(weights))
+        return hub.fetch(name, parts, weights=absent)
+    except UserError as error:
+        raise UserError(
+            f"{path}: needs the configuration of its family; name a diffusers folder of it with --config, in a recipe "
+            f"with teacher_config (tried {error})"
+        ) from error

@@ -107,6 +107,13 @@ class DistillRecipe(RunSettings, DMD2Settings):
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 computes every network in it but the discriminator: teacher, autoencoder and text encoders are held in
     it, student and critic keep float32 weights. There is no float16, in which EDM's training diverges (spec, 1.1)."""
+    """A run folder, a model folder (diffusers' or ours), one `.safetensors` file of an SD or SDXL fine-tune, a hub id
+    `owner/name`, or the name of a `teach` recipe, which is run first if its run does not exist."""
+    teacher_config: str | None = None
+    """For a single file: a diffusers folder or hub id of its family, for configuration, tokenizers and the parts that
+    the file lacks; by default its base model on the hub."""
+    teacher_prediction_type: Literal["epsilon", "v_prediction"] | None = None
+    """What a text-to-image teacher predicts, where the scheduler in its folder or `teacher_config` says it wrongly."""
     guidance_scale: float = Field(1.0, ge=1)
     """Classifier-free guidance on the teacher, uncond + s (cond - uncond); 1 is none. SD 1.5: 1.75, SDXL: 8."""
     prompts: PromptSettings | None = None

@@ -88,6 +88,7 @@ def train(
             report(done, shown)
             if done % settings.sample_every == 0 or last:
                 save_png(sample_grid(method, noise), run / "samples" / f"{step_name(done)}.png")
+                method.model.release()
             if done % settings.checkpoint_every == 0 or last or stopped or judged:
                 state = {"method": method.state_dict(), "metrics": metrics.state_dict()}
                 best = best_steps(read_metrics(run / EVALUATIONS)).values()

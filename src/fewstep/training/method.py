@@ -23,6 +23,8 @@ class TrainedModel(Protocol):
     @property
     def device(self) -> torch.device: ...
 
+    def release(self) -> None: ...
+
 
 class Method(Protocol):
     """A training algorithm: one `step` per batch; everything random in it is a function of (seed, step, rank)."""
