@@ -11,12 +11,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fewstep.commands.data import open_encoder
 from fewstep.commands.distill import distill
 from fewstep.commands.evaluate import make_judge, publish
 from fewstep.commands.judges import GRID_IMAGES, MAX_REAL, classifier_path, describe, open_classifier
 from fewstep.commands.runs import check_target, open_images, open_model
 from fewstep.commands.tasks import NUM_PROCESSES, Task, TaskRunner, task_runner
 from fewstep.commands.teach import teach
+from fewstep.data.latents import write_latents
+from fewstep.data.shapes import shapes
 from fewstep.errors import Interrupted
 from fewstep.evaluation.extractors import CLASSIFIER_STEPS
 from fewstep.evaluation.generation import Sampler, default_sampler, generate, images_per_second, parse_sampler
@@ -40,6 +43,10 @@ class Job(NamedTuple):
     students: tuple[str, ...]
     samplers: tuple[str, ...]
     data: DataSettings
+    num_samples: int
+    autoencoder: str | None = None
+    """Of text-to-image: trained first, with latents of `num_latents` pictures, which all others train on."""
+    num_latents: int = 20_000
 
 
 DIGITS = Job(
@@ -48,27 +55,64 @@ DIGITS = Job(
     students=("digits-1step", "digits-4step"),
     samplers=("heun:18", "ddim:1", "ddim:2", "ddim:4", "ddim:8"),
     data=DataSettings(source="digits"),
+    num_samples=5000,
 )
+SHAPES = Job(
+    title="fewstep demo: text to image, captioned shapes, 32×32",
+    teacher="shapes-teacher",
+    students=("shapes-1step", "shapes-4step"),
+    samplers=(
+        *("ddim:50@1.5", "ddim:4@1.5"),  # 100 and 8 calls: guidance takes two
+        *("ddim:1@1.5", "ddim:2@1.5", "dpm++:2@1.5", "unipc:2@1.5"),
+        *("ddim:1", "ddim:2", "ddim:4", "dpm++:4", "unipc:4"),
+    ),
+    data=DataSettings(source="shapes"),
+    num_samples=5120,  # 16 of each prompt
+    autoencoder="shapes-autoencoder",
+)
+LATENTS = "shapes-latents"
 
 
-def demo(out: Path, resume: bool, overrides: Sequence[str], num_samples: int) -> None:
-    """Runs the three recipes and the evaluation into `out`; with `resume` it goes on from where it was stopped."""
-    recipes = demo_recipes(DIGITS, out, overrides)
+def demo(job: Job, out: Path, resume: bool, overrides: Sequence[str], num_samples: int | None) -> None:
+    """Runs the recipes of a job and the evaluation into `out`; with `resume` it goes on from where it was stopped."""
+    recipes = demo_recipes(job, out, overrides)
     for name, recipe in recipes.items():
         check_target(out / name, recipe, resume)
     out.mkdir(parents=True, exist_ok=True)
     with task_runner() as run:
-        classifier = Task("classifier", CLASSIFIER_STEPS, _classify, (recipes[DIGITS.teacher], out))
-        run([classifier, training(out, DIGITS.teacher, recipes, threads=NUM_PROCESSES)])
-        run([training(out, name, recipes) for name in DIGITS.students])
-        judge_job(run, DIGITS, out, num_samples)
+        if job.autoencoder:
+            run([training(out, job.autoencoder, recipes, threads=NUM_PROCESSES)])
+            run(
+                [
+                    Task(
+                        "encode pictures",
+                        job.num_latents,
+                        _encode,
+                        (job.num_latents, out / job.autoencoder, out / LATENTS),
+                    )
+                ]
+            )
+            run([training(out, job.teacher, recipes, threads=NUM_PROCESSES)])
+        else:
+            classifier = Task("classifier", CLASSIFIER_STEPS, _classify, (recipes[job.teacher], out))
+            run([classifier, training(out, job.teacher, recipes, threads=NUM_PROCESSES)])
+        run([training(out, name, recipes) for name in job.students])
+        judge_job(run, job, out, num_samples or job.num_samples)
 
 
 def demo_recipes(job: Job, out: Path, overrides: Sequence[str]) -> Recipes:
-    """The recipes of a demo, with the same overrides in each; the students' teacher is the demo's own."""
-    recipes: Recipes = {job.teacher: load_recipe(job.teacher, overrides)}
-    for name in job.students:
-        recipes[name] = load_recipe(name, overrides).model_copy(update={"teacher": str(out / job.teacher)})
+    """The recipes of a demo, each with the overrides that its kind has; they build on the demo's own runs."""
+    names = (*([job.autoencoder] if job.autoencoder else []), job.teacher, *job.students)
+    places = {"teacher": str(out / job.teacher), "model.autoencoder": f"{out / str(job.autoencoder)}"}
+    if job.autoencoder:
+        places["data.source"] = str(out / LATENTS)
+    recipes: Recipes = {}
+    for name in names:
+        own = load_recipe(name)
+        built_on = {"teach": [], "teach-autoencoder": [], "teach-text": ["model.autoencoder", "data.source"]}
+        keys = built_on.get(own.kind, ["teacher", *(["data.source"] if job.autoencoder else [])])
+        fitting = [each for each in overrides if own.kind != "distill" or not each.startswith("model.")]
+        recipes[name] = load_recipe(name, [*fitting, *(f"{key}={places[key]}" for key in keys)])
     return recipes
 
 
@@ -120,6 +164,20 @@ def _train(recipe: AnyRecipe, run: Path, report: Report) -> None:
 def _classify(recipe: TeachRecipe, out: Path, report: Report) -> None:
     images = open_images(recipe.data, recipe.model)
     open_classifier(images, recipe.model, classifier_path(recipe.data, out), report)
+
+
+def _encode(num: int, autoencoder: Path, out: Path, report: Report) -> None:
+    model = open_encoder(autoencoder)
+    images = shapes(length=num)
+    write_latents(
+        images,
+        model.encode_images,
+        model.latent_space,
+        out,
+        settings={"source": "shapes"},
+        batch_size=100,
+        report=lambda done: report(done, {}),
+    )
 
 
 def _generate(run: Path, sampler: Sampler, indices: range, prompts: list[str], report: Report) -> Tensor:

@@ -23,9 +23,9 @@ class AutoencoderSettings(Settings):
 
     optimizer: OptimizerSettings = OptimizerSettings(lr=2e-3)
     """Of encoder and decoder."""
-    kl_weight: float = Field(1e-3, ge=0)
+    kl_weight: float = Field(1e-4, ge=0)
     """Of the posterior's divergence from the unit normal, per number of a latent."""
-    l1_weight: float = Field(0.3, ge=0)
+    l1_weight: float = Field(1.0, ge=0)
     """Of the mean absolute error, which keeps edges sharp, beside the mean squared error of weight 1."""
 
 
