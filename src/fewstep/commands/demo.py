@@ -5,6 +5,7 @@ Two processes share the work with one thread each; what has no company takes bot
 
 import signal
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,11 +16,10 @@ from fewstep.commands.data import open_encoder
 from fewstep.commands.distill import distill
 from fewstep.commands.evaluate import make_judge, publish
 from fewstep.commands.judges import GRID_IMAGES, MAX_REAL, classifier_path, describe, open_classifier
-from fewstep.commands.runs import check_target, open_images, open_model
+from fewstep.commands.runs import check_target, open_captioned_images, open_images, open_model
 from fewstep.commands.tasks import NUM_PROCESSES, Task, TaskRunner, task_runner
 from fewstep.commands.teach import teach
 from fewstep.data.latents import write_latents
-from fewstep.data.shapes import shapes
 from fewstep.errors import Interrupted
 from fewstep.evaluation.extractors import CLASSIFIER_STEPS
 from fewstep.evaluation.generation import Sampler, default_sampler, generate, images_per_second, parse_sampler
@@ -82,16 +82,8 @@ def demo(job: Job, out: Path, resume: bool, overrides: Sequence[str], num_sample
     with task_runner() as run:
         if job.autoencoder:
             run([training(out, job.autoencoder, recipes, threads=NUM_PROCESSES)])
-            run(
-                [
-                    Task(
-                        "encode pictures",
-                        job.num_latents,
-                        _encode,
-                        (job.num_latents, out / job.autoencoder, out / LATENTS),
-                    )
-                ]
-            )
+            encoding = Task("encode pictures", job.num_latents, _encode, (job, out))
+            run([encoding])
             run([training(out, job.teacher, recipes, threads=NUM_PROCESSES)])
         else:
             classifier = Task("classifier", CLASSIFIER_STEPS, _classify, (recipes[job.teacher], out))
@@ -103,16 +95,18 @@ def demo(job: Job, out: Path, resume: bool, overrides: Sequence[str], num_sample
 def demo_recipes(job: Job, out: Path, overrides: Sequence[str]) -> Recipes:
     """The recipes of a demo, each with the overrides that its kind has; they build on the demo's own runs."""
     names = (*([job.autoencoder] if job.autoencoder else []), job.teacher, *job.students)
-    places = {"teacher": str(out / job.teacher), "model.autoencoder": f"{out / str(job.autoencoder)}"}
-    if job.autoencoder:
-        places["data.source"] = str(out / LATENTS)
+    latents = out / LATENTS if job.autoencoder else job.data.source
+    built_on = {
+        "teach": [f"data.source={job.data.source}"],
+        "teach-autoencoder": [f"data.source={job.data.source}"],
+        "teach-text": [f"data.source={latents}", f"model.autoencoder={out / str(job.autoencoder)}"],
+        "distill": [f"data.source={latents}", f"teacher={out / job.teacher}"],
+    }
     recipes: Recipes = {}
     for name in names:
-        own = load_recipe(name)
-        built_on = {"teach": [], "teach-autoencoder": [], "teach-text": ["model.autoencoder", "data.source"]}
-        keys = built_on.get(own.kind, ["teacher", *(["data.source"] if job.autoencoder else [])])
-        fitting = [each for each in overrides if own.kind != "distill" or not each.startswith("model.")]
-        recipes[name] = load_recipe(name, [*fitting, *(f"{key}={places[key]}" for key in keys)])
+        kind = load_recipe(name).kind
+        fitting = [each for each in overrides if kind.startswith("teach") or not each.startswith("model.")]
+        recipes[name] = load_recipe(name, [*fitting, *built_on[kind]])
     return recipes
 
 
@@ -166,15 +160,15 @@ def _classify(recipe: TeachRecipe, out: Path, report: Report) -> None:
     open_classifier(images, recipe.model, classifier_path(recipe.data, out), report)
 
 
-def _encode(num: int, autoencoder: Path, out: Path, report: Report) -> None:
-    model = open_encoder(autoencoder)
-    images = shapes(length=num)
+def _encode(job: Job, out: Path, report: Report) -> None:
+    model = open_encoder(out / str(job.autoencoder))
+    images = open_captioned_images(job.data, model.image_size)
     write_latents(
-        images,
+        replace(images, length=min(images.length, job.num_latents)),
         model.encode_images,
         model.latent_space,
-        out,
-        settings={"source": "shapes"},
+        out / LATENTS,
+        settings={"source": job.data.source},
         batch_size=100,
         report=lambda done: report(done, {}),
     )

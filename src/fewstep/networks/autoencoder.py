@@ -11,6 +11,7 @@ from torch import Tensor
 from fewstep.errors import UserError
 from fewstep.networks.fingerprint import fingerprint
 from fewstep.networks.image_model import to_images, to_pixels, write_description
+from fewstep.networks.pipeline import library_class
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -79,10 +80,9 @@ def load_autoencoder(folder: Path) -> Autoencoder:
 
     Raises UserError if it is not there, or is damaged.
     """
-    from diffusers import AutoencoderKL
-
+    kind = library_class("AutoencoderKL")
     try:
-        vae = AutoencoderKL.from_pretrained(folder / "vae", local_files_only=True, use_safetensors=True)
+        vae = kind.from_pretrained(folder / "vae", local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise UserError(f"{folder}: holds no readable autoencoder (vae/)") from error
     return Autoencoder(vae.eval())

@@ -6,11 +6,12 @@ import json
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 from torch import nn
 
+from fewstep.networks.pipeline import library_class
 from fewstep.settings import Settings
 
 if TYPE_CHECKING:
@@ -65,10 +66,8 @@ class TextModelConfig(Settings):
 
 def build_autoencoder(config: AutoencoderConfig) -> AutoencoderKL:
     """A randomly initialised autoencoder; its scaling factor is 1 until `AutoencoderTraining` measures it."""
-    from diffusers import AutoencoderKL
-
     levels = len(config.block_out_channels)
-    return AutoencoderKL(
+    return library_class("AutoencoderKL")(
         block_out_channels=config.block_out_channels,
         layers_per_block=config.layers_per_block,
         down_block_types=["DownEncoderBlock2D"] * levels,
@@ -85,29 +84,24 @@ def build_pipeline(
     config: TextModelConfig, autoencoder: AutoencoderKL, captions: Iterable[str]
 ) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
     """A pipeline with a randomly initialised UNet and random text encoders around a trained autoencoder."""
-    from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection
-
     tokenizer = build_tokenizer(config, captions)
     unet = build_unet(config, autoencoder)
-    scheduler = DDIMScheduler(
+    scheduler = library_class("DDIMScheduler")(
         **SCHEDULE, clip_sample=False, set_alpha_to_one=False, prediction_type=config.prediction_type
     )
     if config.architecture == "sd":
-        encoder = _text_encoder(CLIPTextModel, config, tokenizer)
-        return StableDiffusionPipeline(
+        encoder = _text_encoder("CLIPTextModel", config, tokenizer)
+        return library_class("StableDiffusionPipeline")(
             autoencoder, encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
         )
-    encoders = [_text_encoder(kind, config, tokenizer) for kind in (CLIPTextModel, CLIPTextModelWithProjection)]
-    return StableDiffusionXLPipeline(
+    encoders = [_text_encoder(kind, config, tokenizer) for kind in ("CLIPTextModel", "CLIPTextModelWithProjection")]
+    return library_class("StableDiffusionXLPipeline")(
         autoencoder, *encoders, tokenizer, tokenizer, unet, scheduler, add_watermarker=False
     )
 
 
 def build_unet(config: TextModelConfig, autoencoder: AutoencoderKL) -> UNet2DConditionModel:
     """SDXL's shape in small: cross-attention on every level but the first; for `sdxl` with pooled text and time_ids."""
-    from diffusers import UNet2DConditionModel
-
     levels, width, added = len(config.block_out_channels), config.text_width, {}
     if config.architecture == "sdxl":
         added = {
@@ -116,7 +110,7 @@ def build_unet(config: TextModelConfig, autoencoder: AutoencoderKL) -> UNet2DCon
             "projection_class_embeddings_input_dim": width + 6 * 8,
         }
     size = autoencoder.config.sample_size // 2 ** (len(autoencoder.config.block_out_channels) - 1)
-    return UNet2DConditionModel(
+    return library_class("UNet2DConditionModel")(
         sample_size=size,
         in_channels=autoencoder.config.latent_channels,
         out_channels=autoencoder.config.latent_channels,
@@ -133,12 +127,10 @@ def build_unet(config: TextModelConfig, autoencoder: AutoencoderKL) -> UNet2DCon
     )
 
 
-def _text_encoder(kind: Any, config: TextModelConfig, tokenizer: CLIPTokenizer) -> nn.Module:
+def _text_encoder(kind: str, config: TextModelConfig, tokenizer: CLIPTokenizer) -> nn.Module:
     """A random CLIP text encoder: random features of the tokens, which is enough for a small vocabulary."""
-    from transformers import CLIPTextConfig
-
-    encoder = kind(
-        CLIPTextConfig(
+    encoder = library_class(kind)(
+        library_class("CLIPTextConfig")(
             vocab_size=len(tokenizer),
             hidden_size=config.text_width,
             intermediate_size=2 * config.text_width,
@@ -159,13 +151,12 @@ def _text_encoder(kind: Any, config: TextModelConfig, tokenizer: CLIPTokenizer) 
 
 def build_tokenizer(config: TextModelConfig, captions: Iterable[str]) -> CLIPTokenizer:
     """The tokenizer at `config.tokenizer`, or one that is trained on the captions."""
-    from transformers import CLIPTokenizer
-
+    kind = library_class("CLIPTokenizer")
     if config.tokenizer:
-        return CLIPTokenizer.from_pretrained(config.tokenizer, model_max_length=config.num_tokens)
+        return kind.from_pretrained(config.tokenizer, model_max_length=config.num_tokens)
     with tempfile.TemporaryDirectory() as folder:
         _write_vocabulary(captions, Path(folder))
-        return CLIPTokenizer.from_pretrained(folder, model_max_length=config.num_tokens)
+        return kind.from_pretrained(folder, model_max_length=config.num_tokens)
 
 
 def _write_vocabulary(captions: Iterable[str], folder: Path) -> None:

@@ -92,7 +92,7 @@ def _from_folder(folder: Path, part: str) -> nn.Module:
         raise UserError(f"{folder}: {part} has no safetensors weights; other formats can run code, and are never read")
     halves = all(".fp16." in file for file in files)
     low_memory = {"low_cpu_mem_usage": False} if WEIGHTED[part] in ("UNet2DConditionModel", "AutoencoderKL") else {}
-    model, information = _class(WEIGHTED[part]).from_pretrained(
+    model, information = library_class(WEIGHTED[part]).from_pretrained(
         str(folder),
         subfolder=part,
         variant="fp16" if halves else None,
@@ -107,9 +107,9 @@ def _from_folder(folder: Path, part: str) -> nn.Module:
 
 
 def _from_file(path: Path, weights: Weights, config: Path, part: str) -> nn.Module:
-    kind = _class(WEIGHTED[part])
+    kind = library_class(WEIGHTED[part])
     settings = json.loads((config / part / "config.json").read_text())
-    model = kind.from_config(settings) if hasattr(kind, "from_config") else kind(kind.config_class(**settings))
+    model = kind.from_config(settings) if hasattr(kind, "from_config") else kind(kind.configlibrary_class(**settings))
     try:
         missing, _ = model.load_state_dict(convert(weights, part, model), strict=False)
     except RuntimeError as error:  # sizes, of which it would print every one
@@ -130,15 +130,15 @@ def _assemble(
     folder: Path, name: str, parts: dict[str, nn.Module], changes: Changes
 ) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
     """The pipeline of these parts, with the folder's scheduler and tokenizers."""
-    kind = _class(name)
+    kind = library_class(name)
     unwanted = set(kind._optional_components) - set(PARTS[name])
     pipeline = kind.from_pretrained(str(folder), local_files_only=True, **parts, **dict.fromkeys(unwanted))
     if changes:  # DDIM's is the one scheduler that knows all of them
-        pipeline.scheduler = _class("DDIMScheduler").from_config(pipeline.scheduler.config, **changes)
+        pipeline.scheduler = library_class("DDIMScheduler").from_config(pipeline.scheduler.config, **changes)
     return pipeline
 
 
-def _class(name: str) -> Any:
+def library_class(name: str) -> Any:
     """A class of diffusers or transformers, with the bars and the advice of both off: what matters is raised."""
     import transformers
 
