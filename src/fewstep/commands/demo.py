@@ -93,7 +93,7 @@ def demo(job: Job, out: Path, resume: bool, overrides: Sequence[str], num_sample
 
 
 def demo_recipes(job: Job, out: Path, overrides: Sequence[str]) -> Recipes:
-    """The recipes of a demo, each with the overrides that its kind has; they build on the demo's own runs."""
+    """The recipes of a demo, with the same overrides, but `model.` for the teacher alone; they build on each other."""
     names = (*([job.autoencoder] if job.autoencoder else []), job.teacher, *job.students)
     latents = out / LATENTS if job.autoencoder else job.data.source
     built_on = {
@@ -105,7 +105,7 @@ def demo_recipes(job: Job, out: Path, overrides: Sequence[str]) -> Recipes:
     recipes: Recipes = {}
     for name in names:
         kind = load_recipe(name).kind
-        fitting = [each for each in overrides if kind.startswith("teach") or not each.startswith("model.")]
+        fitting = [each for each in overrides if name == job.teacher or not each.startswith("model.")]
         recipes[name] = load_recipe(name, [*fitting, *built_on[kind]])
     return recipes
 
@@ -141,7 +141,7 @@ def judge_job(run: TaskRunner, job: Job, out: Path, num_samples: int) -> None:
         rows.append(judge.row(name, sampler, fakes, speed))
         grids[f"{name}, {describe(sampler)} (nfe {sampler.nfe})"] = sample_grid(fakes[:GRID_IMAGES])
     curves = {name: read_metrics(out / name / METRICS) for name in models}
-    publish(rows, grids, curves, out, job.title, judge.extractor.name)
+    publish(rows, grids, curves, out, job.title, judge)
 
 
 def _train(recipe: AnyRecipe, run: Path, report: Report) -> None:

@@ -49,7 +49,7 @@ def evaluate(
             rows.append(judge.row(name, sampler, fakes, images_per_second(model, sampler)))
             grids[title] = report.sample_grid(fakes[:GRID_IMAGES])
     curves = {name: read_metrics(run / METRICS) for name, run in zip(names, runs, strict=True)}
-    publish(rows, grids, curves, out, f"fewstep: {', '.join(names)}", judge.extractor.name)
+    publish(rows, grids, curves, out, f"fewstep: {', '.join(names)}", judge)
 
 
 def make_judge(
@@ -77,18 +77,19 @@ def _check_alike(runs: Sequence[Path], models: Sequence[PixelModel | LatentModel
 
 
 def publish(
-    rows: list[Row], grids: dict[str, bytes], curves: dict[str, list[dict]], out: Path, title: str, features: str
+    rows: list[Row], grids: dict[str, bytes], curves: dict[str, list[dict]], out: Path, title: str, judge: Judge
 ) -> None:
     """Writes results.json and report.html into `out` and prints the table."""
     out.mkdir(parents=True, exist_ok=True)
     report.write_json(rows, out / "results.json")
-    text = any(row.prompt_accuracy is not None for row in rows)
+    text = bool(judge.prompts)
     notes = (
-        f"FID, precision and recall in the features of {features}; not comparable with FIDs in other features. "
+        f"FID, precision and recall in the features of {judge.extractor.name}; not comparable with FIDs in others. "
         "The row of the real images is the noise floor: one half of them against the other; halves are smaller than "
         "the whole set that the models are compared with, so a model can come out below it. "
         + (PROMPT_NOTES if text else CLASS_NOTES)
-        + "nfe: network calls per image; guidance takes two."
+        + "nfe: network calls per image; guidance (@) takes two."
+        + (f" Prompts of the grids, row by row: {'; '.join(judge.prompts[:GRID_IMAGES])}." if text else "")
     )
     summary = (
         f"Every model starts from the same noise and the same {'prompts' if text else 'classes'}; green is the best "

@@ -67,7 +67,7 @@ class Judge:
 
 def describe(sampler: Sampler) -> str:
     """How the table names a sampler."""
-    guided = f" cfg {sampler.guidance_scale:g}" if sampler.guidance_scale != 1 else ""
+    guided = f" @{sampler.guidance_scale:g}" if sampler.guidance_scale != 1 else ""
     return sampler.kind if sampler.kind == "student" else f"{sampler.kind} {sampler.num_steps}{guided}"
 
 
