@@ -2,9 +2,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow check format
+.PHONY: demo demo-text test test-slow check format
 demo: .venv/ready
 	$(BIN)/fewstep demo --resume
+
+demo-text: .venv/ready
+	$(BIN)/fewstep demo --text --resume
 
 test: .venv/ready
 	$(BIN)/python -m pytest

@@ -103,7 +103,7 @@ def sample(
 
 @app.command(epilog="Example: fewstep evaluate runs/digits-teacher runs/digits-1step")
 def evaluate(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders; the first one's data is the reference.")],
+    runs: Annotated[list[Path], typer.Argument(help="Runs; the first one's data is the reference.")],
     out: Annotated[Path, typer.Option(help="Folder for results.json and report.html.")] = Path("evaluation"),
     features: Annotated[
         str | None,

@@ -112,6 +112,10 @@ SIZES = "--set teacher=teacher --set data.source=pictures --set num_steps=2 --se
 def test_the_packaged_recipes_run_on_any_folder(run, workplace: Path, name: str, tmp_path: Path) -> None:
     assert run(f"fewstep distill {name} --out {tmp_path}/run {SIZES}") == (0, "")
     assert run(f"fewstep sample {tmp_path}/run --prompt cat --num 2 --out {tmp_path}/cat.png") == (0, "")
+    assert run(f"fewstep evaluate {tmp_path}/run --num-samples 100 --out {tmp_path}/judged") == (0, "")
+    real, student = json.loads((tmp_path / "judged" / "results.json").read_text())
+    assert student["nfe"] == len(load(next((tmp_path / "run" / "checkpoints").glob("*/model"))).timesteps)
+    assert student["fid"] > real["fid"] > 0
     (model,) = (tmp_path / "run" / "checkpoints").glob("*/model")
     assert load(model).timesteps == {"sd15-1step": [999], "sdxl-1step": [399], "sdxl-4step": [999, 749, 499, 249]}[name]
     grid, images = Image.open(tmp_path / "run" / "samples" / "00000002.png"), 8 if name.startswith("sd15") else 4

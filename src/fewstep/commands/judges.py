@@ -130,12 +130,12 @@ def check_prompts(images: Tensor, prompts: Sequence[str]) -> dict[str, Any]:
     if None in scenes:
         return {}
     two = torch.tensor([len(scene.things) == 2 for scene in scenes if scene])
-    answers: dict[str, Any] = {}
+    answers: dict[str, Any] = {"attributes": {}}
     for name, chosen in (("prompt_accuracy", ~two), ("two_objects", two)):
         if chosen.any():
             shares = prompt_accuracy(images[chosen], [prompts[index] for index in chosen.nonzero()[:, 0].tolist()])
             answers[name] = shares.pop("all")
-            answers.setdefault("attributes", shares)  # of the first: prompts of one object
+            answers["attributes"][name] = shares
     return answers
 
 

@@ -62,8 +62,8 @@ class Row:
     diversity: float | None = None
     """Mean feature distance between two images of one prompt."""
     images_per_second: float | None = None
-    attributes: dict[str, float] | None = None
-    """Prompt accuracy attribute by attribute; not in the table."""
+    attributes: dict[str, dict[str, float]] | None = None
+    """Of `prompt_accuracy` and `two_objects`, attribute by attribute; not in the table."""
 
 
 def floor_row(real: Tensor, seed: int = 0, **extras: Any) -> Row:

@@ -90,6 +90,7 @@ def write_page(
         summary=escape(summary),
         notes=escape(notes),
         table=_html_table(rows),
+        attributes=_attribute_tables(rows),
         grids="\n".join(_figure(name, picture) for name, picture in grids.items()),
         curves=_curve_section(curves),
     )
@@ -120,6 +121,22 @@ def _html_table(rows: list[Row]) -> str:
             cells += f"<td{mark}>{escape(cell(name, value))}</td>"
         lines.append(f'<tr class="{"student" if row.sampler == "student" else ""}">{cells}</tr>')
     return "\n".join([*lines, "</tbody></table>"])
+
+
+def _attribute_tables(rows: list[Row]) -> str:
+    """Prompt accuracy attribute by attribute, one table per kind of prompt; "" where no row has any."""
+    told = [(row, row.attributes) for row in rows if row.attributes]
+    return "\n".join(_attribute_table(kind, told) for kind in told[0][1]) if told else ""
+
+
+def _attribute_table(kind: str, told: list[tuple[Row, dict[str, dict[str, float]]]]) -> str:
+    names = list(told[0][1][kind])
+    head = "".join(f"<th>{name}</th>" for name in ("model", "sampler", *names))
+    lines = [f"<h2>{kind.replace('_', ' ')}, attribute by attribute</h2>", f"<table><thead><tr>{head}</tr></thead>"]
+    for row, shares in told:
+        values = [row.model, row.sampler, *(shares[kind][name] for name in names)]
+        lines.append("<tr>" + "".join(f"<td>{escape(cell('', value))}</td>" for value in values) + "</tr>")
+    return "\n".join([*lines, "</table>"])
 
 
 def _best(rows: list[Row], name: str) -> float | None:
