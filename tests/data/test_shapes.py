@@ -80,7 +80,7 @@ def test_a_quarter_of_the_pictures_have_two_objects_and_all_attributes_occur_ali
     scenes = [draw_scene(index, 0) for index in range(4000)]
     one = [scene for scene in scenes if len(scene.things) == 1]
     assert abs(1 - len(one) / 4000 - 0.25) < 4 * math.sqrt(0.25 * 0.75 / 4000)
-    cells = {key: 0 for key in product(SHAPES, SIZES, PLACES)}
+    cells = dict.fromkeys(product(SHAPES, SIZES, PLACES), 0)
     for scene in one:
         cells[scene.things[0].shape, str(scene.things[0].size), scene.where] += 1
     expected = len(one) / len(cells)
@@ -205,7 +205,9 @@ def test_the_second_object_lies_on_its_side(where: str) -> None:
 
 @pytest.mark.parametrize("place", PLACES)
 def test_an_object_lies_at_its_place(place: str) -> None:
-    vertical, horizontal = (-1 if w in place else 1 if o in place else 0 for w, o in (("top", "bottom"), ("left", "right")))
+    vertical, horizontal = (
+        -1 if w in place else 1 if o in place else 0 for w, o in (("top", "bottom"), ("left", "right"))
+    )
     for picture in render([Scene((Thing("circle", "green", "large"),), place)] * 50, draws(1)):
         x, y = middle(strong_pixels(picture, "green"))
         assert x == pytest.approx(16 + 6.5 * horizontal, abs=2)
