@@ -22,6 +22,7 @@ NUM_PICTURES = 48
 SMALL = "--set num_steps=2 --set batch_size=4 --set device=cpu"
 VAE = f"{SMALL} --set model.block_out_channels=[8,8,16] --set model.norm_num_groups=4"
 UNET = f"{SMALL} --set model.block_out_channels=[16,32] --set model.norm_num_groups=8 --set model.attention_head_dim=8"
+ON_LATENTS = "--set model.autoencoder=runs/vae --set data.source=latents"
 STUDENT = f"{SMALL} --set student_every=2 --set teacher=runs/teacher --set data.source=latents"
 
 
@@ -50,7 +51,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for line in (
             f"teach shapes-autoencoder --out runs/vae {VAE}",
             "data latents --model runs/vae --source shapes --out latents --device cpu",
-            f"teach shapes-teacher --out runs/teacher {UNET} --set model.autoencoder=runs/vae --set data.source=latents",
+            f"teach shapes-teacher --out runs/teacher {UNET} {ON_LATENTS}",
             f"distill shapes-4step --out runs/student {STUDENT}",
             f"teach digits-teacher --out runs/digits {SMALL}",
         ):
