@@ -138,10 +138,13 @@ def test_blank_pictures_are_all_wrong(value: int) -> None:
     assert set(prompt_accuracy(blank, captions).values()) == {0}
 
 
-def test_noise_is_all_wrong() -> None:
+def test_noise_is_wrong_in_every_picture() -> None:
+    """It may pass for one object in the middle of some colour, but has no shape."""
     draws = torch.Generator().manual_seed(0)
     noise = torch.randint(0, 256, (len(ONE), 3, 32, 32), generator=draws).to(torch.uint8)
-    assert set(prompt_accuracy(noise, [scene.caption for scene in ONE]).values()) == {0}
+    shares = prompt_accuracy(noise, [scene.caption for scene in ONE])
+    assert (shares["all"], shares["shape"]) == (0, 0)
+    assert shares["colour"] < 0.3
 
 
 def test_a_patch_that_is_no_shape_has_none() -> None:
