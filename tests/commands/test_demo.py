@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from fewstep.cli import main
+from fewstep.commands import demo as module
 
 KEYS = ["model", "sampler", "nfe", "fid", "precision", "recall", "accuracy", "images_per_second"]
 ROWS = [
@@ -21,6 +22,16 @@ ROWS = [
     ("digits-teacher", "ddim 8", 8),
     ("digits-1step", "student", 1),
     ("digits-4step", "student", 4),
+]
+
+
+TEXT_KEYS = [*KEYS[:6], "prompt_accuracy", "two_objects", "images_per_second", "attributes"]
+TEXT_ROWS = [
+    ("real", None, None),
+    ("shapes-teacher", "ddim 2 cfg 1.5", 4),
+    ("shapes-teacher", "unipc 2", 2),
+    ("shapes-1step", "student", 1),
+    ("shapes-4step", "student", 4),
 ]
 
 
@@ -41,6 +52,23 @@ def test_the_demo_runs_writes_what_it_says_and_overwrites_nothing(
     assert [(row["model"], row["sampler"], row["nfe"]) for row in rows] == ROWS
     page = (tmp_path / "demo" / "report.html").read_text()
     assert page.count("data:image/png;base64,") == len(ROWS) + 1  # a grid per row, and the curves
+    assert run_demo(monkeypatch, *small) == 2
+    assert "continue it with --resume" in capsys.readouterr().err
+
+
+def test_the_text_demo_runs_writes_what_it_says_and_overwrites_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    job = module.SHAPES._replace(num_latents=64, samplers=("ddim:2@1.5", "unipc:2"))
+    monkeypatch.setattr(module, "SHAPES", job)
+    small = ["--text", "--out", str(tmp_path / "demo"), "--set", "num_steps=2", "--set", "batch_size=4"]
+    assert run_demo(monkeypatch, *small, "--num-samples", "100") == 0
+    rows = json.loads((tmp_path / "demo" / "results.json").read_text())
+    assert [list(row) for row in rows] == [TEXT_KEYS] * len(TEXT_ROWS)
+    assert [(row["model"], row["sampler"], row["nfe"]) for row in rows] == TEXT_ROWS
+    page = (tmp_path / "demo" / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == len(TEXT_ROWS) + 1  # a grid per row, and the curves
+    assert all(f"{model}, {sampler} (nfe {nfe})" in page for model, sampler, nfe in TEXT_ROWS[1:])
     assert run_demo(monkeypatch, *small) == 2
     assert "continue it with --resume" in capsys.readouterr().err
 
@@ -75,3 +103,17 @@ def test_the_demo_reaches_its_figures(tmp_path: Path, monkeypatch: pytest.Monkey
     assert max(one["fid"], four["fid"]) < few / 2
     assert min(one["accuracy"], four["accuracy"]) >= 0.98
     assert one["images_per_second"] >= 30 * teacher["images_per_second"]
+
+
+@pytest.mark.slow
+def test_the_text_demo_reaches_its_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run_demo(monkeypatch, "--text", "--out", str(tmp_path / "demo")) == 0
+    rows = json.loads((tmp_path / "demo" / "results.json").read_text())
+    by_sampler = {(row["model"], row["sampler"]): row for row in rows}
+    teacher = by_sampler["shapes-teacher", "ddim 50 cfg 1.5"]
+    one, four = (by_sampler[name, "student"] for name in ("shapes-1step", "shapes-4step"))
+    assert teacher["prompt_accuracy"] >= 0.95
+    assert four["prompt_accuracy"] >= teacher["prompt_accuracy"] - 0.03
+    assert one["prompt_accuracy"] >= teacher["prompt_accuracy"] - 0.10
+    few = min(row["fid"] for row in rows if row["model"] == "shapes-teacher" and row["nfe"] <= 4)
+    assert max(one["fid"], four["fid"]) < few

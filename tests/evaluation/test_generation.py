@@ -137,6 +137,9 @@ def test_the_default_is_the_students_own_or_heun(tiny_model: PixelModel) -> None
 def test_a_sampler_is_read_from_its_name() -> None:
     assert parse_sampler("heun:18") == Sampler("heun", 18)
     assert parse_sampler("ddim:1") == Sampler("ddim", 1)
+    assert parse_sampler("ddim:50@3") == Sampler("ddim", 50, 3.0)
+    assert parse_sampler("dpm++:4@1.5") == Sampler("dpm++", 4, 1.5)
+    assert parse_sampler("unipc:2") == Sampler("unipc", 2)
 
 
 @pytest.mark.parametrize(

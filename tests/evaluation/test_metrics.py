@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fewstep.evaluation import metrics
-from fewstep.evaluation.metrics import fid, floor_row, precision_recall
+from fewstep.evaluation.metrics import diversity, fid, floor_row, precision_recall
 
 
 def points(num: int, seed: int, dim: int = 5) -> Tensor:
@@ -121,3 +121,20 @@ def test_the_floor_of_real_images_is_low_but_not_zero() -> None:
     assert 0 < row.fid < 0.5
     assert row.precision > 0.8
     assert row.recall > 0.8
+
+
+@pytest.mark.parametrize(("num", "num_prompts"), [(12, 3), (14, 4), (8, 4), (20, 1)])
+def test_diversity_is_the_mean_distance_between_two_images_of_one_prompt(num: int, num_prompts: int) -> None:
+    features = points(num, 1)
+    whole = num // num_prompts * num_prompts  # the last round of prompts, where it is not complete, is left out
+    distances = [
+        (features[i] - features[j]).norm().item()
+        for i in range(whole)
+        for j in range(i)
+        if i % num_prompts == j % num_prompts
+    ]
+    assert diversity(features, num_prompts) == pytest.approx(sum(distances) / len(distances), rel=1e-9)
+
+
+def test_images_that_follow_from_their_prompt_have_no_diversity() -> None:
+    assert diversity(points(4, 1).repeat(5, 1), 4) == 0

@@ -14,7 +14,7 @@ from PIL import Image
 from rich.console import Console
 
 from fewstep.evaluation.metrics import Row
-from fewstep.evaluation.report import cell, sample_grid, text_table, write_json, write_page
+from fewstep.evaluation.report import cell, columns, sample_grid, text_table, write_json, write_page
 
 KEYS = ["model", "sampler", "nfe", "fid", "precision", "recall", "accuracy", "images_per_second"]
 REAL = Row("real", None, None, 0.1, 0.99, 0.98, accuracy=0.97)
@@ -148,3 +148,25 @@ def test_the_text_table_shows_the_same_numbers() -> None:
 )
 def test_a_slow_speed_keeps_its_digits(speed: float, text: str) -> None:
     assert cell("images_per_second", speed) == text
+
+
+def test_what_no_row_has_is_no_column() -> None:
+    bare = Row("teacher", "ddim 50", 50, 0.5, 0.9, 0.8)
+    assert columns([bare]) == ["model", "sampler", "nfe", "fid", "precision", "recall"]
+    told = replace(bare, prompt_accuracy=0.0, attributes={"shape": 0.5})
+    assert columns([bare, told]) == ["model", "sampler", "nfe", "fid", "precision", "recall", "prompt_accuracy"]
+
+
+def test_attributes_are_in_the_json_and_not_in_the_table(tmp_path: Path) -> None:
+    told = replace(STUDENT, prompt_accuracy=0.5, attributes={"shape": 0.25, "colour": 0.75})
+    write_json([REAL, told], tmp_path / "results.json")
+    rows = json.loads((tmp_path / "results.json").read_text())
+    assert [row["attributes"] for row in rows] == [None, {"shape": 0.25, "colour": 0.75}]
+    page = page_of_rows(tmp_path / "page", [REAL, told])
+    assert "attributes" not in page.rows[0]
+    assert "0.250" not in page.text
+
+
+def page_of_rows(folder: Path, rows: list[Row]) -> Page:
+    folder.mkdir()
+    return page_of(folder, rows)

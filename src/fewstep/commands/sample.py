@@ -56,6 +56,8 @@ def choose_sampler(model: ImageModel, text: str | None, guidance_scale: float) -
             asked = f"--sampler {text}" if text else f"--guidance {guidance_scale:g}"
             raise UserError(f"{asked}: a student has its own timesteps and guidance, and takes neither")
         return default_sampler(model)
+    chosen = parse_sampler(text) if text else default_sampler(model)
+    guidance_scale = guidance_scale if guidance_scale != 1 else chosen.guidance_scale
     if guidance_scale != 1 and model.null_condition is None:
         raise UserError("--guidance: the model has no null class to guide with")
-    return replace(parse_sampler(text) if text else default_sampler(model), guidance_scale=guidance_scale)
+    return replace(chosen, guidance_scale=guidance_scale)

@@ -93,9 +93,9 @@ def two_object_scenes(num: int) -> list[Scene]:
 def parse(caption: str) -> Scene | None:
     """The scene that a caption speaks of; None if it is not one of ours."""
     for where in (*PLACES, *RELATIONS):
-        first, found, second = caption.partition(f" {where}")
+        first, found, second = f"{caption} ".partition(f" {where} ")
         if found:
-            things = [_parse_thing(text) for text in (first, second.strip()) if text]
+            things = [_parse_thing(text) for text in (first, second) if text.strip()]
             wanted = 2 if where in RELATIONS else 1
             return Scene(tuple(t for t in things if t), where) if None not in things and len(things) == wanted else None
     return None
