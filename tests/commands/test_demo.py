@@ -28,7 +28,7 @@ ROWS = [
 TEXT_KEYS = [*KEYS[:6], "prompt_accuracy", "two_objects", "images_per_second", "attributes"]
 TEXT_ROWS = [
     ("real", None, None),
-    ("shapes-teacher", "ddim 2 cfg 1.5", 4),
+    ("shapes-teacher", "ddim 2 @1.5", 4),
     ("shapes-teacher", "unipc 2", 2),
     ("shapes-1step", "student", 1),
     ("shapes-4step", "student", 4),
@@ -110,7 +110,7 @@ def test_the_text_demo_reaches_its_figures(tmp_path: Path, monkeypatch: pytest.M
     assert run_demo(monkeypatch, "--text", "--out", str(tmp_path / "demo")) == 0
     rows = json.loads((tmp_path / "demo" / "results.json").read_text())
     by_sampler = {(row["model"], row["sampler"]): row for row in rows}
-    teacher = by_sampler["shapes-teacher", "ddim 50 cfg 1.5"]
+    teacher = by_sampler["shapes-teacher", "ddim 50 @1.5"]
     one, four = (by_sampler[name, "student"] for name in ("shapes-1step", "shapes-4step"))
     assert teacher["prompt_accuracy"] >= 0.95
     assert four["prompt_accuracy"] >= teacher["prompt_accuracy"] - 0.03

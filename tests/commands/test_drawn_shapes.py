@@ -130,7 +130,7 @@ def test_text_runs_are_judged_together(
     assert run(f"{line} --out {tmp_path}/judged")[0] == 0
     rows = json.loads((tmp_path / "judged" / "results.json").read_text())
     names = [(row["model"], row["sampler"], row["nfe"]) for row in rows]
-    teachers = [("teacher", "ddim 2", 2), ("teacher", "dpm++ 2 cfg 1.5", 4)]
+    teachers = [("teacher", "ddim 2", 2), ("teacher", "dpm++ 2 @1.5", 4)]
     assert names == [("real", None, None), *teachers, ("student", "student", 4)]
     keys = {"model", "sampler", "nfe", "fid", "precision", "recall", "prompt_accuracy", "two_objects", "attributes"}
     keys |= {"images_per_second"} | ({"diversity"} if num_prompts == 10 else set())
@@ -138,7 +138,8 @@ def test_text_runs_are_judged_together(
     assert rows[0]["prompt_accuracy"] >= 0.98  # of drawn pictures
     assert rows[0]["two_objects"] >= 0.95
     assert all(row["prompt_accuracy"] <= 0.2 for row in rows[1:])  # of networks that have learned nothing
-    assert rows[0]["attributes"].keys() == set(ATTRIBUTES) - {"relation"}
+    assert rows[0]["attributes"]["prompt_accuracy"].keys() == set(ATTRIBUTES) - {"relation"}
+    assert rows[0]["attributes"]["two_objects"].keys() == set(ATTRIBUTES) - {"place"}
 
 
 def test_prompts_of_one_and_two_objects_alternate_as_in_the_training_pictures() -> None:

@@ -153,18 +153,19 @@ def test_a_slow_speed_keeps_its_digits(speed: float, text: str) -> None:
 def test_what_no_row_has_is_no_column() -> None:
     bare = Row("teacher", "ddim 50", 50, 0.5, 0.9, 0.8)
     assert columns([bare]) == ["model", "sampler", "nfe", "fid", "precision", "recall"]
-    told = replace(bare, prompt_accuracy=0.0, attributes={"shape": 0.5})
+    told = replace(bare, prompt_accuracy=0.0, attributes={"two_objects": {"shape": 0.5}})
     assert columns([bare, told]) == ["model", "sampler", "nfe", "fid", "precision", "recall", "prompt_accuracy"]
 
 
-def test_attributes_are_in_the_json_and_not_in_the_table(tmp_path: Path) -> None:
-    told = replace(STUDENT, prompt_accuracy=0.5, attributes={"shape": 0.25, "colour": 0.75})
+def test_attributes_are_in_the_json_and_in_a_table_of_their_own(tmp_path: Path) -> None:
+    told = replace(STUDENT, prompt_accuracy=0.5, attributes={"two_objects": {"shape": 0.25, "colour": 0.75}})
     write_json([REAL, told], tmp_path / "results.json")
     rows = json.loads((tmp_path / "results.json").read_text())
-    assert [row["attributes"] for row in rows] == [None, {"shape": 0.25, "colour": 0.75}]
+    assert [row["attributes"] for row in rows] == [None, {"two_objects": {"shape": 0.25, "colour": 0.75}}]
     page = page_of_rows(tmp_path / "page", [REAL, told])
     assert "attributes" not in page.rows[0]
-    assert "0.250" not in page.text
+    assert "two objects, attribute by attribute" in page.text
+    assert page.text.count("0.250") == page.text.count("0.750") == 1
 
 
 def page_of_rows(folder: Path, rows: list[Row]) -> Page:

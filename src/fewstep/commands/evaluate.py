@@ -43,6 +43,8 @@ def evaluate(
         if isinstance(model, LatentModel):
             model.prompts = judge.prompts
         for sampler in [default_sampler(model)] if model.timesteps or not asked else asked:
+            if sampler.guidance_scale != 1 and model.null_condition is None:
+                raise UserError(f"--sampler: {name} has no null class to guide with; leave out the @ and its scale")
             title = f"{name} {describe(sampler)}"
             with progress_bar(title, num_samples) as progress:
                 fakes = generate(model, sampler, range(num_samples), seed, report=lambda done: progress(done, {}))
