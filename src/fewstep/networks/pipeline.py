@@ -109,7 +109,7 @@ def _from_folder(folder: Path, part: str) -> nn.Module:
 def _from_file(path: Path, weights: Weights, config: Path, part: str) -> nn.Module:
     kind = library_class(WEIGHTED[part])
     settings = json.loads((config / part / "config.json").read_text())
-    model = kind.from_config(settings) if hasattr(kind, "from_config") else kind(kind.configlibrary_class(**settings))
+    model = kind.from_config(settings) if hasattr(kind, "from_config") else kind(kind.config_class(**settings))
     try:
         missing, _ = model.load_state_dict(convert(weights, part, model), strict=False)
     except RuntimeError as error:  # sizes, of which it would print every one
