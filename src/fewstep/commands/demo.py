@@ -44,6 +44,8 @@ class Job(NamedTuple):
     samplers: tuple[str, ...]
     data: DataSettings
     num_samples: int
+    speed_batch: int
+    """Images per batch where speed is measured."""
     autoencoder: str | None = None
     """Of text-to-image: trained first, with latents of `num_latents` pictures, which all others train on."""
     num_latents: int = 20_000
@@ -56,6 +58,7 @@ DIGITS = Job(
     samplers=("heun:18", "ddim:1", "ddim:2", "ddim:4", "ddim:8"),
     data=DataSettings(source="digits"),
     num_samples=5000,
+    speed_batch=250,
 )
 SHAPES = Job(
     title="fewstep demo: text to image, captioned shapes, 32×32",
@@ -68,6 +71,7 @@ SHAPES = Job(
     ),
     data=DataSettings(source="shapes"),
     num_samples=5120,  # 16 of each prompt
+    speed_batch=50,
     autoencoder="shapes-autoencoder",
 )
 LATENTS = "shapes-latents"
@@ -133,7 +137,7 @@ def judge_job(run: TaskRunner, job: Job, out: Path, num_samples: int) -> None:
             for part in ranges
         ]
     )
-    speeds = [images_per_second(models[name], sampler) for name, sampler in wanted]
+    speeds = [images_per_second(models[name], sampler, job.speed_batch) for name, sampler in wanted]
     rows: list[Row] = [judge.floor]
     grids = {"real": judge.real_grid}
     for index, ((name, sampler), speed) in enumerate(zip(wanted, speeds, strict=True)):
