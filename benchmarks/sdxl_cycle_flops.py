@@ -18,7 +18,6 @@ from fewstep.diffusion.denoiser import Condition, Denoiser
 from fewstep.diffusion.parameterizations import eps
 from fewstep.diffusion.schedules import VP
 from fewstep.networks.adapters import TextUNet
-from fewstep.networks.discriminator import Discriminator
 from fewstep.networks.roles import make_roles
 from fewstep.recipes.loading import load_recipe
 from fewstep.training.dmd2 import DMD2
@@ -77,7 +76,7 @@ def main() -> None:
     recipe = load_recipe(
         "sdxl-4step", ["batch_size=1", "student.timesteps=null"]
     )  # the same four, without a look at them
-    Discriminator.to = lambda self, device: self  # fake tensors can't be moved, and need not be
+    nn.Module.to = lambda self, *arguments: self  # fake tensors can't be moved, and need not be
     with FakeTensorMode(allow_non_fake_inputs=True), sdpa_kernel(SDPBackend.MATH):  # whose products are counted
         model = FakeSDXL()
         roles = make_roles(model, recipe.guidance_scale)
