@@ -82,11 +82,7 @@ def one_object_scenes() -> list[Scene]:
 def two_object_scenes(num: int) -> list[Scene]:
     """`num` scenes of two objects, of 20,736 that there are."""
     draws = random.Random(1)
-
-    def thing() -> Thing:
-        return Thing(draws.choice(SHAPES), draws.choice(list(COLOURS)), draws.choice([None, *SIZES]))
-
-    return [Scene((thing(), thing()), draws.choice(list(RELATIONS))) for _ in range(num)]
+    return [_draw_two(draws) for _ in range(num)]
 
 
 @lru_cache(maxsize=2**15)
@@ -113,11 +109,17 @@ def draw_scene(index: int, seed: int) -> Scene:
     """The scene of picture number `index` of a seed."""
     draws = random.Random(f"{seed}/{index}")
     if draws.random() >= TWO_OBJECT_SHARE:
-        thing = Thing(draws.choice(SHAPES), draws.choice(list(COLOURS)), draws.choice(list(SIZES)))
-        return Scene((thing,), draws.choice(list(PLACES)))
+        return Scene((_draw_thing(draws, [*SIZES]),), draws.choice(list(PLACES)))
+    return _draw_two(draws)
+
+
+def _draw_two(draws: random.Random) -> Scene:
     sizes = [None, *SIZES]
-    first, second = (Thing(draws.choice(SHAPES), draws.choice(list(COLOURS)), draws.choice(sizes)) for _ in range(2))
-    return Scene((first, second), draws.choice(list(RELATIONS)))
+    return Scene((_draw_thing(draws, sizes), _draw_thing(draws, sizes)), draws.choice(list(RELATIONS)))
+
+
+def _draw_thing(draws: random.Random, sizes: Sequence[str | None]) -> Thing:
+    return Thing(draws.choice(SHAPES), draws.choice(list(COLOURS)), draws.choice(sizes))
 
 
 def coverage(shape: str, x: Tensor, y: Tensor, scale: Tensor, angle: Tensor) -> Tensor:
