@@ -210,3 +210,14 @@ def test_what_does_not_fit_is_refused_in_one_line(run, workplace: Path, tmp_path
     (tmp_path / "pictures" / "metadata.csv").write_text("\n".join([*lines[:-2], "4.png,", "5.png,"]))
     refused(run(f"fewstep distill recipe.yaml --out {tmp_path}/x --set data.source={tmp_path}/pictures"), "2 of 12")
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        "student.backward_simulation=false --set gan.student_weight=0 --set gan.critic_weight=0",
+        "precision=bfloat16 --set evaluation.every=2 --set evaluation.num_samples=12",
+    ],
+)
+def test_what_needs_real_images_without_a_gan_or_judges_in_bfloat16_runs(run, settings: str, tmp_path: Path) -> None:
+    assert run(f"fewstep distill recipe.yaml --out {tmp_path}/run --set {settings}") == (0, "")

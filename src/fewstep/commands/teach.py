@@ -59,13 +59,14 @@ def _pixel_teacher(recipe: TeachRecipe, device: torch.device, run: Path) -> Job:
 def _text_teacher(recipe: TeachTextRecipe, device: torch.device, run: Path) -> Job:
     trained = finished_run(recipe.model.autoencoder, run.parent, "model.autoencoder")
     autoencoder = load_autoencoder(latest_model(trained))
-    captions = open_captioned(recipe.data, autoencoder).captions or []
+    images = open_captioned(recipe.data, autoencoder)
+    captions = images.captions or []
     torch.manual_seed(recipe.seed)
     model = LatentModel(build_pipeline(recipe.model, autoencoder.vae, captions[:VOCABULARY_CAPTIONS]))
     model.frozen = run / FROZEN
     model.to(device)
     method = TeacherTraining(recipe, model, recipe.num_steps, recipe.seed)
-    return method, text_batches(recipe, model, run.parent), make_evaluation(recipe, model, run)
+    return method, text_batches(recipe, model, run.parent, images), make_evaluation(recipe, model, run)
 
 
 def _autoencoder(recipe: AutoencoderRecipe, device: torch.device) -> Job:

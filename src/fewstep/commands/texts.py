@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fewstep.commands.runs import open_captioned
 from fewstep.data.embeddings import cached_embeddings
-from fewstep.data.images import batch_indices
+from fewstep.data.images import ImageSet, batch_indices
+from fewstep.data.latents import LatentSet
 from fewstep.data.prompts import load_prompts
 from fewstep.data.shards import Rows
 from fewstep.networks.latent_model import LatentModel
@@ -37,19 +38,24 @@ class Texts:
         return {"caption": [self.texts[index] for index in indices.tolist()]}
 
 
-def text_batches(recipe: DistillRecipe | TeachTextRecipe, model: LatentModel, runs: Path) -> Callable[[int], Batch]:
+def text_batches(
+    recipe: DistillRecipe | TeachTextRecipe, model: LatentModel, runs: Path, images: ImageSet | LatentSet | None = None
+) -> Callable[[int], Batch]:
     """The batch of every step: real data where they are trained on, and what fakes are drawn for.
 
-    Embeddings are kept in the recipe's folder, by default in `runs`, where the runs there share them.
+    `images` are the recipe's, where they are open already. Embeddings are kept in the recipe's folder, by default in
+    `runs`, where the runs there share them.
 
     Gives the model the prompts that its grids show. If every embedding is kept, the text encoders are left on the CPU,
     where only grids need them.
     """
     folder = Path(recipe.embeddings.folder or runs / "embeddings")
-    given = recipe.prompts if isinstance(recipe, DistillRecipe) else None
-    gan = not isinstance(recipe, DistillRecipe) or recipe.gan.student_weight > 0
+    given, real = None, True  # a teacher trains on real data
+    if isinstance(recipe, DistillRecipe):
+        given, real = recipe.prompts, recipe.gan.student_weight > 0 or not recipe.student.backward_simulation
     wanted = load_prompts(given.source, given.column) if given else []
-    images = open_captioned(recipe.data, model) if gan or not wanted else None
+    if images is None and (real or not wanted):
+        images = open_captioned(recipe.data, model)
     told = list(images.captions or []) if images else []
     model.prompts = (wanted or told)[:NUM_GRID_PROMPTS]
     captions, prompts = (
@@ -63,7 +69,7 @@ def text_batches(recipe: DistillRecipe | TeachTextRecipe, model: LatentModel, ru
         batch: Batch = {}
         if images and captions:
             indices = batch_indices(images.length, recipe.batch_size, step, recipe.seed)
-            batch = (images.batch(indices) if gan else {}) | captions.batch(indices)
+            batch = (images.batch(indices) if real else {}) | captions.batch(indices)
         if prompts:
             indices = batch_indices(len(wanted), recipe.batch_size, step, recipe.seed, purpose="prompts")
             batch["prompt"] = prompts.batch(indices)

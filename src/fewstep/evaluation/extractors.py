@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from fewstep.data.images import ImageSet, batch_indices
 from fewstep.errors import UserError
+from fewstep.networks.image_model import to_pixels
 from fewstep.seeding import generator
 
 CLASSIFIER_STEPS = 600
@@ -61,7 +62,8 @@ class AutoencoderExtractor:
         self.autoencoder = autoencoder
 
     def features(self, images: Tensor) -> Tensor:
-        means = self.autoencoder.encode(images.to(self.autoencoder.device).float() / 127.5 - 1).latent_dist.mode()
+        pixels = to_pixels(images.to(self.autoencoder.device)).to(self.autoencoder.dtype)
+        means = self.autoencoder.encode(pixels).latent_dist.mode()
         if means[0].numel() > self.MAX_FEATURES:
             raise UserError(
                 f"--features: the autoencoder's {means[0].numel():,} numbers per image are too many for a FID; give a "
@@ -91,7 +93,7 @@ class Classifier(nn.Module):
         self.head = nn.Linear(channels, num_classes)
 
     def features(self, images: Tensor) -> Tensor:
-        return self.body(images.float() / 127.5 - 1)
+        return self.body(to_pixels(images))
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, num_classes) of uint8 images (B, C, H, W)."""
