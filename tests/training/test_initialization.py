@@ -44,6 +44,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_the_name_of_a_recipe_is_its_run_beside_this_one(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "digits-4step").symlink_to(runs / "told")
+    saved = load_state(runs / "told" / "checkpoints" / "00000002")["method"]
+    method = start(fresh(runs / "teacher", "init_from=digits-4step@2"), tmp_path / "run", monkeypatch)
+    assert_equal(method.student, saved["student"])
+    with pytest.raises(UserError, match="digits-1step: no such run"):
+        start(fresh(runs / "teacher", "init_from=digits-1step@2"), tmp_path / "run", monkeypatch)
+
+
 def start(recipe, run: Path, monkeypatch: pytest.MonkeyPatch) -> DMD2:
     """The method of a run before its first step."""
     begun: list[DMD2] = []

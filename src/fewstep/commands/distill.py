@@ -15,6 +15,7 @@ from fewstep.networks.pixel_model import PixelModel
 from fewstep.networks.precision import DTYPES
 from fewstep.networks.pretrained import is_loadable
 from fewstep.networks.roles import Roles, make_roles
+from fewstep.recipes.loading import recipe_names
 from fewstep.recipes.schema import DistillRecipe
 from fewstep.runtime.checkpoint import checkpoints
 from fewstep.runtime.selection import find_checkpoint
@@ -37,7 +38,7 @@ def distill(recipe: DistillRecipe, run: Path, resume: bool = False, report: Repo
     num_stops = recipe.student.num_timesteps if recipe.critic.condition_on_stop else 0
     roles = make_roles(model, recipe.guidance_scale, recipe.gan.feature_layer, num_stops, dtype)
     if recipe.init_from and not checkpoints(run):  # a run that has begun goes on with its own weights
-        initialize(roles, recipe.init_from)
+        initialize(roles, recipe.init_from, run.parent)
     method = DMD2(recipe, model, roles, recipe.num_steps, recipe.batch_size, recipe.seed)
     if isinstance(model, LatentModel):
         model.frozen = run / FROZEN
@@ -55,10 +56,14 @@ def open_batches(recipe: DistillRecipe, model: PixelModel | LatentModel, runs: P
     return image_batches(open_images(recipe.data, model.config), recipe)
 
 
-def initialize(roles: Roles, source: str) -> None:
-    """Puts the weights of another distillation into student and critic; raises UserError if they don't fit."""
+def initialize(roles: Roles, source: str, runs: Path) -> None:
+    """Puts the weights of another distillation into student and critic; raises UserError if they don't fit.
+
+    The name of a recipe means its run in the folder `runs`.
+    """
+    by_name = source.partition("@")[0] in recipe_names() and not Path(source.partition("@")[0]).exists()
     try:
-        start_from(roles, find_checkpoint(source))
+        start_from(roles, find_checkpoint(str(runs / source) if by_name else source))
     except UserError as error:
         raise UserError(f"init_from: {error}") from error
 

@@ -103,7 +103,8 @@ class DistillRecipe(RunSettings, DMD2Settings):
     """A run folder, a model folder, or the name of a `teach` recipe, which is run first if its run does not exist."""
     init_from: str | None = None
     """A distillation whose student and critic this one starts from: RUN (its newest checkpoint), RUN@5000 (that step)
-    or RUN@best-fid (the best by a metric of its evaluation). Optimizers and discriminator start anew."""
+    or RUN@best-fid (the best by a metric of its evaluation). RUN is a folder, or the name of a recipe whose run lies
+    beside this one. Optimizers and discriminator start anew."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 computes every network in it but the discriminator: teacher, autoencoder and text encoders are held in
     it, student and critic keep float32 weights. There is no float16, in which EDM's training diverges (spec, 1.1)."""
