@@ -14,6 +14,8 @@ from PIL import Image
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from fewstep.cli import main
+from fewstep.commands import judges
+from fewstep.commands.runs import open_captioned_images
 from fewstep.commands.texts import open_texts
 from fewstep.data import latents as latents_module
 from fewstep.data.images import batch_indices
@@ -21,7 +23,7 @@ from fewstep.data.latents import load_latents
 from fewstep.networks.autoencoder import Autoencoder
 from fewstep.networks.latent_model import LatentModel
 from fewstep.networks.pretrained import load
-from fewstep.recipes.schema import EmbeddingSettings
+from fewstep.recipes.schema import DataSettings, EmbeddingSettings
 from fewstep.runtime.checkpoint import latest_model
 from fewstep.seeding import generator
 from fewstep.training.dmd2 import DMD2
@@ -177,6 +179,22 @@ def test_training_on_latents_encodes_nothing(
         assert batch["caption"] == wanted["caption"]
         assert torch.equal(batch["latent"], wanted["latent"])
     assert len(batches) == 4
+
+
+def test_latents_are_judged_by_the_very_images_that_they_were_made_of(
+    run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another column of captions, one image without one and one too small, as when they were encoded."""
+    monkeypatch.setattr(judges, "MIN_CAPTIONED", NUM - 2)
+    names = [line.partition(",")[0] for line in (place / "pictures" / "metadata.csv").read_text().splitlines()[1:]]
+    rows = [f"{name},{f'told {index}' if index < NUM - 1 else ''}" for index, name in enumerate(names)]
+    (place / "pictures" / "metadata.csv").write_text("\n".join(["file_name,words", *rows]))
+    Image.fromarray(pixels(1)[:8]).save(place / "pictures" / "1.png")
+    assert run(f"{LATENTS} latents --caption-column words --min-side 16")[0] == 0
+    prompts, images = judges._reference(open_captioned_images(DataSettings(source="latents"), 16), 100)
+    assert sorted(prompts) == ["told 0", "told 2", "told 3", "told 4"]
+    for prompt, image in zip(prompts, images, strict=True):
+        assert torch.equal(image, torch.from_numpy(pixels(int(prompt[-1]))).permute(2, 0, 1))
 
 
 def test_latents_that_do_not_fit_are_refused(run: Run, place: Path) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from fewstep.commands.runs import open_captioned_images, open_images
 from fewstep.data import shapes
-from fewstep.data.images import ImageSet
+from fewstep.data.images import ImageSet, Unusable
 from fewstep.errors import UserError
 from fewstep.evaluation import report
 from fewstep.evaluation.extractors import (
@@ -155,11 +156,16 @@ def _shapes_reference(num: int) -> tuple[list[str], Tensor]:
 
 
 def _reference(images: ImageSet, num_real: int) -> tuple[list[str], Tensor]:
-    """At most `num_real` of the images in random order, and their captions."""
-    if images.length < MIN_CAPTIONED:
-        raise UserError(f"data.source: has {images.length} images; judging needs at least {MIN_CAPTIONED}")
-    batch = images.batch(torch.randperm(images.length, generator=generator(0, "reference"))[:num_real])
-    return batch["caption"], batch["image"]
+    """At most `num_real` of the images in random order, and their captions; without what latents leave out too."""
+    found: list[dict[str, Any]] = []
+    for index in torch.randperm(images.length, generator=generator(0, "reference")):
+        if len(found) == num_real:
+            break
+        with suppress(Unusable):
+            found.append(images.batch(index[None]))
+    if len(found) < MIN_CAPTIONED:
+        raise UserError(f"data.source: has {len(found)} images; judging needs at least {MIN_CAPTIONED}")
+    return [batch["caption"][0] for batch in found], torch.cat([batch["image"] for batch in found])
 
 
 def open_classifier(images: ImageSet, config: PixelModelConfig, path: Path, report: Report | None = None) -> Classifier:

@@ -2,11 +2,13 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 
 from fewstep.data import shapes
+from fewstep.data.filters import Filter, load_filtered
 from fewstep.data.images import ImageSet, batch_indices, load_captioned, load_images
 from fewstep.data.latents import LatentSet, is_latents, load_latents, read_description
 from fewstep.errors import UserError
@@ -54,14 +56,21 @@ def open_captioned(data: DataSettings, model: LatentModel | Autoencoder) -> Imag
 
 
 def open_captioned_images(data: DataSettings, size: int) -> ImageSet:
-    """The recipe's images with captions; where it names latents, the images that those were made of."""
-    source = required_source(data)
+    """The recipe's images with captions; where it names latents, the images that those were made of.
+
+    Of these, what could not be read or was too small for the latents shows itself where it is fetched, by Unusable.
+    """
+    source, made = required_source(data), None
     if is_latents(Path(source)):
-        source = read_description(Path(source))["source"]
+        made = read_description(Path(source))
+        source = made["source"]
     if source == "shapes":
         if size != shapes.IMAGE_SIZE:
             raise UserError(f"data.source: the shapes have {shapes.IMAGE_SIZE} pixels, the model {size}")
         return shapes.shapes()
+    if made:
+        kept = Filter(**{field.name: made[field.name] for field in fields(Filter)})
+        return load_filtered(source, size, kept, made["image_column"], made["caption_column"], made["split"])[0]
     return load_captioned(source, size, data.image_column, data.caption_column, data.split)
 
 
