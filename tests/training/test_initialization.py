@@ -51,7 +51,7 @@ def test_the_name_of_a_recipe_is_its_run_beside_this_one(
     saved = load_state(runs / "told" / "checkpoints" / "00000002")["method"]
     method = start(fresh(runs / "teacher", "init_from=digits-4step@2"), tmp_path / "run", monkeypatch)
     assert_equal(method.student, saved["student"])
-    with pytest.raises(UserError, match="digits-1step: no such run"):
+    with pytest.raises(UserError, match="has no run digits-1step; make it first: fewstep distill digits-1step"):
         start(fresh(runs / "teacher", "init_from=digits-1step@2"), tmp_path / "run", monkeypatch)
 
 

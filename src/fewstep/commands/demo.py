@@ -6,6 +6,7 @@ Two processes share the work with one thread each; what has no company takes bot
 import signal
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from fewstep.commands.data import open_encoder
 from fewstep.commands.distill import distill
 from fewstep.commands.evaluate import make_judge, publish
-from fewstep.commands.judges import GRID_IMAGES, MAX_REAL, classifier_path, describe, open_classifier
+from fewstep.commands.judges import GRID_IMAGES, MAX_REAL, Judge, classifier_path, describe, open_classifier
 from fewstep.commands.runs import check_target, open_captioned_images, open_images, open_model
 from fewstep.commands.tasks import NUM_PROCESSES, Task, TaskRunner, task_runner
 from fewstep.commands.teach import teach
@@ -23,7 +24,6 @@ from fewstep.data.latents import write_latents
 from fewstep.errors import Interrupted
 from fewstep.evaluation.extractors import CLASSIFIER_STEPS
 from fewstep.evaluation.generation import Sampler, default_sampler, generate, images_per_second, parse_sampler
-from fewstep.evaluation.metrics import Row
 from fewstep.evaluation.report import sample_grid
 from fewstep.networks.latent_model import LatentModel
 from fewstep.recipes.loading import load_recipe
@@ -35,12 +35,20 @@ CHUNK = 640  # images per task of the evaluation
 Recipes = dict[str, AnyRecipe]
 
 
+class Source(NamedTuple):
+    """What the images of one row of the table are drawn from."""
+
+    name: str
+    sampler: Sampler
+
+
 class Job(NamedTuple):
     """What a demo does: a teacher, its students, how the teacher is sampled, and what is judged with."""
 
     title: str
     teacher: str
-    students: tuple[str, ...]
+    students: tuple[tuple[str, ...], ...]
+    """Those that are trained at the same time, and then those that start from them."""
     samplers: tuple[str, ...]
     data: DataSettings
     num_samples: int
@@ -54,7 +62,7 @@ class Job(NamedTuple):
 DIGITS = Job(
     title="fewstep demo: digits, 8×8",
     teacher="digits-teacher",
-    students=("digits-1step", "digits-4step"),
+    students=(("digits-1step", "digits-4step"),),
     samplers=("heun:18", "ddim:1", "ddim:2", "ddim:4", "ddim:8"),
     data=DataSettings(source="digits"),
     num_samples=5000,
@@ -63,7 +71,7 @@ DIGITS = Job(
 SHAPES = Job(
     title="fewstep demo: text to image, captioned shapes, 32×32",
     teacher="shapes-teacher",
-    students=("shapes-1step", "shapes-4step"),
+    students=(("shapes-1step",), ("shapes-4step",)),
     samplers=(
         *("ddim:50@1.5", "ddim:4@1.5"),  # 100 and 8 calls: guidance takes two
         *("ddim:1@1.5", "ddim:2@1.5", "dpm++:2@1.5", "unipc:2@1.5"),
@@ -92,13 +100,42 @@ def demo(job: Job, out: Path, resume: bool, overrides: Sequence[str], num_sample
         else:
             classifier = Task("classifier", CLASSIFIER_STEPS, _classify, (recipes[job.teacher], out))
             run([classifier, training(out, job.teacher, recipes, threads=NUM_PROCESSES)])
-        run([training(out, name, recipes) for name in job.students])
-        judge_job(run, job, out, num_samples or job.num_samples)
+        torch.set_num_threads(1)
+        num = num_samples or job.num_samples
+        judge = make_judge(job.data, open_model(out / job.teacher), None, out, num, MAX_REAL)
+        images = train_students(run, job, out, recipes, judge.prompts, num)
+    judge_job(job, out, judge, images)
+
+
+def train_students(
+    run: TaskRunner, job: Job, out: Path, recipes: Recipes, prompts: list[str], num: int
+) -> dict[Source, Tensor]:
+    """Trains the students of a job and draws `num` images of every row of its table, the teacher's meanwhile."""
+    ranges = [range(start, min(start + CHUNK, num)) for start in range(0, num, CHUNK)]
+    sources = [Source(job.teacher, parse_sampler(text)) for text in job.samplers]
+
+    def drawing(sources: Sequence[Source]) -> list[Task]:
+        return [
+            Task("draw images", len(part), _generate, (out / name, sampler, part, prompts))
+            for name, sampler in sources
+            for part in ranges
+        ]
+
+    first, *later = [[training(out, name, recipes) for name in group] for group in job.students]
+    drawn = run([*first, *drawing(sources)])[len(first) :]
+    for group in later:
+        run([task._replace(threads=NUM_PROCESSES // len(group)) for task in group])
+    students = [Source(name, default_sampler(open_model(out / name))) for group in job.students for name in group]
+    drawn += run(drawing(students))
+    return {
+        source: torch.cat(drawn[index * len(ranges) : (index + 1) * len(ranges)])
+        for index, source in enumerate([*sources, *students])
+    }
 
 
 def demo_recipes(job: Job, out: Path, overrides: Sequence[str]) -> Recipes:
     """The recipes of a demo, with the same overrides, but `model.` for the teacher alone; they build on each other."""
-    names = (*([job.autoencoder] if job.autoencoder else []), job.teacher, *job.students)
+    names = (*([job.autoencoder] if job.autoencoder else []), job.teacher, *chain(*job.students))
     latents = out / LATENTS if job.autoencoder else job.data.source
     built_on = {
         "teach": [f"data.source={job.data.source}"],
@@ -119,30 +156,12 @@ def training(out: Path, name: str, recipes: Recipes, threads: int = 1) -> Task:
     return Task(name, recipes[name].num_steps, _train, (recipes[name], out / name), threads)
 
 
-def judge_job(run: TaskRunner, job: Job, out: Path, num_samples: int) -> None:
-    """Judges the runs of a job and publishes table and page.
-
-    Images come from the workers, speeds from this process alone.
-    """
-    torch.set_num_threads(1)
-    models = {name: open_model(out / name) for name in (job.teacher, *job.students)}
-    judge = make_judge(job.data, models[job.teacher], None, out, num_samples, MAX_REAL)
-    wanted = [(job.teacher, parse_sampler(text)) for text in job.samplers]
-    wanted += [(name, default_sampler(models[name])) for name in job.students]
-    ranges = [range(start, min(start + CHUNK, num_samples)) for start in range(0, num_samples, CHUNK)]
-    drawn = run(
-        [
-            Task("draw images", len(part), _generate, (out / name, sampler, part, judge.prompts))
-            for name, sampler in wanted
-            for part in ranges
-        ]
-    )
-    speeds = [images_per_second(models[name], sampler, job.speed_batch) for name, sampler in wanted]
-    rows: list[Row] = [judge.floor]
-    grids = {"real": judge.real_grid}
-    for index, ((name, sampler), speed) in enumerate(zip(wanted, speeds, strict=True)):
-        fakes = torch.cat(drawn[index * len(ranges) : (index + 1) * len(ranges)])
-        rows.append(judge.row(name, sampler, fakes, speed))
+def judge_job(job: Job, out: Path, judge: Judge, images: dict[Source, Tensor]) -> None:
+    """Judges the images of a job, measures speeds on the now quiet machine, and publishes table and page."""
+    models = {source.name: open_model(out / source.name) for source in images}
+    rows, grids = [judge.floor], {"real": judge.real_grid}
+    for (name, sampler), fakes in images.items():
+        rows.append(judge.row(name, sampler, fakes, images_per_second(models[name], sampler, job.speed_batch)))
         grids[f"{name}, {describe(sampler)} (nfe {sampler.nfe})"] = sample_grid(fakes[:GRID_IMAGES])
     curves = {name: read_metrics(out / name / METRICS) for name in models}
     publish(rows, grids, curves, out, job.title, judge)

@@ -61,9 +61,13 @@ def initialize(roles: Roles, source: str, runs: Path) -> None:
 
     The name of a recipe means its run in the folder `runs`.
     """
-    by_name = source.partition("@")[0] in recipe_names() and not Path(source.partition("@")[0]).exists()
+    name = source.partition("@")[0]
+    if name in recipe_names() and not Path(name).exists():
+        if not (runs / name).exists():
+            raise UserError(f"init_from: {runs} has no run {name}; make it first: fewstep distill {name}")
+        source = str(runs / source)
     try:
-        start_from(roles, find_checkpoint(str(runs / source) if by_name else source))
+        start_from(roles, find_checkpoint(source))
     except UserError as error:
         raise UserError(f"init_from: {error}") from error
 
