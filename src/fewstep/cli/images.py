@@ -1,5 +1,6 @@
 """sample, evaluate: what looks at models."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -7,35 +8,79 @@ import typer
 
 from fewstep.cli.app import Device, Seed, app
 
+Singles = Annotated[bool, typer.Option(help="Write single images, too: into the folder of the grid's name, less .png.")]
+Num = Annotated[
+    int | None,
+    typer.Option(min=1, help="Number of images.", show_default="40; of text 4, or one per prompt if there are more"),
+]
+Class = Annotated[
+    int | None, typer.Option("--class", "--label", help="Class; by default all in turn.", show_default=False)
+]
+Prompt = Annotated[
+    list[str] | None, typer.Option(help="For text-to-image models; repeatable, taken in turn.", show_default=False)
+]
+Prompts = Annotated[str | None, typer.Option(help="Prompts: a .txt, .csv, .tsv or .parquet file.", show_default=False)]
+Steps = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=1000,
+        help="A teacher's sampler steps. A student of several, evenly spaced steps can take another number, too, "
+        "which it was not trained for.",
+        show_default=False,
+    ),
+]
+TeacherSampler = Annotated[
+    str | None,
+    typer.Option(
+        help="For a teacher: heun:18, ddim:50, dpm++:8, unipc:8; with --steps the name alone.",
+        show_default="heun:18; ddim:50 for text-to-image",
+    ),
+]
+Compare = Annotated[
+    str | None,
+    typer.Option(
+        metavar="OTHER",
+        help="A second model, on the same noise, in every other column. --steps is the first one's; --sampler and "
+        "--guidance are for those that are teachers.",
+        show_default=False,
+    ),
+]
+Config = Annotated[
+    str | None, typer.Option(help="For a single file: a diffusers folder of its family.", show_default=False)
+]
+PredictionType = Annotated[
+    str | None, typer.Option(help="epsilon or v_prediction, where the model says it wrongly.", show_default=False)
+]
 
-@app.command(epilog="Example: fewstep sample runs/digits-1step --label 3 --out threes.png")
+
+@app.command(epilog="Example: fewstep sample runs/digits-1step --class 3 --compare runs/digits-teacher")
 def sample(
     path: Annotated[str, typer.Argument(help="Run folder, model folder, .safetensors file or hub id.")],
-    out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("samples.png"),
-    num: Annotated[int, typer.Option(min=1, help="Number of images.")] = 40,
+    out: Annotated[Path, typer.Option(help="Grid to write, a PNG file.")] = Path("samples.png"),
+    singles: Singles = True,
+    num: Num = None,
     seed: Seed = 0,
-    label: Annotated[int | None, typer.Option(help="Class; by default all in turn.", show_default=False)] = None,
-    prompt: Annotated[str | None, typer.Option(help="For text-to-image models.", show_default=False)] = None,
-    sampler: Annotated[
-        str | None,
-        typer.Option(
-            help="For a teacher: heun:18, ddim:50, dpm++:8, unipc:8.", show_default="heun:18; ddim:50 for text-to-image"
-        ),
-    ] = None,
+    label: Class = None,
+    prompt: Prompt = None,
+    prompts: Prompts = None,
+    steps: Steps = None,
+    sampler: TeacherSampler = None,
     guidance: Annotated[float, typer.Option(min=1, help="For a teacher: guidance scale, 1 is none.")] = 1.0,
+    compare: Compare = None,
     device: Device = "auto",
-    config: Annotated[
-        str | None, typer.Option(help="For a single file: a diffusers folder of its family.", show_default=False)
-    ] = None,
-    prediction_type: Annotated[
-        str | None, typer.Option(help="epsilon or v_prediction, where the model says it wrongly.", show_default=False)
-    ] = None,
+    config: Config = None,
+    prediction_type: PredictionType = None,
 ) -> None:
-    """Draw a grid of images from a run."""
-    from fewstep.commands.sample import sample
+    """Draw images from a model, or from two on the same noise."""
+    from fewstep.commands.sample import Order, sample
 
-    sample(path, out, num, seed, label, prompt, sampler, guidance, device, config, prediction_type)
-    typer.echo(f"wrote {out}")
+    order = Order(
+        path, out, num, seed, label, tuple(prompt or ()), prompts, steps, sampler, guidance, compare, singles, device
+    )
+    order = replace(order, config=config, prediction_type=prediction_type)
+    drawn = sample(order)
+    typer.echo(f"wrote {out}" + (f" and its {drawn} images to {order.folder}" if singles else ""))
 
 
 @app.command(epilog="Example: fewstep evaluate runs/digits-teacher runs/digits-1step")
