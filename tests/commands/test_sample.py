@@ -171,7 +171,7 @@ def test_fingerprints_tell_models_apart_by_any_weight(command: Command, models: 
     model, found = load(models / "one"), []
     for name in ("same", "other"):
         model.save(tmp_path / name)
-        assert command(f"{tmp_path}/{name} --num 1 --no-singles") == (0, "")
+        assert command(f"{tmp_path}/{name} --num 1 --grid-only") == (0, "")
         found.append(settings(tmp_path / "samples.png")["models"][0]["fingerprint"])
         model.unet.mid_block.resnets[0].conv1.weight.data[0, 0, 0, 0] += 1
     assert found[0] != found[1]
@@ -296,6 +296,8 @@ def test_one_model_is_on_the_device_at_a_time(
         ("@teacher --steps 4 --sampler ddim:4", ["--steps 4", "says its steps already"]),
         ("@teacher --sampler ddim", ["sampler 'ddim'", "for example heun:18"]),
         ("@teacher --sampler fast --steps 4", ["sampler 'fast:4'", "for example heun:18"]),
+        ("@four --steps 1001", ["--steps 1001", "1000 noise levels"]),
+        ("@text --prompt cat --sampler dpm++:1001", ["--steps 1001", "1000 noise levels"]),
         ("@teacher --class 3", ["--class 3", "3 classes"]),
         ("@teacher --prompt cat", ["--prompt", "--class"]),
         ("@text", ["--prompt"]),
@@ -310,7 +312,7 @@ def test_one_model_is_on_the_device_at_a_time(
         ("@teacher --config @text", ["only a single .safetensors file"]),
         ("@teacher --out x", ["--out x", ".png"]),
         ("@teacher --out folder", ["--out folder", "is a folder"]),
-        ("@teacher --out folder.png", ["--out folder.png", "holds other things (notes.txt)", "--no-singles"]),
+        ("@teacher --out folder.png", ["--out folder.png", "holds other things (notes.txt)", "--grid-only"]),
         ("@teacher --out numbers.png", ["--out numbers.png", "holds other things (00000.png)"]),
         ("@teacher --out file.png", ["--out file.png", "a file"]),
     ],
@@ -337,7 +339,7 @@ def test_pictures_of_the_last_time_make_room_and_others_stay(command: Command, t
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == names
     Image.new("L", (8, 8)).save(tmp_path / "samples" / "00009.png")
     assert command("@one --num 2")[0] == 2
-    assert command("@one --num 2 --no-singles") == (0, "")
+    assert command("@one --num 2 --grid-only") == (0, "")
     assert len(list((tmp_path / "samples").iterdir())) == 5
 
 

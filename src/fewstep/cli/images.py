@@ -1,6 +1,5 @@
 """sample, evaluate: what looks at models."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -8,79 +7,77 @@ import typer
 
 from fewstep.cli.app import Device, Seed, app
 
-Singles = Annotated[bool, typer.Option(help="Write single images, too: into the folder of the grid's name, less .png.")]
-Num = Annotated[
-    int | None,
-    typer.Option(min=1, help="Number of images.", show_default="40; of text 4, or one per prompt if there are more"),
-]
 Class = Annotated[
-    int | None, typer.Option("--class", "--label", help="Class; by default all in turn.", show_default=False)
+    int | None,
+    typer.Option("--class", "--label", metavar="N", help="Class; by default all in turn.", show_default=False),
 ]
 Prompt = Annotated[
-    list[str] | None, typer.Option(help="For text-to-image models; repeatable, taken in turn.", show_default=False)
+    list[str] | None, typer.Option(metavar="TEXT", help="For text-to-image; repeatable.", show_default=False)
 ]
-Prompts = Annotated[str | None, typer.Option(help="Prompts: a .txt, .csv, .tsv or .parquet file.", show_default=False)]
+Prompts = Annotated[
+    str | None, typer.Option(metavar="FILE", help="Prompts: .txt, .csv, .tsv or .parquet.", show_default=False)
+]
 Steps = Annotated[
     int | None,
     typer.Option(
+        metavar="N",
         min=1,
-        max=1000,
-        help="A teacher's sampler steps. A student of several, evenly spaced steps can take another number, too, "
-        "which it was not trained for.",
+        help="Instead of the sampler's own, or of those of a student whose several steps are evenly spaced.",
         show_default=False,
     ),
 ]
 TeacherSampler = Annotated[
     str | None,
     typer.Option(
-        help="For a teacher: heun:18, ddim:50, dpm++:8, unipc:8; with --steps the name alone.",
-        show_default="heun:18; ddim:50 for text-to-image",
+        metavar="KIND:N",
+        help="Of a teacher: heun, ddim, dpm++ or unipc.",
+        show_default="heun:18; ddim:50 for text",
     ),
 ]
 Compare = Annotated[
     str | None,
-    typer.Option(
-        metavar="OTHER",
-        help="A second model, on the same noise, in every other column. --steps is the first one's; --sampler and "
-        "--guidance are for those that are teachers.",
-        show_default=False,
-    ),
+    typer.Option(metavar="OTHER", help="A second model, on the same noise, in every other column.", show_default=False),
 ]
 Config = Annotated[
-    str | None, typer.Option(help="For a single file: a diffusers folder of its family.", show_default=False)
+    str | None,
+    typer.Option(metavar="DIR", help="Of a file: diffusers folder of its family.", show_default=False),
 ]
 PredictionType = Annotated[
-    str | None, typer.Option(help="epsilon or v_prediction, where the model says it wrongly.", show_default=False)
+    str | None,
+    typer.Option(metavar="TYPE", help="epsilon or v_prediction, if the model is wrong.", show_default=False),
 ]
 
 
-@app.command(epilog="Example: fewstep sample runs/digits-1step --class 3 --compare runs/digits-teacher")
+@app.command(epilog="Example: fewstep sample runs/digits-1step --compare runs/digits-teacher")
 def sample(
     path: Annotated[str, typer.Argument(help="Run folder, model folder, .safetensors file or hub id.")],
-    out: Annotated[Path, typer.Option(help="Grid to write, a PNG file.")] = Path("samples.png"),
-    singles: Singles = True,
-    num: Num = None,
-    seed: Seed = 0,
+    out: Annotated[Path, typer.Option(metavar="PNG", help="Grid to write.")] = Path("samples.png"),
+    grid_only: Annotated[bool, typer.Option("--grid-only", help="Without the folder of single images.")] = False,
+    num: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Images.", show_default="40; of text 4, or one per prompt")
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Image i is a function of it and i.")] = 0,
     label: Class = None,
     prompt: Prompt = None,
     prompts: Prompts = None,
     steps: Steps = None,
     sampler: TeacherSampler = None,
-    guidance: Annotated[float, typer.Option(min=1, help="For a teacher: guidance scale, 1 is none.")] = 1.0,
+    guidance: Annotated[float, typer.Option(metavar="S", min=1, help="Of a teacher; 1 is none.")] = 1.0,
     compare: Compare = None,
     device: Device = "auto",
     config: Config = None,
     prediction_type: PredictionType = None,
 ) -> None:
-    """Draw images from a model, or from two on the same noise."""
+    """Draw images from a model, or from two on the same noise.
+
+    Of two, --steps is for the first, --sampler and --guidance for teachers.
+    """
     from fewstep.commands.sample import Order, sample
 
-    order = Order(
-        path, out, num, seed, label, tuple(prompt or ()), prompts, steps, sampler, guidance, compare, singles, device
-    )
-    order = replace(order, config=config, prediction_type=prediction_type)
+    asked = (path, out, num, seed, label, tuple(prompt or ()), prompts, steps, sampler, guidance, compare)
+    order = Order(*asked, not grid_only, device, config, prediction_type)
     drawn = sample(order)
-    typer.echo(f"wrote {out}" + (f" and its {drawn} images to {order.folder}" if singles else ""))
+    typer.echo(f"wrote {out}" + ("" if grid_only else f" and its {drawn} images to {order.folder}"))
 
 
 @app.command(epilog="Example: fewstep evaluate runs/digits-teacher runs/digits-1step")

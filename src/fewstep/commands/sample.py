@@ -100,7 +100,7 @@ def check_out(order: Order) -> None:
         if foreign:
             raise UserError(
                 f"--out {out}: single images would go to {folder}, which holds other things ({foreign[0]}); "
-                "choose another name, or --no-singles"
+                "choose another name, or --grid-only"
             )
 
 
@@ -175,6 +175,8 @@ def choose_samplers(models: list[Model], order: Order) -> list[Sampler]:
             named, guidance_scale = order.sampler, order.guidance_scale
         bare = named is not None and ":" not in named
         samplers.append(choose_sampler(model, named, guidance_scale, order.steps if bare or not number else None))
+        if samplers[-1].num_steps > (most := len(model.denoiser.schedule.levels)):
+            raise UserError(f"--steps {samplers[-1].num_steps}: the model has {most} noise levels; take no more steps")
     return samplers
 
 
