@@ -242,12 +242,12 @@ def test_each_of_two_models_draws_what_it_draws_alone(
 
 
 def test_the_columns_of_two_models_are_named(command: Command, tmp_path: Path) -> None:
-    assert command("@four --compare @teacher --sampler ddim:2 --num 2") == (0, "")
+    assert command("@four --compare @teacher --sampler ddim:2@3 --num 2") == (0, "")
     whole = settings(tmp_path / "samples.png")
-    assert whole["columns"] == ["four", "teacher", "four", "teacher"]
+    assert whole["columns"] == ["four student:4", "teacher ddim:2@3"] * 2
     assert [facts["sampler"] for facts in whole["models"]] == ["student", "ddim"]
     _, shown = parameters(tmp_path / "samples.png")
-    assert shown["Columns"] == "four | teacher | four | teacher"
+    assert shown["Columns"] == '"four student:4 | teacher ddim:2@3 | four student:4 | teacher ddim:2@3"'
     assert settings(tmp_path / "samples" / "00001-2.png")["model"] == "teacher"
 
 

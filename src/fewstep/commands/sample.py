@@ -269,7 +269,7 @@ def single_text(painter: Painter, order: Order, index: int) -> dict[str, str]:
 
 def grid_text(facts: list[dict[str, Any]], order: Order, num: int, columns: int, prompts: list[str]) -> dict[str, str]:
     """The text chunks of the grid; of two models it names the one that each column shows."""
-    names = [facts[column % len(facts)]["model"] for column in range(columns)]
+    names = [column_title(facts[column % len(facts)]) for column in range(columns)]
     settings = {"models": facts, "prompts": prompts, "class": order.label, "seed": order.seed, "num": num}
     title = "; ".join(prompts) or ("" if order.label is None else f"class {order.label}")
     fields = usual_fields(facts[0], order.seed) | ({"Columns": " | ".join(names)} if order.compare else {})
@@ -277,6 +277,12 @@ def grid_text(facts: list[dict[str, Any]], order: Order, num: int, columns: int,
         "parameters": parameters_text(title, fields),
         CHUNK: json.dumps(settings | {"columns": names, "version": fewstep.__version__}),
     }
+
+
+def column_title(facts: dict[str, Any]) -> str:
+    """A model and its sampler, as `--sampler` writes it."""
+    guided = f"@{facts['guidance_scale']:g}" if facts["guidance_scale"] != 1 else ""
+    return f"{facts['model']} {facts['sampler']}:{facts['num_steps']}{guided}"
 
 
 def usual_fields(facts: dict[str, Any], seed: int) -> dict[str, Any]:
