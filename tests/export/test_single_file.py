@@ -31,6 +31,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from fewstep.errors import UserError
 from fewstep.export.single_file import original_weights, write_single_file
+from fewstep.networks.latent_config import AutoencoderConfig, TextModelConfig, build_autoencoder, build_pipeline
 from fewstep.networks.latent_model import LatentModel
 from fewstep.networks.pretrained import load
 from single_files import original_weights as other_weights
@@ -369,3 +370,25 @@ def test_the_released_models_have_their_published_names_shapes_and_counts(family
     assert (CHECKPOINT_KEY_NAMES["v1"] in weights) == (family != "xl_base")
     copied = sum(tensor.numel() for name, tensor in weights.items() if ".in_proj_" in name)
     assert copied <= 0.1 * sum(tensor.numel() for tensor in weights.values())
+
+
+@pytest.mark.parametrize("architecture", ["sd", "sdxl"])
+def test_a_model_of_our_own_sizes_comes_back(tmp_path: Path, architecture: str) -> None:
+    """Three levels of two layers with several transformer blocks, an autoencoder without attention, v-prediction."""
+    sizes = {"block_out_channels": [16, 16, 32], "layers_per_block": 2, "norm_num_groups": 8}
+    autoencoder = build_autoencoder(AutoencoderConfig(**sizes))
+    config = TextModelConfig(
+        architecture=architecture,
+        **sizes,
+        transformer_layers=2,
+        attention_head_dim=8,
+        text_width=16,
+        prediction_type="v_prediction",
+    )
+    model = LatentModel(build_pipeline(config, autoencoder, ["a red circle", "a cat"]), [999.0])
+    model.save(tmp_path / "folder")
+    write_single_file(model, tmp_path / "x.safetensors", {}, torch.float32)
+    again = load(tmp_path / "x.safetensors", tmp_path / "folder")
+    for part in ("unet", "vae", *(name for name in model.pipeline.components if name.startswith("text_encoder"))):
+        equal(again.pipeline.components[part].state_dict(), model.pipeline.components[part].state_dict())
+    assert again.denoiser.parameterization is model.denoiser.parameterization
