@@ -343,6 +343,19 @@ def test_pictures_of_the_last_time_make_room_and_others_stay(command: Command, t
     assert len(list((tmp_path / "samples").iterdir())) == 5
 
 
+def test_what_comes_into_the_folder_meanwhile_stays(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(*rest: object) -> Tensor:
+        (tmp_path / "samples").mkdir()
+        (tmp_path / "samples" / "notes.txt").write_text("precious")
+        return torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
+
+    monkeypatch.setattr("fewstep.commands.sample.generate", slow)
+    assert command("@one --num 1") == (0, "")
+    assert {path.name for path in (tmp_path / "samples").iterdir()} == {"00000.png", "notes.txt"}
+
+
 def test_ctrl_c_leaves_whole_pictures(
     command: Command, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -82,7 +82,7 @@ def sample(order: Order) -> int:
     save_png(grid(torch.stack(images, dim=1).flatten(0, 1), columns), order.out, text)
     if order.singles:
         new = {single_path(order, number, index) for number in (1, 2) for index in range(num)}
-        for earlier in set(order.folder.iterdir()) - new:
+        for earlier in filter(is_single, set(order.folder.iterdir()) - new):
             earlier.unlink()
     return num * len(painters)
 
