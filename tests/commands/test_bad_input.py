@@ -436,7 +436,7 @@ def test_a_student_takes_no_sampler(refused: Refused) -> None:
 
 @pytest.mark.parametrize("label", [10, -1])
 def test_a_label_out_of_range_is_refused(refused: Refused, label: int) -> None:
-    refused(f"sample student --label {label}", f"--label {label}: the model has 10 classes, counted from 0")
+    refused(f"sample student --label {label}", f"--class {label}: the model has 10 classes, counted from 0")
 
 
 @pytest.mark.parametrize("command", ["sample student", "evaluate student"])

@@ -191,7 +191,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(run, tmp_path: Path) -> None:
 
 def test_what_does_not_fit_is_refused_in_one_line(run, workplace: Path, tmp_path: Path) -> None:
     refused(run("fewstep sample teacher"), "--prompt")
-    refused(run("fewstep sample teacher --prompt x --label 3"), "no --label")
+    refused(run("fewstep sample teacher --prompt x --label 3"), "no --class")
     refused(run(f"fewstep distill recipe.yaml --out {tmp_path}/x --set data.caption_column=words"), "caption_column")
     refused(run(f"fewstep distill recipe.yaml --out {tmp_path}/x --set student.timesteps=[999,0.5]"), "integers")
     index = json.loads((workplace / "teacher" / "model_index.json").read_text())

@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from fewstep.data.pictures import grid, png_bytes, save_png
+from fewstep.errors import UserError
 
 
 def numbered(num: int, channels: int, height: int, width: int) -> Tensor:
@@ -60,9 +61,10 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
         raise OSError("disk full")
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match=r"grid\.png: can't be written .*disk full"):
         save_png(grid(numbered(2, 1, 8, 8), columns=1), path)
     assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_png_bytes_are_a_png_file() -> None:

@@ -7,35 +7,77 @@ import typer
 
 from fewstep.cli.app import Device, Seed, app
 
+Class = Annotated[
+    int | None,
+    typer.Option("--class", "--label", metavar="N", help="Class; by default all in turn.", show_default=False),
+]
+Prompt = Annotated[
+    list[str] | None, typer.Option(metavar="TEXT", help="For text-to-image; repeatable.", show_default=False)
+]
+Prompts = Annotated[
+    str | None, typer.Option(metavar="FILE", help="Prompts: .txt, .csv, .tsv or .parquet.", show_default=False)
+]
+Steps = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        min=1,
+        help="Instead of the sampler's own, or of those of a student whose several steps are evenly spaced.",
+        show_default=False,
+    ),
+]
+TeacherSampler = Annotated[
+    str | None,
+    typer.Option(
+        metavar="KIND:N",
+        help="Of a teacher: heun, ddim, dpm++ or unipc.",
+        show_default="heun:18; ddim:50 for text",
+    ),
+]
+Compare = Annotated[
+    str | None,
+    typer.Option(metavar="OTHER", help="A second model, on the same noise, in every other column.", show_default=False),
+]
+Config = Annotated[
+    str | None,
+    typer.Option(metavar="DIR", help="Of a file: diffusers folder of its family.", show_default=False),
+]
+PredictionType = Annotated[
+    str | None,
+    typer.Option(metavar="TYPE", help="epsilon or v_prediction, if the model is wrong.", show_default=False),
+]
 
-@app.command(epilog="Example: fewstep sample runs/digits-1step --label 3 --out threes.png")
+
+@app.command(epilog="Example: fewstep sample runs/digits-1step --compare runs/digits-teacher")
 def sample(
     path: Annotated[str, typer.Argument(help="Run folder, model folder, .safetensors file or hub id.")],
-    out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("samples.png"),
-    num: Annotated[int, typer.Option(min=1, help="Number of images.")] = 40,
-    seed: Seed = 0,
-    label: Annotated[int | None, typer.Option(help="Class; by default all in turn.", show_default=False)] = None,
-    prompt: Annotated[str | None, typer.Option(help="For text-to-image models.", show_default=False)] = None,
-    sampler: Annotated[
-        str | None,
-        typer.Option(
-            help="For a teacher: heun:18, ddim:50, dpm++:8, unipc:8.", show_default="heun:18; ddim:50 for text-to-image"
-        ),
+    out: Annotated[Path, typer.Option(metavar="PNG", help="Grid to write.")] = Path("samples.png"),
+    grid_only: Annotated[bool, typer.Option("--grid-only", help="Without the folder of single images.")] = False,
+    num: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Images.", show_default="40; of text 4, or one per prompt")
     ] = None,
-    guidance: Annotated[float, typer.Option(min=1, help="For a teacher: guidance scale, 1 is none.")] = 1.0,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Image i is a function of it and i.")] = 0,
+    label: Class = None,
+    prompt: Prompt = None,
+    prompts: Prompts = None,
+    steps: Steps = None,
+    sampler: TeacherSampler = None,
+    guidance: Annotated[float, typer.Option(metavar="S", min=1, help="Of a teacher; 1 is none.")] = 1.0,
+    compare: Compare = None,
     device: Device = "auto",
-    config: Annotated[
-        str | None, typer.Option(help="For a single file: a diffusers folder of its family.", show_default=False)
-    ] = None,
-    prediction_type: Annotated[
-        str | None, typer.Option(help="epsilon or v_prediction, where the model says it wrongly.", show_default=False)
-    ] = None,
+    config: Config = None,
+    prediction_type: PredictionType = None,
 ) -> None:
-    """Draw a grid of images from a run."""
-    from fewstep.commands.sample import sample
+    """Draw images from a model, or from two on the same noise.
 
-    sample(path, out, num, seed, label, prompt, sampler, guidance, device, config, prediction_type)
-    typer.echo(f"wrote {out}")
+    Of two, --steps is for the first, --sampler and --guidance for teachers.
+    """
+    from fewstep.commands.sample import Order, sample
+
+    asked = (path, out, num, seed, label, tuple(prompt or ()), prompts, steps, sampler, guidance, compare)
+    order = Order(*asked, not grid_only, device, config, prediction_type)
+    drawn = sample(order)
+    typer.echo(f"wrote {out}" + ("" if grid_only else f" and its {drawn} images to {order.folder}"))
 
 
 @app.command(epilog="Example: fewstep evaluate runs/digits-teacher runs/digits-1step")

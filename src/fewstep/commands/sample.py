@@ -1,63 +1,297 @@
-"""`fewstep sample`: a grid of images from a run or a model folder."""
+"""`fewstep sample`: a grid and single images of a run, a folder, a file or a hub model, or of two side by side."""
 
-from dataclasses import replace
+import json
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import torch
+from torch import Tensor
+
+import fewstep
 from fewstep.commands.runs import check_writable, open_model, pick_device
-from fewstep.data.pictures import grid, save_png
+from fewstep.data.pictures import grid, parameters_text, read_text, save_png, to_picture
+from fewstep.data.prompts import load_prompts
 from fewstep.errors import UserError
 from fewstep.evaluation.generation import Sampler, default_sampler, generate, parse_sampler
-from fewstep.networks.image_model import ImageModel
+from fewstep.networks.fingerprint import fingerprint
+from fewstep.networks.hub import is_hub_id
 from fewstep.networks.latent_model import LatentModel
 from fewstep.networks.pixel_model import PixelModel
+from fewstep.networks.pretrained import SUFFIX
+from fewstep.runtime.tracking import progress_bar
+
+COLUMNS = 10
+CHUNK = "fewstep"  # the PNG text chunk with all settings as JSON
+SINGLE = re.compile(r"\d{5,}(-[12])?\.png")
+SAMPLER_NAMES = {"student": "LCM", "ddim": "DDIM", "heun": "Heun", "dpm++": "DPM++ 2M", "unipc": "UniPC"}  # of A1111
+Model = PixelModel | LatentModel
 
 
-def sample(
-    path: str,
-    out: Path,
-    num: int,
-    seed: int,
-    label: int | None,
-    prompt: str | None,
-    sampler: str | None,
-    guidance_scale: float,
-    device: str,
-    config: str | None = None,
-    prediction_type: str | None = None,
-) -> None:
-    """Writes `num` images of `path`'s model as one PNG grid to `out`."""
+@dataclass(frozen=True)
+class Order:
+    """What is to be drawn: the options of the verb."""
+
+    path: str
+    out: Path
+    num: int | None = None
+    seed: int = 0
+    label: int | None = None
+    prompts: tuple[str, ...] = ()
+    prompts_file: str | None = None
+    steps: int | None = None
+    sampler: str | None = None
+    guidance_scale: float = 1.0
+    compare: str | None = None
+    singles: bool = True
+    device: str = "auto"
+    config: str | None = None
+    prediction_type: str | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Of the single images."""
+        return self.out.with_suffix("")
+
+
+@dataclass(frozen=True)
+class Painter:
+    """A model, how it draws, and what the pictures' text says of both."""
+
+    model: Model
+    sampler: Sampler
+    facts: dict[str, Any]
+
+
+def sample(order: Order) -> int:
+    """Writes the grid `out` and the single images beside it, and gives the number of images.
+
+    Image i of a seed has the same noise and the same class or prompt for every model, here and in `evaluate`.
+    """
+    check_out(order)
+    device, prompts = pick_device(order.device), read_prompts(order)
+    painters = make_painters(order, prompts)
+    num = order.num or (max(4, len(prompts)) if prompts else 40)
+    images = [draw(painter, order, number, num, device) for number, painter in enumerate(painters, 1)]
+    per_row = max(1, COLUMNS // len(painters))
+    if 1 < len(prompts) <= per_row:
+        per_row -= per_row % len(prompts)  # a column per prompt
+    columns = len(painters) * min(per_row, num)
+    text = grid_text([painter.facts for painter in painters], order, num, columns, prompts)
+    save_png(grid(torch.stack(images, dim=1).flatten(0, 1), columns), order.out, text)
+    if order.singles:
+        new = {single_path(order, number, index) for number in (1, 2) for index in range(num)}
+        for earlier in filter(is_single, set(order.folder.iterdir()) - new):
+            earlier.unlink()
+    return num * len(painters)
+
+
+def check_out(order: Order) -> None:
+    """Raises UserError if the pictures can't be written, or would be put among other things; writes nothing."""
+    out, folder = order.out, order.folder
     if out.is_dir():
         raise UserError(f"--out {out}: is a folder; name a PNG file")
     check_writable(out.parent)
-    model = open_model(path, config, prediction_type)
-    model.to(pick_device(device))
-    ask_for(model, label, prompt)
-    images = generate(model, choose_sampler(model, sampler, guidance_scale), range(num), seed, label)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    save_png(grid(images, columns=min(10, num)), out)
+    if out.suffix.lower() != ".png":
+        raise UserError(f"--out {out}: is written as PNG; name a file that ends in .png")
+    if order.singles and folder.exists():
+        foreign = [path.name for path in folder.iterdir() if not is_single(path)] if folder.is_dir() else ["a file"]
+        if foreign:
+            raise UserError(
+                f"--out {out}: single images would go to {folder}, which holds other things ({foreign[0]}); "
+                "choose another name, or --grid-only"
+            )
 
 
-def ask_for(model: PixelModel | LatentModel, label: int | None, prompt: str | None) -> None:
-    """Gives a text model its prompt; raises UserError where the model does not take what is asked for."""
+def is_single(path: Path) -> bool:
+    """Whether an earlier `sample` wrote it."""
+    return bool(SINGLE.fullmatch(path.name)) and CHUNK in read_text(path)
+
+
+def single_path(order: Order, number: int, index: int) -> Path:
+    """Of image `index` of the first model or the second; with one model they have no number."""
+    return order.folder / f"{index:05d}{f'-{number}' if order.compare else ''}.png"
+
+
+def read_prompts(order: Order) -> list[str]:
+    """Those of the command line, then those of the file."""
+    try:
+        return [*order.prompts, *(load_prompts(order.prompts_file) if order.prompts_file else [])]
+    except UserError as error:
+        raise UserError(str(error).replace("prompts.source: ", "--prompts ")) from error
+
+
+def make_painters(order: Order, prompts: list[str]) -> list[Painter]:
+    """One or two models, open on the CPU, with their samplers; raises UserError for what they can't do."""
+    sources = [order.path, *([order.compare] if order.compare else [])]
+    configured = [source for source in sources if Path(source).suffix == SUFFIX] or sources[:1]
+    models: list[Model] = []
+    for source in sources:
+        changes = order.prediction_type if not models else None  # of the first
+        models.append(open_model(source, order.config if source in configured else None, changes))
+        ask_for(models[-1], order.label, prompts)
+    check_alike(sources, models)
+    return [
+        Painter(model, sampler, describe(source, model, sampler))
+        for source, model, sampler in zip(sources, models, choose_samplers(models, order), strict=True)
+    ]
+
+
+def ask_for(model: Model, label: int | None, prompts: list[str]) -> None:
+    """Gives a text model its prompts; raises UserError where the model does not take what is asked for."""
     if isinstance(model, LatentModel):
-        if label is not None or not prompt:
-            raise UserError("--prompt: a text-to-image model takes a prompt, and no --label")
-        model.prompts = [prompt]
-    elif prompt is not None:
-        raise UserError("--prompt: this model takes no text; choose a class with --label")
+        if label is not None or not prompts or not all(prompts):
+            raise UserError("--prompt: a text-to-image model takes a prompt, and no --class")
+        model.prompts = prompts
+    elif prompts:
+        raise UserError("--prompt: this model takes no text; choose a class with --class")
     elif label is not None and not 0 <= label < model.config.num_classes:
-        raise UserError(f"--label {label}: the model has {model.config.num_classes} classes, counted from 0")
+        raise UserError(f"--class {label}: the model has {model.config.num_classes} classes, counted from 0")
 
 
-def choose_sampler(model: ImageModel, text: str | None, guidance_scale: float) -> Sampler:
-    """The named sampler, or the model's own."""
+def check_alike(sources: list[str], models: list[Model]) -> None:
+    """Raises UserError unless all models start from noise of one shape and take the same classes or text."""
+    made = [
+        f"{'x'.join(map(str, model.shape))} numbers "
+        + (f"of {model.config.num_classes} classes" if isinstance(model, PixelModel) else "from text")
+        for model in models
+    ]
+    if made[-1] != made[0]:
+        raise UserError(f"--compare {sources[-1]}: makes {made[-1]}, but {sources[0]} {made[0]}; compare models alike")
+
+
+def choose_samplers(models: list[Model], order: Order) -> list[Sampler]:
+    """The first model's and, if there is one, the other's; `--sampler` and `--guidance` are the teachers' alone.
+
+    `--steps` are the first model's, and those of a sampler that is named without steps.
+    """
+    no_teacher = all(model.timesteps for model in models)
+    samplers = []
+    for number, model in enumerate(models):
+        if model.timesteps and not no_teacher:
+            named, guidance_scale = None, 1.0
+        else:
+            named, guidance_scale = order.sampler, order.guidance_scale
+        bare = named is not None and ":" not in named
+        samplers.append(choose_sampler(model, named, guidance_scale, order.steps if bare or not number else None))
+        if samplers[-1].num_steps > (most := len(model.denoiser.schedule.levels)):
+            raise UserError(f"--steps {samplers[-1].num_steps}: the model has {most} noise levels; take no more steps")
+    return samplers
+
+
+def choose_sampler(model: Model, named: str | None, guidance_scale: float, steps: int | None) -> Sampler:
+    """The named sampler, or the model's own, with so many steps."""
     if model.timesteps:
-        if text is not None or guidance_scale != 1:
-            asked = f"--sampler {text}" if text else f"--guidance {guidance_scale:g}"
+        if named is not None or guidance_scale != 1:
+            asked = f"--sampler {named}" if named else f"--guidance {guidance_scale:g}"
             raise UserError(f"{asked}: a student has its own timesteps and guidance, and takes neither")
+        if steps:
+            model.timesteps = spread_timesteps(model, model.timesteps, steps)
         return default_sampler(model)
-    chosen = parse_sampler(text) if text else default_sampler(model)
+    if named and steps:
+        kind, at, scale = named.partition("@")
+        if ":" in kind:
+            raise UserError(f"--steps {steps}: --sampler {named} says its steps already; leave one out")
+        named = f"{kind}:{steps}{at}{scale}"
+    chosen = parse_sampler(named) if named else default_sampler(model)
+    chosen = replace(chosen, num_steps=steps or chosen.num_steps)
     guidance_scale = guidance_scale if guidance_scale != 1 else chosen.guidance_scale
     if guidance_scale != 1 and model.null_condition is None:
         raise UserError("--guidance: the model has no null class to guide with")
     return replace(chosen, guidance_scale=guidance_scale)
+
+
+def spread_timesteps(model: Model, own: list[float], steps: int) -> list[float]:
+    """As many evenly spaced timesteps, for a student of several evenly spaced ones; raises UserError for others."""
+    schedule = model.denoiser.schedule
+    if steps == len(own):
+        return own
+    if len(own) == 1:
+        raise UserError(f"--steps {steps}: this is a one-step student (timestep {own[0]:g}), which has no second step")
+    if not torch.allclose(torch.tensor(own).double(), schedule.grid(len(own)).double()):
+        raise UserError(f"--steps {steps}: the student's timesteps {own} are not evenly spaced; leave --steps out")
+    return schedule.grid(steps).tolist()
+
+
+def title(source: str) -> str:
+    """A hub id whole, of a path its last part; of a model folder in a checkpoint RUN@STEP."""
+    path = Path(source).resolve()
+    if path.match("checkpoints/*/model"):
+        return f"{path.parents[2].name}@{int(path.parent.name)}"
+    return source if is_hub_id(source) else path.name
+
+
+def describe(source: str, model: Model, sampler: Sampler) -> dict[str, Any]:
+    """What the pictures' text says of a model and its sampler."""
+    return {
+        "model": title(source),
+        "fingerprint": fingerprint([model.unet], first=64),  # in milliseconds, and no two checkpoints agree in it
+        "sampler": sampler.kind,
+        "num_steps": sampler.num_steps,
+        "timesteps": model.timesteps,
+        "guidance_scale": sampler.guidance_scale,
+    }
+
+
+def draw(painter: Painter, order: Order, number: int, num: int, device: torch.device) -> Tensor:
+    """Images (N, C, H, W) of one model, each written when its batch is done; the model has left the device then."""
+    model = painter.model
+    model.to(device)
+    batches: list[Tensor] = []
+    with progress_bar(painter.facts["model"], num) as show:
+        for first in range(0, num, model.sampling_batch):
+            indices = range(first, min(first + model.sampling_batch, num))
+            batches.append(generate(model, painter.sampler, indices, order.seed, order.label))
+            for index, image in zip(indices, batches[-1], strict=True):
+                if order.singles:
+                    path = single_path(order, number, index)
+                    save_png(to_picture(image), path, single_text(painter, order, index))
+            show(indices.stop, {})
+    model.to(torch.device("cpu"))
+    model.release()
+    return torch.cat(batches)
+
+
+def single_text(painter: Painter, order: Order, index: int) -> dict[str, str]:
+    """The text chunks of one image."""
+    model = painter.model
+    if isinstance(model, LatentModel):
+        subject: dict[str, Any] = {"prompt": model.prompts[index % len(model.prompts)]}
+    else:
+        label = order.label if order.label is not None else index % max(1, model.config.num_classes)
+        subject = {"class": label} if model.config.num_classes else {}
+    settings = {**subject, **painter.facts, "seed": order.seed, "index": index, "version": fewstep.__version__}
+    title = subject["prompt"] if "prompt" in subject else " ".join(f"{kind} {label}" for kind, label in subject.items())
+    fields = {**usual_fields(painter.facts, order.seed), "Image": index}
+    return {"parameters": parameters_text(title, fields), CHUNK: json.dumps(settings)}
+
+
+def grid_text(facts: list[dict[str, Any]], order: Order, num: int, columns: int, prompts: list[str]) -> dict[str, str]:
+    """The text chunks of the grid; of two models it names the one that each column shows."""
+    names = [column_title(facts[column % len(facts)]) for column in range(columns)]
+    settings = {"models": facts, "prompts": prompts, "class": order.label, "seed": order.seed, "num": num}
+    title = "; ".join(prompts) or ("" if order.label is None else f"class {order.label}")
+    fields = usual_fields(facts[0], order.seed) | ({"Columns": " | ".join(names)} if order.compare else {})
+    return {
+        "parameters": parameters_text(title, fields),
+        CHUNK: json.dumps(settings | {"columns": names, "version": fewstep.__version__}),
+    }
+
+
+def column_title(facts: dict[str, Any]) -> str:
+    """A model and its sampler, as `--sampler` writes it."""
+    guided = f"@{facts['guidance_scale']:g}" if facts["guidance_scale"] != 1 else ""
+    return f"{facts['model']} {facts['sampler']}:{facts['num_steps']}{guided}"
+
+
+def usual_fields(facts: dict[str, Any], seed: int) -> dict[str, Any]:
+    """What UIs write behind the prompt, under their names."""
+    return {
+        "Steps": facts["num_steps"],
+        "Sampler": SAMPLER_NAMES[facts["sampler"]],
+        "CFG scale": f"{facts['guidance_scale']:g}",
+        "Seed": seed,
+        "Model": facts["model"],
+        "Version": f"fewstep {fewstep.__version__}",
+    }

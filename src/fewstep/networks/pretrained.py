@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 
 from fewstep.errors import UserError, brief
@@ -98,7 +99,11 @@ def _load_file(path: Path, config: str | Path | None, prediction_type: str | Non
     weights = single_file.read(path)
     changes = single_file.scheduler_changes(weights)
     changes |= {"prediction_type": prediction_type} if prediction_type else {}
-    return LatentModel(load_single_file(path, weights, _configuration(path, weights, config), changes))
+    pipeline = load_single_file(path, weights, _configuration(path, weights, config), changes)
+    model = LatentModel(pipeline, single_file.read_timesteps(path))
+    if model.timesteps:
+        model.denoiser.schedule.check_timesteps(torch.tensor(model.timesteps))
+    return model
 
 
 def _configuration(path: Path, weights: single_file.Weights, config: str | Path | None) -> Path:

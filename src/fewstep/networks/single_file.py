@@ -1,5 +1,6 @@
 """One safetensors file of an SD 1.x, SD 2.x or SDXL fine-tune, in the names of the original releases."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from fewstep.errors import UserError, brief
 
 Weights = dict[str, Tensor]
 UNET = "model.diffusion_model."
+TIMESTEPS = "fewstep.timesteps"  # in the header of a student's file: JSON
 FAMILIES = "SD 1.x, SD 2.x and SDXL"
 OTHERS = {  # a piece of a name -> what holds such names
     "lora": "a LoRA, not a whole model",
@@ -42,6 +44,13 @@ def read(path: Path) -> Weights:
         raise
     except Exception as error:  # a cut file, a pickle under this name, no file at all
         raise UserError(f"{path}: not a whole safetensors file ({brief(error)}); fetch it again") from error
+
+
+def read_timesteps(path: Path) -> list[float] | None:
+    """The student's timesteps by the file's header; None where it says nothing of them."""
+    with safe_open(path, framework="pt") as file:
+        timesteps = json.loads((file.metadata() or {}).get(TIMESTEPS, "null"))
+    return timesteps and [float(t) for t in timesteps]
 
 
 def _check_family(path: Path, names: list[str]) -> None:

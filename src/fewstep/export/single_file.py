@@ -1,0 +1,221 @@
+"""An SD 1.x, SD 2.x or SDXL model as one safetensors file in the names of the original releases, which UIs read."""
+
+import json
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fewstep.data.shards import written_whole
+from fewstep.errors import UserError
+from fewstep.networks.latent_config import SCHEDULE
+from fewstep.networks.latent_model import LatentModel, read_scheduler
+from fewstep.networks.pipeline import library_class
+from fewstep.networks.single_file import TIMESTEPS, UNET, Weights
+
+Places = dict[str, str]
+"""Dotted starts of diffusers' names -> the original ones."""
+DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+UNET_ENDS = {
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "mid_block.resnets.0": "middle_block.0",
+    "mid_block.attentions.0": "middle_block.1",
+    "mid_block.resnets.1": "middle_block.2",
+}
+UNET_LAYERS = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+VAE_ENDS = {
+    "conv_in": "conv_in",
+    "conv_norm_out": "norm_out",
+    "conv_out": "conv_out",
+    "mid_block.resnets.0": "mid.block_1",
+    "mid_block.attentions.0": "mid.attn_1",
+    "mid_block.resnets.1": "mid.block_2",
+}
+VAE_LAYERS = {
+    "conv_shortcut": "nin_shortcut",
+    "group_norm": "norm",
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    "to_out.0": "proj_out",
+}
+OPENCLIP_ENDS = {"embeddings.token_embedding": "token_embedding", "final_layer_norm": "ln_final"}
+OPENCLIP_LAYERS = {
+    "layer_norm1": "ln_1",
+    "self_attn": "attn",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+}
+
+
+def write_single_file(model: LatentModel, path: Path, metadata: dict[str, str], dtype: torch.dtype) -> None:
+    """Writes the model, whole or not at all, tensor by tensor, so that it is never held twice.
+
+    `metadata` is kept in the file's header, beside the student's timesteps and the model specification's own keys
+    (github.com/Stability-AI/ModelSpec). Raises UserError if the original layout can't say what the model is.
+    """
+    weights = original_weights(model) | {flag: torch.empty(0) for flag in _flags(model)}
+    facts = {"format": "pt"} | _specification(model, path.stem)
+    if model.timesteps:
+        facts[TIMESTEPS] = json.dumps(model.timesteps)
+    with written_whole(path) as temporary:
+        _write(temporary, weights, facts | metadata, dtype)
+
+
+def original_weights(model: LatentModel) -> Weights:
+    """The model's tensors, in place, under their names in the original releases."""
+    pipeline = model.pipeline
+    weights = _renamed(model.unet, model.unet.state_dict(), UNET, _unet_places(model.unet), UNET_LAYERS)
+    weights |= _vae(pipeline.vae)
+    if "text_encoder_2" in pipeline.components:
+        weights |= _clip(pipeline.text_encoder, "conditioner.embedders.0.transformer.text_model.")
+        return weights | _openclip(pipeline.text_encoder_2, "conditioner.embedders.1.model.")
+    if _is_second_version(model):
+        return weights | _openclip(pipeline.text_encoder, "cond_stage_model.model.")
+    return weights | _clip(pipeline.text_encoder, "cond_stage_model.transformer.text_model.")
+
+
+def _is_second_version(model: LatentModel) -> bool:
+    """SD 2.x has an OpenCLIP text encoder, which is told by its activation: OpenAI's CLIP has `quick_gelu`."""
+    return model.pipeline.text_encoder.config.hidden_act == "gelu"
+
+
+def _renamed(network: nn.Module, state: Weights, prefix: str, places: Places, layers: Mapping[str, str]) -> Weights:
+    """The state dict with the starts of its names replaced by `places`, and behind them those of `layers`."""
+    weights = {}
+    for name, tensor in state.items():
+        place = next((place for place in places if name.startswith(f"{place}.")), None)
+        if place is None:
+            raise UserError(f"{type(network).__name__}: the layout of single files has no place for its {name}")
+        rest = name.removeprefix(f"{place}.")
+        layer = next((layer for layer in layers if rest.startswith(f"{layer}.")), "")
+        weights[f"{prefix}{places[place]}.{layers.get(layer, '')}{rest.removeprefix(layer)}"] = tensor
+    return weights
+
+
+def _unet_places(unet: Any) -> Places:
+    """The levels as one list of input blocks and one of output blocks; a block is a list of layers."""
+    places, index = dict(UNET_ENDS), 1
+    for level, block in enumerate(unet.down_blocks):
+        for layer in range(len(block.resnets)):
+            places[f"down_blocks.{level}.resnets.{layer}"] = f"input_blocks.{index}.0"
+            places[f"down_blocks.{level}.attentions.{layer}"] = f"input_blocks.{index}.1"
+            index += 1
+        if block.downsamplers:
+            places[f"down_blocks.{level}.downsamplers.0.conv"] = f"input_blocks.{index}.0.op"
+            index += 1
+    index = 0
+    for level, block in enumerate(unet.up_blocks):
+        for layer in range(len(block.resnets)):
+            places[f"up_blocks.{level}.resnets.{layer}"] = f"output_blocks.{index}.0"
+            places[f"up_blocks.{level}.attentions.{layer}"] = f"output_blocks.{index}.1"
+            index += 1
+        behind = 2 if hasattr(block, "attentions") else 1
+        places[f"up_blocks.{level}.upsamplers.0.conv"] = f"output_blocks.{index - 1}.{behind}.conv"
+    return places
+
+
+def _vae(vae: Any) -> Weights:
+    """Levels are counted from the image on both sides; attention is of 1x1 convolutions."""
+    places = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
+    for side, way, blocks in (("encoder", "down", vae.encoder.down_blocks), ("decoder", "up", vae.decoder.up_blocks)):
+        places |= {f"{side}.{name}": f"{side}.{original}" for name, original in VAE_ENDS.items()}
+        for number, block in enumerate(blocks):
+            level = number if side == "encoder" else len(blocks) - 1 - number
+            here, there = f"{side}.{way}_blocks.{number}", f"{side}.{way}.{level}"
+            places[f"{here}.{way}samplers.0.conv"] = f"{there}.{way}sample.conv"
+            for layer in range(len(block.resnets)):
+                places[f"{here}.resnets.{layer}"] = f"{there}.block.{layer}"
+    weights = _renamed(vae, vae.state_dict(), "first_stage_model.", places, VAE_LAYERS)
+    return {name: t[:, :, None, None] if ".attn_1." in name and t.ndim == 2 else t for name, t in weights.items()}
+
+
+def _clip(encoder: nn.Module, prefix: str) -> Weights:
+    """OpenAI's CLIP, which keeps the names of transformers."""
+    return {prefix + name: tensor for name, tensor in _text_state(encoder).items()}
+
+
+def _text_state(encoder: nn.Module) -> Weights:
+    """What transformers keeps flat has one word less in its names."""
+    return {name.removeprefix("text_model."): tensor for name, tensor in encoder.state_dict().items()}
+
+
+def _openclip(encoder: Any, prefix: str) -> Weights:
+    """OpenCLIP: q, k and v in one matrix, the projection transposed."""
+    state = _text_state(encoder)
+    ends = {"positional_embedding": state.pop("embeddings.position_embedding.weight")}
+    if "text_projection.weight" in state:
+        ends["text_projection"] = state.pop("text_projection.weight").T
+    for name in [name for name in state if ".q_proj." in name]:
+        joined = [state.pop(name.replace(".q_proj.", f".{letter}_proj.")) for letter in "qkv"]
+        state[name.replace(".q_proj.", ".in_proj_")] = torch.cat(joined)
+    places = OPENCLIP_ENDS | {
+        f"encoder.layers.{index}": f"transformer.resblocks.{index}" for index in range(encoder.config.num_hidden_layers)
+    }
+    ends = {prefix + name: tensor for name, tensor in ends.items()}
+    return ends | _renamed(encoder, state, prefix, places, OPENCLIP_LAYERS)
+
+
+def _flags(model: LatentModel) -> list[str]:
+    """Empty tensors that say v-prediction and zero terminal SNR; raises UserError for what no file can say."""
+    config = model.pipeline.scheduler.config
+    prediction, zero_snr = config.prediction_type, bool(config.get("rescale_betas_zero_snr"))
+    if prediction == "sample":
+        raise UserError("prediction_type sample: a single file can't say so; export the model as a diffusers folder")
+    usual = library_class("DDIMScheduler")(**SCHEDULE, rescale_betas_zero_snr=zero_snr)
+    ours, theirs = (read_scheduler(scheduler)[0].alphas_cumprod for scheduler in (model.pipeline.scheduler, usual))
+    if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=1e-4):
+        raise UserError("noise schedule: not Stable Diffusion's, which readers of a single file take; export a folder")
+    return ["v_pred"] * (prediction == "v_prediction") + ["ztsnr"] * zero_snr
+
+
+def _specification(model: LatentModel, title: str) -> dict[str, str]:
+    """What the header says by the model specification of Stability AI."""
+    prediction = "v" if model.pipeline.scheduler.config.prediction_type == "v_prediction" else "epsilon"
+    if "text_encoder_2" in model.pipeline.components:
+        architecture, code = "stable-diffusion-xl-v1-base", "https://github.com/Stability-AI/generative-models"
+    elif _is_second_version(model):
+        architecture = "stable-diffusion-v2-768-v" if prediction == "v" else "stable-diffusion-v2-512"
+        code = "https://github.com/Stability-AI/stablediffusion"
+    else:
+        architecture, code = "stable-diffusion-v1", "https://github.com/CompVis/stable-diffusion"
+    return {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": architecture,
+        "modelspec.implementation": code,
+        "modelspec.title": title,
+        "modelspec.prediction_type": prediction,
+        "modelspec.resolution": f"{model.image_size}x{model.image_size}",
+    }
+
+
+def _write(path: Path, weights: Weights, metadata: dict[str, str], dtype: torch.dtype) -> None:
+    """The safetensors format by hand (header's length, header, tensors): its library wants all tensors converted."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, tensor in weights.items():
+        start, end = end, end + tensor.numel() * dtype.itemsize
+        header[name] = {"dtype": DTYPES[dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # tensors are aligned
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for tensor in weights.values():
+            file.write(tensor.detach().to("cpu", dtype).contiguous().reshape(-1).view(torch.uint8).numpy().data)
