@@ -1,0 +1,1 @@
+"""Floor 2: models for where people use them: diffusers folders and single files, with what they came from."""
