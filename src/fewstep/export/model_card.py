@@ -7,7 +7,6 @@ from typing import Any
 import torch
 import yaml
 
-from fewstep import __version__
 from fewstep.export.provenance import SAMPLER, Provenance
 from fewstep.networks.hub import is_hub_id
 
@@ -104,7 +103,7 @@ def model_card(card: Card, provenance: Provenance) -> str:
         sampler=SAMPLER,
         step=provenance.step,
         weights=_weights(card.dtype, provenance.ema),
-        version=__version__,
+        version=provenance.version,
         metrics=metrics(provenance),
         limits=limits(provenance, steps),
         license=license_text(provenance),

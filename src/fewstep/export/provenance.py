@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fewstep import __version__
+import fewstep
 from fewstep.errors import UserError
 
 SAMPLER = "LCM's: predict x0, then renoise it with fresh noise to the next timestep"
@@ -42,11 +42,12 @@ class Provenance:
     """By the run itself, as it trained."""
     table: list[dict[str, Any]] = field(default_factory=list)
     """Rows of `fewstep evaluate`: the real images and this model."""
+    version: str = fewstep.__version__
 
     def metadata(self) -> dict[str, str]:
         """Strings by name, for safetensors headers and `fewstep.json`."""
         return {
-            "fewstep.version": __version__,
+            "fewstep.version": self.version,
             "fewstep.teacher": self.teacher,
             "fewstep.recipe": self.recipe,
             "fewstep.timesteps": json.dumps(self.timesteps),
