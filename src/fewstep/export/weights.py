@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -42,21 +41,23 @@ def convert_part(
     File names are those of diffusers and transformers; float16 makes the `fp16` variant. Tensors in `replaced` take
     the place of those of their name; `report` is called per tensor. Raises UserError if a file is damaged.
     """
-    files = weight_files(source)
-    with ExitStack() as opened:
-        handles = [opened.enter_context(open_weights(file)) for file in files]
-        holder = {name: handle for handle in handles for name in handle.keys()}  # noqa: SIM118, for it is no dict
-        plan = {name: _planned(handle.get_slice(name), dtype) for name, handle in sorted(holder.items())}
-        if differing := [
-            name for name, value in replaced.items() if name not in plan or value.shape != plan[name].shape
-        ]:
-            raise UserError(f"{source}: the weights as trained don't fit it: {differing[0]}, one of {len(differing)}")
+    plan, places = {}, {}
+    for file in weight_files(source):
+        with open_weights(file) as handle:
+            for name in handle.keys():  # noqa: SIM118, for it is no dict
+                plan[name], places[name] = _planned(handle.get_slice(name), dtype), file
+    if other := [name for name, value in replaced.items() if name not in plan or value.shape != plan[name].shape]:
+        raise UserError(f"{source}: the weights as trained don't fit it: {other[0]}, one of {len(other)}")
 
-        def read(name: str) -> Tensor:
-            report()
-            return replaced[name] if name in replaced else holder[name].get_tensor(name)
+    def read(name: str) -> Tensor:
+        report()
+        if name in replaced:
+            return replaced[name]
+        with open_weights(places[name]) as handle:  # anew, for what was read stays in memory as long as it is open
+            return handle.get_tensor(name)
 
-        write_shards(target, re.split(r"[.-]", files[0].name)[0], plan, read, shard_size, metadata)
+    stem = re.split(r"[.-]", next(iter(places.values())).name)[0]
+    write_shards(target, stem, dict(sorted(plan.items())), read, shard_size, metadata)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -125,8 +126,8 @@ def write_safetensors(path: Path, plan: Mapping[str, Tensor], read: Read, metada
 
 
 def converted(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor in `dtype`, contiguous; raises UserError if that makes a finite number infinite."""
+    """The tensor in `dtype`, contiguous; raises UserError where float16 holds it as infinite."""
     result = value.detach().to(dtype).contiguous()
-    if dtype == torch.float16 and value.dtype != dtype and result.isinf().sum() > value.isinf().sum():
+    if dtype == torch.float16 and result.numel() and any(bound.isinf() for bound in result.aminmax()):
         raise UserError(f"--dtype float16: {name} holds numbers beyond its 65504; take bfloat16 or float32")
     return result
