@@ -126,8 +126,7 @@ print(peak() - before)
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("shards", ["5GB", "50MB"])
+@pytest.mark.parametrize(("dtype", "shards"), [("float32", "5GB"), ("float16", "5GB"), ("float16", "50MB")])
 def test_the_peak_memory_of_an_export_is_below_that_of_the_weights(dtype: str, shards: str, tmp_path: Path) -> None:
     sizes = {"small": 2**10, "large": 2**22}
     for size, numbers in sizes.items():
@@ -141,4 +140,3 @@ def test_the_peak_memory_of_an_export_is_below_that_of_the_weights(dtype: str, s
     printed = subprocess.run(command, capture_output=True, text=True, check=True)
     total = 10 * 4 * sizes["large"]
     assert 0 < int(printed.stdout) <= 1.3 * total, int(printed.stdout) / total
-    print(int(printed.stdout) / total)
