@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from fewstep import cli
@@ -178,6 +179,23 @@ def test_overwriting(run: Run, tmp_path: Path) -> None:
     assert {path.name for path in out.iterdir()} == {
         *("README.md", "fewstep.json", "model_index.json", "pipeline.py", "samples.png", "unet")
     }
+
+
+def test_a_single_file_has_the_provenance_and_the_weights_that_were_asked_for(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("fewstep.export.single_file")
+    for name, options in (("half", ""), ("raw", "--raw --dtype float32")):
+        assert run(f"export latent {tmp_path}/{name}.safetensors --to single-file {options}")[0] == 0
+    half, raw = (load_file(tmp_path / f"{name}.safetensors") for name in ("half", "raw"))
+    state = torch.load(newest("latent").parent / "state.pt", weights_only=True)["method"]["student"]
+    name = "model.diffusion_model.input_blocks.0.0.weight"
+    assert half[name].dtype == torch.float16
+    assert torch.equal(raw[name], state["network.unet.conv_in.weight"])
+    with safe_open(tmp_path / "half.safetensors", "pt") as file:
+        assert file.metadata()["fewstep.recipe"] == Path("latent/recipe.yaml").read_text()
+    code, _, error = run(f"export student {tmp_path}/pixel.safetensors --to single-file")
+    assert (code, error.count("\n")) == (2, 1)
+    assert "pixel model" in error
+    assert not (tmp_path / "pixel.safetensors").exists()
 
 
 def snapshot(*folders: Path) -> dict[Path, bytes]:

@@ -80,6 +80,8 @@ def test_scores_are_those_of_the_step() -> None:
     assert read_scores(lines, 3, 10) == []
     fid, precision, recall = read_scores(lines, 4, 1000)
     assert (fid, recall) == (Score("fid", 2.0), Score("recall", 0.25))
+    assert read_scores([{"step": 4, "fid": 2.0, "ema0.99_fid": 1.0}], 4, 10) == [fid]
+    assert read_scores([{"step": 4, "fid": 2.0, "ema0.99_fid": 1.0}], 4, 10, "0.99") == [Score("fid", 1.0)]
     assert precision.interval == pytest.approx((0.469, 0.531), abs=1e-3)
 
 

@@ -125,8 +125,8 @@ def trace(model: Path, options: ExportOptions) -> Provenance:
     recipe = read_run_recipe(run / RECIPE)
     if not isinstance(recipe, DistillRecipe):
         raise UserError(f"{run}: holds no few-step student; distil it first (`fewstep distill`), and export that run")
-    # the run judged its averaged weights
-    judged = [] if options.raw or options.ema else read_metrics(run / EVALUATIONS)
+    judged = [] if options.raw else read_metrics(run / EVALUATIONS)  # which are of the averaged weights
+    ema = model.name.removeprefix("model").removeprefix("-ema")  # none of the first
     results = options.evaluation or (run if (run / "results.json").is_file() else None)
     return Provenance(
         teacher=recipe.teacher,
@@ -134,11 +134,16 @@ def trace(model: Path, options: ExportOptions) -> Provenance:
         timesteps=json.loads((model / DESCRIPTION).read_text())["timesteps"],
         guidance_scale=recipe.guidance_scale,
         step=step,
-        ema="raw" if options.raw else options.ema or str(recipe.student.ema_decay),
+        ema="raw" if options.raw else ema or first_decay(recipe.student.ema_decay),
         license=options.license,
-        scores=read_scores(judged, step, recipe.evaluation.num_samples),
+        scores=read_scores(judged, step, recipe.evaluation.num_samples, ema),
         table=read_table(results, run.name) if results else [],
     )
+
+
+def first_decay(decays: float | list[float]) -> str:
+    """Of the weights in `model/`."""
+    return str(decays[0] if isinstance(decays, list) else decays)
 
 
 def raw_weights(checkpoint: Path) -> dict[str, Tensor]:

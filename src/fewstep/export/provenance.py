@@ -71,13 +71,20 @@ def wilson_interval(share: float, num: int) -> tuple[float, float]:
     return (middle - reach) / (1 + Z**2 / num), (middle + reach) / (1 + Z**2 / num)
 
 
-def read_scores(evaluations: Sequence[dict[str, float]], step: int, num_samples: int) -> list[Score]:
-    """The run's own metrics at `step`, of `num_samples` images; [] if it was not judged there."""
+def read_scores(
+    evaluations: Sequence[dict[str, float]], step: int, num_samples: int, ema: str | None = None
+) -> list[Score]:
+    """The run's own metrics at `step`, of `num_samples` images; [] if it was not judged there.
+
+    Those of the average `ema` are `ema0.99995_fid`, those of the first one `fid`.
+    """
     line = next((line for line in reversed(evaluations) if line["step"] == step), {})
+    prefix = f"ema{ema}_" if ema else ""
+    named = {name.removeprefix(prefix): value for name, value in line.items() if name.startswith(prefix)}
     return [
         Score(name, value, wilson_interval(value, num_samples) if name in PER_FAKE else None)
-        for name, value in line.items()
-        if name != "step"
+        for name, value in named.items()
+        if name != "step" and not name.startswith("ema")
     ]
 
 
