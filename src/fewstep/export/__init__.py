@@ -1,1 +1,1 @@
-"""What leaves for other programs."""
+"""Models for where people use them: diffusers folders and single files, with what they came from."""

@@ -1,7 +1,6 @@
 """An SD 1.x, SD 2.x or SDXL model as one safetensors file in the names of the original releases, which UIs read."""
 
 import json
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from torch import nn
 
 from fewstep.data.shards import written_whole
 from fewstep.errors import UserError
+from fewstep.export.weights import write_safetensors
 from fewstep.networks.latent_config import SCHEDULE
 from fewstep.networks.latent_model import LatentModel, read_scheduler
 from fewstep.networks.pipeline import library_class
@@ -18,7 +18,6 @@ from fewstep.networks.single_file import TIMESTEPS, UNET, Weights
 
 Places = dict[str, str]
 """Dotted starts of diffusers' names -> the original ones."""
-DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 UNET_ENDS = {
     "conv_in": "input_blocks.0.0",
     "conv_norm_out": "out.0",
@@ -75,8 +74,9 @@ def write_single_file(model: LatentModel, path: Path, metadata: dict[str, str], 
     facts = {"format": "pt"} | _specification(model, path.stem)
     if model.timesteps:
         facts[TIMESTEPS] = json.dumps(model.timesteps)
+    plan = {name: torch.empty(tensor.shape, dtype=dtype, device="meta") for name, tensor in weights.items()}
     with written_whole(path) as temporary:
-        _write(temporary, weights, facts | metadata, dtype)
+        write_safetensors(temporary, plan, weights.__getitem__, facts | metadata)
 
 
 def original_weights(model: LatentModel) -> Weights:
@@ -204,18 +204,3 @@ def _specification(model: LatentModel, title: str) -> dict[str, str]:
         "modelspec.prediction_type": prediction,
         "modelspec.resolution": f"{model.image_size}x{model.image_size}",
     }
-
-
-def _write(path: Path, weights: Weights, metadata: dict[str, str], dtype: torch.dtype) -> None:
-    """The safetensors format by hand (header's length, header, tensors): its library wants all tensors converted."""
-    header: dict[str, Any] = {"__metadata__": metadata}
-    end = 0
-    for name, tensor in weights.items():
-        start, end = end, end + tensor.numel() * dtype.itemsize
-        header[name] = {"dtype": DTYPES[dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # tensors are aligned
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for tensor in weights.values():
-            file.write(tensor.detach().to("cpu", dtype).contiguous().reshape(-1).view(torch.uint8).numpy().data)

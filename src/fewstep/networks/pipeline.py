@@ -90,7 +90,7 @@ def _from_folder(folder: Path, part: str) -> nn.Module:
     files = _files(folder, part)
     if not files:
         raise UserError(f"{folder}: {part} has no safetensors weights; other formats can run code, and are never read")
-    halves = all(".fp16." in file for file in files)
+    halves = all(".fp16" in file for file in files)  # also of shards: .fp16-00001-of-00002
     low_memory = {"low_cpu_mem_usage": False} if WEIGHTED[part] in ("UNet2DConditionModel", "AutoencoderKL") else {}
     model, information = library_class(WEIGHTED[part]).from_pretrained(
         str(folder),

@@ -71,7 +71,7 @@ def _load_folder(folder: Path, prediction_type: str | None) -> PixelModel | Late
             f"{folder}: not a model folder (it has no {DESCRIPTION}); name a run or another checkpoint's model"
         )
     description = json.loads((folder / DESCRIPTION).read_text()) if (folder / DESCRIPTION).is_file() else {}
-    if (folder / PIPELINE).is_file():
+    if (folder / PIPELINE).is_file() and description.get("family") != "pixel":
         changes = {"prediction_type": prediction_type} if prediction_type else {}
         return LatentModel(load_pipeline(folder, changes), description.get("timesteps"))
     if prediction_type:
@@ -83,7 +83,9 @@ def _load_pixel_model(folder: Path, description: dict[str, Any]) -> PixelModel:
     config = PixelModelConfig(**description["config"])
     timesteps = description["timesteps"] and [float(t) for t in description["timesteps"]]
     unet = build_unet(config)
-    unet.load_state_dict(load_file(folder / "unet" / "diffusion_pytorch_model.safetensors"))
+    unet.load_state_dict(
+        {name: value for file in (folder / "unet").glob("*.safetensors") for name, value in load_file(file).items()}
+    )
     model = PixelModel(config, unet, timesteps)
     model.denoiser.eval()
     return model

@@ -1,0 +1,164 @@
+"""`fewstep export`: a student for where people use models."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fewstep.commands.runs import check_writable
+from fewstep.errors import UserError
+from fewstep.export.diffusers_folder import Format, check_folder, write_diffusers_folder
+from fewstep.export.provenance import Provenance, read_scores, read_table
+from fewstep.export.weights import count_tensors
+from fewstep.networks.image_model import DESCRIPTION
+from fewstep.networks.latent_model import LatentModel
+from fewstep.networks.pretrained import SUFFIX, load
+from fewstep.recipes.loading import read_run_recipe
+from fewstep.recipes.schema import DistillRecipe
+from fewstep.runtime.checkpoint import EVALUATIONS, RECIPE, load_state
+from fewstep.runtime.selection import find_checkpoint
+from fewstep.runtime.tracking import progress_bar, read_metrics
+
+TARGETS = ("diffusers", "single-file")
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+STUDENT = "network.unet."  # the UNet's tensors in the student's state
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What is exported, and how; None is the target's own default."""
+
+    ema: str | None = None
+    raw: bool = False
+    dtype: str | None = None
+    shard_size: str | None = None
+    license: str = "other"
+    evaluation: Path | None = None
+    overwrite: bool = False
+
+
+def export(text: str, target: str, out: Path, options: ExportOptions) -> None:
+    """Writes the student of RUN, RUN@STEP or RUN@best-METRIC to `out`: a diffusers folder or a single file."""
+    dtype = check_options(target, out, options)
+    model = find_weights(text, options.ema)
+    provenance = trace(model, options)
+    unet = raw_weights(model.parent) if options.raw else {}
+    if target == "single-file":
+        write_file(model, out, provenance, dtype, unet)
+        return
+    grids = sorted(path for path in (run_of(model) / "samples").glob("*.png") if path.stem <= model.parent.name)
+    written = Format(dtype, options.shard_size or Format.shard_size)
+    total = sum(count_tensors(part) for part in model.iterdir() if part.is_dir())
+    with progress_bar("exporting", total) as show:
+        done = iter(range(1, total + 1))
+        write_diffusers_folder(
+            model,
+            out,
+            provenance,
+            written,
+            grids[-1] if grids else None,
+            unet,
+            options.overwrite,
+            lambda: show(next(done), {}),
+        )
+
+
+def check_options(target: str, out: Path, options: ExportOptions) -> torch.dtype:
+    """The type of the weights; raises UserError for what can't be asked for, or a place that can't be written to.
+
+    Folders are float32 by default, for then `from_pretrained(DIR)` opens them without a variant and draws what the run
+    drew; single files are float16, which is what ComfyUI and A1111 compute in.
+    """
+    if target not in TARGETS:
+        raise UserError(f"--to {target}: write {' or '.join(TARGETS)}")
+    name = options.dtype or ("float32" if target == "diffusers" else "float16")
+    if name not in DTYPES:
+        raise UserError(f"--dtype {name}: write {', '.join(DTYPES)}")
+    if options.raw and options.ema:
+        raise UserError(f"--ema {options.ema}: --raw takes the weights as trained, not an average; leave out one")
+    check_writable(out.absolute().parent)
+    if target == "diffusers":
+        check_shard_size(options.shard_size)
+        check_folder(out, options.overwrite)
+    else:
+        check_file(out, options)
+    return DTYPES[name]
+
+
+def check_shard_size(text: str | None) -> None:
+    """Raises UserError unless it is None, or a size as diffusers takes it."""
+    if text is not None and not re.fullmatch(r"[1-9]\d*[KMGT]B", text):
+        raise UserError(f"--shard-size {text}: write a number and KB, MB, GB or TB, for example 5GB")
+
+
+def check_file(out: Path, options: ExportOptions) -> None:
+    """Raises UserError if `out` can't be a single file."""
+    if options.shard_size:
+        raise UserError("--shard-size: a single file has no shards")
+    if out.suffix != SUFFIX:
+        raise UserError(f"{out}: a single file's name ends in {SUFFIX}")
+    if out.exists() and (out.is_dir() or not options.overwrite):
+        raise UserError(f"{out}: exists already; replace a file with --overwrite, or choose another place")
+
+
+def run_of(model: Path) -> Path:
+    """The run of RUN/checkpoints/STEP/model."""
+    return model.parents[2]
+
+
+def find_weights(text: str, ema: str | None) -> Path:
+    """The model folder of RUN[@STEP|@best-METRIC] with its averaged weights, or those of one average by its name."""
+    checkpoint = find_checkpoint(text)
+    model = checkpoint / ("model" if ema is None else f"model-ema{ema}")
+    if not model.is_dir():
+        there = sorted(path.name.removeprefix("model-ema") for path in checkpoint.glob("model-ema*"))
+        raise UserError(f"--ema {ema}: {checkpoint} has no such average; it has {', '.join(there) or 'only one'}")
+    return model
+
+
+def trace(model: Path, options: ExportOptions) -> Provenance:
+    """Where the model comes from; raises UserError if it is no student."""
+    run, step = run_of(model), int(model.parent.name)
+    recipe = read_run_recipe(run / RECIPE)
+    if not isinstance(recipe, DistillRecipe):
+        raise UserError(f"{run}: holds no few-step student; distil it first (`fewstep distill`), and export that run")
+    judged = [] if options.raw else read_metrics(run / EVALUATIONS)  # which are of the averaged weights
+    ema = model.name.removeprefix("model").removeprefix("-ema")  # none of the first
+    results = options.evaluation or (run if (run / "results.json").is_file() else None)
+    return Provenance(
+        teacher=recipe.teacher,
+        recipe=(run / RECIPE).read_text(),
+        timesteps=json.loads((model / DESCRIPTION).read_text())["timesteps"],
+        guidance_scale=recipe.guidance_scale,
+        step=step,
+        ema="raw" if options.raw else ema or first_decay(recipe.student.ema_decay),
+        license=options.license,
+        scores=read_scores(judged, step, recipe.evaluation.num_samples, ema),
+        table=read_table(results, run.name) if results else [],
+    )
+
+
+def first_decay(decays: float | list[float]) -> str:
+    """Of the weights in `model/`."""
+    return str(decays[0] if isinstance(decays, list) else decays)
+
+
+def raw_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """The UNet's weights as trained, by their names in it; they stay on the disk until they are read."""
+    student = load_state(checkpoint, lazy=True)["method"]["student"]
+    return {name.removeprefix(STUDENT): value for name, value in student.items()}
+
+
+def write_file(model: Path, out: Path, provenance: Provenance, dtype: torch.dtype, unet: dict[str, Tensor]) -> None:
+    """The student as one file in the original layout; raises UserError if that has no place for it."""
+    from fewstep.export.single_file import write_single_file
+
+    student = load(model)
+    if not isinstance(student, LatentModel):
+        raise UserError("--to single-file: is a layout of SD and SDXL; for a pixel model write --to diffusers")
+    if unet:
+        student.unet.load_state_dict(unet)
+    write_single_file(student, out, provenance.metadata(), dtype)

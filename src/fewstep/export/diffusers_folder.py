@@ -1,0 +1,192 @@
+"""A student's model folder as a folder that `DiffusionPipeline.from_pretrained` opens, with its card."""
+
+from __future__ import annotations  # diffusers is imported only where a scheduler is made
+
+import json
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from fewstep.errors import UserError
+from fewstep.export.model_card import Card, model_card
+from fewstep.export.provenance import Provenance
+from fewstep.export.weights import convert_part, weight_files
+from fewstep.networks.hub import PIPELINE, read_index
+from fewstep.networks.image_model import DESCRIPTION, write_description
+from fewstep.networks.pipeline import library_class
+
+if TYPE_CHECKING:
+    from diffusers import LCMScheduler
+
+CARD, SAMPLES, EXPORT = "README.md", "samples.png", "export"
+PIXEL_PIPELINE = "pipeline"  # of its own class, in pipeline.py
+VP_SETTINGS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
+UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
+
+
+@dataclass(frozen=True)
+class Format:
+    """How weights are written."""
+
+    dtype: torch.dtype = torch.float32
+    shard_size: str = "5GB"
+
+
+def write_diffusers_folder(
+    model: Path,
+    out: Path,
+    provenance: Provenance,
+    written: Format,
+    grid: Path | None = None,
+    unet: Mapping[str, Tensor] | None = None,
+    overwrite: bool = False,
+    report: Callable[[], None] = lambda: None,
+) -> None:
+    """Writes the student in the model folder `model` to `out`, whole or not at all.
+
+    `grid` is a picture of its samples; `unet` are weights in place of its UNet's. `report` is called per tensor.
+    Raises UserError if `out` is there (unless it is an export that is to be overwritten) or can't be written.
+    """
+    description = json.loads((model / DESCRIPTION).read_text())
+    with written_folder(out, overwrite) as folder:
+        latent = (model / PIPELINE).is_file()
+        index, named = (_latent_index if latent else _pixel_index)(model, folder, description)
+        (folder / PIPELINE).write_text(json.dumps(index, indent=2) + "\n")
+        for part in _folders(model):
+            if weight_files(part):
+                _copy_config(part, folder / part.name)
+                replaced = unet if unet and part.name == "unet" else {}
+                metadata = provenance.metadata() if part.name == "unet" else {}
+                convert_part(part, folder / part.name, written.dtype, written.shard_size, metadata, replaced, report)
+            elif part.name != "scheduler":
+                shutil.copytree(part, folder / part.name)
+        write_description(folder, description | {EXPORT: provenance.metadata()})
+        if grid:
+            shutil.copyfile(grid, folder / SAMPLES)
+        card = Card(out.name, index["_class_name"], written.dtype, named, description, SAMPLES if grid else None)
+        (folder / CARD).write_text(model_card(card, provenance))
+
+
+def _folders(model: Path) -> list[Path]:
+    return sorted(path for path in model.iterdir() if path.is_dir())
+
+
+def _copy_config(part: Path, target: Path) -> None:
+    """The configuration of a network, without where it was once loaded from."""
+    target.mkdir()
+    config = json.loads((part / "config.json").read_text())
+    config.pop("_name_or_path", None)
+    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _latent_index(model: Path, folder: Path, description: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    """Writes the scheduler; gives the pipeline's parts, and whether the timesteps must be named in a call."""
+    config = json.loads((model / "scheduler" / "scheduler_config.json").read_text())
+    scheduler, named = lcm_scheduler(config, [int(t) for t in description["timesteps"]])
+    scheduler.save_pretrained(folder / "scheduler")
+    index = {key: value for key, value in read_index(model).items() if key != "_name_or_path"}
+    index |= {part: [None, None] for part in UNUSED if part in index} | {"scheduler": ["diffusers", "LCMScheduler"]}
+    if "safety_checker" in index:
+        index["requires_safety_checker"] = False  # it would warn at every opening
+    return index, named
+
+
+def lcm_scheduler(config: dict[str, Any], timesteps: list[int]) -> tuple[LCMScheduler, bool]:
+    """The scheduler of a student, with the schedule of any VP scheduler's `config`; and whether a call must name them.
+
+    For `num_inference_steps` K it takes t_k = (N - floor(k N / K)) (t_0 + 1) / N - 1 by itself, where N is its
+    `original_inference_steps`, a divisor of t_0 + 1: the smallest for which these are `timesteps`, so that it refuses
+    most other counts. Where there is none, N = 1: it refuses all counts but one, and `timesteps` must be named.
+    Raises UserError for a timestep 0, where the boundary condition of consistency models makes it skip the network.
+    """
+    if timesteps[-1] == 0:
+        raise UserError(f"timesteps {timesteps}: at 0 diffusers' LCMScheduler gives its input back; end above 0")
+    ddim = library_class("DDIMScheduler").from_config(config, rescale_betas_zero_snr=False)
+    settings = {key: ddim.config[key] for key in VP_SETTINGS}
+    settings["rescale_betas_zero_snr"] = config.get("rescale_betas_zero_snr", False)
+    first = timesteps[0] + 1
+    if first < len(ddim.betas):  # the grid starts at t_0, the schedule stays that of all times
+        settings |= {"num_train_timesteps": first, "trained_betas": ddim.betas.tolist()}
+    settings |= {"steps_offset": 1}  # unused, but SD's pipeline asks for it
+    settings |= {"timestep_scaling": 1e4}  # boundary condition: c_skip <= 2.5e-9 from t = 1 on
+    kind = library_class("LCMScheduler")
+    for steps in range(len(timesteps), first + 1):
+        if first % steps == 0:
+            scheduler = kind(**settings, original_inference_steps=steps)
+            scheduler.set_timesteps(len(timesteps))
+            if scheduler.timesteps.tolist() == timesteps:
+                return kind(**settings, original_inference_steps=steps), False
+    return kind(**settings, original_inference_steps=1), True
+
+
+def _pixel_index(model: Path, folder: Path, description: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    """Writes the pipeline's class; gives what it is made of, and that no call need name the timesteps."""
+    import diffusers
+
+    source = files("fewstep.export") / "pixel_pipeline.py"
+    (folder / f"{PIXEL_PIPELINE}.py").write_text(source.read_text())
+    index = {
+        "_class_name": [PIXEL_PIPELINE, "FewstepPixelPipeline"],
+        "_diffusers_version": diffusers.__version__,
+        "unet": ["diffusers", "UNet2DModel"],
+        "timesteps": description["timesteps"],
+        "sigma_data": description["config"]["sigma_data"],
+        "num_classes": description["config"]["num_classes"],
+    }
+    return index, False
+
+
+def is_export(folder: Path) -> bool:
+    """Whether `write_diffusers_folder` wrote it."""
+    try:
+        return EXPORT in json.loads((folder / DESCRIPTION).read_text())
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def check_folder(out: Path, overwrite: bool) -> None:
+    """Raises UserError if an export can't take the place `out`: of nothing, of an empty folder, or of an export."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not is_export(out):
+        raise UserError(f"{out}: exists already and is no export, so it is never replaced; choose another place")
+    if not overwrite:
+        raise UserError(f"{out}: exists already; replace it with --overwrite, or choose another place")
+
+
+@contextmanager
+def written_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary folder beside `out` that takes its name if the block ends well; else nothing is left of it."""
+    check_folder(out, overwrite)
+    out = out.resolve()
+    temporary, old = (out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.{suffix}") for suffix in ("tmp", "old"))
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        _take_place(temporary, out, old)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{out}: can't be written ({' '.join(str(error).split())})") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _take_place(new: Path, out: Path, old: Path) -> None:
+    """Renames; what was there is removed when the new folder stands, and put back if it can't."""
+    if out.exists():
+        out.rename(old)
+    try:
+        new.rename(out)
+    except OSError:
+        if old.exists():
+            old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

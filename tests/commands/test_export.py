@@ -1,0 +1,255 @@
+"""`fewstep export` on runs that the other verbs made."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from fewstep import cli
+from fewstep.networks.pretrained import load
+from tiny_pipelines import TINY
+
+MODEL = {"num_classes": 10, "null_class": True, "block_out_channels": [8, 8], "norm_num_groups": 4}
+LOOP = {"num_steps": 2, "batch_size": 4, "data": {"source": "digits"}}
+TEACHER = {"kind": "teach", "model": MODEL, "class_dropout": 0.1, **LOOP}
+STUDENT = {
+    "kind": "distill",
+    "teacher": "teacher",
+    **LOOP,
+    "num_steps": 4,
+    "checkpoint_every": 2,
+    "student_every": 1,
+    "student": {"num_timesteps": 2, "ema_decay": 0.9, "optimizer": {"lr": 1e-2}},
+}
+LATENT = {
+    "kind": "distill",
+    "teacher": "latent-teacher",
+    "guidance_scale": 1.75,
+    "num_steps": 2,
+    "batch_size": 2,
+    "data": {"source": None},
+    "prompts": {"source": "prompts.txt"},
+    "gan": {"student_weight": 0, "critic_weight": 0},
+    "student": {"num_timesteps": 1, "timesteps": [399], "optimizer": {"lr": 1e-3}},
+}
+Run = Callable[[str], tuple[int, str, str]]
+
+
+def command_line(patch: pytest.MonkeyPatch, line: str) -> int:
+    patch.setattr("sys.argv", ["fewstep", *line.split()])
+    try:
+        cli.main()
+    except SystemExit as leaving:
+        return int(leaving.code or 0)
+    return 0
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The runs of a teacher, of its student, and of a text-to-image student."""
+    folder = tmp_path_factory.mktemp("workshop")
+    for name, recipe in (("t", TEACHER), ("d", STUDENT), ("l", LATENT)):
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
+    (folder / "prompts.txt").write_text("a cat\na mat\n")
+    TINY["sd"](folder / "scratch").save_pretrained(folder / "latent-teacher")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", str(folder / "cache"))
+        patch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(folder / "modules"))
+        patch.syspath_prepend(str(folder / "modules"))
+        for verb in ("teach t.yaml --out teacher", "distill d.yaml --out student", "distill l.yaml --out latent"):
+            assert command_line(patch, verb) == 0
+        lines = [{"step": step, "fid": 9.0 - step, "precision": 0.5} for step in (2, 4)]
+        (folder / "student" / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        yield folder
+
+
+@pytest.fixture
+def run(workshop: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs a command in the workshop; gives exit code, output and errors."""
+    monkeypatch.chdir(workshop)
+
+    def command(line: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = command_line(monkeypatch, line)
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return command
+
+
+def run_snippet(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Image.Image:
+    """Runs the card's code where the folder lies; gives the picture that it saves."""
+    monkeypatch.chdir(folder.parent)
+    code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    exec(compile(code[1], "snippet", "exec"), {})
+    return Image.open(folder.parent / "picture.png")
+
+
+def newest(name: str) -> Path:
+    """The model folder of a run's newest checkpoint."""
+    return max(Path(name).glob("checkpoints/*/model"))
+
+
+@pytest.mark.parametrize(("name", "options"), [("student", ""), ("latent", ""), ("latent", " --dtype float16")])
+def test_export_and_the_cards_snippet(run: Run, name: str, options: str, tmp_path: Path, monkeypatch) -> None:
+    student, out = load(newest(name)), tmp_path / "not-yet-there" / "my-export"
+    assert run(f"export {name} --to diffusers {out}{options}") == (0, f"wrote {out}\n", "")
+    assert (out / "samples.png").read_bytes() == max(Path(name).glob("samples/*.png")).read_bytes()
+    assert load(out).timesteps == student.timesteps
+    assert [path.name for path in out.parent.iterdir()] == ["my-export"]
+    picture = run_snippet(out, monkeypatch)
+    assert picture.size == ((8, 8) if name == "student" else (16, 16))
+    assert len(set(picture.tobytes())) > 1
+
+
+def test_the_weights_are_the_averaged_ones_or_those_as_trained(run: Run, tmp_path: Path) -> None:
+    assert run(f"export student {tmp_path}/averaged")[0] == run(f"export student {tmp_path}/raw --raw")[0] == 0
+    file = "unet/diffusion_pytorch_model.safetensors"
+    averaged, raw, saved = (
+        load_file(folder / file) for folder in (tmp_path / "averaged", tmp_path / "raw", newest("student"))
+    )
+    state = torch.load(newest("student").parent / "state.pt", weights_only=True)["method"]["student"]
+    assert all(torch.equal(value, saved[name]) for name, value in averaged.items())
+    assert all(torch.equal(value, state[f"network.unet.{name}"]) for name, value in raw.items())
+    assert raw.keys() == averaged.keys()
+    assert any((raw[name] - averaged[name]).abs().max() > 1e-4 for name in raw)
+    cards = [(tmp_path / name / "README.md").read_text() for name in ("averaged", "raw")]
+    assert "| weights | averaged, EMA 0.9; float32 |" in cards[0]
+    assert "| weights | as trained; float32 |" in cards[1]
+
+
+@pytest.mark.parametrize(("choice", "step"), [("", 4), ("@2", 2), ("@best-fid", 4), ("@best-precision", 2)])
+def test_a_checkpoint_is_chosen_and_its_scores_stand_in_the_card(run: Run, choice: str, step: int, tmp_path) -> None:
+    assert run(f"export student{choice} {tmp_path}/out --license mit")[0] == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"| checkpoint | step {step} (critic updates) |" in card
+    assert f"| fid | {9 - step} | – |" in card
+    assert "| precision | 0.5 | 0.4691 to 0.5309 |" in card
+    assert "license: mit" in card
+    assert Path("student/recipe.yaml").read_text() in card
+    facts = json.loads((tmp_path / "out" / "fewstep.json").read_text())["export"]
+    assert facts["fewstep.recipe"] == Path("student/recipe.yaml").read_text()
+    assert json.loads(facts["fewstep.scores"])["fid"] == {"value": 9 - step, "interval": None}
+
+
+def test_one_of_several_averages(run: Run, tmp_path: Path) -> None:
+    """A checkpoint with another average beside `model`."""
+    shutil.copytree("student", tmp_path / "run")
+    other = shutil.copytree(newest(tmp_path / "run"), newest(tmp_path / "run").parent / "model-ema0.99995")
+    file = other / "unet" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(next(Path("student/checkpoints/00000002/model/unet").glob("*.safetensors")).read_bytes())
+    assert run(f"export {tmp_path}/run {tmp_path}/out --ema 0.99995")[0] == 0
+    ours, theirs = load_file(tmp_path / "out" / "unet" / file.name), load_file(file)
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "averaged, EMA 0.99995" in card
+    assert "None were computed" in card  # the scores are of the other average
+    code, _, error = run(f"export {tmp_path}/run {tmp_path}/no --ema 0.5")
+    assert (code, error.count("\n")) == (2, 1)
+    assert "it has 0.99995" in error
+
+
+def test_rows_of_an_evaluation(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "judged").mkdir()
+    rows = [{"model": "real", "fid": 0.125}, {"model": "student", "sampler": "student", "nfe": 2, "fid": 1.5}]
+    (tmp_path / "judged" / "results.json").write_text(json.dumps(rows))
+    assert run(f"export student {tmp_path}/out --evaluation {tmp_path}/judged")[0] == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| real | – | – | 0.125 |" in card
+    assert "| student | student | 2 | 1.5 |" in card
+
+
+def test_overwriting(run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run(f"export latent {out}")[0] == 0
+    code, _, error = run(f"export student {out}")
+    assert code == 2
+    assert "--overwrite" in error
+    assert (out / "vae").exists()
+    assert run(f"export student {out} --overwrite")[0] == 0
+    assert {path.name for path in out.iterdir()} == {
+        *("README.md", "fewstep.json", "model_index.json", "pipeline.py", "samples.png", "unet")
+    }
+
+
+def test_a_single_file_has_the_provenance_and_the_weights_that_were_asked_for(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("fewstep.export.single_file")
+    for name, options in (("half", ""), ("raw", "--raw --dtype float32")):
+        assert run(f"export latent {tmp_path}/{name}.safetensors --to single-file {options}")[0] == 0
+    half, raw = (load_file(tmp_path / f"{name}.safetensors") for name in ("half", "raw"))
+    state = torch.load(newest("latent").parent / "state.pt", weights_only=True)["method"]["student"]
+    name = "model.diffusion_model.input_blocks.0.0.weight"
+    assert half[name].dtype == torch.float16
+    assert torch.equal(raw[name], state["network.unet.conv_in.weight"])
+    with safe_open(tmp_path / "half.safetensors", "pt") as file:
+        assert file.metadata()["fewstep.recipe"] == Path("latent/recipe.yaml").read_text()
+    code, _, error = run(f"export student {tmp_path}/pixel.safetensors --to single-file")
+    assert (code, error.count("\n")) == (2, 1)
+    assert "pixel model" in error
+    assert not (tmp_path / "pixel.safetensors").exists()
+
+
+def snapshot(*folders: Path) -> dict[Path, bytes]:
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    return {path: path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize(
+    ("line", "fragments"),
+    [
+        ("export nowhere OUT", ["nowhere", "no such run folder"]),
+        ("export cache OUT", ["cache", "not a run folder"]),
+        ("export latent-teacher OUT", ["latent-teacher", "not a run folder"]),
+        ("export empty OUT", ["empty", "no checkpoint"]),
+        ("export student@3 OUT", ["@3", "@2, @4"]),
+        ("export student@best-recall OUT", ["best-recall", "@best-fid"]),
+        ("export teacher OUT", ["teacher", "distil it first"]),
+        ("export student OUT --ema 0.5", ["--ema 0.5", "no such average"]),
+        ("export student OUT --ema 0.9 --raw", ["--ema 0.9", "leave out one"]),
+        ("export student OUT --to onnx", ["--to onnx", "diffusers or single-file"]),
+        ("export student OUT --dtype int8", ["--dtype int8", "float16"]),
+        ("export student OUT --shard-size 5", ["--shard-size 5", "5GB"]),
+        ("export student OUT --shard-size 0GB", ["--shard-size 0GB", "5GB"]),
+        ("export student student", ["student", "no export"]),
+        ("export student student --overwrite", ["student", "never replaced"]),
+        ("export student latent-teacher --overwrite", ["latent-teacher", "never replaced"]),
+        ("export student recipe-file --overwrite", ["recipe-file", "never replaced"]),
+        ("export student d.yaml/out", ["d.yaml", "not a folder"]),
+        ("export student OUT --evaluation nowhere", ["nowhere/results.json", "fewstep evaluate"]),
+        ("export damaged OUT", ["damaged", "weights are damaged"]),
+        ("export damaged OUT --raw", ["state.pt", "can't be read"]),
+        ("export latent OUT --to single-file", ["OUT", "ends in .safetensors"]),
+        ("export latent OUT.safetensors --to single-file --shard-size 5GB", ["--shard-size", "no shards"]),
+        ("export latent there.safetensors --to single-file", ["there.safetensors", "--overwrite"]),
+    ],
+)
+def test_what_is_wrong_is_one_line_and_nothing_is_written(
+    run: Run, workshop: Path, line: str, fragments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("cache", "student", "teacher", "latent", "latent-teacher")
+    for name in names:
+        (tmp_path / name).mkdir() if name == "cache" else (tmp_path / name).symlink_to(workshop / name)
+    (tmp_path / "empty").mkdir()
+    for file in ("empty/recipe.yaml", "d.yaml", "recipe-file"):
+        shutil.copy(workshop / "student" / "recipe.yaml", tmp_path / file)
+    (tmp_path / "there.safetensors").touch()
+    damaged = shutil.copytree(workshop / "student", tmp_path / "damaged")
+    for file in (newest(damaged) / "unet" / "diffusion_pytorch_model.safetensors", newest(damaged).parent / "state.pt"):
+        file.write_bytes(file.read_bytes()[:-300])
+    monkeypatch.chdir(tmp_path)
+    before = snapshot(tmp_path, workshop)
+    paths = set(tmp_path.rglob("*"))
+    code, printed, error = run(line)
+    assert (code, printed, error.count("\n")) == (2, "", 1), error
+    assert all(fragment in error for fragment in fragments), error
+    assert set(tmp_path.rglob("*")) == paths
+    assert snapshot(tmp_path, workshop) == before

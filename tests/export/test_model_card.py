@@ -1,0 +1,95 @@
+"""The card: what it says is true, and its numbers are right. Its snippet runs in tests/commands/test_export.py."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from scipy.stats import binomtest
+
+from fewstep.errors import UserError
+from fewstep.export.model_card import Card, model_card
+from fewstep.export.provenance import Provenance, Score, read_scores, read_table, wilson_interval
+
+PIXELS = {"config": {"num_classes": 10, "sigma_data": 0.5}}
+
+
+def card(kind: str | list[str] = "StableDiffusionXLPipeline", dtype: torch.dtype = torch.float32, **changes) -> str:
+    facts = {"teacher": "owner/model", "recipe": "kind: distill\nseed: 3\n", "timesteps": [999.0, 499.0]}
+    facts |= {"guidance_scale": 8.0, "step": 7, "ema": "0.999"} | changes
+    return model_card(Card("my model", kind, dtype, False, PIXELS, "samples.png"), Provenance(**facts))
+
+
+def front(text: str) -> dict:
+    return yaml.safe_load(text.split("---\n")[1])
+
+
+def test_what_the_hub_reads() -> None:
+    matter = front(card(license="openrail++"))
+    assert matter["license"] == "openrail++"
+    assert matter["base_model"] == "owner/model"
+    assert matter["library_name"] == "diffusers"
+    assert matter["pipeline_tag"] == "text-to-image"
+    assert "stable-diffusion-xl" in matter["tags"]
+    matter = front(card(["pipeline", "FewstepPixelPipeline"], teacher="runs/digits: a"))
+    assert matter["license"] == "other"
+    assert matter["pipeline_tag"] == "unconditional-image-generation"
+    assert "base_model" not in matter
+
+
+@pytest.mark.parametrize(
+    "fact",
+    [
+        "| teacher | `owner/model` |",
+        "| timesteps | 999, 499 |",
+        "| guidance (CFG) of the student | none: pass `guidance_scale=0` |",
+        "| guidance (CFG) of the teacher, in training | 8 |",
+        "step 7 (critic updates)",
+        "averaged, EMA 0.999; float16",
+        "```yaml\nkind: distill\nseed: 3\n```",
+        'from_pretrained("my model", variant="fp16", dtype=torch.float16)',
+        "num_inference_steps=2, guidance_scale=0",
+        "![samples](samples.png)",
+        "the licence of the teacher, `owner/model`, applies",
+        "None were computed",
+    ],
+)
+def test_it_says(fact: str) -> None:
+    assert fact in card(dtype=torch.float16)
+
+
+def test_metrics_have_their_intervals() -> None:
+    scores = [Score("fid", 1.25), Score("precision", 0.5, (0.4, 0.6))]
+    rows = [{"model": "real", "fid": 0.25}, {"model": "run", "fid": 1.5, "nfe": 1, "attributes": {"a": {"b": 1.0}}}]
+    text = card(scores=scores, table=rows)
+    assert "| fid | 1.25 | – |" in text
+    assert "| precision | 0.5 | 0.4 to 0.6 |" in text
+    assert "| model | fid | nfe |" in text
+    assert "| real | 0.25 | – |" in text
+    assert "| run | 1.5 | 1 |" in text
+
+
+@pytest.mark.parametrize(("share", "num"), [(0.0, 10), (0.9, 1000), (1.0, 50), (0.25, 40)])
+def test_the_interval_is_wilsons(share: float, num: int) -> None:
+    reference = binomtest(round(share * num), num).proportion_ci(0.95, "wilson")
+    assert wilson_interval(share, num) == pytest.approx((reference.low, reference.high), abs=1e-9)
+
+
+def test_scores_are_those_of_the_step() -> None:
+    lines = [{"step": 2, "fid": 3.0, "precision": 0.1}, {"step": 4, "fid": 2.0, "precision": 0.5, "recall": 0.25}]
+    assert read_scores(lines, 3, 10) == []
+    fid, precision, recall = read_scores(lines, 4, 1000)
+    assert (fid, recall) == (Score("fid", 2.0), Score("recall", 0.25))
+    assert read_scores([{"step": 4, "fid": 2.0, "ema0.99_fid": 1.0}], 4, 10) == [fid]
+    assert read_scores([{"step": 4, "fid": 2.0, "ema0.99_fid": 1.0}], 4, 10, "0.99") == [Score("fid", 1.0)]
+    assert precision.interval == pytest.approx((0.469, 0.531), abs=1e-3)
+
+
+def test_rows_of_another_model_are_not_taken(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text('[{"model": "real", "fid": 1}, {"model": "a"}, {"model": "b"}]')
+    assert [row["model"] for row in read_table(tmp_path, "b")] == ["real", "b"]
+    with pytest.raises(UserError, match="no row 'c'; it has real, a, b"):
+        read_table(tmp_path, "c")
+    (tmp_path / "results.json").write_text("[1]")
+    with pytest.raises(UserError, match="not written by"):
+        read_table(tmp_path, "c")
