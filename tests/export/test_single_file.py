@@ -253,7 +253,7 @@ def test_a_disk_that_fills_leaves_nothing(sd: Place, tmp_path: Path, monkeypatch
         raise OSError(28, "No space left on device")
 
     (tmp_path / "x.safetensors").write_text("before")
-    monkeypatch.setattr("fewstep.export.single_file.struct.pack", full)
+    monkeypatch.setattr("fewstep.export.weights.converted", full)
     with pytest.raises(UserError, match=r"x\.safetensors: can't be written .*No space left"):
         write_single_file(sd.model, tmp_path / "x.safetensors", {}, torch.float32)
     assert [path.read_text() for path in tmp_path.iterdir()] == ["before"]
