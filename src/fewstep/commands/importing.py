@@ -1,0 +1,50 @@
+"""`fewstep import`: brings in models that are stored in other formats."""
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from fewstep.commands.runs import check_writable
+from fewstep.errors import UserError
+from fewstep.networks.edm_checkpoint import EdmNetwork, convert, read_network
+from fewstep.runtime.tracking import progress_bar
+
+
+def import_edm(path: Path, out: Path) -> None:
+    """Writes the network of an EDM checkpoint as the model folder `out`, whole or not at all; prints what it is."""
+    check_writable(out)
+    if out.exists():
+        raise UserError(f"{out}: exists already; choose another --out")
+    network = read_network(path)
+    print(f"{path}: {describe(network)}")
+    with progress_bar("import", len(network.tensors)) as show:
+        model = convert(network, show)
+    with folder_written_whole(out) as temporary:
+        model.save(temporary)
+    print(f"wrote {out}: {sum(p.numel() for p in model.unet.parameters()):,} parameters")
+
+
+def describe(network: EdmNetwork) -> str:
+    """Kind, resolution and classes in a line."""
+    config = network.config
+    classes = f"{config.num_classes:,} classes" if config.num_classes else "no classes"
+    return f"EDM, ADM, {config.image_size}x{config.image_size} in {config.channels} channels, {classes}"
+
+
+@contextmanager
+def folder_written_whole(folder: Path) -> Iterator[Path]:
+    """A temporary folder that takes the name `folder` if the block ends well; nothing of it is left otherwise."""
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        os.rename(temporary, folder)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder}: can't be written ({' '.join(str(error).split())})") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
