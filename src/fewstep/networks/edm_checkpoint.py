@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import UNet2DModel
@@ -21,6 +22,7 @@ from fewstep.settings import Settings
 
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0  # EDM, table 1; the files say 0 and inf, where the network may be called at all
 HEAD_DIM, GROUPS = 64, 32  # ADM's
+WIDEST, DEEPEST = 2**14, 4  # channels, and modules in modules, of the largest that is tried
 UNUSED = {"map_augment.weight"}  # it tells of augmentations in training; there are none at inference
 SONG = (
     "holds a SongUNet (DDPM++ or NCSN++), which diffusers' UNet2DModel can't hold: where its resolution changes it has "
@@ -63,40 +65,51 @@ def read_network(path: Path) -> EdmNetwork:
     """The network in the file, averaged over training; raises UserError if it is none that can be imported."""
     content = read_pickle(path)
     try:
-        network = content.get("ema") if type(content) is dict else None
-        if type(network) is not Part:
-            raise Refused("holds no EDM network (under 'ema')")
-        if network.class_name != "EDMPrecond":
-            raise Refused(f"holds a {shown(network.class_name)} network; only EDM's own preconditioning is imported")
-        model = _children(network).get("model", Part(""))
-        if model.class_name != "DhariwalUNet":
-            raise Refused(SONG if model.class_name == "SongUNet" else f"holds a {shown(model.class_name)} network")
-        read = EdmNetwork(_config(network, model), dict(_tensors(model)))
-        check_tensors(read.config, {name: tensor.size for name, tensor in read.tensors.items()})
-        return read
+        return find_network(content)
     except Refused as error:
         raise UserError(f"{path}: {error}") from error
 
 
-def _children(part: Part) -> dict[str, Part]:
-    """Its sub-modules."""
-    modules = part.state.get("_modules")
-    return {name: child for name, child in (modules or {}).items() if isinstance(child, Part)}
+def find_network(content: Any) -> EdmNetwork:
+    """The network in what `read_pickle` gives; raises Refused if it is none that can be imported."""
+    network = content.get("ema") if type(content) is dict else None
+    if type(network) is not Part:
+        raise Refused("holds no network (under 'ema'), so it is not an EDM checkpoint")
+    if network.class_name != "EDMPrecond":
+        raise Refused(f"is preconditioned by {shown(network.class_name)}; only EDM's own, EDMPrecond, is imported")
+    model = _attributes(network, "_modules").get("model")
+    if type(model) is not Part or model.class_name != "DhariwalUNet":
+        found = model.class_name if type(model) is Part else "something else"
+        raise Refused(SONG if found == "SongUNet" else f"holds a {shown(found)}; only DhariwalUNet (ADM) is imported")
+    read = EdmNetwork(_config(network, model), dict(_tensors(model)))
+    check_tensors(read.config, {name: tensor.size for name, tensor in read.tensors.items()})
+    return read
+
+
+def _attributes(part: Part, kind: str) -> dict[str, Any]:
+    """One of the dicts that every module has."""
+    found = part.state.get(kind)
+    if type(found) is not dict:
+        raise Refused(f"holds a {shown(part.class_name)} without {kind}")
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _tensors(network: Part) -> Iterator[tuple[str, StoredTensor]]:
     """Dotted names and tensors; averaging over 2x2 pixels, which `UNet2DModel` has without a tensor, is left out."""
-    pending, seen = [("", network)], set()
+    pending: list[tuple[str, Any]] = [("", network)]
+    seen = set()
     while pending:
         prefix, part = pending.pop()
-        if id(part) in seen:
-            raise Refused(f"holds the module {shown(prefix)} twice")
+        if type(part) is not Part or id(part) in seen or prefix.count(".") > DEEPEST:
+            raise Refused(f"holds {shown(prefix)[:-1]}, which is no module of its own in a network like ADM's")
         seen.add(id(part))
-        pending += [(f"{prefix}{name}.", child) for name, child in _children(part).items()]
-        for name, tensor in [item for kind in ("_parameters", "_buffers") for item in part.state.get(kind, {}).items()]:
-            if name == "resample_filter" and tensor is not None:
+        pending += [(f"{prefix}{name}.", child) for name, child in _attributes(part, "_modules").items()]
+        for name, tensor in (_attributes(part, "_parameters") | _attributes(part, "_buffers")).items():
+            if type(tensor) is not StoredTensor:
+                raise Refused(f"holds {shown(prefix + name)}, which is no tensor")
+            if name == "resample_filter":
                 _check_filter(tensor)
-            elif tensor is not None:
+            else:
                 yield prefix + name, tensor
 
 
@@ -113,6 +126,8 @@ def _config(network: Part, model: Part) -> PixelModelConfig:
         if inner.channel_mult[0] != 1 or inner.channel_mult_emb != 4:
             raise ValueError("channel_mult begins with 1 and channel_mult_emb is 4 in a UNet2DModel")
         widths = [inner.model_channels * multiple for multiple in inner.channel_mult]
+        if max(widths) > WIDEST:
+            raise ValueError(f"a width of {max(widths):.3g} channels")
         if min(widths) < 4 * GROUPS:
             raise ValueError(f"ADM takes fewer than {GROUPS} groups of channels for a width of {min(widths)}")
         return PixelModelConfig(

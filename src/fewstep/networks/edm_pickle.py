@@ -131,6 +131,8 @@ class NumberType(Part):
 
 
 def _number_type(code: str, align: bool, copy: bool) -> NumberType:
+    if type(code) is not str:  # hashing it may take for ever
+        raise TypeError
     if code not in NUMBERS:
         raise Refused(f"holds a numpy dtype {shown(code)}; only plain numbers have a place there")
     return NumberType(NUMBERS[code])

@@ -19,15 +19,15 @@ class Refused(Exception):
     """Something that has no place in such a file; the message goes behind the file's name."""
 
 
-def shown(value: object) -> str:
-    """Part of a hostile file, short and in one line."""
-    return ascii(value)[1:-1][:80] if isinstance(value, str) else type(value).__name__
+def shown(text: str) -> str:
+    """Text of a hostile file, short and in one line."""
+    return ascii(text)[1:-1][:80]
 
 
 def text_key(value: Any) -> str:
     """Only text is hashed: other keys can be made to collide, or to take for ever."""
     if type(value) is not str:
-        raise Refused(f"has a {shown(value)} as a key; only text has a place there")
+        raise Refused(f"has a {type(value).__name__} as a key; only text has a place there")
     return value
 
 
@@ -90,7 +90,7 @@ class Part:
     def build(self, state: Any) -> None:
         """What BUILD does: gives it attributes."""
         if type(state) is not dict:
-            raise Refused(f"gives {shown(self.class_name)} a {shown(state)} for its attributes")
+            raise Refused(f"gives {shown(self.class_name)} a {type(state).__name__} for its attributes")
         self.state.update(state)
 
 
@@ -174,7 +174,7 @@ class Machine:
     def call(self, _: None) -> None:
         function, arguments = self.pop(2)
         if type(function) is not Function or type(arguments) is not tuple:
-            raise Refused(f"calls a {shown(function)}, which is not done there")
+            raise Refused(f"calls a {type(function).__name__}, which is not done there")
         try:
             self.push(function.call(*arguments))
         except (TypeError, ValueError, AttributeError, LookupError, struct.error) as error:
@@ -186,7 +186,7 @@ class Machine:
         if isinstance(target, Part):
             target.build(state)
         elif not (type(target) is dict and type(state) is dict and not state):
-            raise Refused(f"sets the state of a {shown(target)}, which is not done there")
+            raise Refused(f"sets the state of a {type(target).__name__}, which is not done there")
         self.push(target)
 
     def append(self, items: tuple[Any, ...]) -> None:
@@ -200,7 +200,7 @@ class Machine:
 
     def _filled(self, kind: type) -> Any:
         if type(self.stack[-1]) is not kind:
-            raise Refused(f"fills a {shown(self.stack[-1])} as if it were a {kind.__name__}")
+            raise Refused(f"fills a {type(self.stack[-1]).__name__} as if it were a {kind.__name__}")
         return self.stack[-1]
 
 
