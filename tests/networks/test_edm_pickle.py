@@ -218,7 +218,7 @@ HOSTILE = {  # what the line says -> bytes behind the protocol: the machine must
     "other than the 2 numbers": tensor(storage(2, FLOAT * 2), 1, numbers(2), numbers(1)),
     "other than the 3 numbers": tensor(storage(3, FLOAT * 3), 0, numbers(3), numbers(2**40)),
     "calls torch._utils._rebuild_tensor_v2": tensor(storage(2, FLOAT * 2), 1, numbers(2), numbers(-1)),
-    "more than 200,000 pickle opcodes": b"]" * 200_001,
+    "more than 150,000 pickle opcodes": b"]" * 150_001,
     "is cut off or damaged": b"h\x07",
 }
 
@@ -248,8 +248,8 @@ def test_other_files_are_named(tmp_path: Path) -> None:
     assert "a safetensors file" in refusal((tmp_path / "a.safetensors").read_bytes(), tmp_path)
     torch.save({"a": torch.zeros(3)}, tmp_path / "a.pt")
     assert "a zip archive" in refusal((tmp_path / "a.pt").read_bytes(), tmp_path)
-    for path, says in ((tmp_path, "Is a directory"), (tmp_path / "nowhere.pkl", "No such file")):
-        with pytest.raises(UserError, match=says):
+    for path in (tmp_path, tmp_path / "nowhere.pkl"):
+        with pytest.raises(UserError, match=f"{path}: no such file"):
             read_pickle(path)
 
 

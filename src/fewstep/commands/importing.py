@@ -33,7 +33,7 @@ def describe(network: EdmNetwork) -> str:
     """Kind, resolution and classes in a line."""
     config = network.config
     classes = f"{config.num_classes:,} classes" if config.num_classes else "no classes"
-    return f"EDM, ADM, {config.image_size}x{config.image_size} in {config.channels} channels, {classes}"
+    return f"EDM, an ADM network, {config.image_size}x{config.image_size}x{config.channels}, {classes}"
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from torch import Tensor
 from fewstep.errors import UserError, brief
 from fewstep.networks.pickle_machine import Blob, Bounded, Function, Machine, Part, Refused, shown, text_key
 
-MOST_OPCODES = 200_000  # more than twice what the ImageNet-64 network takes; bounds time and memory of a hostile file
+MOST_OPCODES = 150_000  # more than twice what the ImageNet-64 network takes; bounds time and memory of a hostile file
 STORAGE_OPCODES = 200  # of each of the five small pickles in front of a tensor's numbers; there are about 40
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of torch's older format, in which the numbers stand
 STORAGES = {
@@ -191,6 +191,8 @@ def read_pickle(path: Path) -> Any:
 
     Raises UserError if it is no pickle of protocol 2 to 5, is damaged, or holds anything that EDM's files do not.
     """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; name an EDM checkpoint (.pkl)")
     try:
         with closing(Bounded(path.open("rb"), path.stat().st_size)) as file:
             _check_start(file)
@@ -198,7 +200,7 @@ def read_pickle(path: Path) -> Any:
     except Refused as error:
         raise UserError(f"{path}: {error}; nothing of it was run") from error
     except OSError as error:
-        raise UserError(f"{path}: can't be read ({error.strerror}); name an EDM checkpoint (.pkl)") from error
+        raise UserError(f"{path}: can't be read ({error.strerror})") from error
     except Exception as error:  # a damaged pickle shows itself as almost any error
         raise UserError(f"{path}: is cut off or damaged ({brief(error)}); fetch it again") from error
 
