@@ -39,7 +39,7 @@ class _Outer(Settings):
     label_dim: int = 0
     sigma_min: float = 0.0
     sigma_max: float = math.inf
-    sigma_data: float = 0.5
+    sigma_data: float = Field(0.5, allow_inf_nan=False)
 
 
 class _Inner(Settings):
