@@ -2,7 +2,7 @@
 
 import sys
 
-from fewstep.cli import runs, images, exporting, data  # the order of their verbs in --help
+from fewstep.cli import runs, images, exporting, importing, data  # the order of their verbs in --help
 from fewstep.cli.app import app
 from fewstep.errors import UserError
 

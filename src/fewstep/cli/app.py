@@ -14,6 +14,8 @@ app = typer.Typer(
 )
 data = typer.Typer(no_args_is_help=True, help="Prepare data for text-to-image runs.")
 app.add_typer(data, name="data")
+import_ = typer.Typer(no_args_is_help=True, help="Bring in models from elsewhere.")
+app.add_typer(import_, name="import")
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; repeatable.")]
 Out = Annotated[Path | None, typer.Option(help="Run folder; by default runs/RECIPE.", show_default=False)]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in that folder.")]

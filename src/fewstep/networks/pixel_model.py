@@ -31,6 +31,8 @@ class PixelModelConfig(Settings):
     """Channels of each level; every level after the first halves the resolution."""
     attention: list[bool] = [False, False]
     """Whether each level has self-attention."""
+    middle_attention: bool = False
+    """Whether the block in the middle has self-attention where no level has it; where one has, it always has."""
     layers_per_block: int = Field(1, ge=1)
     """Residual blocks per level."""
     attention_head_dim: int = Field(32, ge=1)
@@ -58,7 +60,7 @@ class PixelModelConfig(Settings):
         if not levels or min(self.block_out_channels) < 1:
             raise ValueError(f"block_out_channels {self.block_out_channels}: at least one level, all positive")
         with_attention = [w for w, on in zip(self.block_out_channels, self.attention, strict=True) if on]
-        with_attention += self.block_out_channels[-1:] if with_attention else []  # the middle block
+        with_attention += self.block_out_channels[-1:] if with_attention or self.middle_attention else []
         if any(width % self.attention_head_dim for width in with_attention):
             raise ValueError(f"attention_head_dim {self.attention_head_dim} does not divide {with_attention}")
         if self.image_size % 2 ** (levels - 1):
@@ -86,7 +88,7 @@ def build_unet(config: PixelModelConfig) -> UNet2DModel:
         attention_head_dim=config.attention_head_dim,
         norm_num_groups=config.norm_num_groups,
         attn_norm_num_groups=config.norm_num_groups,
-        add_attention=any(config.attention),
+        add_attention=any(config.attention) or config.middle_attention,
         dropout=config.dropout,
         flip_sin_to_cos=True,
         freq_shift=0,

@@ -16,7 +16,7 @@ from fewstep.networks.pipeline import PARTS, WEIGHTED, check_index, load_pipelin
 from fewstep.networks.pixel_model import PixelModel, PixelModelConfig, build_unet
 
 SUFFIX = ".safetensors"
-WEIGHT_SUFFIXES = (SUFFIX, ".ckpt", ".pt", ".pth", ".bin", ".gguf")  # all but the first are refused, by name
+WEIGHT_SUFFIXES = (SUFFIX, ".ckpt", ".pt", ".pth", ".bin", ".gguf", ".pkl")  # all but the first are refused, by name
 
 
 def is_model_folder(folder: Path) -> bool:
@@ -95,8 +95,9 @@ def _load_file(path: Path, config: str | Path | None, prediction_type: str | Non
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     if path.suffix != SUFFIX:
+        hint = "; `fewstep import edm` reads EDM's" if path.suffix == ".pkl" else ""
         raise UserError(
-            f"{path}: only {SUFFIX} files are read; others ({path.suffix}) can run code when they are opened"
+            f"{path}: only {SUFFIX} files are read; others ({path.suffix}) can run code when they are opened{hint}"
         )
     weights = single_file.read(path)
     changes = single_file.scheduler_changes(weights)

@@ -1,0 +1,30 @@
+"""`fewstep import`: brings in models that are stored in other formats."""
+
+from pathlib import Path
+
+from fewstep.commands.runs import check_writable
+from fewstep.errors import UserError
+from fewstep.export.diffusers_folder import written_folder
+from fewstep.networks.edm_checkpoint import EdmNetwork, convert, read_network
+from fewstep.runtime.tracking import progress_bar
+
+
+def import_edm(path: Path, out: Path) -> None:
+    """Writes the network of an EDM checkpoint as the model folder `out`, whole or not at all; prints what it is."""
+    check_writable(out)
+    if out.exists():
+        raise UserError(f"{out}: exists already; choose another --out")
+    network = read_network(path)
+    print(f"{path}: {describe(network)}")
+    with progress_bar("import", len(network.tensors)) as show:
+        model = convert(network, show)
+    with written_folder(out) as temporary:
+        model.save(temporary)
+    print(f"wrote {out}: {sum(p.numel() for p in model.unet.parameters()):,} parameters")
+
+
+def describe(network: EdmNetwork) -> str:
+    """Kind, resolution and classes in a line."""
+    config = network.config
+    classes = f"{config.num_classes:,} classes" if config.num_classes else "no classes"
+    return f"EDM, an ADM network, {config.image_size}x{config.image_size}x{config.channels}, {classes}"
