@@ -17,9 +17,9 @@ class DataSettings(Settings):
     """Where the real images come from; size, grey or RGB, and the number of classes are the model's."""
 
     source: str | None = "digits"
-    """`digits` or, with captions, `shapes` (both embedded), an image folder, a parquet file, a WebDataset tar, a folder
-    of those, or of latents that `fewstep data latents` wrote; null for text-to-image with `prompts` and without GAN,
-    which needs no images."""
+    """`digits` or, with captions, `shapes` (both embedded), an image folder, a zip (or folder) of images with a
+    dataset.json as EDM's dataset_tool writes them, a parquet file, a WebDataset tar, a folder of those, or of latents
+    that `fewstep data latents` wrote; null for text-to-image with `prompts` and without GAN, which needs no images."""
     split: str = "train"
     """The split to read, where the source has several."""
     image_column: str | None = None
