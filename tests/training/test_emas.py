@@ -14,12 +14,16 @@ from fewstep.commands.evaluate import evaluate
 from fewstep.commands.runs import open_model
 from fewstep.commands.teach import teach
 from fewstep.errors import Interrupted, UserError
+from fewstep.networks.latent_model import LatentModel
 from fewstep.networks.pretrained import load
+from fewstep.networks.roles import make_roles
 from fewstep.recipes.loading import load_recipe
 from fewstep.recipes.schema import DistillRecipe
 from fewstep.runtime.checkpoint import checkpoints, load_state
 from fewstep.runtime.selection import best_steps, find_checkpoint, find_model
 from fewstep.runtime.tracking import read_metrics
+from fewstep.training.dmd2 import DMD2, DMD2Settings
+from tiny_pipelines import TINY as TINY_PIPELINES
 
 TINY = ["batch_size=8", "log_every=2", "sample_every=100", "checkpoint_every=4", "num_steps=12", "device=cpu"]
 SMALL = ["model.block_out_channels=[8, 8]", "model.norm_num_groups=4"]
@@ -187,3 +191,16 @@ def test_decays_that_are_no_decays_are_refused(decays: str) -> None:
 def test_a_run_cannot_resume_with_other_averages(place: Path) -> None:
     with pytest.raises(UserError, match=r"changed recipe \(student\.ema_decay: \[0\.2, 0\.05, 0\.0\] -> 0\.2\)"):
         distill(recipe(place, "student.ema_decay=0.2"), place / "whole", resume=True, report=quiet)
+
+
+def test_the_averages_of_a_text_model_share_what_is_frozen(tmp_path: Path) -> None:
+    """Each is a whole pipeline; autoencoder and text encoder lie on the disk once."""
+    model = LatentModel(TINY_PIPELINES["sd"](tmp_path / "scratch"))
+    model.frozen = tmp_path / "frozen"
+    settings = DMD2Settings(student={"ema_decay": [0.9, 0.5]}, gan={"student_weight": 0, "critic_weight": 0})
+    method = DMD2(settings, model, make_roles(model), num_steps=1, batch_size=1, seed=0)
+    method.save_model(tmp_path / "model")
+    weights = "vae/diffusion_pytorch_model.safetensors"
+    places = [tmp_path / name / weights for name in ("model", "model-ema0.5", "frozen")]
+    assert len({path.stat().st_ino for path in places}) == 1
+    assert isinstance(load(tmp_path / "model-ema0.5"), LatentModel)
