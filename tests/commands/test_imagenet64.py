@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from fewstep.cli import main
+from fewstep.commands.distill import open_batches
 from fewstep.data.images import digits
 from fewstep.networks.pixel_model import PixelModel, PixelModelConfig, build_unet
 from fewstep.networks.pretrained import load
@@ -151,6 +152,14 @@ def test_stage_b_starts_from_the_best_of_stage_a(fewstep: Command, place: Path, 
     assert (started - sixth).abs().max() > 1e-3
     state = load_state(find_checkpoint(f"{tmp_path}/{B}"))["method"]
     assert state["student_optimizer"]["schedule"]["last_epoch"] == 1  # anew
+
+
+def test_real_images_are_decoded_only_for_the_gan(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The batch of 280 is a tenth of a second's work per step, and 410,000 steps of stage A would not look at it."""
+    monkeypatch.chdir(place)
+    model = load(place / "models" / "edm-imagenet-64")
+    batches = [open_batches(load_recipe(name, ["batch_size=4"]), model, place)(0) for name in (A, B)]
+    assert [batch.keys() for batch in batches] == [set(), {"image", "label"}]
 
 
 @pytest.mark.parametrize("name", [SHORT, LARGE])

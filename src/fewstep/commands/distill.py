@@ -53,7 +53,9 @@ def open_batches(recipe: DistillRecipe, model: PixelModel | LatentModel, runs: P
         return text_batches(recipe, model, runs)
     if recipe.prompts:
         raise UserError("prompts: the teacher takes no text")
-    return image_batches(open_images(recipe.data, model.config), recipe)
+    images = open_images(recipe.data, model.config)
+    real = recipe.gan.student_weight > 0 or not recipe.student.backward_simulation
+    return image_batches(images, recipe) if real else lambda step: {}  # fakes are drawn for classes of their own
 
 
 def initialize(roles: Roles, source: str, runs: Path) -> None:

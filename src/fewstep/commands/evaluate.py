@@ -1,6 +1,6 @@
 """`fewstep evaluate`: judges runs side by side, on the same noise, and writes the table and the page."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -41,9 +41,10 @@ def evaluate(
     recipe = read_run_recipe(folders[0] / RECIPE)
     names = [Path(run).name if len({Path(other).name for other in runs}) == len(runs) else str(run) for run in runs]
     averages = [open_averages(run) for run in runs]
+    firsts = [of[""] for of in averages]
+    _check_alike(runs, firsts)
     models = {f"{name}{ema}": model for name, of in zip(names, averages, strict=True) for ema, model in of.items()}
-    _check_alike(models)
-    judge = make_judge(recipe.data, next(iter(models.values())), features, folders[0].parent, num_samples, num_real)
+    judge = make_judge(recipe.data, firsts[0], features, folders[0].parent, num_samples, num_real)
     rows, grids = [judge.floor], {"real": judge.real_grid}
     for name, model in models.items():
         model.to(on_device)
@@ -75,17 +76,14 @@ def make_judge(
     return make_text_judge(data, model, features, num_samples, num_real)
 
 
-def _check_alike(models: Mapping[str, PixelModel | LatentModel]) -> None:
+def _check_alike(runs: Sequence[str | Path], models: Sequence[PixelModel | LatentModel]) -> None:
     """Raises UserError unless all models make the images and the classes of the first."""
-    made = {
-        name: (*model.shape, model.config.num_classes if isinstance(model, PixelModel) else "text")
-        for name, model in models.items()
-    }
-    first = next(iter(made))
-    for name, other in made.items():
-        if other != made[first]:
-            numbers = f"channels, height, width and classes are {other}, those of {first} {made[first]}"
-            raise UserError(f"{name}: {numbers}; judge it apart")
+    made = [(*model.shape, model.config.num_classes if isinstance(model, PixelModel) else "text") for model in models]
+    for run, other in zip(runs, made, strict=True):
+        if other != made[0]:
+            raise UserError(
+                f"{run}: channels, height, width and classes are {other}, those of {runs[0]} {made[0]}; judge it apart"
+            )
 
 
 def publish(
