@@ -72,6 +72,19 @@ def test_images_and_labels_are_those_of_edms_loader(
     assert (images.length, batch["label"].dtype) == (NUM, torch.int64)
 
 
+def test_local_headers_longer_than_the_index_says_are_skipped(tmp_path: Path) -> None:
+    """Sizes of 64 bits stand in the local header alone, dates of other tools in both: the index is not enough."""
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        for index in range(NUM):
+            entry = zipfile.ZipInfo(name(index))
+            entry.extra = b"\x99\x99\x04\x00date" * (index % 2)
+            with archive.open(entry, "w", force_zip64=index > 2) as file:
+                file.write(png(index))
+        archive.writestr("dataset.json", json.dumps({"labels": PAIRS}))
+    cells = open_edm_set(tmp_path / "set.zip").cells(list(range(NUM)))
+    assert [cell["bytes"] for cell in cells] == [png(index) for index in range(NUM)]
+
+
 def test_images_of_a_zip_stay_in_it_until_they_are_asked_for(tmp_path: Path) -> None:
     """Nothing but the index is read at first: an image that is damaged shows itself where it is fetched."""
     path = write(tmp_path / "set.zip")

@@ -18,7 +18,7 @@ from fewstep.networks.roles import Roles, make_roles
 from fewstep.recipes.loading import recipe_names
 from fewstep.recipes.schema import DistillRecipe
 from fewstep.runtime.checkpoint import checkpoints
-from fewstep.runtime.selection import find_checkpoint
+from fewstep.runtime.selection import find_checkpoint, run_and_choice
 from fewstep.runtime.tracking import Report
 from fewstep.training.dmd2 import DMD2
 from fewstep.training.initialization import start_from
@@ -74,7 +74,7 @@ def open_teacher(
     teacher: str, runs: Path, config: str | None = None, prediction_type: str | None = None
 ) -> PixelModel | LatentModel:
     """The model at a path or on the hub, or of a `teach` recipe's run in the folder `runs`, finished if need be."""
-    if Path(teacher).exists() or is_loadable(teacher):
+    if run_and_choice(teacher)[0].exists() or is_loadable(teacher):
         return open_model(teacher, config, prediction_type)
     if config or prediction_type:
         raise UserError(f"teacher: {teacher!r} takes no teacher_config and no teacher_prediction_type")

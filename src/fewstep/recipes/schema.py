@@ -100,7 +100,8 @@ class DistillRecipe(RunSettings, DMD2Settings):
 
     kind: Literal["distill"] = "distill"
     teacher: str
-    """A run folder, a model folder, or the name of a `teach` recipe, which is run first if its run does not exist."""
+    """A run folder (RUN@best-fid: its best checkpoint), a model folder, or the name of a `teach` recipe, which is run
+    first if its run does not exist."""
     init_from: str | None = None
     """A distillation whose student and critic this one starts from: RUN (its newest checkpoint), RUN@5000 (that step)
     or RUN@best-fid (the best by a metric of its evaluation). RUN is a folder, or the name of a recipe whose run lies
