@@ -115,10 +115,10 @@ def test_an_empty_image_is_not_looked_for_on_the_disk(tmp_path: Path, monkeypatc
     """Names in a zip are no paths: one that names a file here does not open it."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "secret.png").write_bytes(png(0))
-    path = write(tmp_path / "set.zip", None, {"../secret.png": b"", "secret.png": b""})
-    with pytest.raises(UserError, match=r"secret\.png\): not a readable"):
+    path = write(tmp_path / "set.zip", None, {"secret.png": b""})
+    with pytest.raises(UserError, match=r"row 5 \(secret\.png\): not a readable"):
         load_images("set.zip", SIZE, 3)
-    assert [cell["bytes"] for cell in open_edm_set(path).cells([0, NUM + 1])] == [b"", b""]
+    assert [cell["bytes"] for cell in open_edm_set(path).cells([NUM])] == [b""]
 
 
 def test_labels_may_be_null_for_a_model_without_classes(tmp_path: Path) -> None:
