@@ -153,6 +153,8 @@ def test_one_of_several_averages(run: Run, tmp_path: Path) -> None:
     card = (tmp_path / "out" / "README.md").read_text()
     assert "averaged, EMA 0.99995" in card
     assert "None were computed" in card  # the scores are of the other average
+    assert run(f"export {tmp_path}/run {tmp_path}/first --ema 0.9")[0] == 0  # by its name, too
+    assert "averaged, EMA 0.9;" in (tmp_path / "first" / "README.md").read_text()
     code, _, error = run(f"export {tmp_path}/run {tmp_path}/no --ema 0.5")
     assert (code, error.count("\n")) == (2, 1)
     assert "it has 0.99995" in error
@@ -213,7 +215,7 @@ def snapshot(*folders: Path) -> dict[Path, bytes]:
         ("export student@3 OUT", ["@3", "@2, @4"]),
         ("export student@best-recall OUT", ["best-recall", "@best-fid"]),
         ("export teacher OUT", ["teacher", "distil it first"]),
-        ("export student OUT --ema 0.5", ["--ema 0.5", "no such average"]),
+        ("export student OUT --ema 0.5", ["no average '0.5'", "it has none"]),
         ("export student OUT --ema 0.9 --raw", ["--ema 0.9", "leave out one"]),
         ("export student OUT --to onnx", ["--to onnx", "diffusers or single-file"]),
         ("export student OUT --dtype int8", ["--dtype int8", "float16"]),

@@ -5,9 +5,11 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from fewstep.commands.distill import distill
 from fewstep.commands.evaluate import evaluate
+from fewstep.commands.runs import open_model
 from fewstep.commands.teach import teach
 from fewstep.evaluation.extractors import train_classifier
 from fewstep.recipes.loading import load_recipe
@@ -55,3 +57,17 @@ def test_judging_changes_nothing_in_the_training(runs: Path, tmp_path: Path) -> 
     ours, theirs = ((folder / "student" / "metrics.jsonl").read_text() for folder in (runs, tmp_path))
     assert ours == theirs
     assert not (tmp_path / "student" / "evaluations.jsonl").exists()
+
+
+def test_the_best_of_a_teacher_is_distilled_where_it_is_named(runs: Path, tmp_path: Path) -> None:
+    """Every step of a rate of zero leaves the student what the teacher was at the step that is named."""
+    still = ["student.optimizer.lr=1e-12", "student.optimizer.weight_decay=0", "num_steps=1", "student.ema_decay=0"]
+    weights = {}
+    for choice in ("@2", "@4", "@best-fid"):
+        settings = [*TINY, *still, f"teacher={runs / 'teacher'}{choice}"]
+        distill(load_recipe("digits-1step", settings), tmp_path / choice, report=quiet)
+        student, teacher = (open_model(run) for run in (tmp_path / choice, f"{runs / 'teacher'}{choice}"))
+        pairs = zip(student.denoiser.parameters(), teacher.denoiser.parameters(), strict=True)
+        assert all((ours - theirs).abs().max() < 1e-6 for ours, theirs in pairs)
+        weights[choice] = torch.cat([p.detach().flatten() for p in student.denoiser.parameters()])
+    assert (weights["@2"] - weights["@4"]).abs().max() > 1e-5

@@ -1,7 +1,9 @@
 """Image sets: every kind of file gives the same pixels, and every rank and step its own part of a shuffled epoch."""
 
 import io
+import json
 import tarfile
+import zipfile
 from pathlib import Path
 
 import datasets
@@ -91,7 +93,34 @@ def write_tar(path: Path) -> Path:
     return path
 
 
+def described() -> str:
+    """EDM's dataset.json, in another order than that of the names."""
+    return json.dumps({"labels": [[edm_name(index), index % CLASSES] for index in reversed(range(NUM))]})
+
+
+def edm_name(index: int) -> str:
+    return f"{index // 4:05d}/img{index:08d}.png"
+
+
+def write_edm_zip(path: Path) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        for index in reversed(range(NUM)):
+            archive.writestr(edm_name(index), png(index), [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED][index % 2])
+        archive.writestr("dataset.json", described())
+    return path
+
+
+def write_edm_folder(folder: Path) -> Path:
+    for index in range(NUM):
+        (folder / edm_name(index)).parent.mkdir(parents=True, exist_ok=True)
+        (folder / edm_name(index)).write_bytes(png(index))
+    (folder / "dataset.json").write_text(described())
+    return folder
+
+
 WRITERS = {
+    "edm.zip": (write_edm_zip, list(range(NUM))),
+    "edm": (write_edm_folder, list(range(NUM))),
     "folder": (write_class_folders, sorted(range(NUM), key=lambda i: (i % CLASSES, i))),
     "flat": (write_flat, list(range(NUM))),
     "set.parquet": (write_parquet, list(range(NUM))),
@@ -135,6 +164,18 @@ def test_every_kind_of_file_gives_its_labels(name: str, tmp_path: Path) -> None:
     assert images.labels is not None
     assert images.labels.dtype == torch.int64
     assert images.labels.tolist() == [index % CLASSES for index in order]
+
+
+def test_a_zip_a_folder_and_parquet_of_the_same_pictures_give_the_same_batches(tmp_path: Path) -> None:
+    sources = [write_edm_zip(tmp_path / "edm.zip"), write_edm_folder(tmp_path / "edm"), tmp_path / "set.parquet"]
+    write_parquet(tmp_path / "set.parquet")
+    first, *others = (load_images(str(source), 6, 3, CLASSES) for source in sources)
+    for step in range(3):
+        batch = first.batch(batch_indices(NUM, 4, step, seed=0))
+        for other in others:
+            theirs = other.batch(batch_indices(NUM, 4, step, seed=0))
+            assert batch.keys() == theirs.keys() == {"image", "label"}
+            assert all(torch.equal(batch[key], theirs[key]) for key in batch)
 
 
 def test_a_batch_has_the_labels_of_its_images(tmp_path: Path) -> None:

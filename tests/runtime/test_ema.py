@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fewstep.runtime.ema import EMA
+from fewstep.runtime.ema import EMA, ema_name
 
 
 def moved(module: nn.Module, seed: int) -> None:
@@ -40,6 +40,47 @@ def test_the_average_is_the_closed_form(layer: nn.Linear, decay: float) -> None:
         ema.update()
         values.append(layer.weight.detach().clone())
     torch.testing.assert_close(ema.averages[0], closed_form(start, values, decay), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("decays", [[0.999, 0.3, 0.0], [0.05, 0.9996]])
+def test_each_of_several_averages_is_the_closed_form_of_its_decay(layer: nn.Linear, decays: list[float]) -> None:
+    ema, start, values = EMA(layer, decays), layer.weight.detach().clone(), []
+    for seed in range(1, 30):
+        moved(layer, seed)
+        ema.update()
+        values.append(layer.weight.detach().clone())
+    assert list(ema.others) == [f"{decay:g}" for decay in decays[1:]]
+    for decay, averages in zip(decays, (ema.averages, *ema.others.values()), strict=True):
+        torch.testing.assert_close(averages[0], closed_form(start, values, decay), rtol=1e-12, atol=1e-12)
+
+
+def test_the_average_that_is_named_is_swapped_in_and_out(layer: nn.Linear) -> None:
+    ema = EMA(layer, [0.999, 0.05])
+    moved(layer, 1)
+    ema.update()
+    own, first, other = (each.clone() for each in (layer.weight, ema.averages[0], ema.others["0.05"][0]))
+    assert not torch.equal(first, other)
+    with ema.applied("0.05"):
+        assert torch.equal(layer.weight, other)
+    with ema.applied():
+        assert torch.equal(layer.weight, first)
+    assert [each.tolist() for each in (layer.weight, ema.averages[0], ema.others["0.05"][0])] == [
+        each.tolist() for each in (own, first, other)
+    ]
+
+
+def test_every_update_costs_one_kernel_per_average(layer: nn.Linear, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, lerp = [], torch._foreach_lerp_
+    monkeypatch.setattr(torch, "_foreach_lerp_", lambda *args: (calls.append(len(args[0])), lerp(*args)))
+    EMA(layer, [0.9, 0.99, 0.999]).update()
+    assert calls == [2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("decay", "name"), [(0.9999, "0.9999"), (0.99995, "0.99995"), (0.9999999, "0.9999999"), (0, "0")]
+)
+def test_an_average_is_named_by_its_decay_as_people_write_it(decay: float, name: str) -> None:
+    assert ema_name(decay) == name
 
 
 def test_without_decay_the_average_is_the_parameters(layer: nn.Linear) -> None:

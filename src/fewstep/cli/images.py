@@ -82,7 +82,9 @@ def sample(
 
 @app.command(epilog="Example: fewstep evaluate runs/digits-teacher runs/digits-1step")
 def evaluate(
-    runs: Annotated[list[Path], typer.Argument(help="Runs; the first one's data is the reference.")],
+    runs: Annotated[
+        list[str], typer.Argument(help="Runs, or RUN@STEP, RUN@best-fid; the first one's data is the reference.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder for results.json and report.html.")] = Path("evaluation"),
     features: Annotated[
         str | None,

@@ -18,7 +18,7 @@ from fewstep.networks.roles import Roles, make_roles
 from fewstep.recipes.loading import recipe_names
 from fewstep.recipes.schema import DistillRecipe
 from fewstep.runtime.checkpoint import checkpoints
-from fewstep.runtime.selection import find_checkpoint
+from fewstep.runtime.selection import find_checkpoint, run_and_choice
 from fewstep.runtime.tracking import Report
 from fewstep.training.dmd2 import DMD2
 from fewstep.training.initialization import start_from
@@ -53,7 +53,9 @@ def open_batches(recipe: DistillRecipe, model: PixelModel | LatentModel, runs: P
         return text_batches(recipe, model, runs)
     if recipe.prompts:
         raise UserError("prompts: the teacher takes no text")
-    return image_batches(open_images(recipe.data, model.config), recipe)
+    images = open_images(recipe.data, model.config)
+    real = recipe.gan.student_weight > 0 or not recipe.student.backward_simulation
+    return image_batches(images, recipe) if real else lambda step: {}  # fakes are drawn for classes of their own
 
 
 def initialize(roles: Roles, source: str, runs: Path) -> None:
@@ -76,7 +78,7 @@ def open_teacher(
     teacher: str, runs: Path, config: str | None = None, prediction_type: str | None = None
 ) -> PixelModel | LatentModel:
     """The model at a path or on the hub, or of a `teach` recipe's run in the folder `runs`, finished if need be."""
-    if Path(teacher).exists() or is_loadable(teacher):
+    if run_and_choice(teacher)[0].exists() or is_loadable(teacher):
         return open_model(teacher, config, prediction_type)
     if config or prediction_type:
         raise UserError(f"teacher: {teacher!r} takes no teacher_config and no teacher_prediction_type")

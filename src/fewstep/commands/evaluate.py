@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 from fewstep.commands.judges import GRID_IMAGES, Judge, describe, make_class_judge, make_text_judge
-from fewstep.commands.runs import check_writable, open_model, pick_device
+from fewstep.commands.runs import check_writable, open_averages, pick_device
 from fewstep.errors import UserError
 from fewstep.evaluation import report
 from fewstep.evaluation.generation import default_sampler, generate, images_per_second, parse_sampler
@@ -16,11 +16,12 @@ from fewstep.networks.pixel_model import PixelModel
 from fewstep.recipes.loading import read_run_recipe
 from fewstep.recipes.schema import DataSettings
 from fewstep.runtime.checkpoint import METRICS, RECIPE, check_run
+from fewstep.runtime.selection import run_and_choice
 from fewstep.runtime.tracking import progress_bar, read_metrics
 
 
 def evaluate(
-    runs: Sequence[Path],
+    runs: Sequence[str | Path],
     out: Path,
     features: str | None,
     num_samples: int,
@@ -29,16 +30,23 @@ def evaluate(
     seed: int,
     device: str,
 ) -> None:
-    """Judges the newest checkpoint of every run against the first run's data; writes results.json and report.html."""
-    check_run(runs[0])
+    """Judges runs (RUN, RUN@STEP or RUN@best-METRIC) against the first one's data; writes results.json and report.html.
+
+    Every average of a run has a row.
+    """
+    folders = [run_and_choice(str(run))[0] for run in runs]
+    check_run(folders[0])
     check_writable(out)
     asked, on_device = [parse_sampler(text) for text in samplers], pick_device(device)
-    recipe, models = read_run_recipe(runs[0] / RECIPE), [open_model(run) for run in runs]
-    _check_alike(runs, models)
-    judge = make_judge(recipe.data, models[0], features, runs[0].parent, num_samples, num_real)
+    recipe = read_run_recipe(folders[0] / RECIPE)
+    names = [Path(run).name if len({Path(other).name for other in runs}) == len(runs) else str(run) for run in runs]
+    averages = [open_averages(run) for run in runs]
+    firsts = [of[""] for of in averages]
+    _check_alike(runs, firsts)
+    models = {f"{name}{ema}": model for name, of in zip(names, averages, strict=True) for ema, model in of.items()}
+    judge = make_judge(recipe.data, firsts[0], features, folders[0].parent, num_samples, num_real)
     rows, grids = [judge.floor], {"real": judge.real_grid}
-    names = [run.name if len({other.name for other in runs}) == len(runs) else str(run) for run in runs]
-    for name, model in zip(names, models, strict=True):
+    for name, model in models.items():
         model.to(on_device)
         if isinstance(model, LatentModel):
             model.prompts = judge.prompts
@@ -50,7 +58,7 @@ def evaluate(
                 fakes = generate(model, sampler, range(num_samples), seed, report=lambda done: progress(done, {}))
             rows.append(judge.row(name, sampler, fakes, images_per_second(model, sampler)))
             grids[title] = report.sample_grid(fakes[:GRID_IMAGES])
-    curves = {name: read_metrics(run / METRICS) for name, run in zip(names, runs, strict=True)}
+    curves = {name: read_metrics(run / METRICS) for name, run in zip(names, folders, strict=True)}
     publish(rows, grids, curves, out, f"fewstep: {', '.join(names)}", judge)
 
 
@@ -68,7 +76,7 @@ def make_judge(
     return make_text_judge(data, model, features, num_samples, num_real)
 
 
-def _check_alike(runs: Sequence[Path], models: Sequence[PixelModel | LatentModel]) -> None:
+def _check_alike(runs: Sequence[str | Path], models: Sequence[PixelModel | LatentModel]) -> None:
     """Raises UserError unless all models make the images and the classes of the first."""
     made = [(*model.shape, model.config.num_classes if isinstance(model, PixelModel) else "text") for model in models]
     for run, other in zip(runs, made, strict=True):

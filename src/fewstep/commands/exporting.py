@@ -18,8 +18,9 @@ from fewstep.networks.latent_model import LatentModel
 from fewstep.networks.pretrained import SUFFIX, load
 from fewstep.recipes.loading import read_run_recipe
 from fewstep.recipes.schema import DistillRecipe
-from fewstep.runtime.checkpoint import EVALUATIONS, RECIPE, load_state
-from fewstep.runtime.selection import find_checkpoint
+from fewstep.runtime.checkpoint import EVALUATIONS, RECIPE, check_run, load_state
+from fewstep.runtime.ema import ema_name
+from fewstep.runtime.selection import find_model, run_and_choice
 from fewstep.runtime.tracking import progress_bar, read_metrics
 
 TARGETS = ("diffusers", "single-file")
@@ -43,8 +44,9 @@ class ExportOptions:
 def export(text: str, target: str, out: Path, options: ExportOptions) -> None:
     """Writes the student of RUN, RUN@STEP or RUN@best-METRIC to `out`: a diffusers folder or a single file."""
     dtype = check_options(target, out, options)
-    model = find_weights(text, options.ema)
-    provenance = trace(model, options)
+    recipe = student_recipe(run_and_choice(text)[0])
+    model = find_model(text, None if options.ema == first_decay(recipe) else options.ema)
+    provenance = trace(model, recipe, options)
     unet = raw_weights(model.parent) if options.raw else {}
     if target == "single-file":
         write_file(model, out, provenance, dtype, unet)
@@ -109,22 +111,18 @@ def run_of(model: Path) -> Path:
     return model.parents[2]
 
 
-def find_weights(text: str, ema: str | None) -> Path:
-    """The model folder of RUN[@STEP|@best-METRIC] with its averaged weights, or those of one average by its name."""
-    checkpoint = find_checkpoint(text)
-    model = checkpoint / ("model" if ema is None else f"model-ema{ema}")
-    if not model.is_dir():
-        there = sorted(path.name.removeprefix("model-ema") for path in checkpoint.glob("model-ema*"))
-        raise UserError(f"--ema {ema}: {checkpoint} has no such average; it has {', '.join(there) or 'only one'}")
-    return model
-
-
-def trace(model: Path, options: ExportOptions) -> Provenance:
-    """Where the model comes from; raises UserError if it is no student."""
-    run, step = run_of(model), int(model.parent.name)
+def student_recipe(run: Path) -> DistillRecipe:
+    """The recipe of a run; raises UserError if it makes no student."""
+    check_run(run)
     recipe = read_run_recipe(run / RECIPE)
     if not isinstance(recipe, DistillRecipe):
         raise UserError(f"{run}: holds no few-step student; distil it first (`fewstep distill`), and export that run")
+    return recipe
+
+
+def trace(model: Path, recipe: DistillRecipe, options: ExportOptions) -> Provenance:
+    """Where the model comes from."""
+    run, step = run_of(model), int(model.parent.name)
     judged = [] if options.raw else read_metrics(run / EVALUATIONS)  # which are of the averaged weights
     ema = model.name.removeprefix("model").removeprefix("-ema")  # none of the first
     results = options.evaluation or (run if (run / "results.json").is_file() else None)
@@ -134,16 +132,17 @@ def trace(model: Path, options: ExportOptions) -> Provenance:
         timesteps=json.loads((model / DESCRIPTION).read_text())["timesteps"],
         guidance_scale=recipe.guidance_scale,
         step=step,
-        ema="raw" if options.raw else ema or first_decay(recipe.student.ema_decay),
+        ema="raw" if options.raw else ema or first_decay(recipe),
         license=options.license,
         scores=read_scores(judged, step, recipe.evaluation.num_samples, ema),
         table=read_table(results, run.name) if results else [],
     )
 
 
-def first_decay(decays: float | list[float]) -> str:
-    """Of the weights in `model/`."""
-    return str(decays[0] if isinstance(decays, list) else decays)
+def first_decay(recipe: DistillRecipe) -> str:
+    """The name of the average in `model/`."""
+    decays = recipe.student.ema_decay
+    return ema_name(decays[0] if isinstance(decays, list) else decays)
 
 
 def raw_weights(checkpoint: Path) -> dict[str, Tensor]:

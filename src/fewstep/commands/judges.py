@@ -40,6 +40,7 @@ MAX_REAL = 50_000  # precision and recall compare all pairs
 TWO_OBJECT_PROMPTS = 80  # beside the 240 of one object, as in the training pictures
 MIN_CAPTIONED = 10  # images, for halves with the neighbours that precision looks at
 MIN_PER_PROMPT = 4  # images, for a diversity
+MAX_CLASSES = 100  # that the small classifier can learn to tell apart in its 600 steps of 128 images
 
 
 @dataclass(frozen=True)
@@ -77,16 +78,17 @@ def make_class_judge(
 ) -> Judge:
     """A judge of a pixel model on at most `num_real` real images, with a classifier where there are classes.
 
-    The classifier is kept in `folder`. Raises UserError if there is too little to judge with.
+    The classifier is kept in `folder`. Raises UserError if there is too little to judge with, or too many classes.
     """
-    config, images = model.config, open_images(data, model.config)
-    if features in (None, "classifier") and not config.num_classes:
-        raise UserError("--features classifier: the model has no classes to train one on; give a TorchScript file")
+    config = model.config
+    if features in (None, "classifier"):
+        _check_classifiable(config.num_classes)
+    images = open_images(data, config)
     if images.length < GRID_IMAGES:
         raise UserError(f"data.source: has {images.length} images; judging needs at least {GRID_IMAGES}")
     network = None if features in (None, "classifier") else TorchScriptExtractor(Path(str(features)))
     path = classifier_path(data, folder)
-    classifier = open_classifier(images, config, path) if config.num_classes else None
+    classifier = open_classifier(images, config, path) if 0 < config.num_classes <= MAX_CLASSES else None
     extractor: Any = network or classifier
     real = images.fetch(torch.randperm(images.length, generator=generator(0, "reference"))[:num_real])
     real_features = extract(extractor, real)
@@ -97,6 +99,17 @@ def make_class_judge(
 
     floor = floor_row(real_features, accuracy=classifier.held_out_accuracy if classifier else None)
     return Judge(extractor, real_features, check, floor, real_grid(images, model), [])
+
+
+def _check_classifiable(num_classes: int) -> None:
+    """Raises UserError where a classifier for the model's classes can't be had."""
+    if not num_classes:
+        raise UserError("--features classifier: the model has no classes to train one on; give a TorchScript file")
+    if num_classes > MAX_CLASSES:
+        raise UserError(
+            f"features: the classifier serves at most {MAX_CLASSES} classes, the model has {num_classes}; give a "
+            "TorchScript file such as inception-2015-12-05.pt (--features, in a recipe evaluation.features)"
+        )
 
 
 def make_text_judge(

@@ -19,6 +19,8 @@ def make_evaluation(
 ) -> Evaluate | None:
     """What the loop calls to judge the averaged weights; None where the recipe asks for no evaluation.
 
+    The scores of further averages have their names in front: ema0.99995_fid.
+
     Image i has the noise and the class or prompt that it has in `fewstep evaluate`, which therefore finds the same
     numbers. Raises UserError if the images can't be judged in the recipe's features.
     """
@@ -27,13 +29,16 @@ def make_evaluation(
     num = recipe.evaluation.num_samples
     judge = make_judge(recipe.data, model, recipe.evaluation.features, run.parent, num, MAX_REAL)
 
-    def evaluate(method: Method) -> dict[str, float]:
-        with method.averaged_model() as averaged:
+    def scores(method: Method, ema: str | None) -> dict[str, float]:
+        with method.averaged_model(ema) as averaged:
             if isinstance(averaged, LatentModel):  # a copy: the grids keep their prompts
                 averaged.prompts = judge.prompts
             sampler = default_sampler(averaged)
             fakes = generate(averaged, sampler, range(num))
-        row = judge.row(run.name, sampler, fakes)
-        return {name: getattr(row, name) for name in SCORES if getattr(row, name) is not None}
+        row, prefix = judge.row(run.name, sampler, fakes), f"ema{ema}_" if ema else ""
+        return {f"{prefix}{name}": getattr(row, name) for name in SCORES if getattr(row, name) is not None}
+
+    def evaluate(method: Method) -> dict[str, float]:
+        return {name: value for ema in (None, *method.other_emas) for name, value in scores(method, ema).items()}
 
     return evaluate

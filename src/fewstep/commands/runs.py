@@ -18,7 +18,8 @@ from fewstep.networks.pixel_model import PixelModel, PixelModelConfig
 from fewstep.networks.pretrained import is_loadable, load
 from fewstep.recipes.loading import differences, dump, read_run_recipe
 from fewstep.recipes.schema import AnyRecipe, DataSettings
-from fewstep.runtime.checkpoint import RECIPE, check_run, latest_model, write_text
+from fewstep.runtime.checkpoint import RECIPE, check_run, write_text
+from fewstep.runtime.selection import find_checkpoint, find_model, other_emas
 from fewstep.runtime.tracking import Report, progress_bar
 from fewstep.training.loop import Evaluate, train
 from fewstep.training.method import Batch, Method
@@ -130,7 +131,16 @@ def start_run(
 def open_model(
     source: str | Path, config: str | Path | None = None, prediction_type: str | None = None
 ) -> PixelModel | LatentModel:
-    """The image model in the newest checkpoint of a run folder, or what `pretrained.load` finds in `source`."""
+    """What `pretrained.load` finds in `source`, or the image model of RUN, RUN@STEP or RUN@best-METRIC."""
     if is_loadable(source):
         return load(source, config, prediction_type)
-    return load(latest_model(Path(source)), config, prediction_type)
+    return load(find_model(str(source)), config, prediction_type)
+
+
+def open_averages(source: str | Path) -> dict[str, PixelModel | LatentModel]:
+    """The image model in `source` as "", and of a run the other averages of its checkpoint as " ema0.99995"."""
+    if is_loadable(source):
+        return {"": load(source)}
+    checkpoint = find_checkpoint(str(source))
+    others = {f" ema{ema}": load(folder) for ema, folder in other_emas(checkpoint).items()}
+    return {"": load(checkpoint / "model"), **others}

@@ -1,4 +1,4 @@
-"""Image sets: the embedded digits, image folders, parquet files and WebDataset tars, all as uint8 tensors."""
+"""Image sets: the embedded digits, image folders, EDM zips, parquet files and WebDataset tars, as uint8 tensors."""
 
 import io
 import sys
@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
+from fewstep.data.edm_zip import is_edm_set, open_edm_set
 from fewstep.data.tables import open_table, read_captions, read_labels
 from fewstep.errors import UserError
 from fewstep.seeding import generator
@@ -66,7 +67,7 @@ def load_images(
     label_column: str | None = None,
     split: str = "train",
 ) -> ImageSet:
-    """The image set at `source`: "digits", an image folder, a parquet file, a WebDataset tar, or a folder of these.
+    """The image set at `source`: "digits", an image folder, an EDM zip, a parquet file, a tar, or a folder of these.
 
     Images become grey (`channels` 1) or RGB (3), resized by their shorter side and centre-cropped to `size` pixels.
     Labels are read only when `num_classes` > 0. Raises UserError for whatever is wrong with the files.
@@ -74,6 +75,8 @@ def load_images(
     if source == "digits":
         images = digits()
         _check_shape(images, size, channels)
+    elif is_edm_set(Path(source)):
+        images = _from_edm(Path(source), size, channels, num_classes)
     else:
         images = _from_files(Path(source), size, channels, num_classes > 0, image_column, label_column, split)
     return _check_classes(images, num_classes, source)
@@ -121,17 +124,32 @@ def _from_files(
     return replace(images, labels=labels)
 
 
+def _from_edm(path: Path, size: int, channels: int, num_classes: int) -> ImageSet:
+    stored = open_edm_set(path)
+    if num_classes and stored.labels is None:
+        raise UserError(f"{path}: its dataset.json has no labels, but the model has {num_classes} classes")
+    images = decoded(stored.cells, stored.length, size, channels, path)
+    return replace(in_memory(images, channels * size**2, path.name), labels=stored.labels)
+
+
 def pictures(table: Any, image_column: str, size: int, channels: int, path: Path, min_side: int = 0) -> ImageSet:
     """The images alone, decoded at every access; raises Unusable there for those that can't be read or are smaller."""
-    cells_of = table.select_columns([image_column]).with_format(None)
+    table = table.select_columns([image_column]).with_format(None)
+    return decoded(lambda rows: table[rows][image_column], len(table), size, channels, path, min_side)
+
+
+def decoded(
+    cells: Callable[[list[int]], list[Any]], length: int, size: int, channels: int, path: Path, min_side: int = 0
+) -> ImageSet:
+    """The images that `cells` gives as stored, {"bytes", "path"} by row, decoded as `pictures` does."""
 
     def fetch(indices: Tensor) -> Tensor:
         rows = indices.tolist()
-        cells = cells_of[rows][image_column]
-        decoded = [_decode(cell, size, channels, path, row, min_side) for cell, row in zip(cells, rows, strict=True)]
-        return torch.stack(decoded)
+        return torch.stack(
+            [_decode(cell, size, channels, path, row, min_side) for cell, row in zip(cells(rows), rows, strict=True)]
+        )
 
-    return ImageSet(fetch, None, len(table))
+    return ImageSet(fetch, None, length)
 
 
 def in_memory(images: ImageSet, bytes_per_image: int, name: str) -> ImageSet:
@@ -152,7 +170,7 @@ def _decode(cell: Any, size: int, channels: int, source: Path, row: int, min_sid
     """One stored picture as uint8 (C, size, size)."""
     name = f"{source}, row {row}" + (f" ({cell['path']})" if cell and cell["path"] else "")
     try:
-        with Image.open(io.BytesIO(cell["bytes"]) if cell["bytes"] else cell["path"]) as opened:
+        with Image.open(cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"])) as opened:
             if min(opened.size) < min_side:
                 raise Unusable(name, f"smaller than {min_side} pixels")
             if opened.mode[0] in "IF":  # 16 bits or floats, which convert() would clip at 255

@@ -63,7 +63,11 @@ def _kind(path: Path) -> str:
             return kind
     if path.is_dir() and suffixes & IMAGE_SUFFIXES:
         return "imagefolder"
-    raise UserError(f"{path}: no images here; a source is a folder of images, a .parquet file or a WebDataset .tar")
+    if path.suffix.lower() == ".zip":
+        raise UserError(f"{path}: a zip holds images with classes, as EDM's do; captions come from another source")
+    raise UserError(
+        f"{path}: no images here; a source is a folder of images, a .zip, a .parquet file or a WebDataset .tar"
+    )
 
 
 def find_column(table: Any, wanted: str | None, usual: tuple[str, ...], field: str, path: Path) -> str:

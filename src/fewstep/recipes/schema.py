@@ -17,9 +17,9 @@ class DataSettings(Settings):
     """Where the real images come from; size, grey or RGB, and the number of classes are the model's."""
 
     source: str | None = "digits"
-    """`digits` or, with captions, `shapes` (both embedded), an image folder, a parquet file, a WebDataset tar, a folder
-    of those, or of latents that `fewstep data latents` wrote; null for text-to-image with `prompts` and without GAN,
-    which needs no images."""
+    """`digits` or, with captions, `shapes` (both embedded), an image folder, a zip (or folder) of images with a
+    dataset.json as EDM's dataset_tool writes them, a parquet file, a WebDataset tar, a folder of those, or of latents
+    that `fewstep data latents` wrote; null for text-to-image with `prompts` and without GAN, which needs no images."""
     split: str = "train"
     """The split to read, where the source has several."""
     image_column: str | None = None
@@ -100,7 +100,8 @@ class DistillRecipe(RunSettings, DMD2Settings):
 
     kind: Literal["distill"] = "distill"
     teacher: str
-    """A run folder, a model folder, or the name of a `teach` recipe, which is run first if its run does not exist."""
+    """A run folder (RUN@best-fid: its best checkpoint), a model folder, or the name of a `teach` recipe, which is run
+    first if its run does not exist."""
     init_from: str | None = None
     """A distillation whose student and critic this one starts from: RUN (its newest checkpoint), RUN@5000 (that step)
     or RUN@best-fid (the best by a metric of its evaluation). RUN is a folder, or the name of a recipe whose run lies

@@ -1,6 +1,8 @@
 """A run is a folder; everything in it is written under a temporary name and then renamed.
 
 recipe.yaml  metrics.jsonl  evaluations.jsonl  samples/00000500.png  checkpoints/00000500/{model/, state.pt}
+
+A student with several averages has the first in model/ and the others beside it, as model-ema0.99995/.
 """
 
 import os
@@ -34,6 +36,11 @@ def step_name(step: int) -> str:
 def checkpoints(run: Path) -> list[Path]:
     """The finished checkpoints of a run, oldest first."""
     return sorted(p for p in (run / "checkpoints").glob("[0-9]" * 8) if p.is_dir())
+
+
+def ema_folder(model: Path, ema: str) -> Path:
+    """Where the average of that name lies beside the first, whose folder is `model`."""
+    return model.with_name(f"{model.name}-ema{ema}")
 
 
 def save_checkpoint(

@@ -1,10 +1,11 @@
-"""Which checkpoints of a run are the best, and which one is meant by RUN, RUN@STEP or RUN@best-METRIC."""
+"""Which checkpoints of a run are the best, and which checkpoint and model RUN, RUN@STEP or RUN@best-METRIC mean."""
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from fewstep.errors import UserError
-from fewstep.runtime.checkpoint import EVALUATIONS, check_run, checkpoints
+from fewstep.runtime.checkpoint import EVALUATIONS, check_run, checkpoints, ema_folder
 from fewstep.runtime.tracking import read_metrics
 
 
@@ -19,14 +20,19 @@ def best_steps(evaluations: Iterable[dict[str, float]]) -> dict[str, int]:
     return {name: int(line["step"]) for name, line in best.items()}
 
 
+def run_and_choice(text: str) -> tuple[Path, str]:
+    """The run folder of RUN, RUN@STEP or RUN@best-METRIC, and what stands behind the sign."""
+    whole = "@" not in text or Path(text).exists()
+    run, _, choice = (text, "", "") if whole else text.rpartition("@")
+    return Path(run), choice
+
+
 def find_checkpoint(text: str) -> Path:
     """The checkpoint of RUN (its newest), RUN@STEP or RUN@best-METRIC, the best of those that are there.
 
     Raises UserError, naming what there is, if the run has no such checkpoint.
     """
-    whole = "@" not in text or Path(text).exists()
-    name, _, choice = (text, "", "") if whole else text.rpartition("@")
-    run = Path(name)
+    run, choice = run_and_choice(text)
     check_run(run)
     found = {int(path.name): path for path in checkpoints(run)}
     if not found:
@@ -37,3 +43,25 @@ def find_checkpoint(text: str) -> Path:
         there = ", ".join(f"@{each}" for each in choices) + ("" if best else ", and was not evaluated as it ran")
         raise UserError(f"{run}: has no checkpoint @{choice}; it has {there}")
     return found[choices[choice] if choice else max(found)]
+
+
+def find_model(text: str, ema: str | None = None) -> Path:
+    """The model folder of RUN, RUN@STEP or RUN@best-METRIC: of the average `ema`, or else the one that METRIC judged.
+
+    RUN@best-ema0.99995_fid means the average 0.99995, without a name the first. Raises UserError, naming those that
+    there are, if the checkpoint has no such average.
+    """
+    checkpoint = find_checkpoint(text)
+    judged = re.match("best-ema([^_]+)_", run_and_choice(text)[1])
+    ema = ema or (judged[1] if judged else None)
+    found = other_emas(checkpoint)
+    if ema is not None and ema not in found:
+        there = ", ".join(found) or "none"
+        raise UserError(f"{checkpoint}: has no average {ema!r} beside its first, which needs no name; it has {there}")
+    return found[ema] if ema else checkpoint / "model"
+
+
+def other_emas(checkpoint: Path) -> dict[str, Path]:
+    """The model folders of the averages beside the first, by name."""
+    pattern = ema_folder(checkpoint / "model", "*").name
+    return {path.name.removeprefix(pattern[:-1]): path for path in sorted(checkpoint.glob(pattern))}

@@ -1,6 +1,6 @@
 """Training a small autoencoder from scratch, for a text-to-image job that needs no download."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ class AutoencoderTraining:
     """loss = mean (x - x')^2 + w_1 mean|x - x'| + w_KL mean KL(q(z|x) || N(0, 1)) (arXiv 1312.6114, appendix B)."""
 
     num_noises = 1
+    other_emas: Sequence[str] = ()
     VARIANCE_DECAY = 0.99  # of the running variance of the latents
 
     def __init__(self, settings: AutoencoderSettings, model: Autoencoder, num_steps: int, seed: int):
@@ -65,7 +66,7 @@ class AutoencoderTraining:
         return torch.stack([to_images(pixels), restored], dim=1).flatten(0, 1)
 
     @contextmanager
-    def averaged_model(self) -> Iterator[Autoencoder]:
+    def averaged_model(self, ema: str | None = None) -> Iterator[Autoencoder]:
         """The autoencoder; its weights are not averaged."""
         yield self.model
 

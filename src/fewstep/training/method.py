@@ -1,5 +1,6 @@
 """What the loop asks of a training algorithm."""
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
@@ -43,11 +44,18 @@ class Method(Protocol):
     def sample(self, noise: Tensor, first: int = 0) -> Tensor:
         """uint8 images (B, C, H, W) number `first` and on from noise (K, B, ...), with the averaged weights."""
 
-    def averaged_model(self) -> AbstractContextManager[Any]:
-        """The image model with the averaged weights, inside the context alone: what is saved and judged."""
+    @property
+    def other_emas(self) -> Sequence[str]:
+        """The averages that are kept beside the first, by name; most methods have none."""
+
+    def averaged_model(self, ema: str | None = None) -> AbstractContextManager[Any]:
+        """The image model with the averaged weights, inside the context alone: what is saved and judged.
+
+        They are the first, or those of one of `other_emas`.
+        """
 
     def save_model(self, folder: Path) -> None:
-        """Writes the averaged weights as a model folder."""
+        """Writes the averaged weights as a model folder, and `other_emas` in folders beside it (`ema_folder`)."""
 
     def state_dict(self) -> dict[str, Any]: ...
 

@@ -1,6 +1,6 @@
 """Training a teacher from scratch, as EDM does (arXiv 2206.00364, table 1), for a job that needs no download."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ class TeacherTraining:
     """loss = mean ((x0_hat - x0) / c_out)^2 at random levels: EDM's loss, and eps- or v-MSE for other networks."""
 
     num_noises = 1
+    other_emas: Sequence[str] = ()
     NUM_SAMPLER_STEPS = 18  # Heun, 35 calls: for the sample grids
 
     def __init__(self, settings: TeacherSettings, model: ImageModel, num_steps: int, seed: int, rank: int = 0):
@@ -68,7 +69,7 @@ class TeacherTraining:
             return model.decode(heun(model.denoiser, noise[0], grid, condition))
 
     @contextmanager
-    def averaged_model(self) -> Iterator[ImageModel]:
+    def averaged_model(self, ema: str | None = None) -> Iterator[ImageModel]:
         """The model with the averaged weights and without dropout, inside the context alone."""
         self.denoiser.eval()
         with self.ema.applied():

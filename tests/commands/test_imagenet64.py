@@ -1,0 +1,220 @@
+"""The paper's longer run on ImageNet-64, in small: stage A without GAN, its best FID, stage B with GAN, on real images.
+
+Everything goes through the command line, by the packaged recipes in their own run folders; only sizes are changed.
+"""
+
+import io
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fewstep.cli import main
+from fewstep.commands.distill import open_batches
+from fewstep.data.images import digits
+from fewstep.networks.pixel_model import PixelModel, PixelModelConfig, build_unet
+from fewstep.networks.pretrained import load
+from fewstep.recipes.loading import load_recipe
+from fewstep.runtime.checkpoint import checkpoints, load_state
+from fewstep.runtime.selection import best_steps, find_checkpoint, find_model
+from fewstep.runtime.tracking import read_metrics
+
+FASHION = Path(__file__).parents[2] / ".." / "shared" / "data" / "fashion_mnist_test.parquet"
+NUM_IMAGES, SIZE = 200, 16
+A, B, LARGE, SHORT = (f"imagenet64-1step{name}" for name in ("-long-a", "-long", "-large", ""))
+Command = Callable[[str], None]
+
+
+class Brightness(torch.nn.Module):
+    """A feature network: uint8 (B, 3, H, W) -> (B, 8), the mean brightness of eight rows."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.float().mean(dim=1).mean(dim=2)[:, ::2]
+
+
+def pictures() -> tuple[list[Image.Image], list[int]]:
+    """Real grey pictures of ten classes: Fashion-MNIST where it is, else the digits."""
+    if FASHION.is_file():
+        rows = datasets.Dataset.from_parquet(str(FASHION)).select(range(NUM_IMAGES))
+        return list(rows["image"]), list(rows["label"])
+    images = digits()
+    arrays = images.fetch(torch.arange(NUM_IMAGES))[:, 0].numpy()
+    return [Image.fromarray(array) for array in arrays], images.labels[:NUM_IMAGES].tolist()  # type: ignore[index]
+
+
+def write_data(path: Path) -> None:
+    """A zip as EDM's dataset_tool writes it."""
+    images, labels = pictures()
+    names = [f"{index // 100:05d}/img{index:08d}.png" for index in range(len(images))]
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, image in zip(names, images, strict=True):
+            buffer = io.BytesIO()
+            image.save(buffer, "PNG")
+            archive.writestr(name, buffer.getvalue())
+        archive.writestr("dataset.json", json.dumps({"labels": list(map(list, zip(names, labels, strict=True)))}))
+
+
+def write_teacher(folder: Path) -> None:
+    """A random network in ADM's layout, attention on its second level, as `fewstep import edm` leaves one."""
+    config = PixelModelConfig(
+        image_size=SIZE,
+        num_classes=10,
+        block_out_channels=[8, 16],
+        attention=[False, True],
+        attention_head_dim=8,
+        norm_num_groups=4,
+    )
+    torch.manual_seed(0)
+    PixelModel(config, build_unet(config)).save(folder)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The working directory: what the recipes' placeholders name, and a feature network."""
+    folder = tmp_path_factory.mktemp("imagenet64")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+        (folder / "data").mkdir()
+        write_data(folder / "data" / "imagenet-64x64.zip")
+    write_teacher(folder / "models" / "edm-imagenet-64")
+    torch.jit.script(Brightness()).save(folder / "features.pt")
+    return folder
+
+
+@pytest.fixture
+def fewstep(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs a command line in the working directory, and wants it to end well."""
+    monkeypatch.chdir(place)
+    monkeypatch.setattr("fewstep.commands.evaluate.images_per_second", lambda *args: 1.0)
+    monkeypatch.setattr(
+        "fewstep.commands.judges.MAX_CLASSES", 9
+    )  # ten are too many for a classifier, as a thousand are
+
+    def command(line: str) -> None:
+        monkeypatch.setattr("sys.argv", ["fewstep", *line.split()])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert (ended.value.code, capsys.readouterr().err) == (0, "")
+
+    return command
+
+
+SIZES = "--set num_steps=6 --set batch_size=8 --set student_every=2 --set grid_images=4"
+JUDGING = "--set evaluation.every=2 --set evaluation.num_samples=60 --set evaluation.features=features.pt"
+FAST = "--set student.optimizer.lr=1e-2 --set student.optimizer.warmup_steps=0"
+SLOW = "--set student.optimizer.lr=1e-12 --set student.optimizer.weight_decay=0"
+
+
+def parameters(folder: Path) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in load(folder).denoiser.parameters()])
+
+
+def test_two_stages_from_a_zip_and_a_converted_teacher_to_the_table(fewstep: Command, place: Path) -> None:
+    fewstep(f"distill {A} {SIZES} {FAST} {JUDGING}")
+    lines = read_metrics(place / "runs" / A / "evaluations.jsonl")
+    assert [(line["step"], line.keys() - {"step"}) for line in lines] == [
+        (step, {"fid", "precision", "recall"}) for step in (2, 4, 6)
+    ]
+    assert len({line["fid"] for line in lines}) == 3
+    assert all("gan_loss" not in line for line in read_metrics(place / "runs" / A / "metrics.jsonl"))
+
+    emas = "--set student.ema_decay=[0.3,0.1]"
+    fewstep(f"distill {B} {SIZES} {FAST} {JUDGING} {emas}")
+    assert read_metrics(place / "runs" / B / "metrics.jsonl")[-1]["gan_critic_loss"] > 0
+    judged = read_metrics(place / "runs" / B / "evaluations.jsonl")
+    assert judged[-1].keys() >= {"fid", "ema0.1_fid"}
+    best = place / "runs" / B / "checkpoints" / f"{best_steps(judged)['ema0.1_fid']:08d}"
+    assert find_model(f"{place}/runs/{B}@best-ema0.1_fid") == best / "model-ema0.1"
+
+    fewstep(f"evaluate runs/{A}@best-fid runs/{B} --features features.pt --num-samples 100 --out table")
+    rows = json.loads((place / "table" / "results.json").read_text())
+    assert [row["model"] for row in rows] == ["real", f"{A}@best-fid", B, f"{B} ema0.1"]
+    assert len({row["fid"] for row in rows}) == 4
+    assert rows[1]["nfe"] == 1
+    assert rows[1].get("accuracy") is None  # of a classifier that there is not
+
+
+def test_stage_b_starts_from_the_best_of_stage_a(fewstep: Command, place: Path, tmp_path: Path) -> None:
+    """The checkpoint of the best FID, which here is neither the newest nor the first: the lines are put so."""
+    fewstep(f"distill {A} {SIZES} {FAST} {JUDGING} --out {tmp_path}/{A} --set checkpoint_every=2")
+    lines = [{"step": 4, "fid": 1.0}, {"step": 6, "fid": 2.0}]
+    (tmp_path / A / "evaluations.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    fewstep(f"distill {B} {SIZES} {SLOW} --out {tmp_path}/{B} --set num_steps=2")
+    started = parameters(checkpoints(tmp_path / B)[-1] / "model")
+    fourth, sixth = (parameters(tmp_path / A / "checkpoints" / f"{step:08d}" / "model") for step in (4, 6))
+    assert (started - fourth).abs().max() < 1e-6
+    assert (started - sixth).abs().max() > 1e-3
+    state = load_state(find_checkpoint(f"{tmp_path}/{B}"))["method"]
+    assert state["student_optimizer"]["schedule"]["last_epoch"] == 1  # anew
+
+
+def test_real_images_are_decoded_only_for_the_gan(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The batch of 280 is a tenth of a second's work per step, and 410,000 steps of stage A would not look at it."""
+    monkeypatch.chdir(place)
+    model = load(place / "models" / "edm-imagenet-64")
+    batches = [open_batches(load_recipe(name, ["batch_size=4"]), model, place)(0) for name in (A, B)]
+    assert [batch.keys() for batch in batches] == [set(), {"image", "label"}]
+
+
+@pytest.mark.parametrize("name", [SHORT, LARGE])
+def test_the_other_recipes_run_and_give_a_one_step_student(fewstep: Command, name: str, tmp_path: Path) -> None:
+    fewstep(f"distill {name} {SIZES} --set num_steps=2 --out {tmp_path}/run")
+    (checkpoint,) = checkpoints(tmp_path / "run")
+    assert load(checkpoint / "model").timesteps == [80]
+    emas = {"model-ema0.99995", "model-ema0.9996"} if name == LARGE else set()
+    assert {path.name for path in checkpoint.iterdir()} == {"model", "state.pt"} | emas
+
+
+def test_stage_a_says_that_it_needs_a_feature_network(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(place)
+    monkeypatch.setattr("fewstep.commands.judges.MAX_CLASSES", 9)
+    monkeypatch.setattr("sys.argv", f"fewstep distill {A} --out new {SIZES}".split())
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "features: the classifier serves at most 9 classes, the model has 10; give a TorchScript file" in error
+    assert "evaluation.features" in error
+    assert not (place / "new").exists()
+
+
+# --- the recipes' numbers --------------------------------------------------------------------------------------------
+
+PAPER = {  # spec 2: steps, batch, rate, student's and critic's GAN weight
+    SHORT: (200_000, 280, 2e-6, 3e-3, 1e-2),
+    A: (410_000, 280, 2e-6, 0, 0),
+    B: (150_000, 280, 5e-7, 3e-3, 1e-2),
+    LARGE: (600_000, 512, 2e-6, 3e-3, 1e-2),
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_recipes_hold_the_published_numbers(name: str) -> None:
+    recipe = load_recipe(name)
+    rates = recipe.student.optimizer.lr, recipe.critic.optimizer.lr
+    gan = recipe.gan.student_weight, recipe.gan.critic_weight
+    assert (recipe.num_steps, recipe.batch_size, rates[0], *gan) == PAPER[name]
+    assert rates[0] == rates[1]
+    for optimizer in (recipe.student.optimizer, recipe.critic.optimizer):
+        assert (optimizer.weight_decay, optimizer.clip_norm, optimizer.betas, optimizer.decay, optimizer.eps) == (
+            0.01,
+            10,
+            (0.9, 0.999),
+            "constant",
+            1e-8,
+        )
+    levels = [(noise.min_index, noise.max_index) for noise in (recipe.dm.noise, recipe.critic.noise)]
+    assert levels == [(20, 980), (0, 999)]
+    assert (recipe.student.timesteps, recipe.student_every, recipe.precision) == ([80], 5, "bfloat16")
+    assert recipe.guidance_scale == recipe.dm.weight == 1
+    assert recipe.student.ema_decay == ([0.9999, 0.99995, 0.9996] if name == LARGE else 0)
+    assert recipe.init_from == (f"{A}@best-fid" if name == B else None)

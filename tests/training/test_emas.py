@@ -1,0 +1,206 @@
+"""Several averages of one student: saved, judged, resumed and found by name; one average is as it was."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from fewstep.commands.distill import distill
+from fewstep.commands.evaluate import evaluate
+from fewstep.commands.runs import open_model
+from fewstep.commands.teach import teach
+from fewstep.errors import Interrupted, UserError
+from fewstep.networks.latent_model import LatentModel
+from fewstep.networks.pretrained import load
+from fewstep.networks.roles import make_roles
+from fewstep.recipes.loading import load_recipe
+from fewstep.recipes.schema import DistillRecipe
+from fewstep.runtime.checkpoint import checkpoints, load_state
+from fewstep.runtime.selection import best_steps, find_checkpoint, find_model
+from fewstep.runtime.tracking import read_metrics
+from fewstep.training.dmd2 import DMD2, DMD2Settings
+from tiny_pipelines import TINY as TINY_PIPELINES
+
+TINY = ["batch_size=8", "log_every=2", "sample_every=100", "checkpoint_every=4", "num_steps=12", "device=cpu"]
+SMALL = ["model.block_out_channels=[8, 8]", "model.norm_num_groups=4"]
+UNLABELLED = ["model.num_classes=0", "model.null_class=false", "class_dropout=0"]  # no classifier is trained to judge
+LR = ["student.optimizer.lr=1e-2"]
+DECAYS = "student.ema_decay=[0.2, 0.05, 0]"
+OTHERS = ("0.05", "0")
+
+
+class Moments(torch.nn.Module):
+    """A feature network: uint8 (B, 3, H, W) -> (B, 6), means and deviations of the rows' brightness."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        rows = images.float().mean(dim=1).mean(dim=2)
+        return torch.cat([rows[:, ::3], rows[:, 1::3]], dim=1)
+
+
+def quiet(step: int, metrics: dict[str, float]) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher's run, a feature network, and a student's run with three averages that judged itself."""
+    folder = tmp_path_factory.mktemp("emas")
+    torch.jit.script(Moments()).save(folder / "features.pt")
+    teach(load_recipe("digits-teacher", [*TINY, *SMALL, *UNLABELLED]), folder / "teacher", report=quiet)
+    distill(recipe(folder), folder / "whole", report=quiet)
+    return folder
+
+
+def recipe(folder: Path, *overrides: str) -> DistillRecipe:
+    judging = ["evaluation.every=4", "evaluation.num_samples=60", f"evaluation.features={folder / 'features.pt'}"]
+    settings = ["student_every=2", f"teacher={folder / 'teacher'}", DECAYS, *LR, *judging]
+    return load_recipe("digits-1step", [*TINY, *settings, *overrides])
+
+
+def weights(folder: Path) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in load(folder).denoiser.parameters()])
+
+
+def flat(state: object) -> list[Tensor]:
+    if isinstance(state, Tensor):
+        return [state]
+    values = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else []
+    return [tensor for value in values for tensor in flat(value)]
+
+
+def test_every_average_is_saved_as_a_model_of_its_own(place: Path) -> None:
+    (*_, newest) = checkpoints(place / "whole")
+    assert {path.name for path in newest.iterdir()} == {"model", "model-ema0.05", "model-ema0", "state.pt"}
+    first, *others = (weights(newest / name) for name in ("model", "model-ema0.05", "model-ema0"))
+    state = load_state(newest)["method"]
+    trained = torch.cat([value.flatten() for value in state["student"].values()])
+    assert torch.equal(others[1], trained)  # a decay of 0 keeps no history
+    assert torch.equal(first, torch.cat([value.flatten() for value in state["ema"]["averages"]]))
+    assert torch.equal(others[0], torch.cat([value.flatten() for value in state["ema"]["others"]["0.05"]]))
+    distances = [(each - trained).norm().item() for each in (first, *others)]
+    assert distances[0] > distances[1] > distances[2] == 0
+
+
+def test_every_average_is_judged_under_its_name_and_its_best_is_kept(place: Path) -> None:
+    lines = read_metrics(place / "whole" / "evaluations.jsonl")
+    names = {f"{prefix}{name}" for prefix in ("", "ema0.05_", "ema0_") for name in ("fid", "precision", "recall")}
+    assert [(line["step"], line.keys() - {"step"}) for line in lines] == [(step, names) for step in (4, 8, 12)]
+    assert all(len({line["fid"], line["ema0.05_fid"], line["ema0_fid"]}) == 3 for line in lines)
+    kept = {int(path.name) for path in checkpoints(place / "whole")}
+    assert kept == {8, 12} | set(best_steps(lines).values())
+
+
+def test_one_decay_in_a_list_is_that_decay(place: Path, tmp_path: Path) -> None:
+    """State, files and numbers are what they are without the list."""
+    for name, decay in (("one", "0.9"), ("listed", "[0.9]")):
+        settings = [f"student.ema_decay={decay}", "evaluation.every=null"]
+        distill(recipe(place, *settings), tmp_path / name, report=quiet)
+    ours, theirs = (checkpoints(tmp_path / name)[-1] for name in ("one", "listed"))
+    assert {path.name for path in ours.iterdir()} == {path.name for path in theirs.iterdir()} == {"model", "state.pt"}
+    assert load_state(ours)["method"]["ema"].keys() == {"averages", "num_updates"}
+    assert all(torch.equal(a, b) for a, b in zip(flat(load_state(ours)), flat(load_state(theirs)), strict=True))
+
+
+def test_further_averages_change_nothing_in_training_or_in_the_first(place: Path, tmp_path: Path) -> None:
+    distill(recipe(place, "student.ema_decay=0.2"), tmp_path / "run", report=quiet)
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == (place / "whole" / "metrics.jsonl").read_text()
+    ours, theirs = (read_metrics(run / "evaluations.jsonl") for run in (tmp_path / "run", place / "whole"))
+    assert ours == [{name: line[name] for name in ours[0]} for line in theirs]
+    assert torch.equal(weights(find_model(f"{tmp_path}/run")), weights(find_model(f"{place}/whole")))
+
+
+@pytest.mark.parametrize("stop", [5, 8])
+def test_a_stopped_run_with_several_averages_resumes_exactly(place: Path, tmp_path: Path, stop: int) -> None:
+    with pytest.raises(Interrupted):
+        distill(recipe(place), tmp_path / "parts", report=interrupt_at(stop))
+    distill(recipe(place), tmp_path / "parts", resume=True, report=quiet)
+    for name in ("metrics.jsonl", "evaluations.jsonl"):
+        assert (tmp_path / "parts" / name).read_text() == (place / "whole" / name).read_text()
+    ours, theirs = (checkpoints(run)[-1] for run in (tmp_path / "parts", place / "whole"))
+    assert all(torch.equal(a, b) for a, b in zip(flat(load_state(ours)), flat(load_state(theirs)), strict=True))
+    for name in ("model", "model-ema0.05", "model-ema0"):
+        assert torch.equal(weights(ours / name), weights(theirs / name))
+
+
+def interrupt_at(stop: int):
+    def report(step: int, metrics: dict[str, float]) -> None:
+        if step == stop:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    return report
+
+
+def test_models_are_found_by_their_average(place: Path) -> None:
+    run, best = place / "whole", best_steps(read_metrics(place / "whole" / "evaluations.jsonl"))
+    newest = checkpoints(run)[-1]
+    assert find_model(str(run)) == newest / "model"
+    assert find_model(f"{run}@8", "0.05") == run / "checkpoints" / "00000008" / "model-ema0.05"
+    chosen = run / "checkpoints" / f"{best['ema0.05_fid']:08d}"
+    assert find_checkpoint(f"{run}@best-ema0.05_fid") == chosen
+    assert find_model(f"{run}@best-ema0.05_fid") == chosen / "model-ema0.05"
+    assert find_model(f"{run}@best-ema0.05_fid", "0") == chosen / "model-ema0"
+    assert find_model(f"{run}@best-fid").name == "model"
+    opened = torch.cat([p.flatten() for p in open_model(f"{run}@best-ema0.05_fid").denoiser.parameters()])
+    assert torch.equal(opened, weights(chosen / "model-ema0.05"))
+
+
+def test_an_average_that_is_not_there_is_told_with_those_that_are(place: Path) -> None:
+    with pytest.raises(UserError, match=r"00000012: has no average '0\.9' beside its first, .* it has 0, 0\.05$"):
+        find_model(f"{place}/whole", "0.9")
+    with pytest.raises(UserError, match=r"it has none$"):
+        find_model(f"{place}/teacher", "0.9")
+
+
+def test_evaluate_has_a_row_for_each_with_the_numbers_of_the_run(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fewstep.commands.evaluate.images_per_second", lambda *args: 1.0)
+    features = str(place / "features.pt")
+    evaluate([f"{place}/whole@8", place / "teacher"], tmp_path, features, 60, 5000, ["ddim:2"], 0, "cpu")
+    rows = {row["model"]: row for row in json.loads((tmp_path / "results.json").read_text())}
+    assert list(rows) == ["real", "whole@8", "whole@8 ema0", "whole@8 ema0.05", "teacher"]
+    line = read_metrics(place / "whole" / "evaluations.jsonl")[1]
+    assert rows["whole@8"]["fid"] == pytest.approx(line["fid"], rel=1e-6)
+    for ema in OTHERS:
+        assert rows[f"whole@8 ema{ema}"]["fid"] == pytest.approx(line[f"ema{ema}_fid"], rel=1e-6)
+
+
+def test_a_second_stage_starts_from_the_best_of_an_average(place: Path, tmp_path: Path) -> None:
+    still = ["student.optimizer.lr=1e-12", "student.optimizer.weight_decay=0", "num_steps=2", "evaluation.every=null"]
+    start = f"{place}/whole@best-ema0.05_fid"
+    distill(recipe(place, *still, f"init_from={start}"), tmp_path / "second", report=quiet)
+    state = load_state(find_checkpoint(start))["method"]["student"]
+    trained = torch.cat([value.flatten() for value in state.values()])
+    for name in ("model", "model-ema0.05", "model-ema0"):
+        assert (weights(checkpoints(tmp_path / "second")[-1] / name) - trained).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    "decays", ["[0.9, 0.9]", "[]", "[0.9, 1]", "[0.9, -0.1]", "[[0.9]]", "1", "-0.5", "none", "{}"]
+)
+def test_decays_that_are_no_decays_are_refused(decays: str) -> None:
+    wanted = r"student\.ema_decay: takes a number from 0 to below 1, or a list of different ones, not "
+    with pytest.raises(UserError, match=wanted):
+        load_recipe("digits-1step", [f"student.ema_decay={decays}"])
+
+
+def test_a_run_cannot_resume_with_other_averages(place: Path) -> None:
+    with pytest.raises(UserError, match=r"changed recipe \(student\.ema_decay: \[0\.2, 0\.05, 0\.0\] -> 0\.2\)"):
+        distill(recipe(place, "student.ema_decay=0.2"), place / "whole", resume=True, report=quiet)
+
+
+def test_the_averages_of_a_text_model_share_what_is_frozen(tmp_path: Path) -> None:
+    """Each is a whole pipeline; autoencoder and text encoder lie on the disk once."""
+    model = LatentModel(TINY_PIPELINES["sd"](tmp_path / "scratch"))
+    model.frozen = tmp_path / "frozen"
+    settings = DMD2Settings(student={"ema_decay": [0.9, 0.5]}, gan={"student_weight": 0, "critic_weight": 0})
+    method = DMD2(settings, model, make_roles(model), num_steps=1, batch_size=1, seed=0)
+    method.save_model(tmp_path / "model")
+    weights = "vae/diffusion_pytorch_model.safetensors"
+    places = [tmp_path / name / weights for name in ("model", "model-ema0.5", "frozen")]
+    assert len({path.stat().st_ino for path in places}) == 1
+    assert isinstance(load(tmp_path / "model-ema0.5"), LatentModel)
