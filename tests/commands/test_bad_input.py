@@ -163,7 +163,7 @@ def test_a_mistake_in_a_recipe_names_the_key_and_what_is_right(
         (["teacher=."], [".: not a run folder (it has no recipe.yaml)"]),
         (["precision=float16"], ["precision: ", "'float32' or 'bfloat16', not 'float16'"]),
         (["init_from=nowhere"], ["init_from: nowhere: no such run folder"]),
-        (["init_from=teacher"], ["init_from: teacher", "holds no student and critic", "`fewstep distill`"]),
+        (["init_from=teacher"], ["init_from: teacher", "holds no student", "`fewstep distill`"]),
         (["init_from=student@1"], ["init_from: student: has no checkpoint @1; it has @2"]),
         (["init_from=student@best-fid"], ["init_from: student: has no checkpoint @best-fid", "was not evaluated"]),
         (["evaluation.every=0"], ["evaluation.every: ", "greater than or equal to 1"]),

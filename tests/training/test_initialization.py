@@ -118,7 +118,7 @@ def test_another_number_of_timesteps_matters_to_a_critic_that_is_told_them_alone
     ("source", "message"),
     [
         ("nowhere", "init_from: .*nowhere: no such run folder"),
-        ("teacher", "init_from: .*teacher.*00000004: holds no student and critic; name a run of `fewstep distill`"),
+        ("teacher", "init_from: .*teacher.*00000004: holds no student; name a run of `fewstep distill`"),
         ("told@3", "init_from: .*told: has no checkpoint @3; it has @2, @4, @best-fid"),
         ("told@best-kid", "init_from: .*told: has no checkpoint @best-kid; it has @2, @4, @best-fid"),
         ("untold@best-fid", "it has @2, @4, and was not evaluated"),

@@ -12,7 +12,7 @@ app = typer.Typer(
     help="Distil a diffusion model into a one- to four-step generator (DMD2).",
     epilog="Example: fewstep demo",
 )
-data = typer.Typer(no_args_is_help=True, help="Prepare data for text-to-image runs.")
+data = typer.Typer(no_args_is_help=True, help="Prepare data for runs.")
 app.add_typer(data, name="data")
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; repeatable.")]
 Out = Annotated[Path | None, typer.Option(help="Run folder; by default runs/RECIPE.", show_default=False)]

@@ -54,6 +54,14 @@ def index_grid(num: int, num_timesteps: int = 1000) -> Tensor:
     return num_timesteps - 1 - torch.arange(num) * num_timesteps // num
 
 
+def trailing_grid(num: int, num_timesteps: int = 1000) -> Tensor:
+    """diffusers' "trailing" spacing, round(T - k T / num) - 1 for k = 0 .. num-1; (num,) integers.
+
+    The same as `index_grid` where `num` divides T.
+    """
+    return (num_timesteps - torch.arange(num, dtype=torch.float64) * num_timesteps / num).round().long() - 1
+
+
 def shifted_grid(num: int, shift: float = 1.0) -> Tensor:
     """Flow times from 1 down to 1/num, shifted towards noise; (num,) float64."""
     return shift_time(1 - torch.arange(num, dtype=torch.float64) / num, shift)

@@ -23,6 +23,7 @@ from fewstep.seeding import generator
 from fewstep.settings import Settings
 from fewstep.training.method import Batch, Metrics
 from fewstep.training.optimization import Optimizer
+from fewstep.training.pair_loss import PairLoss, RegressionSettings
 from fewstep.training.settings import NoiseLevels, NoiseLevelSampler, OptimizerSettings
 
 
@@ -100,6 +101,17 @@ class DMD2Settings(Settings):
     critic: CriticSettings = CriticSettings()
     dm: DistributionMatchingSettings = DistributionMatchingSettings()
     gan: GANSettings = GANSettings()
+    regression_weight: float = Field(0.0, ge=0)
+    """Of a loss on pairs of the teacher's noise and image in the student's turn, at its first timestep; DMD2 has none,
+    the original DMD 0.25, with LPIPS."""
+    regression: RegressionSettings | None = None
+    """For `regression_weight` (keys pairs, sampler, lpips, lpips_size, decoder)."""
+
+    @model_validator(mode="after")
+    def _pairs_are_named(self) -> Self:
+        if self.regression_weight and self.regression is None:
+            raise ValueError("regression_weight: needs regression.pairs and regression.sampler")
+        return self
 
     @model_validator(mode="after")
     def _something_trains_the_student(self) -> Self:
@@ -111,7 +123,7 @@ class DMD2Settings(Settings):
 class DMD2:
     """Every step updates critic and discriminator; every `student_every`-th step updates the student first."""
 
-    STATE = ("student", "critic", "discriminator", "ema", "student_optimizer", "critic_optimizer")
+    STATE: tuple[str, ...] = ("student", "critic", "discriminator", "ema", "student_optimizer", "critic_optimizer")
 
     def __init__(
         self,
@@ -122,7 +134,9 @@ class DMD2:
         batch_size: int,
         seed: int,
         rank: int = 0,
+        pair_loss: PairLoss | None = None,
     ):
+        self.pair_loss = pair_loss
         self.settings, self.model, self.batch_size, self.seed, self.rank = settings, model, batch_size, seed, rank
         self.teacher, self.student, self.critic = roles.teacher, roles.student, roles.critic
         self.discriminator, self.feature_layer = roles.discriminator, roles.feature_layer
@@ -157,7 +171,7 @@ class DMD2:
             fake, stops = self.fake_of_real(real, condition, draws, student_turn)
         if self.settings.critic.condition_on_stop:
             condition, real_condition = condition | {"stop": stops}, real_condition | {"stop": stops}
-        metrics = self.update_student(fake, condition, draws) if student_turn else {}
+        metrics = self.update_student(fake, condition, draws, batch.get("pair")) if student_turn else {}
         if not self.gan:
             real = None
         elif real is None:
@@ -186,8 +200,10 @@ class DMD2:
         """The index of the timestep that this step trains: one for the whole batch, alike on all ranks (spec, 1.5)."""
         return int(torch.randint(len(self.timesteps), (), generator=generator(self.seed, "stop", step)))
 
-    def update_student(self, fake: Tensor, condition: Condition, draws: Generator) -> Metrics:
-        """Moves the student along the gradients of its losses at `fake`, which carries its graph.
+    def update_student(
+        self, fake: Tensor, condition: Condition, draws: Generator, pairs: Batch | None = None
+    ) -> Metrics:
+        """Moves the student along the gradients of its losses at `fake`, which carries its graph, and on `pairs`.
 
         Gradients are asked for at the image and nowhere else, so critic, discriminator and teacher get none.
         """
@@ -195,11 +211,19 @@ class DMD2:
         weights = {"dm": self.settings.dm.weight, "gan": self.settings.gan.student_weight}
         gradients = {name: torch.autograd.grad(loss, fake)[0] for name, loss in losses.items()}
         fake.backward(sum(weights[name] * gradient for name, gradient in gradients.items()))
-        metrics = {"student_grad_norm": self.student_optimizer.step()}
+        metrics = self.regress(pairs) if pairs else {}
+        metrics |= {"student_grad_norm": self.student_optimizer.step()}
         self.ema.update()
         for name, loss in losses.items():
             metrics |= {f"{name}_loss": loss.detach(), f"{name}_image_grad_norm": gradients[name].norm()}
         return metrics
+
+    def regress(self, pairs: Batch) -> Metrics:
+        """Adds the gradient of the loss on a batch of pairs to the student's."""
+        assert self.pair_loss is not None
+        loss = self.pair_loss(self.student, self.timesteps, pairs)
+        (self.settings.regression_weight * loss).backward()
+        return {"regression_loss": loss.detach()}
 
     def student_losses(self, fake: Tensor, condition: Condition, draws: Generator) -> dict[str, Tensor]:
         """The losses that are on, unweighted; without independent noise one pass of the critic serves both."""
