@@ -20,7 +20,9 @@ def load_lpips(source: str, size: int | None, device: torch.device, channels: in
 
     Raises UserError if there is no such file or package, or if it does not take pictures of that size.
     """
-    network = (_from_package() if source == PACKAGE else _from_file(Path(source))).to(device)
+    network = (_from_package() if source == PACKAGE else _from_file(Path(source))).eval().to(device)
+    for parameter in network.parameters():  # a ScriptModule has no requires_grad_
+        parameter.requires_grad_(False)
 
     def distance(first: Tensor, second: Tensor) -> Tensor:
         both = (pixels.float().expand(-1, 3, -1, -1) for pixels in (first, second))
@@ -33,7 +35,7 @@ def load_lpips(source: str, size: int | None, device: torch.device, channels: in
 
 def _from_file(path: Path) -> nn.Module:
     try:
-        return torch.jit.load(str(path), map_location="cpu").eval().requires_grad_(False)
+        return torch.jit.load(str(path), map_location="cpu")
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(f"regression.lpips: {path}: not a readable TorchScript file, nor `{PACKAGE}`") from error
 
@@ -45,7 +47,7 @@ def _from_package() -> Any:
         raise UserError(
             "regression.lpips: the package lpips is not installed (pip install lpips); or name a TorchScript file"
         ) from error
-    return lpips.LPIPS(net="vgg", verbose=False).eval().requires_grad_(False)
+    return lpips.LPIPS(net="vgg", verbose=False)
 
 
 def _check(distance: Distance, source: str, pixels: Tensor) -> None:
