@@ -27,7 +27,8 @@ TEXTS = ["a cat", "a red dog", "two birds"]
 PAIRS = f"fewstep data pairs --teacher sdxl --num {NUM} --sampler euler:4@8 --prompts prompts.txt"
 INIT = (
     "fewstep distill sdxl-1step-init --set teacher=sdxl --set regression.pairs=pairs "
-    "--set regression.sampler=euler:4@8 --set regression.lpips=distance.pt --set regression.decoder=tiny --set num_steps=4 --set batch_size=4"
+    "--set regression.sampler=euler:4@8 --set regression.lpips=distance.pt --set regression.decoder=tiny "
+    "--set num_steps=4 --set batch_size=4"
 )
 STUDENT = (
     "fewstep distill sdxl-1step --set teacher=sdxl --set data.source=pictures --set num_steps=2 --set batch_size=2"
@@ -367,7 +368,7 @@ def test_a_regression_that_can_not_run_is_refused_before_anything_is_written(
 
 
 def test_the_start_that_is_not_there_is_told(run: Run) -> None:
-    refused(run(STUDENT), "init_from: ", "sdxl-1step-init", "no such run folder")
+    refused(run(STUDENT), "init_from: ", "sdxl-1step-init: no such run; `fewstep distill sdxl-1step-init` makes it")
 
 
 def test_a_disk_that_fills_is_told(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,7 +87,12 @@ def initialize(roles: Roles, source: str, runs: Path) -> None:
 
     The name of a recipe means its run in the folder `runs`.
     """
-    by_name = source.partition("@")[0] in recipe_names() and not Path(source.partition("@")[0]).exists()
+    name = source.partition("@")[0]
+    by_name = name in recipe_names() and not Path(name).exists()
+    if by_name and not (runs / name).exists():
+        raise UserError(
+            f"init_from: {runs / name}: no such run; `fewstep distill {name}` makes it, null takes the teacher"
+        )
     try:
         start_from(roles, find_checkpoint(str(runs / source) if by_name else source))
     except UserError as error:

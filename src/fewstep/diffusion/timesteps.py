@@ -57,9 +57,10 @@ def index_grid(num: int, num_timesteps: int = 1000) -> Tensor:
 def trailing_grid(num: int, num_timesteps: int = 1000) -> Tensor:
     """diffusers' "trailing" spacing, round(T - k T / num) - 1 for k = 0 .. num-1; (num,) integers.
 
-    The same as `index_grid` where `num` divides T.
+    The same as `index_grid` where `num` divides T. Always `num` of them: diffusers has one too many for 61, 103, ...
     """
-    return (num_timesteps - torch.arange(num, dtype=torch.float64) * num_timesteps / num).round().long() - 1
+    step = num_timesteps - (num_timesteps - num_timesteps / num)  # as numpy steps, which decides ties of rounding
+    return (num_timesteps - torch.arange(num, dtype=torch.float64) * step).round().long() - 1
 
 
 def shifted_grid(num: int, shift: float = 1.0) -> Tensor:
