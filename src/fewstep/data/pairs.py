@@ -11,8 +11,9 @@ a grey level. Other programs read them so, with the shape from pairs.json:
 import hashlib
 import json
 import math
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from fewstep.seeding import generator
 DESCRIPTION = "pairs.json"
 FILE_BYTES = 2**24  # 64 pairs of SDXL: what a stop may lose
 MAX_ROWS = 1024
+TORN_SECONDS = 3600
 GROUP_BYTES = 2**18  # what is read at once for one row: one pair of SDXL
 Given = dict[str, list[Any]]
 """What pairs are drawn for: {"prompt": [N strings]}, {"label": [N classes]}, or {} of an unconditional teacher."""
@@ -53,12 +55,11 @@ def write_pairs(
     """
     plan = {**plan, "conditions": describe(given), **_layout(plan["shape"])}
     _start(out, json.loads(json.dumps(plan)))
+    _remove_torn(out)
     shards = shard_rows(out, plan["num_pairs"], plan["rows_per_file"], ".parquet")
     done = 0
     for path, rows in list(shards.items())[rank::num_ranks]:
         if not path.exists():
-            for torn in out.glob(f".{path.name}.*.tmp"):  # of a run that was killed
-                torn.unlink()
             parts = []
             for start in range(rows.start, rows.stop, batch_size):
                 part = range(start, min(start + batch_size, rows.stop))
@@ -97,6 +98,14 @@ def _start(out: Path, plan: dict[str, Any]) -> None:
     else:
         with written_whole(out / DESCRIPTION) as temporary:
             temporary.write_text(json.dumps(plan, indent=2) + "\n")
+
+
+def _remove_torn(out: Path) -> None:
+    """Removes what killed runs left; other ranks may be writing, which takes them a second."""
+    for path in out.glob(".*.tmp"):
+        with suppress(FileNotFoundError):  # another rank was faster
+            if time.time() - path.stat().st_mtime > TORN_SECONDS:
+                path.unlink()
 
 
 def _draw(draw: Draw, given: Given, plan: dict[str, Any], rows: range) -> tuple[Tensor, Tensor]:
