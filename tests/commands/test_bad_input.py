@@ -126,7 +126,7 @@ def damage(run: str, file: str, content: bytes | None = None) -> Path:
         ("teach t.yaml --out x --set noise.distribution=gauss", ["noise.distribution: ", "'lognormal'", "'gauss'"]),
         (
             "teach t.yaml --out x --set kind=learn",
-            ["kind: must be teach, teach-text, teach-autoencoder, distill, not 'learn'"],
+            ["kind: must be teach, teach-text, teach-autoencoder, distill, regress, not 'learn'"],
         ),
         ("teach t.yaml --out x --set num_steps", ["--set 'num_steps'", "write key=value"]),
         ("teach t.yaml --out x --set =5", ["--set '=5'", "write key=value"]),
@@ -163,7 +163,7 @@ def test_a_mistake_in_a_recipe_names_the_key_and_what_is_right(
         (["teacher=."], [".: not a run folder (it has no recipe.yaml)"]),
         (["precision=float16"], ["precision: ", "'float32' or 'bfloat16', not 'float16'"]),
         (["init_from=nowhere"], ["init_from: nowhere: no such run folder"]),
-        (["init_from=teacher"], ["init_from: teacher", "holds no student and critic", "`fewstep distill`"]),
+        (["init_from=teacher"], ["init_from: teacher", "holds no student", "`fewstep distill`"]),
         (["init_from=student@1"], ["init_from: student: has no checkpoint @1; it has @2"]),
         (["init_from=student@best-fid"], ["init_from: student: has no checkpoint @best-fid", "was not evaluated"]),
         (["evaluation.every=0"], ["evaluation.every: ", "greater than or equal to 1"]),
@@ -191,7 +191,7 @@ def test_guiding_a_teacher_without_null_class_is_refused(
         (b"\xff\xfe\x00", "can't be read as YAML"),
         (b"", "a recipe is a mapping of keys to values"),
         (b"- 1", "a recipe is a mapping of keys to values"),
-        (b"num_steps: 2", "kind: must be teach, teach-text, teach-autoencoder, distill, not None"),
+        (b"num_steps: 2", "kind: must be teach, teach-text, teach-autoencoder, distill, regress, not None"),
     ],
 )
 def test_a_file_that_is_no_recipe_is_named(refused: Refused, content: bytes, fragment: str) -> None:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from diffusers import EDMEulerScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler
+from diffusers import EDMEulerScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler
 
 from fewstep.diffusion.schedules import EDM
 from fewstep.diffusion.timesteps import (
@@ -15,6 +15,7 @@ from fewstep.diffusion.timesteps import (
     shift_time,
     shifted_grid,
     shifted_uniform,
+    trailing_grid,
     uniform_level,
 )
 
@@ -154,3 +155,14 @@ def test_shifting_divides_the_signal_to_noise_ratio_by_the_shift(shift):
     t = torch.linspace(0.01, 0.99, 50, dtype=torch.float64)
     shifted = shift_time(t, shift)
     torch.testing.assert_close(shifted / (1 - shifted), shift * t / (1 - t), rtol=1e-10, atol=0)
+
+
+def test_trailing_grid_is_diffusers_for_every_number_of_steps():
+    scheduler = EulerDiscreteScheduler(timestep_spacing="trailing")
+    for num in range(1, 1001):
+        scheduler.set_timesteps(num)
+        ours, theirs = trailing_grid(num), scheduler.timesteps.long()
+        assert torch.equal(ours, theirs[:num]), num
+        assert len(ours) == num
+        assert theirs[num:].tolist() in ([], [-1])  # theirs is longer by one for some
+    assert all(torch.equal(trailing_grid(num), index_grid(num)) for num in (1, 2, 4, 5, 8, 50, 1000))

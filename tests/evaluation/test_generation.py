@@ -150,7 +150,7 @@ def test_a_sampler_is_read_from_its_name() -> None:
         "heun:",
         "heun:0",
         "heun:-1",
-        "euler:4",
+        "midpoint:4",
         "student:1",
         "ddim:²",
         "ddim:4x",

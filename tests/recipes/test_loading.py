@@ -211,9 +211,10 @@ def test_a_wrong_value_names_its_key_and_what_the_key_takes(content: dict, key: 
 
 
 @pytest.mark.parametrize("content", [{}, {"kind": "learn"}, {"num_steps": 3}, {1: 2}])
-def test_a_recipe_is_of_one_of_two_kinds(content: dict) -> None:
+def test_a_recipe_is_of_one_kind(content: dict) -> None:
     assert (
-        mistake(content) == f"kind: must be teach, teach-text, teach-autoencoder, distill, not {content.get('kind')!r}"
+        mistake(content)
+        == f"kind: must be teach, teach-text, teach-autoencoder, distill, regress, not {content.get('kind')!r}"
     )
 
 

@@ -51,7 +51,7 @@ def test_the_name_of_a_recipe_is_its_run_beside_this_one(
     saved = load_state(runs / "told" / "checkpoints" / "00000002")["method"]
     method = start(fresh(runs / "teacher", "init_from=digits-4step@2"), tmp_path / "run", monkeypatch)
     assert_equal(method.student, saved["student"])
-    with pytest.raises(UserError, match="has no run digits-1step; make it first: fewstep distill digits-1step"):
+    with pytest.raises(UserError, match="digits-1step: no such run; `fewstep distill digits-1step` makes it"):
         start(fresh(runs / "teacher", "init_from=digits-1step@2"), tmp_path / "run", monkeypatch)
 
 
@@ -118,7 +118,7 @@ def test_another_number_of_timesteps_matters_to_a_critic_that_is_told_them_alone
     ("source", "message"),
     [
         ("nowhere", "init_from: .*nowhere: no such run folder"),
-        ("teacher", "init_from: .*teacher.*00000004: holds no student and critic; name a run of `fewstep distill`"),
+        ("teacher", "init_from: .*teacher.*00000004: holds no student; name a run of `fewstep distill`"),
         ("told@3", "init_from: .*told: has no checkpoint @3; it has @2, @4, @best-fid"),
         ("told@best-kid", "init_from: .*told: has no checkpoint @best-kid; it has @2, @4, @best-fid"),
         ("untold@best-fid", "it has @2, @4, and was not evaluated"),

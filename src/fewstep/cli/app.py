@@ -12,7 +12,7 @@ app = typer.Typer(
     help="Distil a diffusion model into a one- to four-step generator (DMD2).",
     epilog="Example: fewstep demo",
 )
-data = typer.Typer(no_args_is_help=True, help="Prepare data for text-to-image runs.")
+data = typer.Typer(no_args_is_help=True, help="Prepare data for runs.")
 app.add_typer(data, name="data")
 import_ = typer.Typer(no_args_is_help=True, help="Bring in models from elsewhere.")
 app.add_typer(import_, name="import")

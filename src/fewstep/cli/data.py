@@ -37,3 +37,30 @@ def latents(
 
     kept = Filter(min_side, unsafe_column, max_unsafe, aesthetic_column, min_aesthetic)
     latents(model, source, out, kept, image_column, caption_column, split, batch_size, seed, device)
+
+
+@data.command(
+    epilog="Example: fewstep data pairs --teacher sdxl --num 10000 --sampler euler:50@8 --prompts p.txt --out pairs"
+)
+def pairs(
+    teacher: Annotated[str, typer.Option(help="Run folder, model folder, .safetensors file or hub id of the teacher.")],
+    num: Annotated[int, typer.Option(min=1, help="Pairs of noise and image; paper: 10000.")],
+    sampler: Annotated[
+        str,
+        typer.Option(help="heun:18 for EDM; euler:50@8 (paper), ddim, dpm++, unipc for text to image; @: CFG."),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the pairs; the same command goes on after a stop.")],
+    prompts: Annotated[str | None, typer.Option(help="Prompts, in turn: a .txt, .csv, .tsv or .parquet file.")] = None,
+    prompt_column: Annotated[str | None, typer.Option(help="By default prompt, caption or text.")] = None,
+    classes: Annotated[str, typer.Option(help="Of a teacher with classes: turn, or uniform at random.")] = "turn",
+    seed: Annotated[int, typer.Option(min=0, help="The noise of pair i is a function of seed and i.")] = 0,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Pairs drawn at once; by default by size.")] = None,
+    device: Device = "auto",
+    precision: Annotated[str, typer.Option(help="float32, bfloat16 or float16 (paper) of the teacher.")] = "float32",
+    teacher_config: Annotated[str | None, typer.Option(help="For a single file: a diffusers folder or hub id.")] = None,
+) -> None:
+    """Draw pairs of noise and image by a teacher's sampler; under torchrun every rank makes its share."""
+    from fewstep.commands.pairs import Conditions, pairs
+
+    conditions = Conditions(prompts, prompt_column, classes)
+    pairs(teacher, num, sampler, out, conditions, seed, batch_size, device, precision, teacher_config)

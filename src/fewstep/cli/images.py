@@ -30,7 +30,7 @@ TeacherSampler = Annotated[
     str | None,
     typer.Option(
         metavar="KIND:N",
-        help="Of a teacher: heun, ddim, dpm++ or unipc.",
+        help="Of a teacher: heun, euler, ddim, dpm++, unipc.",
         show_default="heun:18; ddim:50 for text",
     ),
 ]

@@ -2,60 +2,86 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import torch
 
 from fewstep.commands.judging import make_evaluation
+from fewstep.commands.pairs import open_pair_loss, open_pairs, pair_batches
 from fewstep.commands.runs import FROZEN, check_target, image_batches, open_images, open_model, pick_device, start_run
 from fewstep.commands.teach import finished_run
 from fewstep.commands.texts import text_batches
+from fewstep.data.pairs import PairSet
 from fewstep.errors import UserError
 from fewstep.networks.latent_model import LatentModel
 from fewstep.networks.pixel_model import PixelModel
-from fewstep.networks.precision import DTYPES
+from fewstep.networks.precision import DTYPES, trainable
 from fewstep.networks.pretrained import is_loadable
 from fewstep.networks.roles import Roles, make_roles
 from fewstep.recipes.loading import recipe_names
-from fewstep.recipes.schema import DistillRecipe
+from fewstep.recipes.schema import RegressRecipe, StudentRecipe
 from fewstep.runtime.checkpoint import checkpoints
 from fewstep.runtime.selection import find_checkpoint, run_and_choice
 from fewstep.runtime.tracking import Report
 from fewstep.training.dmd2 import DMD2
 from fewstep.training.initialization import start_from
 from fewstep.training.method import Batch
+from fewstep.training.pair_loss import PairLoss
+from fewstep.training.regression import Regression
 
 
-def distill(recipe: DistillRecipe, run: Path, resume: bool = False, report: Report | None = None) -> None:
+def distill(recipe: StudentRecipe, run: Path, resume: bool = False, report: Report | None = None) -> None:
     """Runs the recipe into the folder `run`, after its teacher's if that is a recipe whose run is not finished."""
     check_target(run, recipe, resume)
     model = open_teacher(recipe.teacher, run.parent, recipe.teacher_config, recipe.teacher_prediction_type)
     if model.timesteps:
         raise UserError(f"teacher: {recipe.teacher} is a few-step student; name the run of its teacher")
-    dtype = DTYPES[recipe.precision]
-    model.encode_in(dtype)
+    pairs = open_pairs(recipe, model)
+    model.encode_in(DTYPES[recipe.precision])
     model.to(pick_device(recipe.device))
+    pair_loss = open_pair_loss(recipe.regression, model) if pairs and recipe.regression else None
     torch.manual_seed(recipe.seed)
-    num_stops = recipe.student.num_timesteps if recipe.critic.condition_on_stop else 0
-    roles = make_roles(model, recipe.guidance_scale, recipe.gan.feature_layer, num_stops, dtype)
-    if recipe.init_from and not checkpoints(run):  # a run that has begun goes on with its own weights
-        initialize(roles, recipe.init_from, run.parent)
-    method = DMD2(recipe, model, roles, recipe.num_steps, recipe.batch_size, recipe.seed)
+    method = _make_method(recipe, model, pair_loss, run)
     if isinstance(model, LatentModel):
         model.frozen = run / FROZEN
-    batch_at = open_batches(recipe, model, run.parent)
+    batch_at = open_batches(recipe, model, run.parent, pairs)
     model.release()
     start_run(method, batch_at, make_evaluation(recipe, model, run), run, recipe, report)
 
 
-def open_batches(recipe: DistillRecipe, model: PixelModel | LatentModel, runs: Path) -> Callable[[int], Batch]:
+def _make_method(
+    recipe: StudentRecipe, model: PixelModel | LatentModel, pair_loss: PairLoss | None, run: Path
+) -> Regression | DMD2:
+    """The regression or the distillation at its first step, which a run that has begun goes on from."""
+    dtype = DTYPES[recipe.precision]
+    if isinstance(recipe, RegressRecipe):
+        student = trainable(model.denoiser.eval(), dtype)
+        return Regression(recipe, model, student, cast(PairLoss, pair_loss), recipe.num_steps)
+    num_stops = recipe.student.num_timesteps if recipe.critic.condition_on_stop else 0
+    roles = make_roles(model, recipe.guidance_scale, recipe.gan.feature_layer, num_stops, dtype)
+    if recipe.init_from and not checkpoints(run):  # a run that has begun goes on with its own weights
+        initialize(roles, recipe.init_from, run.parent)
+    return DMD2(recipe, model, roles, recipe.num_steps, recipe.batch_size, recipe.seed, pair_loss=pair_loss)
+
+
+def open_batches(
+    recipe: StudentRecipe, model: PixelModel | LatentModel, runs: Path, pairs: PairSet | None
+) -> Callable[[int], Batch]:
     """The batch of every step; the run lies in the folder `runs`."""
+    pairs_at = pair_batches(recipe, model, pairs, runs) if pairs else None
+    if isinstance(recipe, RegressRecipe):
+        return cast(Callable[[int], Batch], pairs_at)
     if isinstance(model, LatentModel):
-        return text_batches(recipe, model, runs)
-    if recipe.prompts:
+        batch_at = text_batches(recipe, model, runs)
+    elif recipe.prompts:
         raise UserError("prompts: the teacher takes no text")
-    images = open_images(recipe.data, model.config)
-    real = recipe.gan.student_weight > 0 or not recipe.student.backward_simulation
-    return image_batches(images, recipe) if real else lambda step: {}  # fakes are drawn for classes of their own
+    else:
+        images = open_images(recipe.data, model.config)
+        real = recipe.gan.student_weight > 0 or not recipe.student.backward_simulation
+        batch_at = image_batches(images, recipe) if real else lambda step: {}  # fakes have classes of their own
+    if pairs_at is None:
+        return batch_at
+    return lambda step: batch_at(step) | ({} if step % recipe.student_every else {"pair": pairs_at(step)})
 
 
 def initialize(roles: Roles, source: str, runs: Path) -> None:
@@ -66,7 +92,9 @@ def initialize(roles: Roles, source: str, runs: Path) -> None:
     name = source.partition("@")[0]
     if name in recipe_names() and not Path(name).exists():
         if not (runs / name).exists():
-            raise UserError(f"init_from: {runs} has no run {name}; make it first: fewstep distill {name}")
+            raise UserError(
+                f"init_from: {runs / name}: no such run; `fewstep distill {name}` makes it, null takes the teacher"
+            )
         source = str(runs / source)
     try:
         start_from(roles, find_checkpoint(source))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fewstep.commands.runs import check_writable
 from fewstep.errors import UserError
+from fewstep.evaluation.generation import parse_sampler
 from fewstep.export.diffusers_folder import Format, check_folder, write_diffusers_folder
 from fewstep.export.provenance import Provenance, read_scores, read_table
 from fewstep.export.weights import count_tensors
@@ -17,7 +18,7 @@ from fewstep.networks.image_model import DESCRIPTION
 from fewstep.networks.latent_model import LatentModel
 from fewstep.networks.pretrained import SUFFIX, load
 from fewstep.recipes.loading import read_run_recipe
-from fewstep.recipes.schema import DistillRecipe
+from fewstep.recipes.schema import DistillRecipe, StudentRecipe
 from fewstep.runtime.checkpoint import EVALUATIONS, RECIPE, check_run, load_state
 from fewstep.runtime.ema import ema_name
 from fewstep.runtime.selection import find_model, run_and_choice
@@ -111,16 +112,16 @@ def run_of(model: Path) -> Path:
     return model.parents[2]
 
 
-def student_recipe(run: Path) -> DistillRecipe:
+def student_recipe(run: Path) -> StudentRecipe:
     """The recipe of a run; raises UserError if it makes no student."""
     check_run(run)
     recipe = read_run_recipe(run / RECIPE)
-    if not isinstance(recipe, DistillRecipe):
+    if not isinstance(recipe, StudentRecipe):
         raise UserError(f"{run}: holds no few-step student; distil it first (`fewstep distill`), and export that run")
     return recipe
 
 
-def trace(model: Path, recipe: DistillRecipe, options: ExportOptions) -> Provenance:
+def trace(model: Path, recipe: StudentRecipe, options: ExportOptions) -> Provenance:
     """Where the model comes from."""
     run, step = run_of(model), int(model.parent.name)
     judged = [] if options.raw else read_metrics(run / EVALUATIONS)  # which are of the averaged weights
@@ -130,7 +131,7 @@ def trace(model: Path, recipe: DistillRecipe, options: ExportOptions) -> Provena
         teacher=recipe.teacher,
         recipe=(run / RECIPE).read_text(),
         timesteps=json.loads((model / DESCRIPTION).read_text())["timesteps"],
-        guidance_scale=recipe.guidance_scale,
+        guidance_scale=guidance(recipe),
         step=step,
         ema="raw" if options.raw else ema or first_decay(recipe),
         license=options.license,
@@ -139,7 +140,14 @@ def trace(model: Path, recipe: DistillRecipe, options: ExportOptions) -> Provena
     )
 
 
-def first_decay(recipe: DistillRecipe) -> str:
+def guidance(recipe: StudentRecipe) -> float:
+    """The teacher's, in training; of a regression, on the pairs."""
+    if isinstance(recipe, DistillRecipe):
+        return recipe.guidance_scale
+    return parse_sampler(recipe.regression.sampler).guidance_scale
+
+
+def first_decay(recipe: StudentRecipe) -> str:
     """The name of the average in `model/`."""
     decays = recipe.student.ema_decay
     return ema_name(decays[0] if isinstance(decays, list) else decays)

@@ -7,7 +7,7 @@ from fewstep.commands.judges import MAX_REAL
 from fewstep.evaluation.generation import default_sampler, generate
 from fewstep.networks.latent_model import LatentModel
 from fewstep.networks.pixel_model import PixelModel
-from fewstep.recipes.schema import DistillRecipe, TeachRecipe, TeachTextRecipe
+from fewstep.recipes.schema import StudentRecipe, TeachRecipe, TeachTextRecipe
 from fewstep.training.loop import Evaluate
 from fewstep.training.method import Method
 
@@ -15,7 +15,7 @@ SCORES = ("fid", "precision", "recall", "accuracy", "prompt_accuracy", "two_obje
 
 
 def make_evaluation(
-    recipe: TeachRecipe | TeachTextRecipe | DistillRecipe, model: PixelModel | LatentModel, run: Path
+    recipe: TeachRecipe | TeachTextRecipe | StudentRecipe, model: PixelModel | LatentModel, run: Path
 ) -> Evaluate | None:
     """What the loop calls to judge the averaged weights; None where the recipe asks for no evaluation.
 

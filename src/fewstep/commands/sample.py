@@ -25,7 +25,14 @@ from fewstep.runtime.tracking import progress_bar
 COLUMNS = 10
 CHUNK = "fewstep"  # the PNG text chunk with all settings as JSON
 SINGLE = re.compile(r"\d{5,}(-[12])?\.png")
-SAMPLER_NAMES = {"student": "LCM", "ddim": "DDIM", "heun": "Heun", "dpm++": "DPM++ 2M", "unipc": "UniPC"}  # of A1111
+SAMPLER_NAMES = {  # of A1111
+    "student": "LCM",
+    "ddim": "DDIM",
+    "heun": "Heun",
+    "euler": "Euler",
+    "dpm++": "DPM++ 2M",
+    "unipc": "UniPC",
+}
 Model = PixelModel | LatentModel
 
 

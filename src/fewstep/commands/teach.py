@@ -23,7 +23,7 @@ from fewstep.networks.latent_config import build_autoencoder, build_pipeline
 from fewstep.networks.latent_model import LatentModel
 from fewstep.networks.pixel_model import PixelModel, build_unet
 from fewstep.recipes.loading import load_recipe, read_run_recipe, recipe_names
-from fewstep.recipes.schema import AutoencoderRecipe, DistillRecipe, TeachingRecipe, TeachRecipe, TeachTextRecipe
+from fewstep.recipes.schema import AutoencoderRecipe, StudentRecipe, TeachingRecipe, TeachRecipe, TeachTextRecipe
 from fewstep.runtime.checkpoint import RECIPE, checkpoints, latest_model, step_name
 from fewstep.runtime.tracking import Report
 from fewstep.training.autoencoder import AutoencoderTraining
@@ -87,7 +87,7 @@ def finished_run(name: str, runs: Path, field: str) -> Path:
         raise UserError(f"{field}: {name!r} is neither a folder nor the name of a recipe, nor a file or a hub id")
     run = runs / name
     recipe = read_run_recipe(run / RECIPE) if (run / RECIPE).is_file() else load_recipe(name)
-    if isinstance(recipe, DistillRecipe):
+    if isinstance(recipe, StudentRecipe):
         raise UserError(f"{field}: the recipe {name!r} does not train one; `fewstep recipes` lists those that do")
     finished = checkpoints(run)
     if not finished or finished[-1].name < step_name(recipe.num_steps):

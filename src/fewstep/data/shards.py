@@ -34,10 +34,10 @@ def written_whole(path: Path) -> Iterator[Path]:
             temporary.unlink()
 
 
-def shard_rows(folder: Path, num_rows: int, size: int) -> dict[Path, range]:
+def shard_rows(folder: Path, num_rows: int, size: int, suffix: str = ".safetensors") -> dict[Path, range]:
     """The files for `num_rows` rows, and the rows of each: `size`, and what is left in the last."""
     starts = range(0, num_rows, size)
-    return {folder / f"{n:05d}.safetensors": range(num_rows)[start : start + size] for n, start in enumerate(starts)}
+    return {folder / f"{n:05d}{suffix}": range(num_rows)[start : start + size] for n, start in enumerate(starts)}
 
 
 def save_shard(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any] | None = None) -> None:

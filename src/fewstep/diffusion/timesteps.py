@@ -54,6 +54,15 @@ def index_grid(num: int, num_timesteps: int = 1000) -> Tensor:
     return num_timesteps - 1 - torch.arange(num) * num_timesteps // num
 
 
+def trailing_grid(num: int, num_timesteps: int = 1000) -> Tensor:
+    """diffusers' "trailing" spacing, round(T - k T / num) - 1 for k = 0 .. num-1; (num,) integers.
+
+    The same as `index_grid` where `num` divides T. Always `num` of them: diffusers has one too many for 61, 103, ...
+    """
+    step = num_timesteps - (num_timesteps - num_timesteps / num)  # as numpy steps, which decides ties of rounding
+    return (num_timesteps - torch.arange(num, dtype=torch.float64) * step).round().long() - 1
+
+
 def shifted_grid(num: int, shift: float = 1.0) -> Tensor:
     """Flow times from 1 down to 1/num, shifted towards noise; (num,) float64."""
     return shift_time(1 - torch.arange(num, dtype=torch.float64) / num, shift)

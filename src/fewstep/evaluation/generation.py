@@ -10,12 +10,13 @@ from torch import Tensor
 
 from fewstep.diffusion.denoiser import Condition, Denoiser, Guided
 from fewstep.diffusion.sampling import ddim, heun, rollout
-from fewstep.diffusion.schedules import VP
+from fewstep.diffusion.schedules import VP, broadcast
+from fewstep.diffusion.timesteps import trailing_grid
 from fewstep.errors import UserError
 from fewstep.networks.image_model import ImageModel
 from fewstep.seeding import generator
 
-SAMPLERS = ("ddim", "heun", "dpm++", "unipc")  # of teachers
+SAMPLERS = ("ddim", "heun", "euler", "dpm++", "unipc")  # of teachers
 MULTISTEP = {"dpm++": "DPMSolverMultistepScheduler", "unipc": "UniPCMultistepScheduler"}
 
 
@@ -23,9 +24,13 @@ MULTISTEP = {"dpm++": "DPMSolverMultistepScheduler", "unipc": "UniPCMultistepSch
 class Sampler:
     """How images are drawn: by a student's own timesteps, or from a teacher in `num_steps` by one of `SAMPLERS`."""
 
-    kind: Literal["student", "ddim", "heun", "dpm++", "unipc"]
+    kind: Literal["student", "ddim", "heun", "euler", "dpm++", "unipc"]
     num_steps: int
     guidance_scale: float = 1.0
+
+    def __str__(self) -> str:
+        """As `parse_sampler` reads it, in one spelling."""
+        return f"{self.kind}:{self.num_steps}" + (f"@{self.guidance_scale:g}" if self.guidance_scale != 1 else "")
 
     @property
     def nfe(self) -> int:
@@ -85,9 +90,24 @@ def sample(model: ImageModel, sampler: Sampler, noise: Tensor, condition: Condit
         return rollout(denoiser, noise, timesteps, condition, stop=len(timesteps) - 1)
     if sampler.kind in MULTISTEP:
         return multistep(denoiser, noise[0], sampler, condition)
+    if sampler.kind == "euler":
+        return euler(denoiser, noise[0], sampler.num_steps, condition)
     if sampler.kind == "ddim":
         return ddim(denoiser, noise[0], schedule.grid(sampler.num_steps).to(noise.device), condition)
     return heun(denoiser, noise[0], schedule.ode_grid(sampler.num_steps).to(noise.device), condition)
+
+
+def euler(denoiser: Denoiser | Guided, noise: Tensor, num_steps: int, condition: Condition) -> Tensor:
+    """Euler's method on the probability flow in sigma/alpha, where it is `ddim`; noise (B, ...) -> x0.
+
+    On VP schedules as diffusers' EulerDiscreteScheduler has it with "trailing" spacing: it starts from sigma(T-1) eps,
+    not from eps. Else from pure noise along Karras' levels (arXiv 2206.00364, algorithm 1, without its lines 6 to 8).
+    """
+    schedule = denoiser.schedule
+    if not isinstance(schedule, VP):
+        return ddim(denoiser, noise, schedule.ode_grid(num_steps).to(noise.device), condition)
+    times = trailing_grid(num_steps, len(schedule.levels)).to(noise.device)
+    return ddim(denoiser, broadcast(schedule.alpha_sigma(times[:1])[1], noise) * noise, times, condition)
 
 
 @torch.no_grad()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations  # diffusers is imported only where an autoencoder is loaded
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,10 @@ from fewstep.networks.pipeline import library_class
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
+
+
+Decode = Callable[[Tensor], Tensor]
+"""From latents (B, C, h, w), scaled as a denoiser's x0, to pixels (B, 3, H, W) around [-1, 1], with gradient."""
 
 
 class Autoencoder:
@@ -86,3 +92,21 @@ def load_autoencoder(folder: Path) -> Autoencoder:
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise UserError(f"{folder}: holds no readable autoencoder (vae/)") from error
     return Autoencoder(vae.eval())
+
+
+def load_tiny_decoder(folder: Path, num_channels: int, device: torch.device) -> Decode:
+    """The decoder of a diffusers AutoencoderTiny (TAESD, TAESDXL) in `folder`, frozen, for latents of these channels.
+
+    Raises UserError if it is none, or is for other latents.
+    """
+    kind = library_class("AutoencoderTiny")
+    try:
+        tiny = kind.from_pretrained(folder, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False)
+        name = json.loads((folder / "config.json").read_text())["_class_name"]
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise UserError(f"regression.decoder: {folder}: holds no readable AutoencoderTiny") from error
+    if name != "AutoencoderTiny" or tiny.config.latent_channels != num_channels:
+        found = f"{name} of {tiny.config.latent_channels} channels"
+        raise UserError(f"regression.decoder: {folder}: a {found}, not an AutoencoderTiny of {num_channels}")
+    tiny.eval().requires_grad_(False).to(device)
+    return lambda latents: tiny.decode(latents / tiny.config.scaling_factor, return_dict=False)[0]

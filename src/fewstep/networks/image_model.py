@@ -10,6 +10,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from fewstep.diffusion.denoiser import Condition, Denoiser
+from fewstep.networks.fingerprint import fingerprint
 
 DESCRIPTION = "fewstep.json"
 NUMBERS_PER_BATCH = 2**18
@@ -77,6 +78,15 @@ class ImageModel(Protocol):
         return
 
     @property
+    def fingerprint(self) -> str:
+        """A hash of what its samples are a function of: network, schedule and parameterization."""
+        denoiser = self.denoiser
+        levels = denoiser.schedule.levels[::111]
+        numbers = torch.stack([levels.double().cpu(), *(c.cpu() for c in denoiser.coefficients(levels))])
+        rounded = [f"{number:.5g}" for number in numbers.flatten().tolist()]  # in which all machines agree
+        return fingerprint([self.unet], type(denoiser.schedule).__name__, rounded)
+
+    @property
     def sampling_batch(self) -> int:
         """How many images are drawn at once: 16 of SD, 4 of SDXL, at most 250."""
         return min(250, max(1, NUMBERS_PER_BATCH // math.prod(self.shape)))
@@ -96,6 +106,9 @@ class ImageModel(Protocol):
 
     def decode(self, x0: Tensor) -> Tensor:
         """uint8 images (B, C, H, W) of x0: for consumers of images, never in a training step."""
+
+    def decode_pixels(self, x0: Tensor) -> Tensor:
+        """Pixels (B, C, H, W) around [-1, 1] of x0, with gradient: for losses on pictures."""
 
     def student(self, denoiser: Denoiser, timesteps: Tensor) -> Self:
         """The same image model around a few-step student."""

@@ -61,6 +61,11 @@ class LatentModel(ImageModel):
             return self._here(self.conditioner).null_condition()
 
     @property
+    def fingerprint(self) -> str:
+        """A hash of what its samples are a function of, text encoders included."""
+        return f"{super().fingerprint}-{self.conditioner.fingerprint()}"
+
+    @property
     def latent_space(self) -> dict[str, Any]:
         """What latents on disk must agree in: the autoencoder's fingerprint, their shape, the images' size."""
         return latent_space(self.autoencoder, self.shape, self.image_size)
@@ -129,8 +134,11 @@ class LatentModel(ImageModel):
     @torch.no_grad()
     def decode(self, x0: Tensor) -> Tensor:
         """x0 (B, C, H, W) -> uint8 images (B, 3, 8H, 8W) for SD and SDXL."""
+        return to_images(self.decode_pixels(x0))
+
+    def decode_pixels(self, x0: Tensor) -> Tensor:
         latents = (x0 / self.autoencoder.config.scaling_factor).to(self.autoencoder.dtype)
-        return to_images(self._here(self.autoencoder).decode(latents, return_dict=False)[0])
+        return self._here(self.autoencoder).decode(latents, return_dict=False)[0].float()
 
     def save(self, folder: Path) -> None:
         """Writes the whole pipeline as diffusers does, with this model's UNet, and `fewstep.json` beside it.

@@ -143,6 +143,9 @@ class PixelModel(ImageModel):
         """x0 (B, C, H, W) -> uint8 images, clipped and rounded."""
         return to_images(x0)
 
+    def decode_pixels(self, x0: Tensor) -> Tensor:
+        return x0
+
     def save(self, folder: Path) -> None:
         """Writes `unet/` as diffusers does (safetensors) and `fewstep.json` beside it."""
         self.unet.save_pretrained(folder / "unet")

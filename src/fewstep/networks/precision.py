@@ -6,6 +6,7 @@ from torch import Tensor
 from fewstep.diffusion.denoiser import Condition, Denoiser
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+INFERENCE_DTYPES = DTYPES | {"float16": torch.float16}
 
 
 class AutocastDenoiser(Denoiser):

@@ -9,7 +9,15 @@ import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from fewstep.errors import UserError
-from fewstep.recipes.schema import AnyRecipe, AutoencoderRecipe, DistillRecipe, Recipe, TeachRecipe, TeachTextRecipe
+from fewstep.recipes.schema import (
+    AnyRecipe,
+    AutoencoderRecipe,
+    DistillRecipe,
+    Recipe,
+    RegressRecipe,
+    TeachRecipe,
+    TeachTextRecipe,
+)
 
 FOLDER = Path(__file__).parent
 _ADAPTER: TypeAdapter[AnyRecipe] = TypeAdapter(Recipe)
@@ -18,6 +26,7 @@ KINDS: dict[object, type[AnyRecipe]] = {
     "teach-text": TeachTextRecipe,
     "teach-autoencoder": AutoencoderRecipe,
     "distill": DistillRecipe,
+    "regress": RegressRecipe,
 }
 
 
@@ -27,7 +36,7 @@ def recipe_names() -> list[str]:
 
 
 def load_recipe(name: str, overrides: Sequence[str] = (), verb: str | None = None) -> Any:
-    """The recipe of that name, or in that YAML file, with `a.b=value` overrides put in: a TeachRecipe or DistillRecipe.
+    """The recipe of that name, or in that YAML file, with `a.b=value` overrides put in: one of `KINDS`.
 
     Raises UserError for an unknown name, key or type, naming the nearest right one, or if it is not for the `verb`.
     """
@@ -35,7 +44,7 @@ def load_recipe(name: str, overrides: Sequence[str] = (), verb: str | None = Non
     for override in overrides:
         _put(content, override)
     recipe = parse(content, name)
-    right = recipe.kind.partition("-")[0]
+    right = "teach" if recipe.kind.startswith("teach") else "distill"
     if verb not in (None, right):
         raise UserError(f"recipe {name}: is for `fewstep {right}`, not for `fewstep {verb}`")
     return recipe

@@ -10,6 +10,7 @@ from fewstep.settings import Settings
 from fewstep.training.autoencoder import AutoencoderSettings
 from fewstep.training.dmd2 import DMD2Settings
 from fewstep.training.loop import LoopSettings
+from fewstep.training.regression import RegressSettings
 from fewstep.training.teacher import TeacherSettings
 
 
@@ -103,9 +104,9 @@ class DistillRecipe(RunSettings, DMD2Settings):
     """A run folder (RUN@best-fid: its best checkpoint), a model folder, or the name of a `teach` recipe, which is run
     first if its run does not exist."""
     init_from: str | None = None
-    """A distillation whose student and critic this one starts from: RUN (its newest checkpoint), RUN@5000 (that step)
-    or RUN@best-fid (the best by a metric of its evaluation). RUN is a folder, or the name of a recipe whose run lies
-    beside this one. Optimizers and discriminator start anew."""
+    """A distillation or regression whose student, and critic if it has one, this one starts from: RUN (its newest
+    checkpoint), RUN@5000 (that step) or RUN@best-fid (the best by a metric of its evaluation). RUN is a folder, or the
+    name of a recipe whose run lies beside this one. Optimizers and discriminator start anew."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 computes every network in it but the discriminator: teacher, autoencoder and text encoders are held in
     it, student and critic keep float32 weights. There is no float16, in which EDM's training diverges (spec, 1.1)."""
@@ -124,6 +125,22 @@ class DistillRecipe(RunSettings, DMD2Settings):
     embeddings: EmbeddingSettings = EmbeddingSettings()
 
 
+class RegressRecipe(RunSettings, RegressSettings):
+    """Pretrains a one-step student on pairs of its teacher's noise and image, for `init_from` of a distillation."""
+
+    kind: Literal["regress"] = "regress"
+    teacher: str
+    """As for `distill`: what the student starts from, and what the pairs must be of."""
+    teacher_config: str | None = None
+    """As for `distill`."""
+    teacher_prediction_type: Literal["epsilon", "v_prediction"] | None = None
+    """As for `distill`."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """What the student and the model's own autoencoder compute in; LPIPS and an AutoencoderTiny stay in float32."""
+    embeddings: EmbeddingSettings = EmbeddingSettings()
+
+
 TeachingRecipe = TeachRecipe | TeachTextRecipe | AutoencoderRecipe
-AnyRecipe = TeachingRecipe | DistillRecipe
+StudentRecipe = DistillRecipe | RegressRecipe
+AnyRecipe = TeachingRecipe | StudentRecipe
 Recipe = Annotated[AnyRecipe, Field(discriminator="kind")]

@@ -1,66 +1,27 @@
 """DMD2: distribution matching with a two time-scale critic, a GAN on it, and backward simulation (arXiv 2405.14867)."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from itertools import chain
-from pathlib import Path
 from typing import Any, Self
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 from torch import Generator, Tensor
 
 from fewstep.diffusion.denoiser import Condition
 from fewstep.diffusion.losses import denoising_loss, dmd_loss, gan_critic_loss, gan_student_loss
 from fewstep.diffusion.sampling import rollout
-from fewstep.diffusion.schedules import NoiseSchedule
-from fewstep.errors import UserError
 from fewstep.networks.features import features, x0_and_features
 from fewstep.networks.image_model import ImageModel
 from fewstep.networks.roles import Roles
-from fewstep.runtime.checkpoint import ema_folder
 from fewstep.runtime.ema import EMA
 from fewstep.seeding import generator
 from fewstep.settings import Settings
 from fewstep.training.method import Batch, Metrics
 from fewstep.training.optimization import Optimizer
+from fewstep.training.pair_loss import PairLoss, RegressionSettings
 from fewstep.training.settings import NoiseLevels, NoiseLevelSampler, OptimizerSettings
-
-
-class StudentSettings(Settings):
-    """The few-step denoiser that is being made."""
-
-    num_timesteps: int = Field(1, ge=1, le=1000)
-    """K, the number of calls that make an image."""
-    timesteps: list[float] | None = None
-    """The K native times, decreasing; by default evenly spaced levels of the schedule (999, 749, 499, 249 for SDXL)."""
-    backward_simulation: bool = True
-    """Train on its own samples, as at inference. false is the paper's ablation "w/o backward simulation": its input is
-    noised real images, each at a random one of the K times (pure noise at the first), with the real condition."""
-    optimizer: OptimizerSettings = OptimizerSettings()
-    """Of the student; its updates are every `student_every`-th step."""
-    ema_decay: float | list[float] = 0.999
-    """Of the weights that are saved and sampled, per student update; the official system has none (0). A list keeps
-    several averages at once, [0.9999, 0.99995]: the first is meant where none is named; the others are saved as
-    `model-ema0.99995` beside `model`, and judged as `ema0.99995_fid`. Each takes 4 bytes per weight on the device."""
-
-    @field_validator("ema_decay", mode="before")
-    @classmethod
-    def _decays_fit(cls, given: Any) -> Any:
-        decays = given if isinstance(given, list) else [given]
-        with suppress(TypeError, ValueError):
-            if decays and len({float(each) for each in decays if 0 <= float(each) < 1}) == len(decays):
-                return given
-        raise ValueError(f"takes a number from 0 to below 1, or a list of different ones, not {given!r}")
-
-    @model_validator(mode="after")
-    def _timesteps_fit(self) -> Self:
-        times = self.timesteps
-        if times is not None and len(times) != self.num_timesteps:
-            raise ValueError(f"timesteps has {len(times)} entries, but num_timesteps is {self.num_timesteps}")
-        if times is not None and sorted(set(times), reverse=True) != times:
-            raise ValueError(f"timesteps must decrease, which {times} does not")
-        return self
+from fewstep.training.student import StudentMethod, StudentSettings, student_timesteps
 
 
 class CriticSettings(Settings):
@@ -112,6 +73,17 @@ class DMD2Settings(Settings):
     critic: CriticSettings = CriticSettings()
     dm: DistributionMatchingSettings = DistributionMatchingSettings()
     gan: GANSettings = GANSettings()
+    regression_weight: float = Field(0.0, ge=0)
+    """Of a loss on pairs of the teacher's noise and image in the student's turn, at its first timestep; DMD2 has none,
+    the original DMD 0.25, with LPIPS."""
+    regression: RegressionSettings | None = None
+    """For `regression_weight` (keys pairs, sampler, lpips, lpips_size, decoder)."""
+
+    @model_validator(mode="after")
+    def _pairs_are_named(self) -> Self:
+        if self.regression_weight and self.regression is None:
+            raise ValueError("regression_weight: needs regression.pairs and regression.sampler")
+        return self
 
     @model_validator(mode="after")
     def _something_trains_the_student(self) -> Self:
@@ -120,7 +92,7 @@ class DMD2Settings(Settings):
         return self
 
 
-class DMD2:
+class DMD2(StudentMethod):
     """Every step updates critic and discriminator; every `student_every`-th step updates the student first."""
 
     STATE = ("student", "critic", "discriminator", "ema", "student_optimizer", "critic_optimizer")
@@ -134,7 +106,9 @@ class DMD2:
         batch_size: int,
         seed: int,
         rank: int = 0,
+        pair_loss: PairLoss | None = None,
     ):
+        self.pair_loss = pair_loss
         self.settings, self.model, self.batch_size, self.seed, self.rank = settings, model, batch_size, seed, rank
         self.teacher, self.student, self.critic = roles.teacher, roles.student, roles.critic
         self.discriminator, self.feature_layer = roles.discriminator, roles.feature_layer
@@ -152,10 +126,6 @@ class DMD2:
     def gan(self) -> bool:
         return self.settings.gan.student_weight > 0
 
-    @property
-    def num_noises(self) -> int:
-        return len(self.timesteps)
-
     def step(self, batch: Batch, step: int) -> Metrics:
         """Makes fakes, updates the student if it is its turn, then the critic on the same fakes."""
         student_turn = step % self.settings.student_every == 0
@@ -169,7 +139,7 @@ class DMD2:
             fake, stops = self.fake_of_real(real, condition, draws, student_turn)
         if self.settings.critic.condition_on_stop:
             condition, real_condition = condition | {"stop": stops}, real_condition | {"stop": stops}
-        metrics = self.update_student(fake, condition, draws) if student_turn else {}
+        metrics = self.update_student(fake, condition, draws, batch.get("pair")) if student_turn else {}
         if not self.gan:
             real = None
         elif real is None:
@@ -198,8 +168,10 @@ class DMD2:
         """The index of the timestep that this step trains: one for the whole batch, alike on all ranks (spec, 1.5)."""
         return int(torch.randint(len(self.timesteps), (), generator=generator(self.seed, "stop", step)))
 
-    def update_student(self, fake: Tensor, condition: Condition, draws: Generator) -> Metrics:
-        """Moves the student along the gradients of its losses at `fake`, which carries its graph.
+    def update_student(
+        self, fake: Tensor, condition: Condition, draws: Generator, pairs: Batch | None = None
+    ) -> Metrics:
+        """Moves the student along the gradients of its losses at `fake`, which carries its graph, and on `pairs`.
 
         Gradients are asked for at the image and nowhere else, so critic, discriminator and teacher get none.
         """
@@ -207,11 +179,19 @@ class DMD2:
         weights = {"dm": self.settings.dm.weight, "gan": self.settings.gan.student_weight}
         gradients = {name: torch.autograd.grad(loss, fake)[0] for name, loss in losses.items()}
         fake.backward(sum(weights[name] * gradient for name, gradient in gradients.items()))
-        metrics = {"student_grad_norm": self.student_optimizer.step()}
+        metrics = self.regress(pairs) if pairs else {}
+        metrics |= {"student_grad_norm": self.student_optimizer.step()}
         self.ema.update()
         for name, loss in losses.items():
             metrics |= {f"{name}_loss": loss.detach(), f"{name}_image_grad_norm": gradients[name].norm()}
         return metrics
+
+    def regress(self, pairs: Batch) -> Metrics:
+        """Adds the gradient of the loss on a batch of pairs to the student's."""
+        assert self.pair_loss is not None
+        loss = self.pair_loss(self.student, self.timesteps, pairs)
+        (self.settings.regression_weight * loss).backward()
+        return {"regression_loss": loss.detach()}
 
     def student_losses(self, fake: Tensor, condition: Condition, draws: Generator) -> dict[str, Tensor]:
         """The losses that are on, unweighted; without independent noise one pass of the critic serves both."""
@@ -279,45 +259,3 @@ class DMD2:
     @staticmethod
     def randn(shape: Sequence[int], draws: Generator) -> Tensor:
         return torch.randn(shape, generator=draws, device=draws.device)
-
-    def sample(self, noise: Tensor, first: int = 0) -> Tensor:
-        """uint8 images number `first` and on from noise (K, B, ...) with the averaged weights, classes in turn."""
-        condition = self.model.numbered_condition(first, first + noise.shape[1])
-        with self.ema.applied():
-            x0 = rollout(self.student, noise, self.timesteps, condition, stop=len(self.timesteps) - 1)
-        return self.model.decode(x0)
-
-    @property
-    def other_emas(self) -> Sequence[str]:
-        return list(self.ema.others)
-
-    @contextmanager
-    def averaged_model(self, ema: str | None = None) -> Iterator[ImageModel]:
-        """The student with its timesteps and its averaged weights, inside the context alone."""
-        with self.ema.applied(ema):
-            yield self.model.student(self.student, self.timesteps)
-
-    def save_model(self, folder: Path) -> None:
-        """Writes the student with its averaged weights and its timesteps; those of other averages beside it."""
-        for ema in (None, *self.other_emas):
-            with self.averaged_model(ema) as model:
-                model.save(ema_folder(folder, ema) if ema else folder)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name).state_dict() for name in self.STATE}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name in self.STATE:
-            getattr(self, name).load_state_dict(state[name])
-
-
-def student_timesteps(settings: StudentSettings, schedule: NoiseSchedule) -> Tensor:
-    """The K native times of the recipe, or evenly spaced ones; raises UserError if the schedule has no such times."""
-    if settings.timesteps is None:
-        return schedule.grid(settings.num_timesteps)
-    timesteps = torch.tensor(settings.timesteps, dtype=torch.float64)
-    try:
-        schedule.check_timesteps(timesteps)
-    except ValueError as error:
-        raise UserError(f"student.timesteps: {error}") from error
-    return timesteps

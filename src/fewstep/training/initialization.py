@@ -14,15 +14,17 @@ STOP_EMBEDDING = "network.stop_embedding.weight"  # of a critic with `condition_
 def start_from(roles: Roles, checkpoint: Path) -> None:
     """Loads student and critic from a checkpoint of `fewstep distill`; optimizers, averages and head start anew.
 
-    They are the weights as trained, not the averaged ones: the paper has no average, and the critic has tracked this
-    student. A stop embedding that only one side has is left out, or stays zero. Raises UserError if the checkpoint is
-    of something else or of another architecture.
+    A regression has no critic: it stays the teacher, as published (spec, 2). They are the weights as trained, not the
+    averaged ones: the paper has no average, and the critic has tracked this student. A stop embedding that only one
+    side has is left out, or stays zero. Raises UserError if the checkpoint is of something else or of another
+    architecture.
     """
     state = load_state(checkpoint, lazy=True).get("method", {})
-    if not {"student", "critic"} <= state.keys():
-        raise UserError(f"{checkpoint}: holds no student and critic; name a run of `fewstep distill`")
+    if "student" not in state:
+        raise UserError(f"{checkpoint}: holds no student; name a run of `fewstep distill`")
     for name, module in (("student", roles.student), ("critic", roles.critic)):
-        _load(module, state[name], f"{checkpoint}: its {name}")
+        if name in state:
+            _load(module, state[name], f"{checkpoint}: its {name}")
 
 
 def _load(module: nn.Module, weights: dict[str, Tensor], what: str) -> None:

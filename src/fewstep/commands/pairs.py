@@ -1,0 +1,180 @@
+"""`fewstep data pairs`: noise and what a teacher's ODE makes of it; and how runs open such pairs."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fewstep.commands.runs import check_writable, open_model, pick_device
+from fewstep.commands.texts import NUM_GRID_PROMPTS, open_texts
+from fewstep.data.images import batch_indices
+from fewstep.data.pairs import Given, PairSet, load_pairs, write_pairs
+from fewstep.data.prompts import load_prompts
+from fewstep.diffusion.schedules import VP
+from fewstep.errors import Interrupted, UserError
+from fewstep.evaluation.generation import MULTISTEP, Sampler, parse_sampler, sample
+from fewstep.networks.autoencoder import load_tiny_decoder
+from fewstep.networks.latent_model import LatentModel
+from fewstep.networks.lpips import load_lpips
+from fewstep.networks.pixel_model import PixelModel
+from fewstep.networks.precision import INFERENCE_DTYPES
+from fewstep.recipes.schema import DistillRecipe, StudentRecipe
+from fewstep.runtime.tracking import progress_bar
+from fewstep.seeding import generator
+from fewstep.training.method import Batch
+from fewstep.training.pair_loss import PairLoss, RegressionSettings
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What the command line says of prompts and classes."""
+
+    prompts: str | None
+    column: str | None
+    classes: str
+
+    def given(self, model: PixelModel | LatentModel, num: int, seed: int) -> Given:
+        """The prompts in turn, or the classes; raises UserError where they are not of the teacher's kind."""
+        if isinstance(model, LatentModel):
+            if self.prompts is None:
+                raise UserError("--prompts: a text-to-image teacher needs a file of prompts")
+            prompts = load_prompts(self.prompts, self.column)
+            return {"prompt": [prompts[index % len(prompts)] for index in range(num)]}
+        if self.prompts is not None:
+            raise UserError("--prompts: the teacher takes no text")
+        if self.classes not in ("turn", "uniform"):
+            raise UserError(f"--classes {self.classes!r}: write turn or uniform")
+        uniform = model.conditioner.draw(num, generator(seed, "pair classes")).get("label")
+        labels = model.conditioner.labels(num) if self.classes == "turn" else uniform
+        return {"label": labels.tolist()} if uniform is not None and labels is not None else {}
+
+
+def pairs(
+    teacher: str,
+    num: int,
+    sampler_text: str,
+    out: Path,
+    conditions: Conditions,
+    seed: int,
+    batch_size: int | None,
+    device: str,
+    precision: str,
+    teacher_config: str | None,
+) -> None:
+    """Draws this rank's share of `num` pairs into the folder `out`, or goes on with it; prints what is there."""
+    check_writable(out)
+    sampler, rank, num_ranks = parse_sampler(sampler_text), _environment("RANK", 0), _environment("WORLD_SIZE", 1)
+    if precision not in INFERENCE_DTYPES:
+        raise UserError(f"--precision {precision!r}: write {', '.join(INFERENCE_DTYPES)}")
+    model = open_model(teacher, teacher_config)
+    _check(model, teacher, sampler)
+    given = conditions.given(model, num, seed)
+    plan = {
+        "teacher": model.fingerprint,
+        "sampler": str(sampler),
+        "schedule": type(model.denoiser.schedule).__name__,
+        "precision": precision,
+        "shape": list(model.shape),
+        "seed": seed,
+        "num_pairs": num,
+    }
+    _prepare(model, INFERENCE_DTYPES[precision], pick_device(device))
+    batch_size = batch_size or model.sampling_batch
+    quiet = None if rank == 0 else lambda done, metrics: None
+    try:
+        with progress_bar("draw pairs", -(-num // num_ranks), quiet) as show:
+            missing = write_pairs(
+                drawer(model, sampler), given, plan, out, batch_size, rank, num_ranks, lambda done: show(done, {})
+            )
+    except KeyboardInterrupt:
+        raise Interrupted(f"stopped; the same command goes on with {out}") from None
+    print(f"{out}: {num:,} pairs" if not missing else f"{out}: done; {missing} files of other ranks are not there yet")
+
+
+def drawer(model: PixelModel | LatentModel, sampler: Sampler) -> Callable[[Tensor, Given], Tensor]:
+    """From unit noise and prompts or labels to x0."""
+
+    def draw(noise: Tensor, given: Given) -> Tensor:
+        label = {"label": torch.tensor(given["label"])} if "label" in given else {}
+        condition = model.encode_condition({"caption": given["prompt"]} if "prompt" in given else label)
+        with torch.no_grad():
+            return sample(model, sampler, noise[None].to(model.device), condition)
+
+    return draw
+
+
+def _check(model: PixelModel | LatentModel, teacher: str, sampler: Sampler) -> None:
+    """Raises UserError if the teacher can't be sampled so."""
+    if model.timesteps:
+        raise UserError(f"--teacher {teacher}: is a few-step student; name its teacher")
+    if sampler.kind in MULTISTEP and not isinstance(model.denoiser.schedule, VP):
+        raise UserError(f"--sampler {sampler}: is for text-to-image teachers; take heun, euler or ddim")
+    if sampler.guidance_scale != 1 and model.null_condition is None:
+        raise UserError(f"--sampler {sampler}: the teacher has no null class to guide with; leave out the @")
+
+
+def _prepare(model: PixelModel | LatentModel, dtype: torch.dtype, device: torch.device) -> None:
+    """Every rank of one machine takes a GPU of its own."""
+    if device.type == "cuda":
+        device = torch.device("cuda", _environment("LOCAL_RANK", 0) % torch.cuda.device_count())
+    model.encode_in(dtype)
+    model.denoiser.to(dtype)
+    model.to(device)
+
+
+def _environment(name: str, default: int) -> int:
+    """A number that torchrun sets."""
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise UserError(f"{name}={text}: must be a number, as torchrun sets it")
+    return int(text)
+
+
+# --- in runs ---------------------------------------------------------------------------------------------------------
+
+
+def open_pairs(recipe: StudentRecipe, model: PixelModel | LatentModel) -> PairSet | None:
+    """The recipe's pairs; None if it has none or gives them no weight; `model` is its teacher as it was loaded.
+
+    Raises UserError if they are another teacher's, or drawn otherwise.
+    """
+    settings = recipe.regression
+    if settings is None or (isinstance(recipe, DistillRecipe) and not recipe.regression_weight):
+        return None
+    sampler = str(parse_sampler(settings.sampler))
+    return load_pairs(Path(settings.pairs), model.fingerprint, sampler, model.shape)
+
+
+def open_pair_loss(settings: RegressionSettings, model: PixelModel | LatentModel) -> PairLoss:
+    """The loss that the settings name, on the model's device."""
+    decode, latent = None, isinstance(model, LatentModel)
+    if settings.decoder:
+        if not latent:
+            raise UserError("regression.decoder: the teacher has no latents to decode")
+        decode = load_tiny_decoder(Path(settings.decoder), model.shape[0], model.device)
+    if not settings.lpips:
+        return PairLoss(model)
+    size = model.image_size if isinstance(model, LatentModel) else model.shape[-1]
+    channels = 3 if latent else model.shape[0]
+    return PairLoss(model, load_lpips(settings.lpips, settings.lpips_size, model.device, channels, size), decode)
+
+
+def pair_batches(
+    recipe: StudentRecipe, model: PixelModel | LatentModel, pairs: PairSet, runs: Path
+) -> Callable[[int], Batch]:
+    """The pairs of every step, with the embeddings of their prompts, which are kept as `text_batches` keeps them."""
+    texts = None
+    if isinstance(model, LatentModel):
+        prompts = pairs.given["prompt"]
+        model.prompts = prompts[:NUM_GRID_PROMPTS]
+        folder = Path(recipe.embeddings.folder or runs / "embeddings")
+        texts = open_texts(prompts, "prompts of pairs", model.conditioner, recipe.embeddings, folder)
+
+    def batch_at(step: int) -> Batch:
+        indices = batch_indices(pairs.length, recipe.batch_size, step, recipe.seed, purpose="pairs")
+        return pairs.batch(indices) | (texts.batch(indices) if texts else {})
+
+    return batch_at

@@ -1,0 +1,250 @@
+"""Pairs of unit noise and what a teacher's ODE makes of it, on disk: written once, read by row while training.
+
+pairs.json  00000.parquet  00001.parquet ...: `noise` and `x0` (C, H, W) as bytes of little-endian float16, with
+`prompt` or `label`. All pairs are float16, as in the paper: of latents, and of pixels, where it errs by a thirtieth of
+a grey level. Other programs read them so, with the shape from pairs.json:
+
+    table = pandas.read_parquet("pairs/00000.parquet")      or datasets.load_dataset("parquet", data_files=...)
+    x0 = np.frombuffer(table.x0[0], "<f2").reshape(4, 128, 128)
+"""
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewstep.data.shards import shard_rows, written_whole
+from fewstep.errors import UserError
+from fewstep.seeding import generator
+
+DESCRIPTION = "pairs.json"
+FILE_BYTES = 2**24  # 64 pairs of SDXL: what a stop may lose
+MAX_ROWS = 1024
+TORN_SECONDS = 3600
+GROUP_BYTES = 2**18  # what is read at once for one row: one pair of SDXL
+Given = dict[str, list[Any]]
+"""What pairs are drawn for: {"prompt": [N strings]}, {"label": [N classes]}, or {} of an unconditional teacher."""
+Draw = Callable[[Tensor, Given], Tensor]
+"""From unit noise (B, C, H, W) and what is given for each to x0, by a teacher's ODE sampler."""
+
+
+def write_pairs(
+    draw: Draw,
+    given: Given,
+    plan: dict[str, Any],
+    out: Path,
+    batch_size: int = 8,
+    rank: int = 0,
+    num_ranks: int = 1,
+    report: Callable[[int], None] = lambda done: None,
+) -> int:
+    """Writes every `num_ranks`-th file of pairs into `out`, or goes on with it; returns how many files still lack.
+
+    `plan` says how they are made, with `shape`, `seed` and `num_pairs`; the noise of pair i is a function of (seed, i),
+    and rounded to float16 before the teacher sees it, so that the pair is exact. Raises UserError if `out` holds
+    something else, or if a sample is not finite.
+    """
+    plan = {**plan, "conditions": describe(given), **_layout(plan["shape"])}
+    _start(out, json.loads(json.dumps(plan)))
+    _remove_torn(out)
+    shards = shard_rows(out, plan["num_pairs"], plan["rows_per_file"], ".parquet")
+    done = 0
+    for path, rows in list(shards.items())[rank::num_ranks]:
+        if not path.exists():
+            parts = []
+            for start in range(rows.start, rows.stop, batch_size):
+                part = range(start, min(start + batch_size, rows.stop))
+                parts.append(_draw(draw, given, plan, part))
+                report(done + part.stop - rows.start)
+            noise, x0 = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+            _save(path, {"noise": noise, "x0": x0}, _rows(given, rows), plan)
+        done += len(rows)
+        report(done)
+    return sum(not path.exists() for path in shards)
+
+
+def describe(given: Given) -> str:
+    """Name and digest of what pairs are drawn for."""
+    digest = hashlib.blake2b(json.dumps(given).encode(), digest_size=8).hexdigest()
+    return f"{next(iter(given), 'none')} {digest}"
+
+
+def _layout(shape: list[int]) -> dict[str, Any]:
+    """The rows of a file, and those of it that are read at once, which only the shape decides."""
+    row_bytes = 4 * math.prod(shape)
+    rows = max(1, min(MAX_ROWS, FILE_BYTES // row_bytes))
+    return {"dtype": "float16", "rows_per_file": rows, "rows_per_group": max(1, min(rows, GROUP_BYTES // row_bytes))}
+
+
+def _start(out: Path, plan: dict[str, Any]) -> None:
+    """Makes the folder, or checks that it is of the same plan; other ranks may do so at the same time."""
+    names = [path.name for path in out.iterdir() if path.suffix != ".tmp"] if out.is_dir() else []
+    if (out / DESCRIPTION).exists():
+        old = read_description(out)
+        changed = [f"{key}: {old.get(key)} -> {plan[key]}" for key in plan if old.get(key) != plan[key]]
+        if changed:
+            raise UserError(f"{out}: holds pairs made otherwise ({'; '.join(changed)}); choose another --out")
+    elif names:
+        raise UserError(f"{out}: holds other files; choose another --out")
+    else:
+        with written_whole(out / DESCRIPTION) as temporary:
+            temporary.write_text(json.dumps(plan, indent=2) + "\n")
+
+
+def _remove_torn(out: Path) -> None:
+    """Removes what killed runs left; other ranks may be writing, which takes them a second."""
+    for path in out.glob(".*.tmp"):
+        with suppress(FileNotFoundError):  # another rank was faster
+            if time.time() - path.stat().st_mtime > TORN_SECONDS:
+                path.unlink()
+
+
+def _draw(draw: Draw, given: Given, plan: dict[str, Any], rows: range) -> tuple[Tensor, Tensor]:
+    """Noise and x0 (B, C, H, W) in float16 of these pairs."""
+    draws = (generator(plan["seed"], "pair", index) for index in rows)
+    noise = torch.stack([torch.randn(plan["shape"], generator=each) for each in draws]).half()
+    x0 = draw(noise.float(), _rows(given, rows)).half().cpu()
+    broken = [index for index, each in zip(rows, x0, strict=True) if not each.isfinite().all()]
+    if broken:
+        raise UserError(f"pair {broken[0]}: the teacher's x0 is not finite; give another --precision or --sampler")
+    return noise, x0
+
+
+def _rows(given: Given, rows: range) -> Given:
+    return {name: cells[rows.start : rows.stop] for name, cells in given.items()}
+
+
+def _save(path: Path, tensors: dict[str, Tensor], given: Given, plan: dict[str, Any]) -> None:
+    """One file, with checksums, for noise and what is damaged look alike."""
+    import pyarrow
+    from pyarrow import parquet
+
+    columns = {
+        name: pyarrow.array([row.tobytes() for row in tensor.numpy().astype("<f2")], pyarrow.binary())
+        for name, tensor in tensors.items()
+    }
+    table = pyarrow.table({**columns, **given}, metadata={"fewstep": json.dumps(plan)})
+    with written_whole(path) as temporary:
+        parquet.write_table(
+            table,
+            temporary,
+            row_group_size=plan["rows_per_group"],
+            compression="none",
+            use_dictionary=False,
+            write_statistics=False,
+            write_page_checksum=True,
+        )
+
+
+@dataclass(frozen=True)
+class PairSet:
+    """Pairs by index; `given` is in memory, the rest is read from memory-mapped files, a few rows at a time."""
+
+    description: dict[str, Any]
+    metadata: dict[Path, Any]
+    given: Given
+
+    @property
+    def length(self) -> int:
+        return int(self.description["num_pairs"])
+
+    def batch(self, indices: Tensor) -> dict[str, Any]:
+        """{"noise", "x0": (B, C, H, W) float16}, and "caption": [B strings] or "label": (B,).
+
+        Raises UserError if what is read is damaged.
+        """
+        size, paths, tables = self.description["rows_per_group"], list(self.metadata), {}
+        places = [divmod(index, self.description["rows_per_file"]) for index in indices.tolist()]
+        for file, group in sorted({(file, row // size) for file, row in places}):
+            tables[file, group] = self._read(paths[file], group)
+        rows = [(tables[file, row // size], row % size) for file, row in places]
+        batch: dict[str, Any] = {
+            name: torch.from_numpy(np.stack([np.frombuffer(table[name][row], "<f2") for table, row in rows]))
+            for name in ("noise", "x0")
+        }
+        batch = {name: tensor.reshape(-1, *self.description["shape"]) for name, tensor in batch.items()}
+        if "prompt" in self.given:
+            batch["caption"] = [self.given["prompt"][index] for index in indices.tolist()]
+        if "label" in self.given:
+            batch["label"] = torch.tensor([self.given["label"][index] for index in indices.tolist()])
+        return batch
+
+    def _read(self, path: Path, group: int) -> dict[str, list[Any]]:
+        """The bytes of one group of rows."""
+        with _damage(path):
+            file = _open(path, self.metadata[path])
+            columns = file.read_row_group(group, columns=["noise", "x0"])
+            return {name: [cell.as_buffer() for cell in columns[name]] for name in ("noise", "x0")}
+
+
+def load_pairs(folder: Path, teacher: str, sampler: str, shape: tuple[int, ...]) -> PairSet:
+    """The pairs in `folder`, of the teacher with this fingerprint by this sampler.
+
+    Raises UserError if they are not, if files lack, or if one is damaged.
+    """
+    description = read_description(folder)
+    wanted = {"teacher": teacher, "sampler": sampler, "shape": list(shape)}
+    for key, value in wanted.items():
+        if description.get(key) != value:
+            raise UserError(f"{folder}: pairs of another {key} ({description.get(key)}) than the recipe says ({value})")
+    paths = shard_rows(folder, description["num_pairs"], description["rows_per_file"], ".parquet")
+    missing = [path for path in paths if not path.exists()]
+    if missing:
+        raise UserError(
+            f"{folder}: {len(missing)} of {len(paths)} files are not there yet; run the same `fewstep data pairs` again"
+        )
+    given: Given = {}
+    metadata = {}
+    for path, rows in paths.items():
+        metadata[path], cells = _open_whole(path, len(rows), description["rows_per_group"])
+        for name, part in cells.items():
+            given.setdefault(name, []).extend(part)
+    return PairSet(description, metadata, given)
+
+
+def _open_whole(path: Path, num_rows: int, rows_per_group: int) -> tuple[Any, Given]:
+    """The metadata of one file and what its pairs are drawn for; raises UserError if it is damaged."""
+    with _damage(path):
+        file = _open(path)
+        if (file.metadata.num_rows, file.metadata.num_row_groups) != (num_rows, math.ceil(num_rows / rows_per_group)):
+            raise ValueError("it has other rows")
+        names = file.schema_arrow.names
+        table = file.read(columns=[name for name in names if name not in ("noise", "x0")])
+        return file.metadata, table.to_pydict()
+
+
+def _open(path: Path, metadata: Any = None) -> Any:
+    from pyarrow import parquet
+
+    return parquet.ParquetFile(path, metadata=metadata, memory_map=True, page_checksum_verification=True)
+
+
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """Names the file that can't be read, and what helps."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:  # pyarrow's errors are OSErrors and ValueErrors
+        raise UserError(
+            f"{path}: damaged; remove it and run the same `fewstep data pairs` again, which makes only this anew"
+        ) from error
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """The content of pairs.json; raises UserError if it is damaged or not there."""
+    path = folder / DESCRIPTION
+    if not path.exists():
+        raise UserError(f"{folder}: holds no pairs (no {DESCRIPTION}); write them with `fewstep data pairs`")
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: can't be read; remove the folder and make the pairs again") from error

@@ -1,0 +1,49 @@
+"""Regression of a one-step student on pairs of its teacher, the start of one-step SDXL (DMD2, 5.2; spec, 1.7)."""
+
+from typing import Self
+
+from pydantic import model_validator
+
+from fewstep.diffusion.denoiser import Denoiser
+from fewstep.networks.image_model import ImageModel
+from fewstep.runtime.ema import EMA
+from fewstep.settings import Settings
+from fewstep.training.method import Batch, Metrics
+from fewstep.training.optimization import Optimizer
+from fewstep.training.pair_loss import PairLoss, RegressionSettings
+from fewstep.training.student import StudentMethod, StudentSettings, student_timesteps
+
+
+class RegressSettings(Settings):
+    """How a student is pretrained on pairs."""
+
+    student: StudentSettings = StudentSettings()
+    regression: RegressionSettings
+
+    @model_validator(mode="after")
+    def _one_step(self) -> Self:
+        if self.student.num_timesteps != 1:
+            raise ValueError("student.num_timesteps: regression trains one timestep, from pure noise; set 1")
+        return self
+
+
+class Regression(StudentMethod):
+    """Every step updates the student on a batch of pairs."""
+
+    STATE = ("student", "ema", "student_optimizer")
+
+    def __init__(
+        self, settings: RegressSettings, model: ImageModel, student: Denoiser, pair_loss: PairLoss, num_steps: int
+    ):
+        self.model, self.student, self.loss = model, student, pair_loss
+        self.timesteps = student_timesteps(settings.student, student.schedule).to(model.device)
+        self.student_optimizer = Optimizer(student.parameters(), settings.student.optimizer, num_steps)
+        self.ema = EMA(student, settings.student.ema_decay)
+
+    def step(self, batch: Batch, step: int) -> Metrics:
+        """One update; nothing in it is random."""
+        loss = self.loss(self.student, self.timesteps, batch)
+        loss.backward()
+        grad_norm = self.student_optimizer.step()
+        self.ema.update()
+        return {"regression_loss": loss.detach(), "student_grad_norm": grad_norm}

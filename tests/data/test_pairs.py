@@ -1,0 +1,280 @@
+"""Pairs on disk: a function of (seed, pair) whatever batches, stops and ranks; and only those that are asked for."""
+
+import errno
+import json
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fewstep.data import pairs as module
+from fewstep.data.pairs import Given, load_pairs, write_pairs
+from fewstep.errors import UserError
+from fewstep.seeding import generator
+
+NUM, SHAPE = 11, [2, 3, 3]
+PLAN = {"teacher": "a1", "sampler": "euler:50@8", "shape": SHAPE, "seed": 5, "num_pairs": NUM}
+PROMPTS: Given = {"prompt": [f"prompt {index}" for index in range(NUM)]}
+ROW_BYTES = 4 * 2 * 3 * 3
+
+
+@pytest.fixture(autouse=True)
+def _small_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FILE_BYTES", 4 * ROW_BYTES)  # 4, 4 and 3 rows
+    monkeypatch.setattr(module, "GROUP_BYTES", 2 * ROW_BYTES)
+
+
+def draw(noise: Tensor, given: Given) -> Tensor:
+    """x0 depends on the noise and on the number that is in the prompt."""
+    numbers = torch.tensor([float(text.split()[1]) for text in given["prompt"]])
+    return noise.square() + numbers[:, None, None, None]
+
+
+def expected(index: int, seed: int = 5) -> tuple[Tensor, Tensor]:
+    noise = torch.randn(SHAPE, generator=generator(seed, "pair", index)).half()
+    return noise, (noise.float().square() + index).half()
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def dying(after: int, error: BaseException) -> Callable[[Tensor, Given], Tensor]:
+    """A sampler that dies at its call number `after`."""
+    calls = iter(range(after))
+
+    def sampler(noise: Tensor, given: Given) -> Tensor:
+        if next(calls, None) is None:
+            raise error
+        return draw(noise, given)
+
+    return sampler
+
+
+def load(folder: Path) -> module.PairSet:
+    return load_pairs(folder, "a1", "euler:50@8", tuple(SHAPE))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_every_row_is_its_pair(batch_size: int, tmp_path: Path) -> None:
+    assert write_pairs(draw, PROMPTS, PLAN, tmp_path, batch_size) == 0
+    pairs, wanted = load(tmp_path), [10, 0, 4, 4, 7, 2]
+    batch = pairs.batch(torch.tensor(wanted))
+    assert pairs.length == NUM
+    assert batch["caption"] == [f"prompt {index}" for index in wanted]
+    noise, x0 = (torch.stack(tensors) for tensors in zip(*map(expected, wanted), strict=True))
+    assert torch.equal(batch["noise"], noise)
+    assert torch.equal(batch["x0"], x0)
+
+
+def test_labels_and_no_condition(tmp_path: Path) -> None:
+    write_pairs(lambda noise, given: noise, {"label": list(range(NUM))}, PLAN, tmp_path / "labels")
+    assert load(tmp_path / "labels").batch(torch.tensor([9, 1]))["label"].tolist() == [9, 1]
+    write_pairs(lambda noise, given: noise, {}, PLAN, tmp_path / "none")
+    assert load(tmp_path / "none").batch(torch.tensor([9, 1])).keys() == {"noise", "x0"}
+
+
+def test_other_programs_read_it_as_documented(tmp_path: Path) -> None:
+    import datasets
+    import pandas
+
+    write_pairs(draw, PROMPTS, PLAN, tmp_path / "out")
+    table = pandas.read_parquet(tmp_path / "out" / "00001.parquet")
+    x0 = np.frombuffer(table.x0[2], "<f2").reshape(*SHAPE)
+    assert np.array_equal(x0, expected(6)[1].numpy())
+    paths = sorted(map(str, (tmp_path / "out").glob("*.parquet")))
+    dataset = datasets.load_dataset("parquet", data_files=paths, cache_dir=str(tmp_path / "cache"), split="train")
+    assert np.array_equal(np.frombuffer(dataset[10]["noise"], "<f2"), expected(10)[0].flatten().numpy())
+    assert dataset["prompt"][:] == PROMPTS["prompt"]
+
+
+@pytest.mark.parametrize("after", range(6))
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("out of memory")], ids=["stopped", "broken"])
+def test_a_stopped_job_goes_on_to_the_same_bytes(after: int, error: BaseException, tmp_path: Path) -> None:
+    write_pairs(draw, PROMPTS, PLAN, tmp_path / "whole", batch_size=2)
+    with pytest.raises(type(error)):
+        write_pairs(dying(after, error), PROMPTS, PLAN, tmp_path / "parts", batch_size=2)
+    with pytest.raises(
+        UserError, match=rf"{3 - after // 2} of 3 files are not there yet; run the same `fewstep data pai"
+    ):
+        load(tmp_path / "parts")
+    for name, age in ((".00002.parquet.1234.tmp", 4000), (".00001.parquet.5678.tmp", 0)):
+        (tmp_path / "parts" / name).write_bytes(b"torn")
+        os.utime(tmp_path / "parts" / name, (0, time.time() - age))
+    finished: list[int] = []
+    write_pairs(draw, PROMPTS, PLAN, tmp_path / "parts", batch_size=2, report=finished.append)
+    young = {".00001.parquet.5678.tmp": b"torn"}  # another rank may be writing it
+    assert files(tmp_path / "parts") == files(tmp_path / "whole") | young
+    assert finished == sorted(finished)
+    assert finished[-1] == NUM
+
+
+def test_a_finished_folder_is_not_drawn_again(tmp_path: Path) -> None:
+    write_pairs(draw, PROMPTS, PLAN, tmp_path)
+    before = files(tmp_path)
+    assert write_pairs(dying(0, AssertionError()), PROMPTS, PLAN, tmp_path) == 0
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3, 5])
+def test_ranks_share_the_files_and_make_what_one_makes(num_ranks: int, tmp_path: Path) -> None:
+    write_pairs(draw, PROMPTS, PLAN, tmp_path / "one")
+    made = []
+    for rank in reversed(range(num_ranks)):
+        before = set(tmp_path.rglob("many/*.parquet"))
+        missing = write_pairs(draw, PROMPTS, PLAN, tmp_path / "many", rank=rank, num_ranks=num_ranks)
+        made += sorted(path.stem for path in set(tmp_path.rglob("many/*.parquet")) - before)
+        assert missing == 3 - len(made)
+    assert made == [f"{index:05d}" for rank in reversed(range(num_ranks)) for index in range(rank, 3, num_ranks)]
+    assert files(tmp_path / "many") == files(tmp_path / "one")
+
+
+def test_ranks_that_start_at_once_do_no_harm(tmp_path: Path) -> None:
+    errors: list[BaseException] = []
+    barrier = threading.Barrier(8)
+
+    def rank(index: int) -> None:
+        barrier.wait()
+        try:
+            write_pairs(draw, PROMPTS, PLAN, tmp_path / "many", rank=index % 4, num_ranks=4)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=rank, args=(index,)) for index in range(8)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    write_pairs(draw, PROMPTS, PLAN, tmp_path / "one")
+    assert errors == []
+    assert files(tmp_path / "many") == files(tmp_path / "one")
+
+
+@pytest.mark.parametrize(
+    ("change", "given", "message"),
+    [
+        ({"seed": 1}, PROMPTS, "seed: 5 -> 1"),
+        ({"sampler": "ddim:4"}, PROMPTS, "sampler: euler:50@8 -> ddim:4"),
+        ({"teacher": "b2"}, PROMPTS, "teacher: a1 -> b2"),
+        ({"num_pairs": 4}, PROMPTS, "num_pairs: 11 -> 4"),
+        ({}, {"prompt": ["prompt 1"] * NUM}, "conditions: prompt .* -> prompt"),
+    ],
+)
+def test_a_folder_made_otherwise_is_refused(change: dict, given: Given, message: str, tmp_path: Path) -> None:
+    write_pairs(draw, PROMPTS, PLAN, tmp_path)
+    before = files(tmp_path)
+    with pytest.raises(UserError, match=f"holds pairs made otherwise .*{message}.*another --out"):
+        write_pairs(draw, given, PLAN | change, tmp_path)
+    assert files(tmp_path) == before
+
+
+def test_a_folder_of_other_files_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="holds other files"):
+        write_pairs(draw, PROMPTS, PLAN, tmp_path)
+    assert list(files(tmp_path)) == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), 1e9])
+def test_what_float16_can_not_hold_is_an_error(value: float, tmp_path: Path) -> None:
+    def broken(noise: Tensor, given: Given) -> Tensor:
+        x0 = draw(noise, given)
+        x0[[text == "prompt 6" for text in given["prompt"]], 0, 0, 0] = value
+        return x0
+
+    with pytest.raises(UserError, match=r"pair 6: .*not finite; give another --precision"):
+        write_pairs(broken, PROMPTS, PLAN, tmp_path)
+    assert list(files(tmp_path)) == ["00000.parquet", "pairs.json"]
+
+
+def test_a_full_disk_is_told_and_leaves_nothing_torn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pyarrow import parquet
+
+    whole = parquet.write_table
+
+    def full(table, path: Path, **options) -> None:
+        if "00001" in str(path):
+            Path(path).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        whole(table, path, **options)
+
+    monkeypatch.setattr(parquet, "write_table", full)
+    with pytest.raises(UserError, match=r"00001\.parquet: can't be written .*No space left on device"):
+        write_pairs(draw, PROMPTS, PLAN, tmp_path)
+    assert list(files(tmp_path)) == ["00000.parquet", "pairs.json"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (("b2", "euler:50@8", (2, 3, 3)), "pairs of another teacher .a1. than the recipe says .b2"),
+        (("a1", "euler:50@7", (2, 3, 3)), "pairs of another sampler .euler:50@8. than the recipe says .euler:50@7"),
+        (("a1", "euler:50@8", (2, 4, 4)), r"pairs of another shape .\[2, 3, 3\]. than the recipe says .\[2, 4, 4\]"),
+    ],
+)
+def test_pairs_of_something_else_are_refused(asked: tuple, message: str, tmp_path: Path) -> None:
+    write_pairs(draw, PROMPTS, PLAN, tmp_path)
+    with pytest.raises(UserError, match=message):
+        load_pairs(tmp_path, *asked)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 300, -1])
+def test_a_damaged_file_is_named_and_made_anew(keep: int, tmp_path: Path) -> None:
+    write_pairs(draw, PROMPTS, PLAN, tmp_path)
+    before, path = files(tmp_path), tmp_path / "00001.parquet"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(
+        UserError, match=r"00001\.parquet: damaged; remove it and run the same `fewstep data pairs` aga"
+    ):
+        load(tmp_path)
+    path.unlink()
+    write_pairs(draw, PROMPTS, PLAN, tmp_path)
+    assert files(tmp_path) == before
+
+
+def test_a_file_in_place_of_another_is_damage(tmp_path: Path) -> None:
+    write_pairs(draw, PROMPTS, PLAN, tmp_path)
+    (tmp_path / "00002.parquet").rename(tmp_path / "00001.parquet")
+    (tmp_path / "00002.parquet").write_bytes((tmp_path / "00000.parquet").read_bytes())
+    with pytest.raises(UserError, match=r"0000[12]\.parquet: damaged"):
+        load(tmp_path)
+
+
+def test_a_flipped_bit_is_found_when_its_row_is_read(tmp_path: Path) -> None:
+    write_pairs(draw, PROMPTS, PLAN, tmp_path)
+    path = tmp_path / "00001.parquet"
+    content = bytearray(path.read_bytes())
+    place = content.index(expected(5)[1].numpy().tobytes())
+    content[place + 7] ^= 1
+    path.write_bytes(content)
+    pairs = load(tmp_path)
+    assert torch.equal(pairs.batch(torch.tensor([3, 6]))["x0"][1], expected(6)[1])  # another group of rows
+    with pytest.raises(UserError, match=r"00001\.parquet: damaged"):
+        pairs.batch(torch.tensor([5]))
+
+
+def test_a_folder_without_or_with_a_damaged_description_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds no pairs .no pairs.json.; write them with `fewstep data pairs`"):
+        load(tmp_path)
+    (tmp_path / "pairs.json").write_text('{"teacher": ')
+    with pytest.raises(UserError, match=r"pairs\.json: can't be read"):
+        load(tmp_path)
+
+
+def test_rows_are_mapped_and_read_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    plan = PLAN | {"shape": [8, 512, 512], "num_pairs": 6}  # 8 MB a pair
+    write_pairs(lambda noise, given: noise, {}, plan, tmp_path, batch_size=2)
+    assert json.loads((tmp_path / "pairs.json").read_text())["rows_per_group"] == 1
+
+    def resident() -> float:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
+
+    before = resident()
+    pairs = load_pairs(tmp_path, "a1", "euler:50@8", (8, 512, 512))
+    assert torch.equal(pairs.batch(torch.tensor([3]))["noise"], pairs.batch(torch.tensor([3]))["x0"])
+    assert resident() - before < 40
