@@ -1,4 +1,4 @@
-"""The paper's longer run on ImageNet-64, in small: stage A without GAN, its best FID, stage B with GAN, on real images.
+"""The paper's longer run on ImageNet-64, in small, on real images: import, pairs, stage A, best FID, stage B, export.
 
 Everything goes through the command line, by the packaged recipes in their own run folders; only sizes are changed.
 """
@@ -12,13 +12,16 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
+from edm_files import small_network, write_checkpoint
 from fewstep.cli import main
 from fewstep.commands.distill import open_batches
+from fewstep.commands.importing import import_edm
 from fewstep.data.images import digits
-from fewstep.networks.pixel_model import PixelModel, PixelModelConfig, build_unet
+from fewstep.evaluation.generation import Sampler, draw_noise, sample
 from fewstep.networks.pretrained import load
 from fewstep.recipes.loading import load_recipe
 from fewstep.runtime.checkpoint import checkpoints, load_state
@@ -26,7 +29,7 @@ from fewstep.runtime.selection import best_steps, find_checkpoint, find_model
 from fewstep.runtime.tracking import read_metrics
 
 FASHION = Path(__file__).parents[2] / ".." / "shared" / "data" / "fashion_mnist_test.parquet"
-NUM_IMAGES, SIZE = 200, 16
+NUM_IMAGES, SIZE = 200, 8
 A, B, LARGE, SHORT = (f"imagenet64-1step{name}" for name in ("-long-a", "-long", "-large", ""))
 Command = Callable[[str], None]
 
@@ -60,18 +63,10 @@ def write_data(path: Path) -> None:
         archive.writestr("dataset.json", json.dumps({"labels": list(map(list, zip(names, labels, strict=True)))}))
 
 
-def write_teacher(folder: Path) -> None:
-    """A random network in ADM's layout, attention on its second level, as `fewstep import edm` leaves one."""
-    config = PixelModelConfig(
-        image_size=SIZE,
-        num_classes=10,
-        block_out_channels=[8, 16],
-        attention=[False, True],
-        attention_head_dim=8,
-        norm_num_groups=4,
-    )
+def write_checkpoint_of_edm(path: Path) -> None:
+    """A random network in EDM's file format, attention on its second level; ADM has 128 channels at least."""
     torch.manual_seed(0)
-    PixelModel(config, build_unet(config)).save(folder)
+    write_checkpoint(path, small_network(img_resolution=SIZE, img_channels=1, label_dim=10, channel_mult=[1, 1]))
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +77,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
         (folder / "data").mkdir()
         write_data(folder / "data" / "imagenet-64x64.zip")
-    write_teacher(folder / "models" / "edm-imagenet-64")
+    write_checkpoint_of_edm(folder / "edm.pkl")
+    import_edm(folder / "edm.pkl", folder / "models" / "edm-imagenet-64")
     torch.jit.script(Brightness()).save(folder / "features.pt")
     return folder
 
@@ -107,7 +103,7 @@ def fewstep(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 
 SIZES = "--set num_steps=6 --set batch_size=8 --set student_every=2 --set grid_images=4"
 JUDGING = "--set evaluation.every=2 --set evaluation.num_samples=60 --set evaluation.features=features.pt"
-FAST = "--set student.optimizer.lr=1e-2 --set student.optimizer.warmup_steps=0"
+FAST = "--set student.optimizer.lr=1e-4 --set student.optimizer.warmup_steps=0"
 SLOW = "--set student.optimizer.lr=1e-12 --set student.optimizer.weight_decay=0"
 
 
@@ -115,8 +111,12 @@ def parameters(folder: Path) -> Tensor:
     return torch.cat([p.detach().flatten() for p in load(folder).denoiser.parameters()])
 
 
-def test_two_stages_from_a_zip_and_a_converted_teacher_to_the_table(fewstep: Command, place: Path) -> None:
-    fewstep(f"distill {A} {SIZES} {FAST} {JUDGING}")
+def test_import_pairs_two_stages_and_export(fewstep: Command, place: Path) -> None:
+    fewstep("import edm edm.pkl --out teacher")
+    fewstep("data pairs --teacher teacher --num 20 --sampler heun:2 --out pairs")
+    pairs = "--set regression_weight=0.25 --set regression.pairs=pairs --set regression.sampler=heun:2"
+    fewstep(f"distill {A} {SIZES} {FAST} {JUDGING} {pairs} --set teacher=teacher")
+    assert read_metrics(place / "runs" / A / "metrics.jsonl")[-1]["regression_loss"] > 0
     lines = read_metrics(place / "runs" / A / "evaluations.jsonl")
     assert [(line["step"], line.keys() - {"step"}) for line in lines] == [
         (step, {"fid", "precision", "recall"}) for step in (2, 4, 6)
@@ -139,6 +139,15 @@ def test_two_stages_from_a_zip_and_a_converted_teacher_to_the_table(fewstep: Com
     assert rows[1]["nfe"] == 1
     assert rows[1].get("accuracy") is None  # of a classifier that there is not
 
+    fewstep(f"export runs/{B}@best-ema0.1_fid --to diffusers exported")
+    pipeline = DiffusionPipeline.from_pretrained(place / "exported", trust_remote_code=True)
+    pipeline.set_progress_bar_config(disable=True)
+    student = load(best / "model-ema0.1")
+    noise = draw_noise(student, 1, 0, 3, seed=0)
+    ours = sample(student, Sampler("student", 1), noise, {"label": torch.tensor([3, 0, 7])})
+    theirs = pipeline(class_labels=[3, 0, 7], latents=noise[0], output_type="latent").images
+    assert (theirs - ours).abs().max() <= 1e-5 * max(1, ours.abs().max())
+
 
 def test_stage_b_starts_from_the_best_of_stage_a(fewstep: Command, place: Path, tmp_path: Path) -> None:
     """The checkpoint of the best FID, which here is neither the newest nor the first: the lines are put so."""
@@ -149,7 +158,7 @@ def test_stage_b_starts_from_the_best_of_stage_a(fewstep: Command, place: Path, 
     started = parameters(checkpoints(tmp_path / B)[-1] / "model")
     fourth, sixth = (parameters(tmp_path / A / "checkpoints" / f"{step:08d}" / "model") for step in (4, 6))
     assert (started - fourth).abs().max() < 1e-6
-    assert (started - sixth).abs().max() > 1e-3
+    assert (started - sixth).abs().max() > 5e-5  # an update of Adam at this rate
     state = load_state(find_checkpoint(f"{tmp_path}/{B}"))["method"]
     assert state["student_optimizer"]["schedule"]["last_epoch"] == 1  # anew
 
@@ -158,7 +167,7 @@ def test_real_images_are_decoded_only_for_the_gan(place: Path, monkeypatch: pyte
     """The batch of 280 is a tenth of a second's work per step, and 410,000 steps of stage A would not look at it."""
     monkeypatch.chdir(place)
     model = load(place / "models" / "edm-imagenet-64")
-    batches = [open_batches(load_recipe(name, ["batch_size=4"]), model, place)(0) for name in (A, B)]
+    batches = [open_batches(load_recipe(name, ["batch_size=4"]), model, place, None)(0) for name in (A, B)]
     assert [batch.keys() for batch in batches] == [set(), {"image", "label"}]
 
 
