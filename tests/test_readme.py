@@ -34,7 +34,15 @@ def test_the_commands_run_in_the_order_shown(
         with pytest.raises(SystemExit) as ended:
             main()
         assert ended.value.code == 0, f"{line}\n{capsys.readouterr().err}"
-    for made in ("threes.png", "evaluation/report.html", "evaluation/results.json", "runs/digits-1step/recipe.yaml"):
+    for made in (
+        "threes.png",
+        "threes/00000.png",
+        "both/00000-2.png",
+        "digits-1step/README.md",
+        "evaluation/report.html",
+        "evaluation/results.json",
+        "runs/digits-1step/recipe.yaml",
+    ):
         assert (tmp_path / made).stat().st_size > 0
 
 
@@ -62,4 +70,4 @@ def test_the_links_lead_somewhere() -> None:
 
 def test_the_verbs_named_exist() -> None:
     verbs = {command.name or command.callback.__name__ for command in app.registered_commands}
-    assert set(re.findall(r"`?fewstep (demo|teach|distill|sample|evaluate|recipes)", README)) == verbs
+    assert set(re.findall(r"`?fewstep (demo|teach|distill|sample|evaluate|export|recipes)", README)) == verbs
