@@ -25,7 +25,7 @@ ROWS = [
 ]
 
 
-TEXT_KEYS = [*KEYS[:6], "prompt_accuracy", "two_objects", "images_per_second", "attributes"]
+TEXT_KEYS = [*KEYS[:6], "prompt_accuracy", "two_objects", "images_per_second", "attributes", "intervals"]
 TEXT_ROWS = [
     ("real", None, None),
     ("shapes-teacher", "ddim 2 @1.5", 4),
@@ -48,7 +48,8 @@ def test_the_demo_runs_writes_what_it_says_and_overwrites_nothing(
     small = ["--out", str(tmp_path / "demo"), "--set", "num_steps=2", "--set", "batch_size=4", "--num-samples", "100"]
     assert run_demo(monkeypatch, *small) == 0
     rows = json.loads((tmp_path / "demo" / "results.json").read_text())
-    assert [list(row) for row in rows] == [KEYS] * len(ROWS)
+    assert [list(row) for row in rows] == [[*KEYS, "intervals"]] * len(ROWS)
+    assert all(row["intervals"]["fid"][0] < row["fid"] < row["intervals"]["fid"][1] for row in rows[1:])
     assert [(row["model"], row["sampler"], row["nfe"]) for row in rows] == ROWS
     page = (tmp_path / "demo" / "report.html").read_text()
     assert page.count("data:image/png;base64,") == len(ROWS) + 1  # a grid per row, and the curves

@@ -3,10 +3,11 @@
 import pytest
 import scipy.linalg
 import torch
+from scipy.stats import binomtest
 from torch import Tensor
 
 from fewstep.evaluation import metrics
-from fewstep.evaluation.metrics import diversity, fid, floor_row, precision_recall
+from fewstep.evaluation.metrics import diversity, fid, fid_interval, floor_row, precision_recall, wilson_interval
 
 
 def points(num: int, seed: int, dim: int = 5) -> Tensor:
@@ -138,3 +139,21 @@ def test_diversity_is_the_mean_distance_between_two_images_of_one_prompt(num: in
 
 def test_images_that_follow_from_their_prompt_have_no_diversity() -> None:
     assert diversity(points(4, 1).repeat(5, 1), 4) == 0
+
+
+@pytest.mark.parametrize(("share", "num"), [(0.0, 10), (0.9, 1000), (1.0, 50), (0.25, 40)])
+def test_the_interval_of_a_share_is_wilsons(share: float, num: int) -> None:
+    reference = binomtest(round(share * num), num).proportion_ci(0.95, "wilson")
+    assert wilson_interval(share, num) == pytest.approx((reference.low, reference.high), abs=1e-9)
+
+
+def test_the_interval_of_fid_is_as_wide_as_its_spread_over_draws() -> None:
+    """Against the FIDs of 200 independent sets of fakes: 95 % of them lie within 1.96 standard deviations."""
+    draws = torch.Generator().manual_seed(0)
+    real = torch.randn(2000, 3, generator=draws, dtype=torch.float64)
+    sets = [torch.randn(400, 3, generator=draws, dtype=torch.float64) * 1.5 + 0.5 for _ in range(200)]
+    spread = torch.tensor([fid(real, fake) for fake in sets]).std().item()
+    intervals = torch.tensor([fid_interval(real, fake) for fake in sets[:40]])
+    assert intervals.mean(1)[0] == pytest.approx(fid(real, sets[0]))
+    reach = (intervals[:, 1] - intervals[:, 0]).square().mean().sqrt() / 2
+    assert reach == pytest.approx(1.96 * spread, rel=0.15)

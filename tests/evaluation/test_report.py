@@ -93,6 +93,17 @@ def test_the_page_has_every_key_of_every_row(tmp_path: Path) -> None:
     assert page.rows[3] == ["student", "student", "1", "0.700", "0.950", "0.700", "0.950", "4,321"]
 
 
+def test_intervals_stand_below_their_values_and_in_the_file(tmp_path: Path) -> None:
+    row = replace(STUDENT, intervals={"fid": (0.6, 0.8)})
+    assert "0.600 … 0.800" in page_of(tmp_path, [REAL, row]).text
+    assert "…" not in page_of(tmp_path).text
+    write_json([REAL, row], tmp_path / "results.json")
+    assert [row["intervals"] for row in json.loads((tmp_path / "results.json").read_text())] == [
+        None,
+        {"fid": [0.6, 0.8]},
+    ]
+
+
 def test_the_best_model_of_each_column_is_marked_and_real_images_do_not_compete(tmp_path: Path) -> None:
     assert page_of(tmp_path).best == ["0.500", "0.800", "0.960", "0.950", "4,321"]
 

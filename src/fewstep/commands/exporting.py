@@ -11,8 +11,9 @@ from torch import Tensor
 from fewstep.commands.runs import check_writable
 from fewstep.errors import UserError
 from fewstep.evaluation.generation import parse_sampler
+from fewstep.evaluation.metrics import wilson_interval
 from fewstep.export.diffusers_folder import Format, check_folder, write_diffusers_folder
-from fewstep.export.provenance import Provenance, read_scores, read_table
+from fewstep.export.provenance import Provenance, Score, read_scores, read_table
 from fewstep.export.weights import count_tensors
 from fewstep.networks.image_model import DESCRIPTION
 from fewstep.networks.latent_model import LatentModel
@@ -24,6 +25,7 @@ from fewstep.runtime.ema import ema_name
 from fewstep.runtime.selection import find_model, run_and_choice
 from fewstep.runtime.tracking import progress_bar, read_metrics
 
+PER_FAKE = ("precision", "accuracy")  # shares of the generated images, each in or out
 TARGETS = ("diffusers", "single-file")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 STUDENT = "network.unet."  # the UNet's tensors in the student's state
@@ -126,6 +128,7 @@ def trace(model: Path, recipe: StudentRecipe, options: ExportOptions) -> Provena
     run, step = run_of(model), int(model.parent.name)
     judged = [] if options.raw else read_metrics(run / EVALUATIONS)  # which are of the averaged weights
     ema = model.name.removeprefix("model").removeprefix("-ema")  # none of the first
+    num = recipe.evaluation.num_samples
     results = options.evaluation or (run if (run / "results.json").is_file() else None)
     return Provenance(
         teacher=recipe.teacher,
@@ -135,7 +138,10 @@ def trace(model: Path, recipe: StudentRecipe, options: ExportOptions) -> Provena
         step=step,
         ema="raw" if options.raw else ema or first_decay(recipe),
         license=options.license,
-        scores=read_scores(judged, step, recipe.evaluation.num_samples, ema),
+        scores=[
+            Score(name, value, wilson_interval(value, num) if name in PER_FAKE else None)
+            for name, value in read_scores(judged, step, ema).items()
+        ],
         table=read_table(results, run.name) if results else [],
     )
 

@@ -27,7 +27,15 @@ from fewstep.evaluation.extractors import (
     train_classifier,
 )
 from fewstep.evaluation.generation import Sampler
-from fewstep.evaluation.metrics import Row, diversity, fid, floor_row, precision_recall
+from fewstep.evaluation.metrics import (
+    Row,
+    diversity,
+    fid,
+    fid_interval,
+    floor_row,
+    precision_recall,
+    wilson_interval,
+)
 from fewstep.evaluation.shape_checker import prompt_accuracy
 from fewstep.networks.latent_model import LatentModel
 from fewstep.networks.pixel_model import PixelModel, PixelModelConfig
@@ -56,14 +64,29 @@ class Judge:
     prompts: list[str]
     """Of text-to-image models: what images number 0, 1, 2, ... are drawn for, in turn."""
 
-    def row(self, name: str, sampler: Sampler, images: Tensor, per_second: float | None = None) -> Row:
-        """The line of the table for generated uint8 images (N, C, H, W), number 0 .. N-1 of a seed."""
-        features = extract(self.extractor, images)
-        distance = fid(self.real_features, features)
-        precision, recall = precision_recall(self.real_features, features)
-        extras = self.check(images, features)
+    def row(
+        self, name: str, sampler: Sampler, images: Tensor, per_second: float | None = None, intervals: bool = True
+    ) -> Row:
+        """The line of the table for generated uint8 images (N, C, H, W), number 0 .. N-1 of a seed.
+
+        `intervals` take ten more FIDs.
+        """
+        real, fake = self.real_features, extract(self.extractor, images)
+        precision, recall = precision_recall(real, fake)
+        extras = self.check(images, fake)
+        known = extras.pop("intervals", {})
+        if intervals:
+            shares = {"precision": wilson_interval(precision, len(fake)), "recall": wilson_interval(recall, len(real))}
+            extras["intervals"] = {"fid": fid_interval(real, fake), **shares, **known}
         return Row(
-            name, describe(sampler), sampler.nfe, distance, precision, recall, images_per_second=per_second, **extras
+            name,
+            describe(sampler),
+            sampler.nfe,
+            fid(real, fake),
+            precision,
+            recall,
+            images_per_second=per_second,
+            **extras,
         )
 
 
@@ -94,8 +117,10 @@ def make_class_judge(
     real_features = extract(extractor, real)
 
     def check(fakes: Tensor, _: Tensor) -> dict[str, Any]:
-        labels = model.conditioner.labels(len(fakes))
-        return {"accuracy": classifier.accuracy(fakes, labels)} if classifier else {}
+        if classifier is None:
+            return {}
+        accuracy = classifier.accuracy(fakes, model.conditioner.labels(len(fakes)))
+        return {"accuracy": accuracy, "intervals": {"accuracy": wilson_interval(accuracy, len(fakes))}}
 
     floor = floor_row(real_features, accuracy=classifier.held_out_accuracy if classifier else None)
     return Judge(extractor, real_features, check, floor, real_grid(images, model), [])
@@ -144,11 +169,12 @@ def check_prompts(images: Tensor, prompts: Sequence[str]) -> dict[str, Any]:
     if None in scenes:
         return {}
     two = torch.tensor([len(scene.things) == 2 for scene in scenes if scene])
-    answers: dict[str, Any] = {"attributes": {}}
+    answers: dict[str, Any] = {"attributes": {}, "intervals": {}}
     for name, chosen in (("prompt_accuracy", ~two), ("two_objects", two)):
         if chosen.any():
             shares = prompt_accuracy(images[chosen], [prompts[index] for index in chosen.nonzero()[:, 0].tolist()])
             answers[name] = shares.pop("all")
+            answers["intervals"][name] = wilson_interval(answers[name], int(chosen.sum()))
             answers["attributes"][name] = shares
     return answers
 

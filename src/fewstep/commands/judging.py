@@ -35,7 +35,7 @@ def make_evaluation(
                 averaged.prompts = judge.prompts
             sampler = default_sampler(averaged)
             fakes = generate(averaged, sampler, range(num))
-        row, prefix = judge.row(run.name, sampler, fakes), f"ema{ema}_" if ema else ""
+        row, prefix = judge.row(run.name, sampler, fakes, intervals=False), f"ema{ema}_" if ema else ""
         return {f"{prefix}{name}": getattr(row, name) for name in SCORES if getattr(row, name) is not None}
 
     def evaluate(method: Method) -> dict[str, float]:

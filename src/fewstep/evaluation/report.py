@@ -26,6 +26,7 @@ HIGHER_IS_BETTER = {
     "diversity",
     "images_per_second",
 }
+BESIDE = ("attributes", "intervals")  # what is not a single value
 CURVES = {
     "denoising_loss": "denoising loss (of the critic, where there is one)",
     "dm_image_grad_norm": "gradient norm at the image: distribution matching",
@@ -48,7 +49,7 @@ def cell(name: str, value: object) -> str:
 def columns(rows: list[Row]) -> list[str]:
     """The columns in which any row has a single value."""
     values = [asdict(row) for row in rows]
-    names = [field.name for field in fields(Row) if field.name != "attributes"]
+    names = [field.name for field in fields(Row) if field.name not in BESIDE]
     return [name for name in names if any(row[name] is not None for row in values)]
 
 
@@ -69,7 +70,7 @@ def text_table(rows: list[Row]) -> Table:
 
 def write_json(rows: list[Row], path: Path) -> None:
     """results.json: a list of rows, without what no row has; whole or not at all."""
-    kept = [*columns(rows), *(["attributes"] if any(row.attributes for row in rows) else [])]
+    kept = [*columns(rows), *(name for name in BESIDE if any(getattr(row, name) for row in rows))]
     lines = [{name: getattr(row, name) for name in kept} for row in rows]
     _write(path, json.dumps(lines, indent=2) + "\n")
 
@@ -118,9 +119,17 @@ def _html_table(rows: list[Row]) -> str:
         for name in names:
             value = getattr(row, name)
             mark = ' class="best"' if row.nfe is not None and value is not None and value == best[name] else ""
-            cells += f"<td{mark}>{escape(cell(name, value))}</td>"
+            cells += f"<td{mark}>{escape(cell(name, value))}{_interval(row, name)}</td>"
         lines.append(f'<tr class="{"student" if row.sampler == "student" else ""}">{cells}</tr>')
     return "\n".join([*lines, "</tbody></table>"])
+
+
+def _interval(row: Row, name: str) -> str:
+    """The 95 % interval under a value, where one is known."""
+    if name not in (row.intervals or {}):
+        return ""
+    low, high = row.intervals[name]  # type: ignore[index]
+    return f"<small>{cell(name, low)} … {cell(name, high)}</small>"
 
 
 def _attribute_tables(rows: list[Row]) -> str:

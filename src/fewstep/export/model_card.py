@@ -183,9 +183,9 @@ def metrics(provenance: Provenance) -> str:
 
 
 NOTES = (
-    "Intervals are Wilson's, of shares of the generated images; FID has none here, but where there is a row `real` it "
-    "is the noise floor: real images against real images. Numbers in the features of one network don't compare with "
-    "those in another's."
+    "Intervals are of 95 %: Wilson's of shares; a jackknife's over the generated images of FID, by `fewstep evaluate` "
+    "alone. The row `real` is the noise floor: real images against real images. Numbers in the features of one network "
+    "don't compare with those in another's."
 )
 
 
@@ -197,12 +197,15 @@ def _table(rows: list[dict[str, Any]]) -> str:
     """Rows of results.json; what is not a single value stays there."""
     names = [name for name, value in rows[-1].items() if value is not None and not isinstance(value, dict)]
     head = f"| {' | '.join(name.replace('_', ' ') for name in names)} |\n|{'---|' * len(names)}\n"
-    cells = [[row.get(name) for name in names] for row in rows]
-    lines = [
-        f"| {' | '.join('–' if c is None else f'{c:.4g}' if isinstance(c, float) else str(c) for c in line)} |"
-        for line in cells
-    ]
+    lines = [f"| {' | '.join(_cell(row, name) for name in names)} |" for row in rows]
     return "By `fewstep evaluate`:\n\n" + head + "\n".join(lines)
+
+
+def _cell(row: dict[str, Any], name: str) -> str:
+    """A value, with its interval where one is known."""
+    value, interval = row.get(name), (row.get("intervals") or {}).get(name)
+    text = "–" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{text} ({_interval(interval)})" if interval else text
 
 
 def limits(provenance: Provenance, steps: str) -> str:

@@ -10,8 +10,6 @@ import fewstep
 from fewstep.errors import UserError
 
 SAMPLER = "LCM's: predict x0, then renoise it with fresh noise to the next timestep"
-PER_FAKE = ("precision", "accuracy")  # shares of the generated images, each in or out
-Z = 1.959963984540054  # of 95 % of a normal distribution
 
 
 @dataclass(frozen=True)
@@ -61,31 +59,15 @@ class Provenance:
         }
 
 
-def wilson_interval(share: float, num: int) -> tuple[float, float]:
-    """The 95 % interval of a share of `num` independent cases (Wilson 1927).
-
-    (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)
-    """
-    middle = share + Z**2 / (2 * num)
-    reach = Z * (share * (1 - share) / num + Z**2 / (4 * num**2)) ** 0.5
-    return (middle - reach) / (1 + Z**2 / num), (middle + reach) / (1 + Z**2 / num)
-
-
-def read_scores(
-    evaluations: Sequence[dict[str, float]], step: int, num_samples: int, ema: str | None = None
-) -> list[Score]:
-    """The run's own metrics at `step`, of `num_samples` images; [] if it was not judged there.
+def read_scores(evaluations: Sequence[dict[str, float]], step: int, ema: str | None = None) -> dict[str, float]:
+    """The run's own metrics at `step`; {} if it was not judged there.
 
     Those of the average `ema` are `ema0.99995_fid`, those of the first one `fid`.
     """
     line = next((line for line in reversed(evaluations) if line["step"] == step), {})
     prefix = f"ema{ema}_" if ema else ""
     named = {name.removeprefix(prefix): value for name, value in line.items() if name.startswith(prefix)}
-    return [
-        Score(name, value, wilson_interval(value, num_samples) if name in PER_FAKE else None)
-        for name, value in named.items()
-        if name != "step" and not name.startswith("ema")
-    ]
+    return {name: value for name, value in named.items() if name != "step" and not name.startswith("ema")}
 
 
 def read_table(folder: Path, name: str) -> list[dict[str, Any]]:
