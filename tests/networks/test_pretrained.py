@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import CHECKPOINT_KEY_NAMES
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -330,12 +330,13 @@ def test_a_model_on_the_hub_is_the_folder_and_only_what_is_needed_is_fetched(
     same(load("owner/name"), load(place / "folder"))  # what was fetched once needs no hub
 
 
+@pytest.mark.parametrize("shard_size", ["1GB", "200KB"])
 def test_half_precision_is_fetched_where_there_is_nothing_else(
-    sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sd: Path, shard_size: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shutil.copytree(sd / "folder", tmp_path / "served")
-    for path in list((tmp_path / "served").rglob("*.safetensors")):
-        path.rename(path.with_suffix(".fp16.safetensors"))
+    pipeline = StableDiffusionPipeline.from_pretrained(sd / "folder")
+    pipeline.save_pretrained(tmp_path / "served", variant="fp16", max_shard_size=shard_size)
+    assert (len(list((tmp_path / "served" / "unet").glob("*.fp16*.safetensors"))) > 1) == (shard_size == "200KB")
     with fake_hub({"owner/half": tmp_path / "served"}, tmp_path / "cache", monkeypatch):
         same(load("owner/half"), load(sd / "folder"))
 

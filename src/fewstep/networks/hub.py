@@ -34,7 +34,7 @@ def fetch(name: str, parts: Iterable[str], weights: Iterable[str]) -> Path:
     wanted = [PIPELINE, *(f"{part}/*{suffix}" for part in parts for suffix in (".json", ".txt"))]
     folder = _fetch(name, wanted + [f"{part}/*.safetensors" for part in weights], ignore="*/*.*.safetensors")
     halves = [part for part in weights if not any((folder / part).glob("*.safetensors"))]
-    return _fetch(name, [f"{part}/*.fp16.safetensors" for part in halves]) if halves else folder
+    return _fetch(name, [f"{part}/*.fp16*.safetensors" for part in halves]) if halves else folder
 
 
 def read_index(folder: Path) -> dict[str, Any]:
