@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from fewstep.commands.judges import GRID_IMAGES, Judge, describe, make_class_judge, make_text_judge
@@ -44,6 +45,7 @@ def evaluate(
     firsts = [of[""] for of in averages]
     _check_alike(runs, firsts)
     models = {f"{name}{ema}": model for name, of in zip(names, averages, strict=True) for ema, model in of.items()}
+    firsts[0].to(on_device)  # where the judge's network goes, too
     judge = make_judge(recipe.data, firsts[0], features, folders[0].parent, num_samples, num_real)
     rows, grids = [judge.floor], {"real": judge.real_grid}
     for name, model in models.items():
@@ -58,6 +60,7 @@ def evaluate(
                 fakes = generate(model, sampler, range(num_samples), seed, report=lambda done: progress(done, {}))
             rows.append(judge.row(name, sampler, fakes, images_per_second(model, sampler)))
             grids[title] = report.sample_grid(fakes[:GRID_IMAGES])
+        model.to(torch.device("cpu"))  # networks of several models need not fit at once
     curves = {name: read_metrics(run / METRICS) for name, run in zip(names, folders, strict=True)}
     publish(rows, grids, curves, out, f"fewstep: {', '.join(names)}", judge)
 

@@ -109,7 +109,7 @@ def make_class_judge(
     images = open_images(data, config)
     if images.length < GRID_IMAGES:
         raise UserError(f"data.source: has {images.length} images; judging needs at least {GRID_IMAGES}")
-    network = None if features in (None, "classifier") else TorchScriptExtractor(Path(str(features)))
+    network = None if features in (None, "classifier") else TorchScriptExtractor(Path(str(features)), model.device)
     path = classifier_path(data, folder)
     classifier = open_classifier(images, config, path) if 0 < config.num_classes <= MAX_CLASSES else None
     extractor: Any = network or classifier
@@ -147,7 +147,7 @@ def make_text_judge(
     """
     if features == "classifier":
         raise UserError("features: captions are no classes to train a classifier on; give autoencoder or a file")
-    network = TorchScriptExtractor(Path(features)) if features not in (None, "autoencoder") else None
+    network = TorchScriptExtractor(Path(features), model.device) if features not in (None, "autoencoder") else None
     extractor: Any = network or AutoencoderExtractor(model.autoencoder)
     images = open_captioned_images(data, model.image_size)
     embedded = isinstance(images.captions, shapes.Captions)

@@ -33,18 +33,19 @@ def extract(extractor: Extractor, images: Tensor, batch_size: int = 250) -> Tens
 
 
 class TorchScriptExtractor:
-    """A TorchScript network: uint8 (B, 3, H, W) -> (B, D); grey images are repeated to RGB."""
+    """A TorchScript network on `device`: uint8 (B, 3, H, W) -> (B, D); grey images are repeated to RGB."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, device: torch.device | str = "cpu"):
+        self.device = device
         try:
-            self.network = torch.jit.load(str(path), map_location="cpu").eval()
+            self.network = torch.jit.load(str(path), map_location=device).eval()
         except (RuntimeError, ValueError, OSError) as error:
             raise UserError(f"{path}: not a readable TorchScript file, nor `classifier` (--features)") from error
         self.path, self.name = path, path.stem
 
     def features(self, images: Tensor) -> Tensor:
         try:
-            return self.network(images.expand(-1, 3, -1, -1)).flatten(1)
+            return self.network(images.to(self.device).expand(-1, 3, -1, -1)).flatten(1)
         except RuntimeError as error:
             shape = (len(images), 3, *images.shape[2:])
             raise UserError(
