@@ -10,7 +10,7 @@ demo-text: .venv/ready
 	$(BIN)/fewstep demo --text --resume
 
 test: .venv/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadscope
 
 test-slow: .venv/ready
 	$(BIN)/python -m pytest -m slow
