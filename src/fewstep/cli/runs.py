@@ -21,7 +21,7 @@ def demo(
     ] = None,
     text: Annotated[bool, typer.Option("--text", help="Text to image, on drawn shapes, instead of digits.")] = False,
 ) -> None:
-    """Teach, distil and judge on an embedded set: the whole job on a CPU, digits in 4 minutes or --text in 20."""
+    """Teach, distil and judge on an embedded set: the whole job on a CPU, digits in 4 minutes or --text in 25."""
     from fewstep.commands.demo import DIGITS, SHAPES, demo
 
     folder = out or Path("runs/demo-text" if text else "runs/demo")
