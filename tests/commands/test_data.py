@@ -4,7 +4,6 @@ import csv
 import json
 import shutil
 from collections import namedtuple
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ import torch
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from fewstep.cli import main
+from command_line import Run, refused
 from fewstep.commands import judges
 from fewstep.commands.runs import open_captioned_images
 from fewstep.commands.texts import open_texts
@@ -42,8 +41,6 @@ critic: {optimizer: {lr: 1e-3}}
 NUM = 6
 NO_GAN = "--set gan.student_weight=0 --set gan.critic_weight=0"
 LATENTS = "fewstep data latents --model teacher --source pictures --out"
-Answer = tuple[int, str, str]
-Run = Callable[[str], Answer]
 
 
 def pixels(index: int) -> np.ndarray:
@@ -64,35 +61,6 @@ def workshop(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     (folder / "recipe.yaml").write_text(RECIPE)
     (folder / "prompts.txt").write_text("".join(f"prompt {index}\n" for index in range(5)))
     return folder
-
-
-@pytest.fixture
-def place(workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory: a copy of the workshop, to be damaged."""
-    shutil.copytree(workshop, tmp_path / "place")
-    monkeypatch.chdir(tmp_path / "place")
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "place"
-
-
-@pytest.fixture
-def run(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Run:
-    """Runs a command line; gives exit code, standard output and standard error."""
-
-    def command(line: str) -> Answer:
-        monkeypatch.setattr("sys.argv", line.split())
-        with pytest.raises(SystemExit) as ended:
-            main()
-        return ended.value.code, *capsys.readouterr()
-
-    return command
-
-
-def refused(answer: Answer, *fragments: str) -> None:
-    code, _, error = answer
-    assert code == 2, error
-    assert error.count("\n") == 1, error
-    assert all(fragment in error for fragment in fragments), error
 
 
 @pytest.fixture

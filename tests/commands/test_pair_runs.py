@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from diffusers import AutoencoderTiny, DDIMScheduler, EulerDiscreteScheduler
 from PIL import Image
 from torch import Tensor
 
-from fewstep.cli import main
+from command_line import Run, refused
 from fewstep.commands import pairs as module
 from fewstep.data.pairs import PairSet, load_pairs
 from fewstep.networks.latent_model import LatentModel
@@ -20,8 +19,6 @@ from fewstep.networks.pretrained import load
 from fewstep.runtime.checkpoint import latest_model, load_state
 from tiny_pipelines import BETAS, TINY
 
-Answer = tuple[int, str, str]
-Run = Callable[[str], Answer]
 NUM = 6
 TEXTS = ["a cat", "a red dog", "two birds"]
 PAIRS = f"fewstep data pairs --teacher sdxl --num {NUM} --sampler euler:4@8 --prompts prompts.txt"
@@ -81,35 +78,6 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "init.yaml").write_text(PIXEL_INIT)
     (folder / "student.yaml").write_text(PIXEL_STUDENT)
     return folder
-
-
-@pytest.fixture
-def place(workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory: a copy of the workshop, to be damaged."""
-    shutil.copytree(workshop, tmp_path / "place")
-    monkeypatch.chdir(tmp_path / "place")
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "place"
-
-
-@pytest.fixture
-def run(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Run:
-    """Runs a command line; gives exit code, standard output and standard error."""
-
-    def command(line: str) -> Answer:
-        monkeypatch.setattr("sys.argv", line.split())
-        with pytest.raises(SystemExit) as ended:
-            main()
-        return ended.value.code, *capsys.readouterr()
-
-    return command
-
-
-def refused(answer: Answer, *fragments: str) -> None:
-    code, _, error = answer
-    assert code == 2, error
-    assert error.count("\n") == 1, error
-    assert all(fragment in error for fragment in fragments), error
 
 
 def opened(folder: str, model: PixelModel | LatentModel, sampler: str) -> PairSet:
