@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from fewstep.commands.demo import SHAPES, demo
-from fewstep.recipes.schema import DataSettings
+from fewstep.data.settings import DataSettings
 
 SAMPLERS = ("ddim:25@1.5", "ddim:1", "ddim:2@1.5", "unipc:2@1.5", "ddim:4", "dpm++:4", "unipc:4")
 

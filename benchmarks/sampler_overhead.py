@@ -12,8 +12,8 @@ import time
 
 import torch
 
-from fewstep.evaluation.generation import Sampler, draw_noise, sample
-from fewstep.networks.pixel_model import PixelModel, build_unet
+from fewstep.models.pixel_model import PixelModel, build_unet
+from fewstep.models.sampler import Sampler, draw_noise, sample
 from fewstep.recipes.loading import load_recipe
 
 

@@ -18,9 +18,9 @@ from fewstep.diffusion.denoiser import Condition, Denoiser
 from fewstep.diffusion.parameterizations import eps
 from fewstep.diffusion.schedules import VP
 from fewstep.networks.adapters import TextUNet
-from fewstep.networks.roles import make_roles
 from fewstep.recipes.loading import load_recipe
 from fewstep.training.dmd2 import DMD2
+from fewstep.training.roles import make_roles
 
 SDXL = {
     "sample_size": 128,

@@ -2,12 +2,14 @@
 
 import os
 
+from fewstep.models.settings import PixelModelConfig
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
 
-from fewstep.networks.pixel_model import PixelModel, PixelModelConfig, build_unet
+from fewstep.models.pixel_model import PixelModel, build_unet
 
 torch.set_num_threads(1)
 

@@ -7,9 +7,13 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "fewstep"
 FLOORS = [
-    {"errors", "seeding", "settings"},
+    {"errors", "settings"},
+    {"seeding", "files"},
+    {"pictures"},
     {"diffusion"},
-    {"networks", "data", "runtime"},
+    {"networks", "runtime", "data"},
+    {"models"},
+    {"embedded"},
     {"training", "evaluation", "export"},
     {"recipes"},
     {"commands"},

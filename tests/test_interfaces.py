@@ -12,8 +12,9 @@ from fewstep.diffusion.denoiser import Condition, Denoiser, Guided
 from fewstep.diffusion.parameterizations import eps
 from fewstep.diffusion.sampling import rollout
 from fewstep.diffusion.schedules import VP
-from fewstep.networks.roles import make_roles
-from fewstep.training.dmd2 import DMD2, DMD2Settings
+from fewstep.training.dmd2 import DMD2
+from fewstep.training.roles import make_roles
+from fewstep.training.settings import DMD2Settings
 
 BATCH = 4
 

@@ -15,8 +15,8 @@ import yaml
 from PIL import Image
 
 from fewstep import cli
-from fewstep.commands.judges import classifier_path
-from fewstep.recipes.schema import DataSettings
+from fewstep.data.settings import DataSettings
+from fewstep.evaluation.judge import classifier_path
 
 MODEL = {"num_classes": 10, "null_class": True, "block_out_channels": [8, 8], "norm_num_groups": 4}
 LOOP = {"num_steps": 2, "batch_size": 4, "data": {"source": "digits"}}

@@ -13,16 +13,16 @@ from PIL import Image
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from command_line import Run, refused
-from fewstep.commands import judges
-from fewstep.commands.runs import open_captioned_images
 from fewstep.commands.texts import open_texts
 from fewstep.data import latents as latents_module
 from fewstep.data.images import batch_indices
 from fewstep.data.latents import load_latents
-from fewstep.networks.autoencoder import Autoencoder
-from fewstep.networks.latent_model import LatentModel
-from fewstep.networks.pretrained import load
-from fewstep.recipes.schema import DataSettings, EmbeddingSettings
+from fewstep.data.settings import DataSettings, EmbeddingSettings
+from fewstep.embedded.sources import open_captioned_images
+from fewstep.evaluation import judge as judges
+from fewstep.models.autoencoder import Autoencoder
+from fewstep.models.latent_model import LatentModel
+from fewstep.models.loading.pretrained import load
 from fewstep.runtime.checkpoint import latest_model
 from fewstep.seeding import generator
 from fewstep.training.dmd2 import DMD2

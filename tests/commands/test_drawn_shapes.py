@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 
 from fewstep.cli import main
-from fewstep.commands import judges
-from fewstep.data import shapes
-from fewstep.evaluation.shape_checker import ATTRIBUTES
-from fewstep.networks.autoencoder import load_autoencoder
-from fewstep.networks.pretrained import load
+from fewstep.embedded import shapes
+from fewstep.embedded.shape_checker import ATTRIBUTES
+from fewstep.evaluation import judge as judges
+from fewstep.models.autoencoder import load_autoencoder
+from fewstep.models.loading.pretrained import load
 from fewstep.recipes import loading
 from fewstep.runtime.checkpoint import latest_model
 

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from fewstep.commands.judges import classifier_path
-from fewstep.recipes.schema import DataSettings
+from fewstep.data.settings import DataSettings
+from fewstep.evaluation.judge import classifier_path
 
 
 def test_sources_of_the_same_name_have_classifiers_of_their_own() -> None:

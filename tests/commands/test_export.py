@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from fewstep import cli
-from fewstep.networks.pretrained import load
+from fewstep.models.loading.pretrained import load
 from tiny_pipelines import TINY
 
 MODEL = {"num_classes": 10, "null_class": True, "block_out_channels": [8, 8], "norm_num_groups": 4}

@@ -20,12 +20,12 @@ from edm_files import small_network, write_checkpoint
 from fewstep.cli import main
 from fewstep.commands.distill import open_batches
 from fewstep.commands.importing import import_edm
-from fewstep.data.images import digits
-from fewstep.evaluation.generation import Sampler, draw_noise, sample
-from fewstep.networks.pretrained import load
+from fewstep.embedded.digits import digits
+from fewstep.models.loading.pretrained import load
+from fewstep.models.sampler import Sampler, draw_noise, sample
 from fewstep.recipes.loading import load_recipe
 from fewstep.runtime.checkpoint import checkpoints, load_state
-from fewstep.runtime.selection import best_steps, find_checkpoint, find_model
+from fewstep.runtime.runs import best_steps, find_checkpoint, find_model
 from fewstep.runtime.tracking import read_metrics
 
 FASHION = Path(__file__).parents[2] / ".." / "shared" / "data" / "fashion_mnist_test.parquet"
@@ -89,7 +89,7 @@ def fewstep(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     monkeypatch.chdir(place)
     monkeypatch.setattr("fewstep.commands.evaluate.images_per_second", lambda *args: 1.0)
     monkeypatch.setattr(
-        "fewstep.commands.judges.MAX_CLASSES", 9
+        "fewstep.evaluation.judge.MAX_CLASSES", 9
     )  # ten are too many for a classifier, as a thousand are
 
     def command(line: str) -> None:
@@ -184,7 +184,7 @@ def test_stage_a_says_that_it_needs_a_feature_network(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(place)
-    monkeypatch.setattr("fewstep.commands.judges.MAX_CLASSES", 9)
+    monkeypatch.setattr("fewstep.evaluation.judge.MAX_CLASSES", 9)
     monkeypatch.setattr("sys.argv", f"fewstep distill {A} --out new {SIZES}".split())
     with pytest.raises(SystemExit) as ended:
         main()

@@ -13,7 +13,7 @@ import torch
 
 from edm_files import edm_pickle, small_network, write_checkpoint
 from fewstep import cli
-from fewstep.networks.pretrained import load
+from fewstep.models.loading.pretrained import load
 
 MEASURE = """
 import sys
@@ -105,7 +105,7 @@ def test_an_interrupted_import_leaves_nothing(run, checkpoint: Path, monkeypatch
         (folder / "half").write_text("")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fewstep.networks.pixel_model.PixelModel.save", interrupt)
+    monkeypatch.setattr("fewstep.models.pixel_model.PixelModel.save", interrupt)
     code, _, _ = run("import", "edm", checkpoint, "--out", "model")
     assert (code, list(Path.cwd().iterdir())) == (130, [])
 

@@ -9,9 +9,9 @@ import torch
 
 from fewstep.commands.distill import distill
 from fewstep.commands.evaluate import evaluate
-from fewstep.commands.runs import open_model
 from fewstep.commands.teach import teach
 from fewstep.evaluation.extractors import train_classifier
+from fewstep.models.loading.pretrained import open_model
 from fewstep.recipes.loading import load_recipe
 
 TINY = ["batch_size=8", "sample_every=100", "num_steps=4", "device=cpu", "checkpoint_every=100"]
@@ -26,7 +26,7 @@ def quiet(step: int, metrics: dict[str, float]) -> None:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("place") / "runs"
     with pytest.MonkeyPatch.context() as patch:  # a worse classifier will do
-        patch.setattr("fewstep.commands.judges.train_classifier", partial(train_classifier, num_steps=30))
+        patch.setattr("fewstep.evaluation.judge.train_classifier", partial(train_classifier, num_steps=30))
         teach(load_recipe("digits-teacher", [*TINY, *JUDGING]), folder / "teacher", report=quiet)
     settings = [*TINY, *JUDGING, f"teacher={folder / 'teacher'}", "student_every=2"]
     distill(load_recipe("digits-4step", settings), folder / "student", report=quiet)

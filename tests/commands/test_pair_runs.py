@@ -13,9 +13,10 @@ from torch import Tensor
 from command_line import Run, refused
 from fewstep.commands import pairs as module
 from fewstep.data.pairs import PairSet, load_pairs
-from fewstep.networks.latent_model import LatentModel
-from fewstep.networks.pixel_model import PixelModel, PixelModelConfig, build_unet
-from fewstep.networks.pretrained import load
+from fewstep.models.latent_model import LatentModel
+from fewstep.models.loading.pretrained import load
+from fewstep.models.pixel_model import PixelModel, build_unet
+from fewstep.models.settings import PixelModelConfig
 from fewstep.runtime.checkpoint import latest_model, load_state
 from tiny_pipelines import BETAS, TINY
 

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from fewstep import __version__
 from fewstep.cli import main
-from fewstep.data.pictures import grid
-from fewstep.evaluation.generation import Sampler, default_sampler, generate
 from fewstep.export.single_file import write_single_file
-from fewstep.networks.latent_model import LatentModel
-from fewstep.networks.pixel_model import PixelModel, PixelModelConfig, build_unet
-from fewstep.networks.pretrained import load
+from fewstep.models.latent_model import LatentModel
+from fewstep.models.loading.pretrained import load
+from fewstep.models.pixel_model import PixelModel, build_unet
+from fewstep.models.sampler import Sampler, default_sampler, generate
+from fewstep.models.settings import PixelModelConfig
+from fewstep.pictures import grid
 from tiny_pipelines import TINY
 
 CONFIG = {"num_classes": 3, "null_class": True, "block_out_channels": [8, 8], "norm_num_groups": 4}

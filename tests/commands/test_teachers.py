@@ -13,8 +13,8 @@ from PIL import Image
 
 from fake_hub import fake_hub, point_to
 from fewstep.cli import main
-from fewstep.networks.latent_model import LatentModel
-from fewstep.networks.pretrained import load
+from fewstep.models.latent_model import LatentModel
+from fewstep.models.loading.pretrained import load
 from fewstep.training.dmd2 import DMD2
 from single_files import original_weights, write_single_file
 from tiny_pipelines import TINY

@@ -11,8 +11,8 @@ from diffusers import LCMScheduler, StableDiffusionPipeline, StableDiffusionXLPi
 from PIL import Image
 
 from fewstep.cli import main
-from fewstep.evaluation.generation import draw_noise
-from fewstep.networks.pretrained import load
+from fewstep.models.loading.pretrained import load
+from fewstep.models.sampler import draw_noise
 from tiny_pipelines import TINY
 
 RECIPE = """

@@ -14,8 +14,12 @@ from PIL import Image
 from torch import Tensor
 
 from fewstep.data import images as module
-from fewstep.data.images import ImageSet, batch_indices, digits, load_images
+from fewstep.data.images import ImageSet, batch_indices, load_images
+from fewstep.data.settings import DataSettings
+from fewstep.embedded.digits import digits
+from fewstep.embedded.sources import open_images
 from fewstep.errors import UserError
+from fewstep.models.settings import PixelModelConfig
 
 SHARED = Path(__file__).parents[2] / ".." / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="no shared data here")
@@ -188,7 +192,7 @@ def test_a_batch_has_the_labels_of_its_images(tmp_path: Path) -> None:
 def test_a_set_read_without_classes_has_batches_without_labels(tmp_path: Path) -> None:
     images = load_images(str(write_parquet(tmp_path / "set.parquet")), 6, 3)
     assert list(images.batch(torch.tensor([0]))) == ["image"]
-    assert list(load_images("digits", 8, 1).batch(torch.tensor([0]))) == ["image"]
+    assert list(open_images(DataSettings(source="digits"), PixelModelConfig()).batch(torch.tensor([0]))) == ["image"]
 
 
 @pytest.mark.parametrize("name", WRITERS)

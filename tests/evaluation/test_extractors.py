@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fewstep.data.images import ImageSet, digits
+from fewstep.data.images import ImageSet
+from fewstep.embedded.digits import digits
 from fewstep.errors import UserError
 from fewstep.evaluation.extractors import (
     Classifier,

@@ -21,11 +21,13 @@ from safetensors.torch import load_file
 from fewstep.diffusion.sampling import rollout
 from fewstep.diffusion.timesteps import index_grid
 from fewstep.errors import UserError
-from fewstep.export.diffusers_folder import Format, lcm_scheduler, write_diffusers_folder, written_folder
+from fewstep.export.diffusers_folder import Format, check_folder, lcm_scheduler, write_diffusers_folder
 from fewstep.export.provenance import Provenance
-from fewstep.networks.latent_model import LatentModel
-from fewstep.networks.pixel_model import PixelModel, PixelModelConfig, build_unet
-from fewstep.networks.pretrained import load
+from fewstep.files import written_folder
+from fewstep.models.latent_model import LatentModel
+from fewstep.models.loading.pretrained import load
+from fewstep.models.pixel_model import PixelModel, build_unet
+from fewstep.models.settings import PixelModelConfig
 from tiny_pipelines import BETAS, TINY
 
 CLASSES = {"sd": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
@@ -325,7 +327,8 @@ def test_a_disk_that_fills_leaves_what_was_there(pixel, tmp_path: Path) -> None:
 
 def test_overwriting_replaces_an_export_whole_and_nothing_else(tmp_path: Path) -> None:
     def write(name: str, overwrite: bool) -> None:
-        with written_folder(tmp_path / "out", overwrite) as folder:
+        check_folder(tmp_path / "out", overwrite)
+        with written_folder(tmp_path / "out") as folder:
             (folder / name).write_text("x")
             (folder / "fewstep.json").write_text('{"export": {}}')
 

@@ -29,11 +29,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from fewstep.embedded.settings import AutoencoderConfig, TextModelConfig
+from fewstep.embedded.small_models import build_autoencoder, build_pipeline
 from fewstep.errors import UserError
 from fewstep.export.single_file import original_weights, write_single_file
-from fewstep.networks.latent_config import AutoencoderConfig, TextModelConfig, build_autoencoder, build_pipeline
-from fewstep.networks.latent_model import LatentModel
-from fewstep.networks.pretrained import load
+from fewstep.models.latent_model import LatentModel
+from fewstep.models.loading.pretrained import load
 from single_files import original_weights as other_weights
 from tiny_pipelines import BETAS, LENGTH, tiny_sd, tiny_sdxl, unet
 

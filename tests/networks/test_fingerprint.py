@@ -8,9 +8,9 @@ import torch
 
 from fewstep.diffusion.parameterizations import v
 from fewstep.diffusion.schedules import EDM, VP
-from fewstep.networks.latent_model import LatentModel
-from fewstep.networks.pixel_model import PixelModel
-from fewstep.networks.pretrained import load
+from fewstep.models.latent_model import LatentModel
+from fewstep.models.loading.pretrained import load
+from fewstep.models.pixel_model import PixelModel
 from tiny_pipelines import TINY
 
 

@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
-from fewstep.networks.roles import make_roles
 from fewstep.networks.stop_embedding import condition_on_stop
+from fewstep.training.roles import make_roles
 
 X, T, LABEL = torch.randn(4, 1, 8, 8), torch.rand(4) + 0.1, torch.tensor([0, 1, 2, 0])
 

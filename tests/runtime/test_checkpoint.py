@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from fewstep.errors import UserError
+from fewstep.files import write_text
 from fewstep.runtime import checkpoint
-from fewstep.runtime.checkpoint import check_run, checkpoints, latest_model, load_state, save_checkpoint, write_text
+from fewstep.runtime.checkpoint import check_run, checkpoints, latest_model, load_state, save_checkpoint
 
 
 def writer(text: str) -> Callable[[Path], None]:

@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep.data.shapes import shapes
-from fewstep.networks.autoencoder import Autoencoder, load_autoencoder
-from fewstep.networks.latent_config import AutoencoderConfig, build_autoencoder
+from fewstep.embedded.settings import AutoencoderConfig
+from fewstep.embedded.shapes import shapes
+from fewstep.embedded.small_models import build_autoencoder
+from fewstep.models.autoencoder import Autoencoder, load_autoencoder
 from fewstep.seeding import generator
-from fewstep.training.autoencoder import AutoencoderSettings, AutoencoderTraining
+from fewstep.training.autoencoder import AutoencoderTraining
+from fewstep.training.settings import AutoencoderSettings
 
 CONFIG = AutoencoderConfig(block_out_channels=[8, 16], norm_num_groups=4)
 FROZEN = {"optimizer": {"lr": 1e-12, "weight_decay": 0}}

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.diffusion.sampling import rollout
-from fewstep.networks.pixel_model import PixelModel
-from fewstep.networks.roles import make_roles
-from fewstep.training.dmd2 import DMD2, DMD2Settings
+from fewstep.models.pixel_model import PixelModel
+from fewstep.training.dmd2 import DMD2
+from fewstep.training.roles import make_roles
+from fewstep.training.settings import DMD2Settings
 
 BATCH = 6
 

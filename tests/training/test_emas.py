@@ -11,18 +11,18 @@ from torch import Tensor
 
 from fewstep.commands.distill import distill
 from fewstep.commands.evaluate import evaluate
-from fewstep.commands.runs import open_model
 from fewstep.commands.teach import teach
 from fewstep.errors import Interrupted, UserError
-from fewstep.networks.latent_model import LatentModel
-from fewstep.networks.pretrained import load
-from fewstep.networks.roles import make_roles
+from fewstep.models.latent_model import LatentModel
+from fewstep.models.loading.pretrained import load, open_model
 from fewstep.recipes.loading import load_recipe
 from fewstep.recipes.schema import DistillRecipe
 from fewstep.runtime.checkpoint import checkpoints, load_state
-from fewstep.runtime.selection import best_steps, find_checkpoint, find_model
+from fewstep.runtime.runs import best_steps, find_checkpoint, find_model
 from fewstep.runtime.tracking import read_metrics
-from fewstep.training.dmd2 import DMD2, DMD2Settings
+from fewstep.training.dmd2 import DMD2
+from fewstep.training.roles import make_roles
+from fewstep.training.settings import DMD2Settings
 from tiny_pipelines import TINY as TINY_PIPELINES
 
 TINY = ["batch_size=8", "log_every=2", "sample_every=100", "checkpoint_every=4", "num_steps=12", "device=cpu"]

@@ -13,8 +13,9 @@ from fewstep.diffusion.parameterizations import edm, x0
 from fewstep.diffusion.sampling import rollout
 from fewstep.diffusion.schedules import EDM
 from fewstep.diffusion.timesteps import lognormal_sigma
-from fewstep.networks.roles import Roles
-from fewstep.training.dmd2 import DMD2, DMD2Settings
+from fewstep.training.dmd2 import DMD2
+from fewstep.training.roles import Roles
+from fewstep.training.settings import DMD2Settings
 
 NUM_MODES, MODE_STD, SIGMA_MAX, BATCH = 8, 0.1, 20.0, 256
 ANGLES = 2 * math.pi * torch.arange(NUM_MODES) / NUM_MODES

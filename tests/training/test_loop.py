@@ -12,11 +12,10 @@ from PIL import Image
 from torch import Tensor
 
 from fewstep.commands.distill import distill
-from fewstep.commands.runs import open_model
 from fewstep.commands.teach import teach
 from fewstep.errors import Interrupted, UserError
-from fewstep.networks.pixel_model import PixelModel
-from fewstep.networks.pretrained import load
+from fewstep.models.loading.pretrained import load, open_model
+from fewstep.models.pixel_model import PixelModel
 from fewstep.recipes.loading import load_recipe
 from fewstep.recipes.schema import DistillRecipe, TeachRecipe
 from fewstep.runtime import checkpoint

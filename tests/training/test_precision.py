@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fewstep.networks.latent_model import LatentModel
-from fewstep.networks.pretrained import load
-from fewstep.networks.roles import make_roles
-from fewstep.training.dmd2 import DMD2, DMD2Settings
+from fewstep.models.latent_model import LatentModel
+from fewstep.models.loading.pretrained import load
+from fewstep.training.dmd2 import DMD2
+from fewstep.training.roles import make_roles
+from fewstep.training.settings import DMD2Settings
 from tiny_pipelines import TINY
 
 BATCH = 3

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.diffusion.sampling import rollout
-from fewstep.evaluation.generation import default_sampler, sample
-from fewstep.networks.image_model import ImageModel
-from fewstep.networks.latent_model import LatentModel
-from fewstep.networks.pixel_model import PixelModel
-from fewstep.networks.roles import make_roles
+from fewstep.models.image_model import ImageModel
+from fewstep.models.latent_model import LatentModel
+from fewstep.models.pixel_model import PixelModel
+from fewstep.models.sampler import default_sampler, sample
 from fewstep.runtime.ema import EMA
 from fewstep.seeding import generator
-from fewstep.training.dmd2 import DMD2, DMD2Settings
-from fewstep.training.settings import NoiseLevels
-from fewstep.training.teacher import TeacherSettings, TeacherTraining
+from fewstep.training.dmd2 import DMD2
+from fewstep.training.roles import make_roles
+from fewstep.training.settings import DMD2Settings, NoiseLevels, TeacherSettings
+from fewstep.training.teacher import TeacherTraining
 from tiny_pipelines import TINY
 
 BATCH = 5

@@ -14,15 +14,16 @@ from fewstep.diffusion.parameterizations import x0 as predicts_x0
 from fewstep.diffusion.sampling import heun, rollout
 from fewstep.diffusion.schedules import EDM
 from fewstep.errors import UserError
-from fewstep.networks.autoencoder import load_tiny_decoder
-from fewstep.networks.latent_model import LatentModel
-from fewstep.networks.pixel_model import PixelModel
+from fewstep.models.autoencoder import load_tiny_decoder
+from fewstep.models.latent_model import LatentModel
+from fewstep.models.loading.pretrained import load
+from fewstep.models.pixel_model import PixelModel
 from fewstep.networks.precision import trainable
-from fewstep.networks.pretrained import load
-from fewstep.networks.roles import make_roles
-from fewstep.training.dmd2 import DMD2, DMD2Settings
+from fewstep.training.dmd2 import DMD2
 from fewstep.training.pair_loss import PairLoss
-from fewstep.training.regression import Regression, RegressSettings
+from fewstep.training.regression import Regression
+from fewstep.training.roles import make_roles
+from fewstep.training.settings import DMD2Settings, RegressSettings
 from tiny_pipelines import TINY
 
 PAIRS = {"pairs": "somewhere", "sampler": "heun:5"}

@@ -3,15 +3,17 @@
 from dataclasses import asdict
 from pathlib import Path
 
-from fewstep.commands.runs import check_writable, open_captioned_images, open_model, pick_device
+from fewstep.commands.runs import check_writable, pick_device
 from fewstep.data.filters import Filter, load_filtered
 from fewstep.data.images import ImageSet
 from fewstep.data.latents import describe_dropped, write_latents
+from fewstep.data.settings import DataSettings
+from fewstep.embedded.sources import open_captioned_images
 from fewstep.errors import Interrupted, UserError
-from fewstep.networks.autoencoder import Autoencoder, load_autoencoder
-from fewstep.networks.latent_model import LatentModel
+from fewstep.models.autoencoder import Autoencoder, load_autoencoder
+from fewstep.models.latent_model import LatentModel
+from fewstep.models.loading.pretrained import open_model
 from fewstep.recipes.loading import read_run_recipe
-from fewstep.recipes.schema import DataSettings
 from fewstep.runtime.checkpoint import RECIPE, latest_model
 from fewstep.runtime.tracking import progress_bar
 

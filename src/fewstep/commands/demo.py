@@ -16,20 +16,23 @@ from torch import Tensor
 from fewstep.commands.data import open_encoder
 from fewstep.commands.distill import distill
 from fewstep.commands.evaluate import make_judge, publish
-from fewstep.commands.judges import GRID_IMAGES, MAX_REAL, Judge, classifier_path, describe, open_classifier
-from fewstep.commands.runs import check_target, open_captioned_images, open_images, open_model
-from fewstep.commands.tasks import NUM_PROCESSES, Task, TaskRunner, task_runner
+from fewstep.commands.runs import check_target
 from fewstep.commands.teach import teach
 from fewstep.data.latents import write_latents
+from fewstep.data.settings import DataSettings
+from fewstep.embedded.sources import open_captioned_images, open_images
 from fewstep.errors import Interrupted
 from fewstep.evaluation.extractors import CLASSIFIER_STEPS
-from fewstep.evaluation.generation import Sampler, default_sampler, generate, images_per_second, parse_sampler
+from fewstep.evaluation.judge import GRID_IMAGES, MAX_REAL, Judge, classifier_path, describe, open_classifier
 from fewstep.evaluation.report import sample_grid
-from fewstep.networks.latent_model import LatentModel
+from fewstep.models.latent_model import LatentModel
+from fewstep.models.loading.pretrained import open_model
+from fewstep.models.sampler import Sampler, default_sampler, generate, images_per_second, parse_sampler
 from fewstep.recipes.loading import load_recipe
-from fewstep.recipes.schema import AnyRecipe, DataSettings, DistillRecipe, TeachRecipe
+from fewstep.recipes.schema import AnyRecipe, DistillRecipe, TeachRecipe
 from fewstep.runtime.checkpoint import METRICS
 from fewstep.runtime.tracking import Report, read_metrics
+from fewstep.runtime.workers import NUM_PROCESSES, Task, TaskRunner, task_runner
 
 CHUNK = 640  # images per task of the evaluation
 Recipes = dict[str, AnyRecipe]

@@ -8,26 +8,27 @@ import torch
 
 from fewstep.commands.judging import make_evaluation
 from fewstep.commands.pairs import open_pair_loss, open_pairs, pair_batches
-from fewstep.commands.runs import FROZEN, check_target, image_batches, open_images, open_model, pick_device, start_run
+from fewstep.commands.runs import FROZEN, check_target, image_batches, pick_device, start_run
 from fewstep.commands.teach import finished_run
 from fewstep.commands.texts import text_batches
 from fewstep.data.pairs import PairSet
+from fewstep.embedded.sources import open_images
 from fewstep.errors import UserError
-from fewstep.networks.latent_model import LatentModel
-from fewstep.networks.pixel_model import PixelModel
+from fewstep.models.latent_model import LatentModel
+from fewstep.models.loading.pretrained import is_loadable, open_model
+from fewstep.models.pixel_model import PixelModel
 from fewstep.networks.precision import DTYPES, trainable
-from fewstep.networks.pretrained import is_loadable
-from fewstep.networks.roles import Roles, make_roles
 from fewstep.recipes.loading import recipe_names
 from fewstep.recipes.schema import RegressRecipe, StudentRecipe
 from fewstep.runtime.checkpoint import checkpoints
-from fewstep.runtime.selection import find_checkpoint, run_and_choice
+from fewstep.runtime.runs import find_checkpoint, run_and_choice
 from fewstep.runtime.tracking import Report
 from fewstep.training.dmd2 import DMD2
 from fewstep.training.initialization import start_from
 from fewstep.training.method import Batch
 from fewstep.training.pair_loss import PairLoss
 from fewstep.training.regression import Regression
+from fewstep.training.roles import Roles, make_roles
 
 
 def distill(recipe: StudentRecipe, run: Path, resume: bool = False, report: Report | None = None) -> None:

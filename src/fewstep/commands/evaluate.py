@@ -6,18 +6,19 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from fewstep.commands.judges import GRID_IMAGES, Judge, describe, make_class_judge, make_text_judge
-from fewstep.commands.runs import check_writable, open_averages, pick_device
+from fewstep.commands.runs import check_writable, pick_device
+from fewstep.data.settings import DataSettings
 from fewstep.errors import UserError
 from fewstep.evaluation import report
-from fewstep.evaluation.generation import default_sampler, generate, images_per_second, parse_sampler
+from fewstep.evaluation.judge import GRID_IMAGES, Judge, describe, make_class_judge, make_text_judge
 from fewstep.evaluation.metrics import Row
-from fewstep.networks.latent_model import LatentModel
-from fewstep.networks.pixel_model import PixelModel
+from fewstep.models.latent_model import LatentModel
+from fewstep.models.loading.pretrained import open_averages
+from fewstep.models.pixel_model import PixelModel
+from fewstep.models.sampler import default_sampler, generate, images_per_second, parse_sampler
 from fewstep.recipes.loading import read_run_recipe
-from fewstep.recipes.schema import DataSettings
 from fewstep.runtime.checkpoint import METRICS, RECIPE, check_run
-from fewstep.runtime.selection import run_and_choice
+from fewstep.runtime.runs import run_and_choice
 from fewstep.runtime.tracking import progress_bar, read_metrics
 
 

@@ -10,19 +10,19 @@ from torch import Tensor
 
 from fewstep.commands.runs import check_writable
 from fewstep.errors import UserError
-from fewstep.evaluation.generation import parse_sampler
 from fewstep.evaluation.metrics import wilson_interval
 from fewstep.export.diffusers_folder import Format, check_folder, write_diffusers_folder
 from fewstep.export.provenance import Provenance, Score, read_scores, read_table
 from fewstep.export.weights import count_tensors
-from fewstep.networks.image_model import DESCRIPTION
-from fewstep.networks.latent_model import LatentModel
-from fewstep.networks.pretrained import SUFFIX, load
+from fewstep.models.image_model import DESCRIPTION
+from fewstep.models.latent_model import LatentModel
+from fewstep.models.loading.pretrained import SUFFIX, load
+from fewstep.models.sampler import parse_sampler
 from fewstep.recipes.loading import read_run_recipe
 from fewstep.recipes.schema import DistillRecipe, StudentRecipe
 from fewstep.runtime.checkpoint import EVALUATIONS, RECIPE, check_run, load_state
 from fewstep.runtime.ema import ema_name
-from fewstep.runtime.selection import find_model, run_and_choice
+from fewstep.runtime.runs import find_model, run_and_choice
 from fewstep.runtime.tracking import progress_bar, read_metrics
 
 PER_FAKE = ("precision", "accuracy")  # shares of the generated images, each in or out

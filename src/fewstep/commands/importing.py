@@ -4,8 +4,8 @@ from pathlib import Path
 
 from fewstep.commands.runs import check_writable
 from fewstep.errors import UserError
-from fewstep.export.diffusers_folder import written_folder
-from fewstep.networks.edm_checkpoint import EdmNetwork, convert, read_network
+from fewstep.files import written_folder
+from fewstep.models.loading.edm_checkpoint import EdmNetwork, convert, read_network
 from fewstep.runtime.tracking import progress_bar
 
 

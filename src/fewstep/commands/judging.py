@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from fewstep.commands.evaluate import make_judge
-from fewstep.commands.judges import MAX_REAL
-from fewstep.evaluation.generation import default_sampler, generate
-from fewstep.networks.latent_model import LatentModel
-from fewstep.networks.pixel_model import PixelModel
+from fewstep.evaluation.judge import MAX_REAL
+from fewstep.models.latent_model import LatentModel
+from fewstep.models.pixel_model import PixelModel
+from fewstep.models.sampler import default_sampler, generate
 from fewstep.recipes.schema import StudentRecipe, TeachRecipe, TeachTextRecipe
 from fewstep.training.loop import Evaluate
 from fewstep.training.method import Method

@@ -8,24 +8,26 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fewstep.commands.runs import check_writable, open_model, pick_device
+from fewstep.commands.runs import check_writable, pick_device
 from fewstep.commands.texts import NUM_GRID_PROMPTS, open_texts
 from fewstep.data.images import batch_indices
 from fewstep.data.pairs import Given, PairSet, load_pairs, write_pairs
 from fewstep.data.prompts import load_prompts
 from fewstep.diffusion.schedules import VP
 from fewstep.errors import Interrupted, UserError
-from fewstep.evaluation.generation import MULTISTEP, Sampler, parse_sampler, sample
-from fewstep.networks.autoencoder import load_tiny_decoder
-from fewstep.networks.latent_model import LatentModel
-from fewstep.networks.lpips import load_lpips
-from fewstep.networks.pixel_model import PixelModel
+from fewstep.evaluation.lpips import load_lpips
+from fewstep.models.autoencoder import load_tiny_decoder
+from fewstep.models.latent_model import LatentModel
+from fewstep.models.loading.pretrained import open_model
+from fewstep.models.pixel_model import PixelModel
+from fewstep.models.sampler import MULTISTEP, Sampler, parse_sampler, sample
 from fewstep.networks.precision import INFERENCE_DTYPES
 from fewstep.recipes.schema import DistillRecipe, StudentRecipe
 from fewstep.runtime.tracking import progress_bar
 from fewstep.seeding import generator
 from fewstep.training.method import Batch
-from fewstep.training.pair_loss import PairLoss, RegressionSettings
+from fewstep.training.pair_loss import PairLoss
+from fewstep.training.settings import RegressionSettings
 
 
 @dataclass(frozen=True)

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 import fewstep
-from fewstep.commands.runs import check_writable, open_model, pick_device
-from fewstep.data.pictures import grid, parameters_text, read_text, save_png, to_picture
+from fewstep.commands.runs import check_writable, pick_device
 from fewstep.data.prompts import load_prompts
 from fewstep.errors import UserError
-from fewstep.evaluation.generation import Sampler, default_sampler, generate, parse_sampler
+from fewstep.models.latent_model import LatentModel
+from fewstep.models.loading.hub import is_hub_id
+from fewstep.models.loading.pretrained import SUFFIX, open_model
+from fewstep.models.pixel_model import PixelModel
+from fewstep.models.sampler import Sampler, default_sampler, generate, parse_sampler
 from fewstep.networks.fingerprint import fingerprint
-from fewstep.networks.hub import is_hub_id
-from fewstep.networks.latent_model import LatentModel
-from fewstep.networks.pixel_model import PixelModel
-from fewstep.networks.pretrained import SUFFIX
+from fewstep.pictures import grid, parameters_text, read_text, save_png, to_picture
 from fewstep.runtime.tracking import progress_bar
 
 COLUMNS = 10

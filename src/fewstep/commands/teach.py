@@ -6,22 +6,14 @@ from pathlib import Path
 import torch
 
 from fewstep.commands.judging import make_evaluation
-from fewstep.commands.runs import (
-    FROZEN,
-    check_target,
-    image_batches,
-    open_captioned,
-    open_captioned_images,
-    open_images,
-    pick_device,
-    start_run,
-)
+from fewstep.commands.runs import FROZEN, check_target, image_batches, pick_device, start_run
 from fewstep.commands.texts import text_batches
+from fewstep.embedded.small_models import build_autoencoder, build_pipeline
+from fewstep.embedded.sources import open_captioned, open_captioned_images, open_images
 from fewstep.errors import Interrupted, UserError
-from fewstep.networks.autoencoder import Autoencoder, load_autoencoder
-from fewstep.networks.latent_config import build_autoencoder, build_pipeline
-from fewstep.networks.latent_model import LatentModel
-from fewstep.networks.pixel_model import PixelModel, build_unet
+from fewstep.models.autoencoder import Autoencoder, load_autoencoder
+from fewstep.models.latent_model import LatentModel
+from fewstep.models.pixel_model import PixelModel, build_unet
 from fewstep.recipes.loading import load_recipe, read_run_recipe, recipe_names
 from fewstep.recipes.schema import AutoencoderRecipe, StudentRecipe, TeachingRecipe, TeachRecipe, TeachTextRecipe
 from fewstep.runtime.checkpoint import RECIPE, checkpoints, latest_model, step_name

@@ -8,15 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.commands.runs import open_captioned
 from fewstep.data.embeddings import cached_embeddings
 from fewstep.data.images import ImageSet, batch_indices
 from fewstep.data.latents import LatentSet
 from fewstep.data.prompts import load_prompts
+from fewstep.data.settings import EmbeddingSettings
 from fewstep.data.shards import Rows
-from fewstep.networks.latent_model import LatentModel
+from fewstep.embedded.sources import open_captioned
+from fewstep.models.latent_model import LatentModel
 from fewstep.networks.text import TextConditioner
-from fewstep.recipes.schema import DistillRecipe, EmbeddingSettings, TeachTextRecipe
+from fewstep.recipes.schema import DistillRecipe, TeachTextRecipe
 from fewstep.runtime.tracking import progress_bar
 from fewstep.training.method import Batch
 

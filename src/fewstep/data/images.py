@@ -1,4 +1,4 @@
-"""Image sets: the embedded digits, image folders, EDM zips, parquet files and WebDataset tars, as uint8 tensors."""
+"""Image sets: image folders, EDM zips, parquet files and WebDataset tars, as uint8 tensors."""
 
 import io
 import sys
@@ -49,15 +49,6 @@ class ImageSet:
         return batch
 
 
-def digits() -> ImageSet:
-    """The 1,797 scanned 8x8 grey digits that scikit-learn carries, 16 levels spread over 0..255."""
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    images = (torch.from_numpy(bunch.images).float() * 255 / 16).round().to(torch.uint8)[:, None]
-    return ImageSet(images.__getitem__, torch.from_numpy(bunch.target).long(), len(images))
-
-
 def load_images(
     source: str,
     size: int,
@@ -67,27 +58,20 @@ def load_images(
     label_column: str | None = None,
     split: str = "train",
 ) -> ImageSet:
-    """The image set at `source`: "digits", an image folder, an EDM zip, a parquet file, a tar, or a folder of these.
+    """The image set at `source`: an image folder, an EDM zip, a parquet file, a tar, or a folder of these.
 
     Images become grey (`channels` 1) or RGB (3), resized by their shorter side and centre-cropped to `size` pixels.
     Labels are read only when `num_classes` > 0. Raises UserError for whatever is wrong with the files.
     """
-    if source == "digits":
-        images = digits()
-        _check_shape(images, size, channels)
-    elif is_edm_set(Path(source)):
+    if is_edm_set(Path(source)):
         images = _from_edm(Path(source), size, channels, num_classes)
     else:
         images = _from_files(Path(source), size, channels, num_classes > 0, image_column, label_column, split)
-    return _check_classes(images, num_classes, source)
+    return of_classes(images, num_classes, source)
 
 
-def _check_shape(images: ImageSet, size: int, channels: int) -> None:
-    if (channels, size, size) != tuple(images.fetch(torch.tensor([0])).shape[1:]):
-        raise UserError(f"data.source: the digits are 1x8x8, the model wants {channels}x{size}x{size}")
-
-
-def _check_classes(images: ImageSet, num_classes: int, source: str) -> ImageSet:
+def of_classes(images: ImageSet, num_classes: int, source: str) -> ImageSet:
+    """The set with its labels if there are classes; raises UserError unless they are 0 .. num_classes-1."""
     if not num_classes or images.labels is None:
         return ImageSet(images.fetch, None, images.length)
     found = images.labels.unique().tolist()

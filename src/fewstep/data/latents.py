@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from fewstep.data.images import ImageSet, Unusable
-from fewstep.data.shards import ROWS, Rows, open_shard, save_shard, shard_rows, written_whole
+from fewstep.data.shards import ROWS, Rows, open_shard, save_shard, shard_rows
 from fewstep.errors import UserError
+from fewstep.files import written_whole
 from fewstep.seeding import generator
 
 DESCRIPTION = "latents.json"

@@ -22,8 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.data.shards import shard_rows, written_whole
+from fewstep.data.shards import shard_rows
 from fewstep.errors import UserError
+from fewstep.files import written_whole
 from fewstep.seeding import generator
 
 DESCRIPTION = "pairs.json"

@@ -1,10 +1,7 @@
 """Tensors in many safetensors files: written whole or not at all, read by row without loading them."""
 
 import json
-import os
-import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,23 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fewstep.errors import UserError
+from fewstep.files import written_whole
 
 ROWS = 1024  # of one file: 134 MB of SDXL's latents, 650 MB of its text embeddings in float32
-
-
-@contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A temporary path that takes the name `path` if the block ends well; several processes may write the same path."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: can't be written ({' '.join(str(error).split())})") from error
-    finally:
-        with suppress(OSError):  # of a folder that could not be made
-            temporary.unlink()
 
 
 def shard_rows(folder: Path, num_rows: int, size: int, suffix: str = ".safetensors") -> dict[Path, range]:

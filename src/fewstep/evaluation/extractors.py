@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from fewstep.data.images import ImageSet, batch_indices
 from fewstep.errors import UserError
-from fewstep.networks.image_model import to_pixels
+from fewstep.models.image_model import to_pixels
 from fewstep.seeding import generator
 
 CLASSIFIER_STEPS = 600

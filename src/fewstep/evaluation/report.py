@@ -13,8 +13,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import Tensor
 
-from fewstep.data.pictures import grid, png_bytes
 from fewstep.evaluation.metrics import Row
+from fewstep.pictures import grid, png_bytes
 
 LOWER_IS_BETTER = {"fid"}
 HIGHER_IS_BETTER = {

@@ -4,25 +4,23 @@ from __future__ import annotations  # diffusers is imported only where a schedul
 
 import json
 import shutil
-import uuid
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from fewstep.errors import UserError
 from fewstep.export.model_card import Card, model_card
 from fewstep.export.provenance import Provenance
 from fewstep.export.weights import convert_part, weight_files
-from fewstep.networks.hub import PIPELINE, read_index
-from fewstep.networks.image_model import DESCRIPTION, write_description
-from fewstep.networks.pipeline import library_class
+from fewstep.files import written_folder
+from fewstep.models.image_model import DESCRIPTION, write_description
+from fewstep.models.loading.hub import PIPELINE, read_index
+from fewstep.models.loading.pipeline import library_class
 
 if TYPE_CHECKING:
     from diffusers import LCMScheduler
@@ -57,7 +55,8 @@ def write_diffusers_folder(
     Raises UserError if `out` is there (unless it is an export that is to be overwritten) or can't be written.
     """
     description = json.loads((model / DESCRIPTION).read_text())
-    with written_folder(out, overwrite) as folder:
+    check_folder(out, overwrite)
+    with written_folder(out) as folder:
         latent = (model / PIPELINE).is_file()
         index, named = (_latent_index if latent else _pixel_index)(model, folder, description)
         (folder / PIPELINE).write_text(json.dumps(index, indent=2) + "\n")
@@ -161,32 +160,3 @@ def check_folder(out: Path, overwrite: bool) -> None:
         raise UserError(f"{out}: exists already and is no export, so it is never replaced; choose another place")
     if not overwrite:
         raise UserError(f"{out}: exists already; replace it with --overwrite, or choose another place")
-
-
-@contextmanager
-def written_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary folder beside `out` that takes its name if the block ends well; else nothing is left of it."""
-    check_folder(out, overwrite)
-    out = out.resolve()
-    temporary, old = (out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.{suffix}") for suffix in ("tmp", "old"))
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        _take_place(temporary, out, old)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{out}: can't be written ({' '.join(str(error).split())})") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _take_place(new: Path, out: Path, old: Path) -> None:
-    """Renames; what was there is removed when the new folder stands, and put back if it can't."""
-    if out.exists():
-        out.rename(old)
-    try:
-        new.rename(out)
-    except OSError:
-        if old.exists():
-            old.rename(out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

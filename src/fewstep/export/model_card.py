@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from fewstep.export.provenance import SAMPLER, Provenance
-from fewstep.networks.hub import is_hub_id
+from fewstep.models.loading.hub import is_hub_id
 
 VARIANTS = {
     torch.float32: "",

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from fewstep.data.shards import written_whole
+from fewstep.embedded.small_models import SCHEDULE
 from fewstep.errors import UserError
 from fewstep.export.weights import write_safetensors
-from fewstep.networks.latent_config import SCHEDULE
-from fewstep.networks.latent_model import LatentModel, read_scheduler
-from fewstep.networks.pipeline import library_class
-from fewstep.networks.single_file import TIMESTEPS, UNET, Weights
+from fewstep.files import written_whole
+from fewstep.models.latent_model import LatentModel, read_scheduler
+from fewstep.models.loading.pipeline import library_class
+from fewstep.models.loading.single_file import TIMESTEPS, UNET, Weights
 
 Places = dict[str, str]
 """Dotted starts of diffusers' names -> the original ones."""

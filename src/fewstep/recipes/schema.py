@@ -4,50 +4,10 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from fewstep.networks.latent_config import AutoencoderConfig, TextModelConfig
-from fewstep.networks.pixel_model import PixelModelConfig
-from fewstep.settings import Settings
-from fewstep.training.autoencoder import AutoencoderSettings
-from fewstep.training.dmd2 import DMD2Settings
-from fewstep.training.loop import LoopSettings
-from fewstep.training.regression import RegressSettings
-from fewstep.training.teacher import TeacherSettings
-
-
-class DataSettings(Settings):
-    """Where the real images come from; size, grey or RGB, and the number of classes are the model's."""
-
-    source: str | None = "digits"
-    """`digits` or, with captions, `shapes` (both embedded), an image folder, a zip (or folder) of images with a
-    dataset.json as EDM's dataset_tool writes them, a parquet file, a WebDataset tar, a folder of those, or of latents
-    that `fewstep data latents` wrote; null for text-to-image with `prompts` and without GAN, which needs no images."""
-    split: str = "train"
-    """The split to read, where the source has several."""
-    image_column: str | None = None
-    """Column of the images; by default the first of image, png, jpg, jpeg, webp."""
-    label_column: str | None = None
-    """Column of the class indices; by default the first of label, labels, class, cls."""
-    caption_column: str | None = None
-    """Column of the captions, for text-to-image; by default the first of caption, text, txt, prompt."""
-
-
-class PromptSettings(Settings):
-    """What the student draws fakes for, where that is not the captions of the real images."""
-
-    source: str
-    """A .txt file with one prompt per line, or a .csv, .tsv or .parquet file."""
-    column: str | None = None
-    """Column of the prompts; by default the first of prompt, caption, text, in any capitals."""
-
-
-class EmbeddingSettings(Settings):
-    """Where the text encoders' results are kept, so that every caption and prompt is embedded once."""
-
-    max_gb: float = Field(50.0, ge=0)
-    """Limit for one list of texts in GB (SDXL: 0.64 MB per text in float32); beyond it, and with 0, texts are embedded
-    at every step."""
-    folder: str | None = None
-    """By default `embeddings` beside the run folder, so that runs share it."""
+from fewstep.data.settings import DataSettings, EmbeddingSettings, PromptSettings
+from fewstep.embedded.settings import AutoencoderConfig, TextModelConfig
+from fewstep.models.settings import PixelModelConfig
+from fewstep.training.settings import AutoencoderSettings, DMD2Settings, LoopSettings, RegressSettings, TeacherSettings
 
 
 class RunSettings(LoopSettings):

@@ -21,13 +21,6 @@ EVALUATIONS = "evaluations.jsonl"
 KEEP = 2  # checkpoints; the older ones are removed, but for the best
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a whole file or nothing."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
 def step_name(step: int) -> str:
     """Sorts as it counts."""
     return f"{step:08d}"

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from fewstep.errors import UserError
-from fewstep.runtime.checkpoint import write_text
+from fewstep.files import write_text
 
 Report = Callable[[int, dict[str, float]], None]
 """Called with the number of finished steps and, when there are new ones, the metrics."""

@@ -6,27 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from fewstep.networks.autoencoder import Autoencoder
-from fewstep.networks.image_model import to_images, to_pixels
+from fewstep.models.autoencoder import Autoencoder
+from fewstep.models.image_model import to_images, to_pixels
 from fewstep.seeding import generator
-from fewstep.settings import Settings
 from fewstep.training.method import Batch, Metrics
 from fewstep.training.optimization import Optimizer
-from fewstep.training.settings import OptimizerSettings
-
-
-class AutoencoderSettings(Settings):
-    """How an autoencoder is trained."""
-
-    optimizer: OptimizerSettings = OptimizerSettings(lr=2e-3)
-    """Of encoder and decoder."""
-    kl_weight: float = Field(1e-4, ge=0)
-    """Of the posterior's divergence from the unit normal, per number of a latent."""
-    l1_weight: float = Field(1.0, ge=0)
-    """Of the mean absolute error, which keeps edges sharp, beside the mean squared error of weight 1."""
+from fewstep.training.settings import AutoencoderSettings
 
 
 class AutoencoderTraining:

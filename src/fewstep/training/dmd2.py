@@ -2,94 +2,25 @@
 
 from collections.abc import Sequence
 from itertools import chain
-from typing import Any, Self
+from typing import Any
 
 import torch
-from pydantic import Field, model_validator
 from torch import Generator, Tensor
 
 from fewstep.diffusion.denoiser import Condition
 from fewstep.diffusion.losses import denoising_loss, dmd_loss, gan_critic_loss, gan_student_loss
 from fewstep.diffusion.sampling import rollout
+from fewstep.models.image_model import ImageModel
 from fewstep.networks.features import features, x0_and_features
-from fewstep.networks.image_model import ImageModel
-from fewstep.networks.roles import Roles
 from fewstep.runtime.ema import EMA
 from fewstep.seeding import generator
-from fewstep.settings import Settings
 from fewstep.training.method import Batch, Metrics
+from fewstep.training.noise_levels import NoiseLevelSampler, level_sampler
 from fewstep.training.optimization import Optimizer
-from fewstep.training.pair_loss import PairLoss, RegressionSettings
-from fewstep.training.settings import NoiseLevels, NoiseLevelSampler, OptimizerSettings
-from fewstep.training.student import StudentMethod, StudentSettings, student_timesteps
-
-
-class CriticSettings(Settings):
-    """The denoiser that tracks the student's distribution."""
-
-    optimizer: OptimizerSettings = OptimizerSettings()
-    """Of critic and discriminator together."""
-    noise: NoiseLevels = NoiseLevels()
-    """Noise levels of its denoising loss and of its GAN term."""
-    condition_on_stop: bool = False
-    """Tell it at which of the student's timesteps a sample was taken. As published it is not told, and only the mixture
-    over the timesteps is matched: with K > 1 the samples of one may drift as long as the others make up for it."""
-
-
-class DistributionMatchingSettings(Settings):
-    """The student's main loss."""
-
-    weight: float = Field(1.0, ge=0)
-    """0 leaves it out (the paper's ablation "w/o distribution matching")."""
-    noise: NoiseLevels = NoiseLevels(min_index=20, max_index=980)
-    """Noise levels at which teacher and critic are compared."""
-
-
-class GANSettings(Settings):
-    """The discriminator on the critic's features; both weights 0 leave it out."""
-
-    student_weight: float = Field(3e-3, ge=0)
-    """Of the student's GAN loss: ImageNet-64 3e-3, SD 1.5 1e-3, SDXL 5e-3; it scales with 1/(C H W), see losses.py."""
-    critic_weight: float = Field(1e-2, ge=0)
-    """Of the critic's GAN loss, beside its denoising loss of weight 1."""
-    feature_layer: str | None = None
-    """Dotted name of the critic's layer that is read; by default the network's bottleneck."""
-    independent_noise: bool = False
-    """As published: own noise and levels for the GAN terms. Otherwise they share noised samples, and so passes."""
-
-    @model_validator(mode="after")
-    def _both_or_none(self) -> Self:
-        if bool(self.student_weight) != bool(self.critic_weight):
-            raise ValueError("student_weight and critic_weight: set both, or both to 0")
-        return self
-
-
-class DMD2Settings(Settings):
-    """How a student is distilled."""
-
-    student_every: int = Field(5, ge=1)
-    """Critic updates per student update, the two time-scale rule: 5, or 10 for SD 1.5."""
-    student: StudentSettings = StudentSettings()
-    critic: CriticSettings = CriticSettings()
-    dm: DistributionMatchingSettings = DistributionMatchingSettings()
-    gan: GANSettings = GANSettings()
-    regression_weight: float = Field(0.0, ge=0)
-    """Of a loss on pairs of the teacher's noise and image in the student's turn, at its first timestep; DMD2 has none,
-    the original DMD 0.25, with LPIPS."""
-    regression: RegressionSettings | None = None
-    """For `regression_weight` (keys pairs, sampler, lpips, lpips_size, decoder)."""
-
-    @model_validator(mode="after")
-    def _pairs_are_named(self) -> Self:
-        if self.regression_weight and self.regression is None:
-            raise ValueError("regression_weight: needs regression.pairs and regression.sampler")
-        return self
-
-    @model_validator(mode="after")
-    def _something_trains_the_student(self) -> Self:
-        if not self.dm.weight and not self.gan.student_weight:
-            raise ValueError("dm.weight and gan.student_weight are both 0: nothing would train the student")
-        return self
+from fewstep.training.pair_loss import PairLoss
+from fewstep.training.roles import Roles
+from fewstep.training.settings import DMD2Settings
+from fewstep.training.student import StudentMethod, student_timesteps
 
 
 class DMD2(StudentMethod):
@@ -119,8 +50,8 @@ class DMD2(StudentMethod):
         critic_parameters = chain(self.critic.parameters(), self.discriminator.parameters() if self.gan else ())
         self.critic_optimizer = Optimizer(critic_parameters, settings.critic.optimizer, num_steps)
         self.ema = EMA(self.student, settings.student.ema_decay)
-        self.student_levels = settings.dm.noise.sampler(self.schedule, model.device)
-        self.critic_levels = settings.critic.noise.sampler(self.schedule, model.device)
+        self.student_levels = level_sampler(settings.dm.noise, self.schedule, model.device)
+        self.critic_levels = level_sampler(settings.critic.noise, self.schedule, model.device)
 
     @property
     def gan(self) -> bool:

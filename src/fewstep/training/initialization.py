@@ -5,8 +5,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from fewstep.errors import UserError
-from fewstep.networks.roles import Roles
 from fewstep.runtime.checkpoint import load_state
+from fewstep.training.roles import Roles
 
 STOP_EMBEDDING = "network.stop_embedding.weight"  # of a critic with `condition_on_stop`, zero at first
 

@@ -5,52 +5,20 @@ from pathlib import Path
 
 import torch
 from PIL.Image import Image
-from pydantic import Field
 from torch import Tensor
 
-from fewstep.data.pictures import grid, save_png
 from fewstep.errors import Interrupted, UserError
+from fewstep.pictures import grid, save_png
 from fewstep.runtime.checkpoint import EVALUATIONS, METRICS, checkpoints, load_state, save_checkpoint, step_name
-from fewstep.runtime.selection import best_steps
+from fewstep.runtime.runs import best_steps
 from fewstep.runtime.tracking import Metrics, Report, read_metrics, rewind, stop_request, write_line
 from fewstep.seeding import generator
-from fewstep.settings import Settings
 from fewstep.training.method import Batch, Method
+from fewstep.training.settings import LoopSettings
 
 GRID_COLUMNS = 10
 Evaluate = Callable[[Method], dict[str, float]]
 """Judges the averaged weights of a method: numbers by name; a function of the weights alone."""
-
-
-class EvaluationSettings(Settings):
-    """How a run judges itself on the way: FID, and what else its judge gives, of the weights that it saves."""
-
-    every: int | None = Field(None, ge=1)
-    """Steps per evaluation, which also writes a checkpoint; by default none. The paper picks its best by FID."""
-    num_samples: int = Field(1000, ge=10)
-    """Images per evaluation, always of the same noise and conditions."""
-    features: str | None = None
-    """The network in whose features FID is taken: a TorchScript file, `classifier`, trained on the data's labels, or
-    `autoencoder`, the text-to-image model's; by default the one of the two that the model has."""
-
-
-class LoopSettings(Settings):
-    """How long a run is and what it writes on the way."""
-
-    num_steps: int = Field(1000, ge=1)
-    """Steps; for distillation these are critic updates, as in the paper's counts."""
-    batch_size: int = Field(64, ge=1)
-    """Samples per step."""
-    log_every: int = Field(50, ge=1)
-    """Steps per line of metrics.jsonl."""
-    sample_every: int = Field(1000, ge=1)
-    """Steps per sample grid."""
-    grid_images: int = Field(40, ge=1)
-    """Images in a sample grid, drawn a few at a time: 40 suit small images, 8 those of SD, 4 those of SDXL."""
-    checkpoint_every: int = Field(1000, ge=1)
-    """Steps per checkpoint; the newest two are kept, and those that are the best by a metric of `evaluation`."""
-    evaluation: EvaluationSettings = EvaluationSettings()
-    """Judging on the way; `init_from: RUN@best-fid` starts from what it found best."""
 
 
 def train(

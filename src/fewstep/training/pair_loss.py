@@ -1,41 +1,18 @@
 """The distance between a student's first x0 and the end of its teacher's ODE from the same noise."""
 
-from typing import Self
+from collections.abc import Callable
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor
 
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.sampling import rollout
-from fewstep.networks.autoencoder import Decode
-from fewstep.networks.image_model import ImageModel
-from fewstep.networks.lpips import Distance
-from fewstep.settings import Settings
+from fewstep.models.autoencoder import Decode
+from fewstep.models.image_model import ImageModel
 from fewstep.training.method import Batch
 
-
-class RegressionSettings(Settings):
-    """Pairs of a teacher's noise and image, and how a student's image is compared with the teacher's."""
-
-    pairs: str
-    """The folder that `fewstep data pairs` wrote."""
-    sampler: str
-    """What the pairs must have been drawn by, as `fewstep data pairs --sampler` has it; SDXL: euler:50@8."""
-    lpips: str | None = None
-    """LPIPS: a TorchScript file, or `lpips` for the package of that name (VGG, as published); by default the mean
-    squared error of latents, or of pixels where the model has no latents."""
-    lpips_size: int | None = Field(None, ge=16)
-    """Pixels that pictures are resized to for LPIPS; the original DMD has 224 for images of 32 and 64."""
-    decoder: str | None = None
-    """A folder of diffusers' AutoencoderTiny that decodes latents for LPIPS; by default the model's own autoencoder,
-    which takes far more memory."""
-
-    @model_validator(mode="after")
-    def _decoded_for_lpips(self) -> Self:
-        if not self.lpips and (self.decoder or self.lpips_size):
-            raise ValueError("decoder and lpips_size are for lpips, which is not set")
-        return self
+Distance = Callable[[Tensor, Tensor], Tensor]
+"""From two batches of pixels (B, C, H, W) around [-1, 1] to (B,), with gradient."""
 
 
 class PairLoss:

@@ -1,30 +1,13 @@
 """Regression of a one-step student on pairs of its teacher, the start of one-step SDXL (DMD2, 5.2; spec, 1.7)."""
 
-from typing import Self
-
-from pydantic import model_validator
-
 from fewstep.diffusion.denoiser import Denoiser
-from fewstep.networks.image_model import ImageModel
+from fewstep.models.image_model import ImageModel
 from fewstep.runtime.ema import EMA
-from fewstep.settings import Settings
 from fewstep.training.method import Batch, Metrics
 from fewstep.training.optimization import Optimizer
-from fewstep.training.pair_loss import PairLoss, RegressionSettings
-from fewstep.training.student import StudentMethod, StudentSettings, student_timesteps
-
-
-class RegressSettings(Settings):
-    """How a student is pretrained on pairs."""
-
-    student: StudentSettings = StudentSettings()
-    regression: RegressionSettings
-
-    @model_validator(mode="after")
-    def _one_step(self) -> Self:
-        if self.student.num_timesteps != 1:
-            raise ValueError("student.num_timesteps: regression trains one timestep, from pure noise; set 1")
-        return self
+from fewstep.training.pair_loss import PairLoss
+from fewstep.training.settings import RegressSettings
+from fewstep.training.student import StudentMethod, student_timesteps
 
 
 class Regression(StudentMethod):

@@ -1,20 +1,13 @@
 """Settings that teacher training and distillation share."""
 
-from collections.abc import Callable
-from functools import partial
-from typing import Annotated, Literal, Self
+from contextlib import suppress
+from typing import Annotated, Any, Literal, Self
 
-import torch
-from pydantic import Field, model_validator
-from torch import Generator, Tensor
+from pydantic import Field, field_validator, model_validator
 
-from fewstep.diffusion import timesteps
-from fewstep.diffusion.schedules import EDM, Flow, NoiseSchedule
-from fewstep.errors import UserError
 from fewstep.settings import Settings
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
-NoiseLevelSampler = Callable[[int, Generator], Tensor]
 
 
 class NoiseLevels(Settings):
@@ -40,23 +33,6 @@ class NoiseLevels(Settings):
             raise ValueError(f"min_index {self.min_index} is above max_index {self.max_index}")
         return self
 
-    def sampler(self, schedule: NoiseSchedule, device: torch.device) -> NoiseLevelSampler:
-        """A function (num, generator) -> native times (num,), for generators on `device`.
-
-        Raises UserError if the schedule has no such times.
-        """
-        native = {"lognormal": EDM, "logit_normal": Flow, "shifted": Flow}.get(self.distribution, NoiseSchedule)
-        if not isinstance(schedule, native):
-            raise UserError(f"noise.distribution: {self.distribution} is not for the teacher's schedule; take index")
-        if self.distribution == "lognormal":
-            return partial(timesteps.lognormal_sigma, mean=self.mean, std=self.std)
-        if self.distribution == "logit_normal":
-            return partial(timesteps.logit_normal, mean=self.mean, std=self.std)
-        if self.distribution == "shifted":
-            return partial(timesteps.shifted_uniform, shift=self.shift)
-        levels = schedule.levels.to(device)
-        return partial(timesteps.uniform_level, levels=levels, min_index=self.min_index, max_index=self.max_index)
-
 
 class OptimizerSettings(Settings):
     """AdamW; the defaults are DMD2's (spec, 1.6)."""
@@ -77,3 +53,198 @@ class OptimizerSettings(Settings):
     """Share of the run behind which the rate begins to fall."""
     clip_norm: float = Field(10.0, gt=0)
     """Largest global gradient norm."""
+
+
+class EvaluationSettings(Settings):
+    """How a run judges itself on the way: FID, and what else its judge gives, of the weights that it saves."""
+
+    every: int | None = Field(None, ge=1)
+    """Steps per evaluation, which also writes a checkpoint; by default none. The paper picks its best by FID."""
+    num_samples: int = Field(1000, ge=10)
+    """Images per evaluation, always of the same noise and conditions."""
+    features: str | None = None
+    """The network in whose features FID is taken: a TorchScript file, `classifier`, trained on the data's labels, or
+    `autoencoder`, the text-to-image model's; by default the one of the two that the model has."""
+
+
+class LoopSettings(Settings):
+    """How long a run is and what it writes on the way."""
+
+    num_steps: int = Field(1000, ge=1)
+    """Steps; for distillation these are critic updates, as in the paper's counts."""
+    batch_size: int = Field(64, ge=1)
+    """Samples per step."""
+    log_every: int = Field(50, ge=1)
+    """Steps per line of metrics.jsonl."""
+    sample_every: int = Field(1000, ge=1)
+    """Steps per sample grid."""
+    grid_images: int = Field(40, ge=1)
+    """Images in a sample grid, drawn a few at a time: 40 suit small images, 8 those of SD, 4 those of SDXL."""
+    checkpoint_every: int = Field(1000, ge=1)
+    """Steps per checkpoint; the newest two are kept, and those that are the best by a metric of `evaluation`."""
+    evaluation: EvaluationSettings = EvaluationSettings()
+    """Judging on the way; `init_from: RUN@best-fid` starts from what it found best."""
+
+
+class TeacherSettings(Settings):
+    """How a teacher is trained."""
+
+    optimizer: OptimizerSettings = OptimizerSettings(lr=1e-4)
+    """Of the network."""
+    noise: NoiseLevels = NoiseLevels(distribution="lognormal")
+    """Noise levels of the denoising loss."""
+    class_dropout: float = Field(0.0, ge=0, le=1)
+    """Share of the labels replaced by the null class, so that the teacher can be guided."""
+    ema_decay: float = Field(0.999, ge=0, lt=1)
+    """Of the weights that are saved and sampled."""
+
+
+class AutoencoderSettings(Settings):
+    """How an autoencoder is trained."""
+
+    optimizer: OptimizerSettings = OptimizerSettings(lr=2e-3)
+    """Of encoder and decoder."""
+    kl_weight: float = Field(1e-4, ge=0)
+    """Of the posterior's divergence from the unit normal, per number of a latent."""
+    l1_weight: float = Field(1.0, ge=0)
+    """Of the mean absolute error, which keeps edges sharp, beside the mean squared error of weight 1."""
+
+
+class StudentSettings(Settings):
+    """The few-step denoiser that is being made."""
+
+    num_timesteps: int = Field(1, ge=1, le=1000)
+    """K, the number of calls that make an image."""
+    timesteps: list[float] | None = None
+    """The K native times, decreasing; by default evenly spaced levels of the schedule (999, 749, 499, 249 for SDXL)."""
+    backward_simulation: bool = True
+    """Train on its own samples, as at inference. false is the paper's ablation "w/o backward simulation": its input is
+    noised real images, each at a random one of the K times (pure noise at the first), with the real condition."""
+    optimizer: OptimizerSettings = OptimizerSettings()
+    """Of the student; its updates are every `student_every`-th step."""
+    ema_decay: float | list[float] = 0.999
+    """Of the weights that are saved and sampled, per student update; the official system has none (0). A list keeps
+    several averages at once, [0.9999, 0.99995]: the first is meant where none is named; the others are saved as
+    `model-ema0.99995` beside `model`, and judged as `ema0.99995_fid`. Each takes 4 bytes per weight on the device."""
+
+    @field_validator("ema_decay", mode="before")
+    @classmethod
+    def _decays_fit(cls, given: Any) -> Any:
+        decays = given if isinstance(given, list) else [given]
+        with suppress(TypeError, ValueError):
+            if decays and len({float(each) for each in decays if 0 <= float(each) < 1}) == len(decays):
+                return given
+        raise ValueError(f"takes a number from 0 to below 1, or a list of different ones, not {given!r}")
+
+    @model_validator(mode="after")
+    def _timesteps_fit(self) -> Self:
+        times = self.timesteps
+        if times is not None and len(times) != self.num_timesteps:
+            raise ValueError(f"timesteps has {len(times)} entries, but num_timesteps is {self.num_timesteps}")
+        if times is not None and sorted(set(times), reverse=True) != times:
+            raise ValueError(f"timesteps must decrease, which {times} does not")
+        return self
+
+
+class RegressionSettings(Settings):
+    """Pairs of a teacher's noise and image, and how a student's image is compared with the teacher's."""
+
+    pairs: str
+    """The folder that `fewstep data pairs` wrote."""
+    sampler: str
+    """What the pairs must have been drawn by, as `fewstep data pairs --sampler` has it; SDXL: euler:50@8."""
+    lpips: str | None = None
+    """LPIPS: a TorchScript file, or `lpips` for the package of that name (VGG, as published); by default the mean
+    squared error of latents, or of pixels where the model has no latents."""
+    lpips_size: int | None = Field(None, ge=16)
+    """Pixels that pictures are resized to for LPIPS; the original DMD has 224 for images of 32 and 64."""
+    decoder: str | None = None
+    """A folder of diffusers' AutoencoderTiny that decodes latents for LPIPS; by default the model's own autoencoder,
+    which takes far more memory."""
+
+    @model_validator(mode="after")
+    def _decoded_for_lpips(self) -> Self:
+        if not self.lpips and (self.decoder or self.lpips_size):
+            raise ValueError("decoder and lpips_size are for lpips, which is not set")
+        return self
+
+
+class RegressSettings(Settings):
+    """How a student is pretrained on pairs."""
+
+    student: StudentSettings = StudentSettings()
+    regression: RegressionSettings
+
+    @model_validator(mode="after")
+    def _one_step(self) -> Self:
+        if self.student.num_timesteps != 1:
+            raise ValueError("student.num_timesteps: regression trains one timestep, from pure noise; set 1")
+        return self
+
+
+class CriticSettings(Settings):
+    """The denoiser that tracks the student's distribution."""
+
+    optimizer: OptimizerSettings = OptimizerSettings()
+    """Of critic and discriminator together."""
+    noise: NoiseLevels = NoiseLevels()
+    """Noise levels of its denoising loss and of its GAN term."""
+    condition_on_stop: bool = False
+    """Tell it at which of the student's timesteps a sample was taken. As published it is not told, and only the mixture
+    over the timesteps is matched: with K > 1 the samples of one may drift as long as the others make up for it."""
+
+
+class DistributionMatchingSettings(Settings):
+    """The student's main loss."""
+
+    weight: float = Field(1.0, ge=0)
+    """0 leaves it out (the paper's ablation "w/o distribution matching")."""
+    noise: NoiseLevels = NoiseLevels(min_index=20, max_index=980)
+    """Noise levels at which teacher and critic are compared."""
+
+
+class GANSettings(Settings):
+    """The discriminator on the critic's features; both weights 0 leave it out."""
+
+    student_weight: float = Field(3e-3, ge=0)
+    """Of the student's GAN loss: ImageNet-64 3e-3, SD 1.5 1e-3, SDXL 5e-3; it scales with 1/(C H W), see losses.py."""
+    critic_weight: float = Field(1e-2, ge=0)
+    """Of the critic's GAN loss, beside its denoising loss of weight 1."""
+    feature_layer: str | None = None
+    """Dotted name of the critic's layer that is read; by default the network's bottleneck."""
+    independent_noise: bool = False
+    """As published: own noise and levels for the GAN terms. Otherwise they share noised samples, and so passes."""
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> Self:
+        if bool(self.student_weight) != bool(self.critic_weight):
+            raise ValueError("student_weight and critic_weight: set both, or both to 0")
+        return self
+
+
+class DMD2Settings(Settings):
+    """How a student is distilled."""
+
+    student_every: int = Field(5, ge=1)
+    """Critic updates per student update, the two time-scale rule: 5, or 10 for SD 1.5."""
+    student: StudentSettings = StudentSettings()
+    critic: CriticSettings = CriticSettings()
+    dm: DistributionMatchingSettings = DistributionMatchingSettings()
+    gan: GANSettings = GANSettings()
+    regression_weight: float = Field(0.0, ge=0)
+    """Of a loss on pairs of the teacher's noise and image in the student's turn, at its first timestep; DMD2 has none,
+    the original DMD 0.25, with LPIPS."""
+    regression: RegressionSettings | None = None
+    """For `regression_weight` (keys pairs, sampler, lpips, lpips_size, decoder)."""
+
+    @model_validator(mode="after")
+    def _pairs_are_named(self) -> Self:
+        if self.regression_weight and self.regression is None:
+            raise ValueError("regression_weight: needs regression.pairs and regression.sampler")
+        return self
+
+    @model_validator(mode="after")
+    def _something_trains_the_student(self) -> Self:
+        if not self.dm.weight and not self.gan.student_weight:
+            raise ValueError("dm.weight and gan.student_weight are both 0: nothing would train the student")
+        return self

@@ -1,59 +1,21 @@
 """The few-step student: its settings, and what its training methods share."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
-from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.sampling import rollout
 from fewstep.diffusion.schedules import NoiseSchedule
 from fewstep.errors import UserError
-from fewstep.networks.image_model import ImageModel
+from fewstep.models.image_model import ImageModel
 from fewstep.runtime.checkpoint import ema_folder
 from fewstep.runtime.ema import EMA
-from fewstep.settings import Settings
-from fewstep.training.settings import OptimizerSettings
-
-
-class StudentSettings(Settings):
-    """The few-step denoiser that is being made."""
-
-    num_timesteps: int = Field(1, ge=1, le=1000)
-    """K, the number of calls that make an image."""
-    timesteps: list[float] | None = None
-    """The K native times, decreasing; by default evenly spaced levels of the schedule (999, 749, 499, 249 for SDXL)."""
-    backward_simulation: bool = True
-    """Train on its own samples, as at inference. false is the paper's ablation "w/o backward simulation": its input is
-    noised real images, each at a random one of the K times (pure noise at the first), with the real condition."""
-    optimizer: OptimizerSettings = OptimizerSettings()
-    """Of the student; its updates are every `student_every`-th step."""
-    ema_decay: float | list[float] = 0.999
-    """Of the weights that are saved and sampled, per student update; the official system has none (0). A list keeps
-    several averages at once, [0.9999, 0.99995]: the first is meant where none is named; the others are saved as
-    `model-ema0.99995` beside `model`, and judged as `ema0.99995_fid`. Each takes 4 bytes per weight on the device."""
-
-    @field_validator("ema_decay", mode="before")
-    @classmethod
-    def _decays_fit(cls, given: Any) -> Any:
-        decays = given if isinstance(given, list) else [given]
-        with suppress(TypeError, ValueError):
-            if decays and len({float(each) for each in decays if 0 <= float(each) < 1}) == len(decays):
-                return given
-        raise ValueError(f"takes a number from 0 to below 1, or a list of different ones, not {given!r}")
-
-    @model_validator(mode="after")
-    def _timesteps_fit(self) -> Self:
-        times = self.timesteps
-        if times is not None and len(times) != self.num_timesteps:
-            raise ValueError(f"timesteps has {len(times)} entries, but num_timesteps is {self.num_timesteps}")
-        if times is not None and sorted(set(times), reverse=True) != times:
-            raise ValueError(f"timesteps must decrease, which {times} does not")
-        return self
+from fewstep.training.settings import StudentSettings
 
 
 class StudentMethod:

@@ -6,31 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from fewstep.diffusion.losses import denoising_loss
 from fewstep.diffusion.sampling import heun
-from fewstep.networks.image_model import ImageModel
+from fewstep.models.image_model import ImageModel
 from fewstep.runtime.ema import EMA
 from fewstep.seeding import generator
-from fewstep.settings import Settings
 from fewstep.training.method import Batch, Metrics
+from fewstep.training.noise_levels import level_sampler
 from fewstep.training.optimization import Optimizer
-from fewstep.training.settings import NoiseLevels, OptimizerSettings
-
-
-class TeacherSettings(Settings):
-    """How a teacher is trained."""
-
-    optimizer: OptimizerSettings = OptimizerSettings(lr=1e-4)
-    """Of the network."""
-    noise: NoiseLevels = NoiseLevels(distribution="lognormal")
-    """Noise levels of the denoising loss."""
-    class_dropout: float = Field(0.0, ge=0, le=1)
-    """Share of the labels replaced by the null class, so that the teacher can be guided."""
-    ema_decay: float = Field(0.999, ge=0, lt=1)
-    """Of the weights that are saved and sampled."""
+from fewstep.training.settings import TeacherSettings
 
 
 class TeacherTraining:
@@ -45,7 +31,7 @@ class TeacherTraining:
         self.denoiser = model.denoiser.train()
         self.optimizer = Optimizer(self.denoiser.parameters(), settings.optimizer, num_steps)
         self.ema = EMA(self.denoiser, settings.ema_decay)
-        self.draw_levels = settings.noise.sampler(self.denoiser.schedule, model.device)
+        self.draw_levels = level_sampler(settings.noise, self.denoiser.schedule, model.device)
 
     def step(self, batch: Batch, step: int) -> Metrics:
         """One update; returns the loss and the gradient norm before clipping."""

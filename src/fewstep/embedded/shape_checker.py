@@ -1,0 +1,181 @@
+"""Reads shape, colour, size and place back from a picture of the embedded captioned set, by rules: nothing is trained.
+
+Objects are the connected regions of saturated pixels. Colour is the nearest of the set's; shape and scale are those of
+the nearest template around the region's middle.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from scipy import ndimage
+from torch import Tensor
+from torch.nn.functional import affine_grid, grid_sample
+
+from fewstep.embedded.shapes import COLOURS, MAX_ANGLE, PLACES, RELATIONS, SHAPES, SIZES, Scene, coverage, parse
+
+ATTRIBUTES = ("shape", "colour", "size", "place", "relation", "count")
+WINDOW = 24  # pixels; holds the largest shape
+SATURATED = 0.25  # share of the full range; grey has none, the set's colours over 0.6
+MIN_PIXELS = 9  # of an object; the smallest is drawn with 20
+MAX_RESIDUAL = 0.3  # of a template, as a share of the region's energy; rendered pictures stay under 0.1
+SIZE_BORDER = (SIZES["small"][1] + SIZES["large"][0]) / 2
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One object that was found; `shape` is None where no template fits."""
+
+    shape: str | None
+    colour: str
+    size: str
+    x: float
+    y: float
+
+
+def see(images: Tensor) -> list[list[Seen]]:
+    """The objects in each of uint8 pictures (N, 3, 32, 32), from the top left."""
+    pixels = images.float() / 255
+    saturation = pixels.amax(1) - pixels.amin(1)  # (N, H, W)
+    regions = [(index, mask) for index, picture in enumerate(saturation) for mask in _regions(picture)]
+    seen: list[list[Seen]] = [[] for _ in images]
+    if not regions:
+        return seen
+    owners, masks = [index for index, _ in regions], torch.stack([mask for _, mask in regions])
+    strength = saturation[owners] * masks
+    strength = (strength / _peak(strength)).clamp(0, 1)
+    middles = _middles(strength)
+    kinds, scales = _fit(strength, middles)
+    colours = _nearest_colour(pixels[owners], strength)
+    for owner, kind, colour, scale, (x, y) in zip(owners, kinds, colours, scales, middles.tolist(), strict=True):
+        seen[owner].append(Seen(kind, colour, "small" if scale < SIZE_BORDER else "large", x, y))
+    return seen
+
+
+def _regions(saturation: Tensor) -> list[Tensor]:
+    """Masks (H, W) of the connected saturated regions, each widened by one pixel to take in its blurred edge."""
+    labels, _ = ndimage.label((saturation > SATURATED).numpy())
+    found = torch.from_numpy(labels).long()
+    kept = [label for label, size in enumerate(found.flatten().bincount().tolist()) if label and size >= MIN_PIXELS]
+    masks = [found == label for label in kept]
+    return [torch.from_numpy(ndimage.binary_dilation(mask.numpy())) for mask in masks]
+
+
+def _peak(strength: Tensor) -> Tensor:
+    """The saturation inside each region (R, 1, 1): its fifth strongest pixel."""
+    return strength.flatten(1).topk(5).values[:, -1, None, None].clamp_min(1e-3)
+
+
+def _middles(strength: Tensor) -> Tensor:
+    """Centres of mass (R, 2), x and y in pixels."""
+    axis = torch.arange(strength.shape[-1]) + 0.5
+    mass = strength.sum((1, 2))
+    return torch.stack([(strength.sum(1) * axis).sum(1) / mass, (strength.sum(2) * axis).sum(1) / mass], dim=1)
+
+
+def _nearest_colour(pixels: Tensor, strength: Tensor) -> list[str]:
+    """Of each region's mean colour, weighted towards its inside."""
+    weight = (strength**4)[:, None]
+    mean = (pixels * weight).sum((2, 3)) / weight.sum((2, 3))
+    distances = torch.cdist(mean, torch.tensor(list(COLOURS.values())) / 255)
+    return [list(COLOURS)[index] for index in distances.argmin(1).tolist()]
+
+
+def _fit(strength: Tensor, middles: Tensor) -> tuple[list[str | None], list[float]]:
+    """Shape and scale in pixels of the template that leaves the least residual, of regions (R, H, W)."""
+    templates, kinds, scales = _templates()
+    window = _centred(strength, middles).flatten(1)
+    distance = torch.cdist(window, templates).square()
+    best = distance.argmin(1)
+    share = distance.gather(1, best[:, None])[:, 0] / window.square().sum(1)
+    pairs = zip(best.tolist(), share.tolist(), strict=True)
+    shapes = [kinds[index] if residual < MAX_RESIDUAL else None for index, residual in pairs]
+    return shapes, scales[best].tolist()
+
+
+def _centred(strength: Tensor, middles: Tensor) -> Tensor:
+    """Windows (R, WINDOW, WINDOW) around the middles."""
+    size = strength.shape[-1]
+    theta = torch.zeros(len(strength), 2, 3)
+    theta[:, 0, 0] = theta[:, 1, 1] = WINDOW / size
+    theta[:, :, 2] = 2 * middles / size - 1
+    grid = affine_grid(theta, [len(strength), 1, WINDOW, WINDOW], align_corners=False)
+    return grid_sample(strength[:, None], grid, align_corners=False)[:, 0]
+
+
+@cache
+def _templates() -> tuple[Tensor, list[str], Tensor]:
+    """Rendered shapes (T, WINDOW^2) around their centres of mass, with the kind and the scale of each."""
+    axis = torch.arange(WINDOW) + 0.5 - WINDOW / 2
+    low, high = SIZES["small"][0] - 0.5, SIZES["large"][1] + 0.7
+    scales, angles = torch.arange(low, high, 0.2), torch.linspace(-1.2 * MAX_ANGLE, 1.2 * MAX_ANGLE, 7)
+    scale, angle = torch.cartesian_prod(scales, angles).unbind(1)
+    drawn = [
+        coverage(shape, axis[None, None, :], axis[None, :, None], scale[:, None, None], angle[:, None, None])
+        for shape in SHAPES
+    ]
+    masks = torch.cat(drawn)
+    kinds = [shape for shape in SHAPES for _ in scale]
+    return _centred(masks, _middles(masks)).flatten(1), kinds, scale.repeat(len(SHAPES))
+
+
+def check(images: Tensor, captions: Sequence[str]) -> list[dict[str, bool]]:
+    """Which attributes of its caption each of uint8 pictures (N, 3, 32, 32) has right; a caption names only some.
+
+    Raises ValueError for a caption that is not of the embedded set.
+    """
+    scenes = [parse(caption) for caption in captions]
+    unknown = [caption for caption, scene in zip(captions, scenes, strict=True) if scene is None]
+    if unknown:
+        raise ValueError(f"{unknown[0]!r} is not a caption of the embedded shapes")
+    return [_compare(seen, scene) for seen, scene in zip(see(images), scenes, strict=True) if scene]
+
+
+def prompt_accuracy(images: Tensor, captions: Sequence[str]) -> dict[str, float]:
+    """Share of pictures (N, 3, 32, 32) with everything right ("all"), and with each attribute right that is asked."""
+    answers = check(images, captions)
+    shares = {"all": sum(all(answer.values()) for answer in answers) / len(answers)}
+    for name in ATTRIBUTES:
+        told = [answer[name] for answer in answers if name in answer]
+        if told:
+            shares[name] = sum(told) / len(told)
+    return shares
+
+
+def _compare(seen: list[Seen], scene: Scene) -> dict[str, bool]:
+    """The best assignment of what is seen to what is said; with the wrong number of objects everything is wrong."""
+    asked = {"shape", "colour", "count", "place" if scene.where in PLACES else "relation"}
+    asked |= {"size"} if any(thing.size for thing in scene.things) else set()
+    if len(seen) != len(scene.things):
+        return dict.fromkeys(asked, False)
+    answers = [_compare_in_order(order, scene) for order in itertools.permutations(seen)]
+    return max(answers, key=lambda answer: sum(answer.values()))
+
+
+def _compare_in_order(seen: Sequence[Seen], scene: Scene) -> dict[str, bool]:
+    pairs = list(zip(seen, scene.things, strict=True))
+    answer = {
+        "count": True,
+        "shape": all(s.shape == thing.shape for s, thing in pairs),
+        "colour": all(s.colour == thing.colour for s, thing in pairs),
+    }
+    if any(thing.size for thing in scene.things):
+        answer["size"] = all(thing.size in (None, s.size) for s, thing in pairs)
+    if scene.where in PLACES:
+        answer["place"] = _place(seen[0]) == scene.where
+    else:
+        answer["relation"] = _relation(seen[0], seen[1]) == scene.where
+    return answer
+
+
+def _place(seen: Seen) -> str:
+    return min(PLACES, key=lambda place: math.dist(PLACES[place], (seen.x, seen.y)))
+
+
+def _relation(first: Seen, second: Seen) -> str:
+    """Of the first to the second: along the axis on which they are further apart."""
+    x, y = first.x - second.x, first.y - second.y
+    return max(RELATIONS, key=lambda name: x * RELATIONS[name][0] + y * RELATIONS[name][1])

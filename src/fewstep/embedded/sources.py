@@ -1,0 +1,66 @@
+"""The images that a recipe names: an embedded set, files, or latents."""
+
+from dataclasses import fields
+from pathlib import Path
+
+from fewstep.data.filters import Filter, load_filtered
+from fewstep.data.images import ImageSet, load_captioned, load_images, of_classes
+from fewstep.data.latents import LatentSet, is_latents, load_latents, read_description
+from fewstep.data.settings import DataSettings
+from fewstep.embedded import shapes
+from fewstep.embedded.digits import digits
+from fewstep.errors import UserError
+from fewstep.models.autoencoder import Autoencoder
+from fewstep.models.latent_model import LatentModel
+from fewstep.models.settings import PixelModelConfig
+
+
+def open_images(data: DataSettings, model: PixelModelConfig) -> ImageSet:
+    """The recipe's images, in the model's size, colours and classes."""
+    source, size = required_source(data), model.image_size
+    if source == "digits":
+        if (model.channels, size) != (1, 8):
+            raise UserError(f"data.source: the digits are 1x8x8, the model wants {model.channels}x{size}x{size}")
+        return of_classes(digits(), model.num_classes, source)
+    return load_images(
+        source,
+        size,
+        model.channels,
+        model.num_classes,
+        data.image_column,
+        data.label_column,
+        data.split,
+    )
+
+
+def open_captioned(data: DataSettings, model: LatentModel | Autoencoder) -> ImageSet | LatentSet:
+    """The recipe's images with captions, in the model's size, or their latents."""
+    if is_latents(source := Path(required_source(data))):
+        return load_latents(source, model.latent_space)
+    return open_captioned_images(data, model.image_size)
+
+
+def open_captioned_images(data: DataSettings, size: int) -> ImageSet:
+    """The recipe's images with captions; where it names latents, the images that those were made of.
+
+    Of these, what could not be read or was too small for the latents shows itself where it is fetched, by Unusable.
+    """
+    source, made = required_source(data), None
+    if is_latents(Path(source)):
+        made = read_description(Path(source))
+        source = made["source"]
+    if source == "shapes":
+        if size != shapes.IMAGE_SIZE:
+            raise UserError(f"data.source: the shapes have {shapes.IMAGE_SIZE} pixels, the model {size}")
+        return shapes.shapes()
+    if made:
+        kept = Filter(**{field.name: made[field.name] for field in fields(Filter)})
+        return load_filtered(source, size, kept, made["image_column"], made["caption_column"], made["split"])[0]
+    return load_captioned(source, size, data.image_column, data.caption_column, data.split)
+
+
+def required_source(data: DataSettings) -> str:
+    """`data.source`; raises UserError if it is null."""
+    if data.source is None:
+        raise UserError("data.source: null will do only for text-to-image with prompts and without GAN")
+    return data.source

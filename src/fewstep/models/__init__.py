@@ -1,0 +1,1 @@
+"""Floor 3: image models, what surrounds their denoisers, and how they are sampled."""

@@ -1,0 +1,112 @@
+"""An autoencoder by itself, while it is trained and in its run folder; inside a pipeline it is the pipeline's own."""
+
+from __future__ import annotations  # diffusers is imported only where an autoencoder is loaded
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fewstep.errors import UserError
+from fewstep.models.image_model import to_images, to_pixels, write_description
+from fewstep.models.loading.pipeline import library_class
+from fewstep.networks.fingerprint import fingerprint
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+
+Decode = Callable[[Tensor], Tensor]
+"""From latents (B, C, h, w), scaled as a denoiser's x0, to pixels (B, 3, H, W) around [-1, 1], with gradient."""
+
+
+class Autoencoder:
+    """x (B, 3, H, W) in [-1, 1] <-> latents (B, C, h, w)."""
+
+    def __init__(self, vae: AutoencoderKL, image_size: int | None = None):
+        self.vae = vae
+        self.image_size: int = image_size or vae.config.sample_size
+        size = self.image_size // 2 ** (len(vae.config.block_out_channels) - 1)
+        self.shape: tuple[int, ...] = (vae.config.latent_channels, size, size)
+        self.sampling_batch = 250
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.vae.parameters()).device
+
+    def to(self, device: torch.device) -> None:
+        """Moves the weights."""
+        self.vae.to(device)
+
+    def release(self) -> None:
+        """Nothing surrounds the weights that are trained."""
+
+    @property
+    def latent_space(self) -> dict[str, Any]:
+        """What latents on disk must agree in."""
+        return latent_space(self.vae, self.shape, self.image_size)
+
+    def encode_images(self, images: Tensor, noise: Tensor) -> Tensor:
+        """Latents of uint8 images (B, 3, R, R) by unit noise (B, C, h, w)."""
+        return encode_images(self.vae, images, noise)
+
+    @torch.no_grad()
+    def reconstruct(self, pixels: Tensor) -> Tensor:
+        """uint8 images from the posterior's mean for pixels (B, 3, H, W)."""
+        return to_images(self.vae.decode(self.vae.encode(pixels).latent_dist.mode()).sample)
+
+    def save(self, folder: Path) -> None:
+        """Writes `vae/` as diffusers does, and `fewstep.json` beside it."""
+        self.vae.save_pretrained(folder / "vae")
+        write_description(folder, {"family": "autoencoder"})
+
+
+def latent_space(vae: AutoencoderKL, shape: tuple[int, ...], image_size: int) -> dict[str, Any]:
+    """What latents on disk must agree in: the autoencoder's fingerprint, their shape, the images' size."""
+    return {
+        "autoencoder": fingerprint([vae], vae.config.scaling_factor),
+        "shape": list(shape),
+        "image_size": image_size,
+    }
+
+
+@torch.no_grad()
+def encode_images(vae: AutoencoderKL, images: Tensor, noise: Tensor) -> Tensor:
+    """scale (mean + std noise) of the posterior of uint8 images: one sample, as the official preparation has it."""
+    posterior = vae.encode(to_pixels(images.to(vae.device)).to(vae.dtype)).latent_dist
+    return (posterior.mean.float() + posterior.std.float() * noise.to(vae.device)) * vae.config.scaling_factor
+
+
+def load_autoencoder(folder: Path) -> Autoencoder:
+    """What `Autoencoder.save` wrote, in evaluation mode, or the autoencoder of a diffusers pipeline folder.
+
+    Raises UserError if it is not there, or is damaged.
+    """
+    kind = library_class("AutoencoderKL")
+    try:
+        vae = kind.from_pretrained(folder / "vae", local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise UserError(f"{folder}: holds no readable autoencoder (vae/)") from error
+    return Autoencoder(vae.eval())
+
+
+def load_tiny_decoder(folder: Path, num_channels: int, device: torch.device) -> Decode:
+    """The decoder of a diffusers AutoencoderTiny (TAESD, TAESDXL) in `folder`, frozen, for latents of these channels.
+
+    Raises UserError if it is none, or is for other latents.
+    """
+    kind = library_class("AutoencoderTiny")
+    try:
+        tiny = kind.from_pretrained(folder, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False)
+        name = json.loads((folder / "config.json").read_text())["_class_name"]
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise UserError(f"regression.decoder: {folder}: holds no readable AutoencoderTiny") from error
+    if name != "AutoencoderTiny" or tiny.config.latent_channels != num_channels:
+        found = f"{name} of {tiny.config.latent_channels} channels"
+        raise UserError(f"regression.decoder: {folder}: a {found}, not an AutoencoderTiny of {num_channels}")
+    tiny.eval().requires_grad_(False).to(device)
+    return lambda latents: tiny.decode(latents / tiny.config.scaling_factor, return_dict=False)[0]

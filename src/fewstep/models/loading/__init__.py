@@ -1,0 +1,1 @@
+"""Models from folders, single files, the hub and EDM's checkpoints; nothing in them is executed."""

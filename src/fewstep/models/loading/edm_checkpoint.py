@@ -1,0 +1,238 @@
+"""NVIDIA's EDM checkpoints as pixel models: ADM's networks in `UNet2DModel`, exactly (arXiv 2206.00364).
+
+The layouts are set side by side in `module_names`; only qkv and the labels are stored in another order.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DModel
+from pydantic import ConfigDict, Field, ValidationError
+from torch import Tensor
+
+from fewstep.errors import UserError, brief
+from fewstep.models.loading.edm_pickle import StoredTensor, read_pickle
+from fewstep.models.loading.pickle_machine import Part, Refused, shown
+from fewstep.models.pixel_model import PixelModel, build_unet
+from fewstep.models.settings import PixelModelConfig
+from fewstep.settings import Settings
+
+SIGMA_MIN, SIGMA_MAX = 0.002, 80.0  # EDM, table 1; the files say 0 and inf, where the network may be called at all
+HEAD_DIM, GROUPS = 64, 32  # ADM's
+WIDEST, DEEPEST = 2**14, 4  # channels, and modules in modules, of the largest that is tried
+UNUSED = {"map_augment.weight"}  # it tells of augmentations in training; there are none at inference
+SONG = (
+    "holds a SongUNet (DDPM++ or NCSN++), which diffusers' UNet2DModel can't hold: where its resolution changes it has "
+    "a learned convolution on the shortcut, which no option gives; only ADM networks (DhariwalUNet) are imported"
+)
+
+
+class _Outer(Settings):
+    """What the preconditioned network says of itself."""
+
+    model_config = ConfigDict(extra="ignore")
+    img_resolution: int = Field(ge=4, le=2**14)
+    img_channels: int
+    label_dim: int = 0
+    sigma_min: float = 0.0
+    sigma_max: float = math.inf
+    sigma_data: float = Field(0.5, allow_inf_nan=False)
+
+
+class _Inner(Settings):
+    """What the network in it was made with; what is missing has ADM's defaults."""
+
+    model_config = ConfigDict(extra="ignore")
+    model_channels: int = Field(192, ge=1, le=2**14)
+    channel_mult: list[int] = Field([1, 2, 3, 4], min_length=1, max_length=12)
+    channel_mult_emb: int = 4
+    num_blocks: int = Field(3, ge=1, le=16)
+    attn_resolutions: list[int] = [32, 16, 8]
+
+
+@dataclass(frozen=True)
+class EdmNetwork:
+    """A network as the file has it: its tensors, by ADM's names, are still in the file."""
+
+    config: PixelModelConfig
+    tensors: dict[str, StoredTensor]
+
+
+def read_network(path: Path) -> EdmNetwork:
+    """The network in the file, averaged over training; raises UserError if it is none that can be imported."""
+    content = read_pickle(path)
+    try:
+        return find_network(content)
+    except Refused as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def find_network(content: Any) -> EdmNetwork:
+    """The network in what `read_pickle` gives; raises Refused if it is none that can be imported."""
+    network = content.get("ema") if type(content) is dict else None
+    if type(network) is not Part:
+        raise Refused("holds no network (under 'ema'), so it is not an EDM checkpoint")
+    if network.class_name != "EDMPrecond":
+        raise Refused(f"is preconditioned by {shown(network.class_name)}; only EDM's own, EDMPrecond, is imported")
+    model = _attributes(network, "_modules").get("model")
+    if type(model) is not Part or model.class_name != "DhariwalUNet":
+        found = model.class_name if type(model) is Part else "something else"
+        raise Refused(SONG if found == "SongUNet" else f"holds a {shown(found)}; only DhariwalUNet (ADM) is imported")
+    read = EdmNetwork(_config(network, model), dict(_tensors(model)))
+    check_tensors(read.config, {name: tensor.size for name, tensor in read.tensors.items()})
+    return read
+
+
+def _attributes(part: Part, kind: str) -> dict[str, Any]:
+    """One of the dicts that every module has."""
+    found = part.state.get(kind)
+    if type(found) is not dict:
+        raise Refused(f"holds a {shown(part.class_name)} without {kind}")
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _tensors(network: Part) -> Iterator[tuple[str, StoredTensor]]:
+    """Dotted names and tensors; averaging over 2x2 pixels, which `UNet2DModel` has without a tensor, is left out."""
+    pending: list[tuple[str, Any]] = [("", network)]
+    seen = set()
+    while pending:
+        prefix, part = pending.pop()
+        if type(part) is not Part or id(part) in seen or prefix.count(".") > DEEPEST:
+            raise Refused(f"holds {shown(prefix)[:-1]}, which is no module of its own in a network like ADM's")
+        seen.add(id(part))
+        pending += [(f"{prefix}{name}.", child) for name, child in _attributes(part, "_modules").items()]
+        for name, tensor in (_attributes(part, "_parameters") | _attributes(part, "_buffers")).items():
+            if type(tensor) is not StoredTensor:
+                raise Refused(f"holds {shown(prefix + name)}, which is no tensor")
+            if name == "resample_filter":
+                _check_filter(tensor)
+            else:
+                yield prefix + name, tensor
+
+
+def _check_filter(tensor: StoredTensor) -> None:
+    if tensor.size != (1, 1, 2, 2) or not tensor.read().eq(0.25).all():
+        raise Refused("resamples with another filter than the average over 2x2 pixels, which UNet2DModel does not")
+
+
+def _config(network: Part, model: Part) -> PixelModelConfig:
+    """The settings of the same network here; raises Refused where there is none."""
+    try:
+        outer = _Outer.model_validate(network.state)
+        inner = _Inner.model_validate(model.state.get("_init_kwargs", {}))
+        if inner.channel_mult[0] != 1 or inner.channel_mult_emb != 4:
+            raise ValueError("channel_mult begins with 1 and channel_mult_emb is 4 in a UNet2DModel")
+        widths = [inner.model_channels * multiple for multiple in inner.channel_mult]
+        if max(widths) > WIDEST:
+            raise ValueError(f"a width of {max(widths):.3g} channels")
+        if min(widths) < 4 * GROUPS:
+            raise ValueError(f"ADM takes fewer than {GROUPS} groups of channels for a width of {min(widths)}")
+        return PixelModelConfig(
+            image_size=outer.img_resolution,
+            channels=outer.img_channels,
+            num_classes=outer.label_dim,
+            block_out_channels=widths,
+            attention=[outer.img_resolution >> level in inner.attn_resolutions for level in range(len(widths))],
+            middle_attention=True,
+            layers_per_block=inner.num_blocks,
+            attention_head_dim=HEAD_DIM,
+            norm_num_groups=GROUPS,
+            sigma_data=outer.sigma_data,
+            sigma_min=outer.sigma_min or SIGMA_MIN,
+            sigma_max=SIGMA_MAX if math.isinf(outer.sigma_max) else outer.sigma_max,
+        )
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        where = ".".join(map(str, wrong["loc"]))
+        raise Refused(f"describes a network that can't be imported: {where}: {wrong['msg']}") from error
+    except ValueError as error:
+        raise Refused(f"describes a network that can't be imported: {error}") from error
+
+
+def _resnet(ours: str, theirs: str) -> dict[str, str]:
+    pairs = ("norm1", "norm0"), ("conv1", "conv0"), ("time_emb_proj", "affine"), ("norm2", "norm1"), ("conv2", "conv1")
+    return {f"{ours}.{a}": f"{theirs}.{b}" for a, b in (*pairs, ("conv_shortcut", "skip"))}
+
+
+def _block(ours: str, index: int, theirs: str, attention: bool) -> dict[str, str]:
+    """A residual block and, in ADM a part of it, its attention."""
+    at = f"{ours}.attentions.{index}"
+    names = {f"{at}.group_norm": f"{theirs}.norm2", at: f"{theirs}.qkv", f"{at}.to_out.0": f"{theirs}.proj"}
+    return _resnet(f"{ours}.resnets.{index}", theirs) | (names if attention else {})
+
+
+def module_names(config: PixelModelConfig) -> dict[str, str]:
+    """`UNet2DModel`'s name of every module -> ADM's; qkv stands for all three in one."""
+    last = len(config.attention) - 1
+    sizes = [f"{config.image_size >> level}x{config.image_size >> level}" for level in range(last + 1)]
+    names = {"time_embedding.linear_1": "map_layer0", "time_embedding.linear_2": "map_layer1"}
+    names |= {"class_embedding": "map_label"} if config.num_classes else {}
+    names |= {"conv_in": f"enc.{sizes[0]}_conv", "conv_norm_out": "out_norm", "conv_out": "out_conv"}
+    names |= _block("mid_block", 0, f"dec.{sizes[last]}_in0", True)
+    names |= _block("mid_block", 1, f"dec.{sizes[last]}_in1", False)
+    for level, (size, attention) in enumerate(zip(sizes, config.attention, strict=True)):
+        down, up = f"down_blocks.{level}", f"up_blocks.{last - level}"
+        for index in range(config.layers_per_block):
+            names |= _block(down, index, f"enc.{size}_block{index}", attention)
+        for index in range(config.layers_per_block + 1):
+            names |= _block(up, index, f"dec.{size}_block{index}", attention)
+        if level:
+            names |= _resnet(f"down_blocks.{level - 1}.downsamplers.0", f"enc.{size}_down")
+            names |= _resnet(f"up_blocks.{last - level}.upsamplers.0", f"dec.{sizes[level - 1]}_up")
+    return names
+
+
+def to_diffusers(config: PixelModelConfig, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """ADM's tensors by their names -> `UNet2DModel`'s; raises Refused for one that it has no place for."""
+    names = {theirs: ours for ours, theirs in module_names(config).items()}
+    for name, tensor in tensors:
+        module, _, kind = name.rpartition(".")
+        if name in UNUSED:
+            continue
+        if module not in names:
+            raise Refused(f"has a tensor {shown(name)}, which UNet2DModel has no place for")
+        if module.endswith(".qkv"):  # output channels are ordered (head, channel, {q, k, v})
+            parts = tensor.reshape(-1, 3, *tensor.shape[1:2]).unbind(1)
+            yield from ((f"{names[module]}.to_{p}.{kind}", t.contiguous()) for p, t in zip("qkv", parts, strict=True))
+        elif module.endswith(".proj"):  # a convolution over 1x1
+            yield f"{names[module]}.{kind}", tensor.reshape(tensor.shape[:2])
+        else:
+            yield f"{names[module]}.{kind}", tensor.T.contiguous() if module == "map_label" else tensor
+
+
+def check_tensors(config: PixelModelConfig, sizes: dict[str, tuple[int, ...]]) -> None:
+    """Raises Refused unless tensors of these names and sizes are all that the `UNet2DModel` needs, and no more."""
+    tensors = ((name, torch.empty(size, device="meta")) for name, size in sizes.items())
+    try:
+        found = {name: tensor.shape for name, tensor in to_diffusers(config, tensors)}
+    except (RuntimeError, ValueError) as error:
+        raise Refused(f"has a tensor of another shape than ADM's ({brief(error)})") from error
+    expected = {name: tensor.shape for name, tensor in _meta_unet(config).state_dict().items()}
+    for name in sorted(found.keys() | expected.keys()):
+        if found.get(name) != expected.get(name):
+            has, needs = (list(shapes[name]) if name in shapes else "none" for shapes in (found, expected))
+            raise Refused(f"does not fit its own description: of UNet2DModel's {name} it has {has}, not {needs}")
+
+
+def _meta_unet(config: PixelModelConfig) -> UNet2DModel:
+    with torch.device("meta"):
+        return build_unet(config)
+
+
+def convert(network: EdmNetwork, show: Callable[[int, dict[str, float]], None]) -> PixelModel:
+    """The network as a pixel model on the CPU, in float32; each tensor is read once, and none is held twice."""
+
+    def read() -> Iterator[tuple[str, Tensor]]:
+        for done, (name, tensor) in enumerate(network.tensors.items(), 1):
+            yield name, tensor.read()
+            show(done, {})
+
+    unet = _meta_unet(network.config)
+    unet.load_state_dict(dict(to_diffusers(network.config, read())), assign=True)
+    model = PixelModel(network.config, unet)
+    model.denoiser.eval()
+    return model

@@ -1,0 +1,147 @@
+"""From a folder, a single file or a model on the hub to an image model; nothing in it is executed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from fewstep.errors import UserError, brief
+from fewstep.models.image_model import DESCRIPTION
+from fewstep.models.latent_model import PARAMETERIZATIONS, LatentModel
+from fewstep.models.loading import hub, single_file
+from fewstep.models.loading.hub import PIPELINE, read_index
+from fewstep.models.loading.pipeline import PARTS, WEIGHTED, check_index, load_pipeline, load_single_file
+from fewstep.models.pixel_model import PixelModel, build_unet
+from fewstep.models.settings import PixelModelConfig
+from fewstep.runtime.runs import find_checkpoint, find_model, other_emas
+
+SUFFIX = ".safetensors"
+WEIGHT_SUFFIXES = (SUFFIX, ".ckpt", ".pt", ".pth", ".bin", ".gguf", ".pkl")  # all but the first are refused, by name
+
+
+def is_model_folder(folder: Path) -> bool:
+    """Whether `load` would try."""
+    return any((folder / name).is_file() for name in (DESCRIPTION, PIPELINE))
+
+
+def is_loadable(source: str | Path) -> bool:
+    """Whether it is a model folder, a file of weights or a hub id."""
+    path = Path(source)
+    return is_model_folder(path) or path.suffix in WEIGHT_SUFFIXES or hub.is_hub_id(source)
+
+
+def load(
+    source: str | Path, config: str | Path | None = None, prediction_type: str | None = None
+) -> PixelModel | LatentModel:
+    """The image model in `source`, on the CPU, in float32 and in evaluation mode.
+
+    `source` is a folder (one of ours, or a diffusers pipeline of SD or SDXL), a `.safetensors` file of an SD or SDXL
+    fine-tune, or a hub id `owner/name`. A file is configured by `config`, a diffusers folder or hub id of its family,
+    by default its base model on the hub. `prediction_type` (epsilon, v_prediction) replaces what the model says of
+    itself. Raises UserError if it is none of these, is damaged, or can't be fetched.
+    """
+    path = Path(source)
+    if prediction_type not in (None, *PARAMETERIZATIONS):
+        raise UserError(f"prediction type {prediction_type!r}: write {' or '.join(PARAMETERIZATIONS)}")
+    if config is not None and path.suffix != SUFFIX:
+        raise UserError(f"{source}: has its own configuration; only a single {SUFFIX} file takes another")
+    try:
+        if path.is_file() or path.suffix in WEIGHT_SUFFIXES:
+            return _load_file(path, config, prediction_type)
+        return _load_folder(_local(path), prediction_type)
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file shows itself as almost any error
+        raise UserError(
+            f"{source}: the model is damaged ({brief(error)}); name another checkpoint's model folder"
+        ) from error
+
+
+def _local(path: Path) -> Path:
+    """The folder itself, or what the hub has under its name."""
+    if path.is_dir() or not hub.is_hub_id(path):
+        return path
+    name = check_index(path, read_index(hub.fetch_index(str(path))))
+    return hub.fetch(str(path), PARTS[name], weights=[part for part in PARTS[name] if part in WEIGHTED])
+
+
+def _load_folder(folder: Path, prediction_type: str | None) -> PixelModel | LatentModel:
+    if not is_model_folder(folder):
+        raise UserError(
+            f"{folder}: not a model folder (it has no {DESCRIPTION}); name a run or another checkpoint's model"
+        )
+    description = json.loads((folder / DESCRIPTION).read_text()) if (folder / DESCRIPTION).is_file() else {}
+    if (folder / PIPELINE).is_file() and description.get("family") != "pixel":
+        changes = {"prediction_type": prediction_type} if prediction_type else {}
+        return LatentModel(load_pipeline(folder, changes), description.get("timesteps"))
+    if prediction_type:
+        raise UserError(f"{folder}: a pixel model, which takes no prediction type")
+    return _load_pixel_model(folder, description)
+
+
+def _load_pixel_model(folder: Path, description: dict[str, Any]) -> PixelModel:
+    config = PixelModelConfig(**description["config"])
+    timesteps = description["timesteps"] and [float(t) for t in description["timesteps"]]
+    unet = build_unet(config)
+    unet.load_state_dict(
+        {name: value for file in (folder / "unet").glob("*.safetensors") for name, value in load_file(file).items()}
+    )
+    model = PixelModel(config, unet, timesteps)
+    model.denoiser.eval()
+    return model
+
+
+def _load_file(path: Path, config: str | Path | None, prediction_type: str | None) -> LatentModel:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    if path.suffix != SUFFIX:
+        hint = "; `fewstep import edm` reads EDM's" if path.suffix == ".pkl" else ""
+        raise UserError(
+            f"{path}: only {SUFFIX} files are read; others ({path.suffix}) can run code when they are opened{hint}"
+        )
+    weights = single_file.read(path)
+    changes = single_file.scheduler_changes(weights)
+    changes |= {"prediction_type": prediction_type} if prediction_type else {}
+    pipeline = load_single_file(path, weights, _configuration(path, weights, config), changes)
+    model = LatentModel(pipeline, single_file.read_timesteps(path))
+    if model.timesteps:
+        model.denoiser.schedule.check_timesteps(torch.tensor(model.timesteps))
+    return model
+
+
+def _configuration(path: Path, weights: single_file.Weights, config: str | Path | None) -> Path:
+    """A local diffusers folder with what the file lacks."""
+    if config is not None and (is_model_folder(Path(config)) or not hub.is_hub_id(config)):
+        if not (Path(config) / PIPELINE).is_file():
+            raise UserError(f"{config}: no diffusers folder (it has no {PIPELINE}); it should configure {path}")
+        return Path(config)
+    name = str(config or single_file.base_model(weights))
+    try:
+        parts = PARTS[check_index(name, read_index(hub.fetch_index(name)))]
+        absent = set(WEIGHTED) & set(parts) - set(single_file.parts_in(weights))
+        return hub.fetch(name, parts, weights=absent)
+    except UserError as error:
+        raise UserError(
+            f"{path}: needs the configuration of its family; name a diffusers folder of it with --config, in a recipe "
+            f"with teacher_config (tried {error})"
+        ) from error
+
+
+def open_model(
+    source: str | Path, config: str | Path | None = None, prediction_type: str | None = None
+) -> PixelModel | LatentModel:
+    """What `pretrained.load` finds in `source`, or the image model of RUN, RUN@STEP or RUN@best-METRIC."""
+    if is_loadable(source):
+        return load(source, config, prediction_type)
+    return load(find_model(str(source)), config, prediction_type)
+
+
+def open_averages(source: str | Path) -> dict[str, PixelModel | LatentModel]:
+    """The image model in `source` as "", and of a run the other averages of its checkpoint as " ema0.99995"."""
+    if is_loadable(source):
+        return {"": load(source)}
+    checkpoint = find_checkpoint(str(source))
+    others = {f" ema{ema}": load(folder) for ema, folder in other_emas(checkpoint).items()}
+    return {"": load(checkpoint / "model"), **others}

@@ -1,0 +1,98 @@
+"""Image models on pixels: their configuration, their `UNet2DModel`, and how they are stored in a folder."""
+
+from pathlib import Path
+from typing import Any
+
+from diffusers import UNet2DModel
+from torch import Generator, Tensor
+
+from fewstep.diffusion.denoiser import Condition, Denoiser
+from fewstep.diffusion.parameterizations import edm
+from fewstep.diffusion.schedules import EDM
+from fewstep.models.image_model import ImageModel, to_images, to_pixels, write_description
+from fewstep.models.settings import PixelModelConfig
+from fewstep.networks.adapters import PixelUNet
+from fewstep.networks.conditioning import ClassLabels
+
+
+def build_unet(config: PixelModelConfig) -> UNet2DModel:
+    """The `UNet2DModel` in ADM's layout (scale-shift time embedding, residual resampling), randomly initialised."""
+    down = ["AttnDownBlock2D" if attention else "ResnetDownsampleBlock2D" for attention in config.attention]
+    up = ["AttnUpBlock2D" if attention else "ResnetUpsampleBlock2D" for attention in reversed(config.attention)]
+    return UNet2DModel(
+        sample_size=config.image_size,
+        in_channels=config.channels,
+        out_channels=config.channels,
+        block_out_channels=config.block_out_channels,
+        layers_per_block=config.layers_per_block,
+        down_block_types=down,
+        up_block_types=up,
+        downsample_type="resnet",
+        upsample_type="resnet",
+        resnet_time_scale_shift="scale_shift",
+        attention_head_dim=config.attention_head_dim,
+        norm_num_groups=config.norm_num_groups,
+        attn_norm_num_groups=config.norm_num_groups,
+        add_attention=any(config.attention) or config.middle_attention,
+        dropout=config.dropout,
+        flip_sin_to_cos=True,
+        freq_shift=0,
+        num_class_embeds=config.num_classes + config.null_class or None,
+    )
+
+
+class PixelModel(ImageModel):
+    """A pixel-space image model: x0 is the image itself, (C, H, W) in [-1, 1].
+
+    `timesteps` are a few-step student's, None for a teacher.
+    """
+
+    def __init__(self, config: PixelModelConfig, unet: UNet2DModel, timesteps: list[float] | None = None):
+        self.config, self.unet = config, unet
+        self.denoiser = Denoiser(PixelUNet(unet), EDM(config.sigma_min, config.sigma_max), edm(config.sigma_data))
+        self.conditioner = ClassLabels(config.num_classes, config.null_class)
+        self.shape: tuple[int, ...] = (config.channels, config.image_size, config.image_size)
+        self.timesteps = timesteps
+
+    @property
+    def bottleneck(self) -> str:
+        """The layer that the discriminator reads: the last encoder block, as in the official EDM runs (spec, 1.4)."""
+        return f"unet.down_blocks.{len(self.config.block_out_channels) - 1}"
+
+    @property
+    def null_condition(self) -> Condition | None:
+        null = self.conditioner.null_condition
+        return null and {key: value.to(self.device) for key, value in null.items()}
+
+    def draw_condition(self, given: Condition, num: int, draws: Generator) -> Condition:
+        """Uniform over the classes, whatever is given."""
+        return self.conditioner.draw(num, draws)
+
+    def drop_condition(self, condition: Condition, probability: float, draws: Generator) -> Condition:
+        """The condition with this share of the labels replaced by the null class."""
+        return self.conditioner.dropout(condition, probability, draws)
+
+    def numbered_condition(self, first: int, last: int) -> Condition:
+        """Every class in turn, on the model's device."""
+        return self.conditioner.encode(self.conditioner.labels(last)[first:].to(self.device))
+
+    def encode_condition(self, batch: dict[str, Any]) -> Condition:
+        """The condition of real data {"label": (B,)}, on the model's device."""
+        return self.conditioner.encode(batch["label"].to(self.device)) if "label" in batch else {}
+
+    def encode_x0(self, batch: dict[str, Any], draws: Generator) -> Tensor:
+        """x0 of real data {"image": uint8 (B, C, H, W)}, on the model's device."""
+        return to_pixels(batch["image"].to(self.device))
+
+    def decode(self, x0: Tensor) -> Tensor:
+        """x0 (B, C, H, W) -> uint8 images, clipped and rounded."""
+        return to_images(x0)
+
+    def decode_pixels(self, x0: Tensor) -> Tensor:
+        return x0
+
+    def save(self, folder: Path) -> None:
+        """Writes `unet/` as diffusers does (safetensors) and `fewstep.json` beside it."""
+        self.unet.save_pretrained(folder / "unet")
+        description = {"family": "pixel", "config": self.config.model_dump(), "timesteps": self.timesteps}
+        write_description(folder, description)

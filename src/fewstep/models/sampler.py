@@ -1,0 +1,184 @@
+"""Images from an image model for evaluation: noise and class of image i depend on (seed, i) alone, not on the batch."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fewstep.diffusion.denoiser import Condition, Denoiser, Guided
+from fewstep.diffusion.sampling import ddim, heun, rollout
+from fewstep.diffusion.schedules import VP, broadcast
+from fewstep.diffusion.timesteps import trailing_grid
+from fewstep.errors import UserError
+from fewstep.models.image_model import ImageModel
+from fewstep.seeding import generator
+
+SAMPLERS = ("ddim", "heun", "euler", "dpm++", "unipc")  # of teachers
+MULTISTEP = {"dpm++": "DPMSolverMultistepScheduler", "unipc": "UniPCMultistepScheduler"}
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How images are drawn: by a student's own timesteps, or from a teacher in `num_steps` by one of `SAMPLERS`."""
+
+    kind: Literal["student", "ddim", "heun", "euler", "dpm++", "unipc"]
+    num_steps: int
+    guidance_scale: float = 1.0
+
+    def __str__(self) -> str:
+        """As `parse_sampler` reads it, in one spelling."""
+        return f"{self.kind}:{self.num_steps}" + (f"@{self.guidance_scale:g}" if self.guidance_scale != 1 else "")
+
+    @property
+    def nfe(self) -> int:
+        """Calls of the network per image; guidance doubles them."""
+        steps = 2 * self.num_steps - 1 if self.kind == "heun" else self.num_steps
+        return steps * (1 + (self.guidance_scale != 1))
+
+    @property
+    def num_noises(self) -> int:
+        """Noises per image: a student renoises freshly, the teacher's samplers are deterministic."""
+        return self.num_steps if self.kind == "student" else 1
+
+
+def default_sampler(model: ImageModel) -> Sampler:
+    """The student's own timesteps; for a teacher EDM's 18 Heun steps (35 calls), or 50 of DDIM on VP schedules."""
+    if model.timesteps:
+        return Sampler("student", len(model.timesteps))
+    return Sampler("ddim", 50) if isinstance(model.denoiser.schedule, VP) else Sampler("heun", 18)
+
+
+def parse_sampler(text: str) -> Sampler:
+    """`heun:18`, `ddim:8`, or with guidance `ddim:50@3`; raises UserError for anything else."""
+    what, at, scale = text.partition("@")
+    kind, _, steps = what.partition(":")
+    if kind not in SAMPLERS or not steps.isdecimal() or int(steps) < 1 or not _is_scale(scale if at else "1"):
+        kinds = ", ".join(f"{name}:STEPS" for name in SAMPLERS)
+        raise UserError(f"sampler {text!r}: write {kinds}, for example heun:18, or ddim:50@3 for guidance of scale 3")
+    return Sampler(kind, int(steps), float(scale or 1))  # type: ignore[arg-type]
+
+
+def _is_scale(text: str) -> bool:
+    try:
+        return 1 <= float(text) < float("inf")
+    except ValueError:
+        return False
+
+
+def draw_noise(model: ImageModel, num_noises: int, start: int, stop: int, seed: int) -> Tensor:
+    """Unit noise (num_noises, B, C, H, W) of images start .. stop-1; image i has the same noise in every batch.
+
+    The first of an image's noises is alike for every sampler, so that rows of a table start from the same noise.
+    """
+    per_image = [
+        torch.randn(num_noises, *model.shape, generator=generator(seed, "image", index)) for index in range(start, stop)
+    ]
+    return torch.stack(per_image, dim=1).to(model.device)
+
+
+def sample(model: ImageModel, sampler: Sampler, noise: Tensor, condition: Condition) -> Tensor:
+    """x0 from noise (>= 1, B, ...), without gradient."""
+    denoiser: Denoiser | Guided = model.denoiser
+    if sampler.guidance_scale != 1 and (null_condition := model.null_condition) is not None:
+        denoiser = Guided(model.denoiser, sampler.guidance_scale, null_condition)
+    schedule = denoiser.schedule
+    if sampler.kind == "student":
+        timesteps = torch.tensor(model.timesteps, dtype=torch.float64, device=noise.device)
+        return rollout(denoiser, noise, timesteps, condition, stop=len(timesteps) - 1)
+    if sampler.kind in MULTISTEP:
+        return multistep(denoiser, noise[0], sampler, condition)
+    if sampler.kind == "euler":
+        return euler(denoiser, noise[0], sampler.num_steps, condition)
+    if sampler.kind == "ddim":
+        return ddim(denoiser, noise[0], schedule.grid(sampler.num_steps).to(noise.device), condition)
+    return heun(denoiser, noise[0], schedule.ode_grid(sampler.num_steps).to(noise.device), condition)
+
+
+def euler(denoiser: Denoiser | Guided, noise: Tensor, num_steps: int, condition: Condition) -> Tensor:
+    """Euler's method on the probability flow in sigma/alpha, where it is `ddim`; noise (B, ...) -> x0.
+
+    On VP schedules as diffusers' EulerDiscreteScheduler has it with "trailing" spacing: it starts from sigma(T-1) eps,
+    not from eps. Else from pure noise along Karras' levels (arXiv 2206.00364, algorithm 1, without its lines 6 to 8).
+    """
+    schedule = denoiser.schedule
+    if not isinstance(schedule, VP):
+        return ddim(denoiser, noise, schedule.ode_grid(num_steps).to(noise.device), condition)
+    times = trailing_grid(num_steps, len(schedule.levels)).to(noise.device)
+    return ddim(denoiser, broadcast(schedule.alpha_sigma(times[:1])[1], noise) * noise, times, condition)
+
+
+@torch.no_grad()
+def multistep(denoiser: Denoiser | Guided, noise: Tensor, sampler: Sampler, condition: Condition) -> Tensor:
+    """DPM-Solver++ (2M) or UniPC as diffusers has them, on evenly spaced times from T-1; noise (B, ...) -> x0.
+
+    For VP schedules. The schedulers are told that the network predicts x0, which is what a denoiser does.
+    Raises UserError for other schedules.
+    """
+    import diffusers
+
+    if not isinstance(denoiser.schedule, VP):
+        raise UserError(f"sampler {sampler.kind}: is for text-to-image models; take ddim or heun")
+    scheduler = getattr(diffusers, MULTISTEP[sampler.kind])(
+        trained_betas=denoiser.schedule.betas.numpy(), prediction_type="sample", timestep_spacing="trailing"
+    )
+    scheduler.set_timesteps(sampler.num_steps)
+    x_t = denoiser.schedule.pure_noise(noise)
+    for t in scheduler.timesteps:
+        x0 = denoiser(x_t, t.expand(len(noise)).to(noise.device), condition)
+        x_t = scheduler.step(x0, t, x_t, return_dict=False)[0]
+    return x_t
+
+
+@torch.no_grad()
+def generate(
+    model: ImageModel,
+    sampler: Sampler,
+    indices: range,
+    seed: int = 0,
+    label: int | None = None,
+    batch_size: int | None = None,
+    report: Callable[[int], None] = lambda done: None,
+) -> Tensor:
+    """uint8 images (N, C, H, W) number indices[0] .. indices[-1] of a seed, of class `label` or of all in turn.
+
+    `report` is called with the count of finished images.
+    """
+    images = []
+    batch_size = batch_size or model.sampling_batch
+    for first in range(indices.start, indices.stop, batch_size):
+        last = min(first + batch_size, indices.stop)
+        condition = model.numbered_condition(first, last)
+        if label is not None:
+            condition = {"label": torch.full_like(condition["label"], label)}
+        noise = draw_noise(model, sampler.num_noises, first, last, seed)
+        images.append(model.decode(sample(model, sampler, noise, condition)).cpu())
+        report(last - indices.start)
+    return torch.cat(images)
+
+
+@torch.no_grad()
+def images_per_second(model: ImageModel, sampler: Sampler, batch_size: int = 0, min_seconds: float = 1.0) -> float:
+    """Median throughput, pixels included, over batches for at least `min_seconds` and three of them, after a warm-up.
+
+    A `batch_size` of 0 is the model's default.
+    """
+    batch_size = batch_size or model.sampling_batch
+    noise = draw_noise(model, sampler.num_noises, 0, batch_size, seed=0)
+    condition = model.numbered_condition(0, batch_size)
+    seconds: list[float] = []
+    model.decode(sample(model, sampler, noise, condition))
+    while len(seconds) < 3 or sum(seconds) < min_seconds:
+        _wait(model.device)
+        start = time.perf_counter()
+        model.decode(sample(model, sampler, noise, condition))
+        _wait(model.device)
+        seconds.append(time.perf_counter() - start)
+    return batch_size / sorted(seconds)[len(seconds) // 2]
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,61 @@
+"""What a recipe says of a pixel model that is trained from scratch."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from fewstep.settings import Settings
+
+
+class PixelModelConfig(Settings):
+    """An EDM-preconditioned `UNet2DModel` on pixels in [-1, 1]."""
+
+    image_size: int = Field(8, ge=4)
+    """Height and width in pixels; divisible by 2 for every level after the first."""
+    channels: Literal[1, 3] = 1
+    """1 for grey, 3 for RGB."""
+    num_classes: int = Field(0, ge=0)
+    """Number of class labels; 0 for an unconditional model."""
+    null_class: bool = False
+    """Whether there is one more class that means "no label", which guidance needs."""
+    block_out_channels: list[int] = [32, 64]
+    """Channels of each level; every level after the first halves the resolution."""
+    attention: list[bool] = [False, False]
+    """Whether each level has self-attention."""
+    middle_attention: bool = False
+    """Whether the block in the middle has self-attention where no level has it; where one has, it always has."""
+    layers_per_block: int = Field(1, ge=1)
+    """Residual blocks per level."""
+    attention_head_dim: int = Field(32, ge=1)
+    """Channels per attention head."""
+    norm_num_groups: int = Field(8, ge=1)
+    """Groups of every GroupNorm; divides all channel counts."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout while the teacher trains; distillation runs without."""
+    sigma_data: float = Field(0.5, gt=0)
+    """Standard deviation of the data (EDM, table 1)."""
+    sigma_min: float = Field(0.002, gt=0)
+    """Smallest noise level (EDM, table 1)."""
+    sigma_max: float = Field(80.0, gt=0)
+    """Noise level of pure noise (EDM, table 1)."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        levels = len(self.block_out_channels)
+        if self.null_class and not self.num_classes:
+            raise ValueError("null_class: a model without classes (num_classes 0) has none")
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError(f"sigma_min {self.sigma_min:g} is not below sigma_max {self.sigma_max:g}")
+        if len(self.attention) != levels:
+            raise ValueError(f"attention has {len(self.attention)} entries, block_out_channels {levels}")
+        if not levels or min(self.block_out_channels) < 1:
+            raise ValueError(f"block_out_channels {self.block_out_channels}: at least one level, all positive")
+        with_attention = [w for w, on in zip(self.block_out_channels, self.attention, strict=True) if on]
+        with_attention += self.block_out_channels[-1:] if with_attention or self.middle_attention else []
+        if any(width % self.attention_head_dim for width in with_attention):
+            raise ValueError(f"attention_head_dim {self.attention_head_dim} does not divide {with_attention}")
+        if self.image_size % 2 ** (levels - 1):
+            raise ValueError(f"image_size {self.image_size} can't be halved {levels - 1} times")
+        if any(width % self.norm_num_groups for width in self.block_out_channels):
+            raise ValueError(f"norm_num_groups {self.norm_num_groups} does not divide {self.block_out_channels}")
+        return self

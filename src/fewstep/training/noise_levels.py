@@ -1,0 +1,32 @@
+"""Random native times as a recipe asks for them."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Generator, Tensor
+
+from fewstep.diffusion import timesteps
+from fewstep.diffusion.schedules import EDM, Flow, NoiseSchedule
+from fewstep.errors import UserError
+from fewstep.training.settings import NoiseLevels
+
+NoiseLevelSampler = Callable[[int, Generator], Tensor]
+
+
+def level_sampler(noise: NoiseLevels, schedule: NoiseSchedule, device: torch.device) -> NoiseLevelSampler:
+    """A function (num, generator) -> native times (num,), for generators on `device`.
+
+    Raises UserError if the schedule has no such times.
+    """
+    native = {"lognormal": EDM, "logit_normal": Flow, "shifted": Flow}.get(noise.distribution, NoiseSchedule)
+    if not isinstance(schedule, native):
+        raise UserError(f"noise.distribution: {noise.distribution} is not for the teacher's schedule; take index")
+    if noise.distribution == "lognormal":
+        return partial(timesteps.lognormal_sigma, mean=noise.mean, std=noise.std)
+    if noise.distribution == "logit_normal":
+        return partial(timesteps.logit_normal, mean=noise.mean, std=noise.std)
+    if noise.distribution == "shifted":
+        return partial(timesteps.shifted_uniform, shift=noise.shift)
+    levels = schedule.levels.to(device)
+    return partial(timesteps.uniform_level, levels=levels, min_index=noise.min_index, max_index=noise.max_index)

@@ -1,0 +1,398 @@
+"""Teachers out of folders, single files and the hub: the same numbers from each, and one line where it can't be."""
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.loaders.single_file_utils import CHECKPOINT_KEY_NAMES
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fake_hub import fake_hub, point_to
+from fewstep.errors import UserError
+from fewstep.models.latent_model import LatentModel
+from fewstep.models.loading.hub import is_hub_id
+from fewstep.models.loading.pretrained import load
+from fewstep.models.loading.single_file import base_model, convert
+from single_files import original_unet, original_weights, write_single_file
+from tiny_pipelines import BETAS, TINY
+
+KINDS = {"sd": ("sd", False), "sd2": ("sd", True), "sdxl": ("sdxl", False)}
+PROMPTS = ["a red cat", "a mat"]
+BASES = {
+    "sd": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "sd2": "stabilityai/stable-diffusion-2-1",
+    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+}
+CLOSED = "http://127.0.0.1:9"
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A `folder`, the `file.safetensors` of the same pipeline, and a `config` folder without any weights."""
+    place = tmp_path_factory.mktemp(request.param)
+    family, second_version = KINDS[request.param]
+    pipeline = TINY[family](place / "scratch")
+    pipeline.save_pretrained(place / "folder")
+    write_single_file(place / "file.safetensors", original_weights(pipeline, second_version))
+    shutil.copytree(place / "folder", place / "config", ignore=shutil.ignore_patterns("*.safetensors"))
+    return place
+
+
+@pytest.fixture(scope="module")
+def sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `place`, for SD alone, with SDXL's folder as `sdxl`."""
+    place = tmp_path_factory.mktemp("sd")
+    pipeline = TINY["sd"](place / "scratch")
+    pipeline.save_pretrained(place / "folder")
+    write_single_file(place / "file.safetensors", original_weights(pipeline))
+    TINY["sdxl"](place / "scratch xl").save_pretrained(place / "sdxl")
+    return place
+
+
+def outputs(model: LatentModel) -> dict[str, Tensor]:
+    """What a model makes of fixed inputs: x0 predictions, conditions, latents and pictures."""
+    draws = torch.Generator().manual_seed(0)
+    x_t, t = torch.randn(2, 4, 8, 8, generator=draws), torch.tensor([20, 700])
+    images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8, generator=draws)
+    condition = model.text_condition(PROMPTS)
+    with torch.no_grad():
+        x0 = model.denoiser(x_t, t, condition)
+    null = {f"null {name}": tensor for name, tensor in model.null_condition.items()}
+    latents = model.encode_x0({"image": images}, draws)
+    return {"x0": x0, "latents": latents, "pictures": model.decode(x0).float(), **condition, **null}
+
+
+def same(ours: LatentModel, theirs: LatentModel, tolerance: float = 1e-6) -> None:
+    """Both models are of the same numbers."""
+    pairs, expected = outputs(ours), outputs(theirs)
+    assert pairs.keys() == expected.keys()
+    for name, tensor in pairs.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=tolerance, atol=tolerance, msg=name)
+
+
+def refused(*fragments: str, source: object, config: object = None, prediction_type: str | None = None) -> str:
+    """Loading raises one line with these fragments."""
+    with pytest.raises(UserError) as error:
+        load(source, config, prediction_type)
+    line = str(error.value)
+    assert "\n" not in line
+    assert all(fragment in line for fragment in fragments), line
+    return line
+
+
+# --- single files ----------------------------------------------------------------------------------------------------
+
+
+def test_a_single_file_is_the_folder(place: Path) -> None:
+    same(load(place / "file.safetensors", place / "config"), load(place / "folder"))
+
+
+def test_tensors_of_training_and_old_buffers_do_no_harm(sd: Path, tmp_path: Path) -> None:
+    extra = {
+        "model_ema.decay": torch.zeros(()),
+        "alphas_cumprod": torch.zeros(1000),
+        "cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(20)[None],
+    }
+    path = write_single_file(tmp_path / "trained.safetensors", load_file(sd / "file.safetensors") | extra)
+    same(load(path, sd / "folder"), load(sd / "folder"))
+
+
+FULL_SIZE = {
+    "sd": ({"cross_attention_dim": 768}, 686),
+    "sdxl": (
+        {
+            "block_out_channels": (320, 640, 1280),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            "transformer_layers_per_block": (1, 2, 10),
+            "attention_head_dim": (5, 10, 20),
+            "cross_attention_dim": 2048,
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2816,
+        },
+        1680,
+    ),
+}
+
+
+@pytest.mark.parametrize("family", FULL_SIZE)
+def test_the_released_models_names_are_all_converted(family: str) -> None:
+    """686 and 1,680 tensors in the UNets of SD 1.5 and SDXL; the last name of the file is known to diffusers, too."""
+    settings, num_tensors = FULL_SIZE[family]
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**settings)
+    weights = {f"model.diffusion_model.{name}": tensor for name, tensor in original_unet(unet).items()}
+    assert len(weights) == num_tensors
+    assert (CHECKPOINT_KEY_NAMES["v1"] in weights) == (family == "sd")
+    shapes = {name: tensor.shape for name, tensor in convert(weights, "unet", unet).items()}
+    assert shapes == {name: tensor.shape for name, tensor in unet.state_dict().items()}
+
+
+def test_what_the_file_lacks_comes_from_the_configuration(place: Path, tmp_path: Path) -> None:
+    weights = load_file(place / "file.safetensors")
+    left_out = ("first_stage_model.", "cond_stage_model.", "conditioner.")
+    unet = {name: tensor for name, tensor in weights.items() if not name.startswith(left_out)}
+    path = write_single_file(tmp_path / "unet.safetensors", unet)
+    same(load(path, place / "folder"), load(place / "folder"))
+    refused("unet.safetensors", "lacks", "vae", str(place / "config"), source=path, config=place / "config")
+
+
+def test_half_precision_is_computed_in_float32(place: Path, tmp_path: Path) -> None:
+    weights = {name: tensor.half() for name, tensor in load_file(place / "file.safetensors").items()}
+    rounded = write_single_file(tmp_path / "rounded.safetensors", {n: t.float() for n, t in weights.items()})
+    half = write_single_file(tmp_path / "half.safetensors", weights)
+    same(load(half, place / "config"), load(rounded, place / "config"))
+    pipeline = load(rounded, place / "config").pipeline
+    pipeline.to(torch.float16)
+    pipeline.save_pretrained(tmp_path / "half folder")
+    same(load(tmp_path / "half folder"), load(rounded, place / "config"))
+    pipeline.save_pretrained(tmp_path / "variant", variant="fp16")
+    assert (tmp_path / "variant" / "unet" / "diffusion_pytorch_model.fp16.safetensors").is_file()
+    same(load(tmp_path / "variant"), load(rounded, place / "config"))
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("zero_snr", [False, True])
+def test_prediction_type_and_terminal_snr_come_from_the_scheduler_of_the_configuration(
+    sd: Path, tmp_path: Path, prediction: str, zero_snr: bool
+) -> None:
+    shutil.copytree(sd / "folder", tmp_path / "config")
+    scheduler = DDIMScheduler(**BETAS, prediction_type=prediction, rescale_betas_zero_snr=zero_snr, clip_sample=False)
+    scheduler.save_pretrained(tmp_path / "config" / "scheduler")
+    agrees_with(load(sd / "file.safetensors", tmp_path / "config"), scheduler)
+
+
+@pytest.mark.parametrize(
+    ("flags", "asked", "prediction", "zero_snr"),
+    [
+        (["v_pred"], None, "v_prediction", False),
+        (["v_pred", "ztsnr"], None, "v_prediction", True),
+        ([], "v_prediction", "v_prediction", False),
+        (["v_pred"], "epsilon", "epsilon", False),
+        ([], None, "epsilon", False),
+    ],
+)
+def test_empty_tensors_say_v_prediction_and_zero_terminal_snr_and_the_user_has_the_last_word(
+    sd: Path, tmp_path: Path, flags: list[str], asked: str | None, prediction: str, zero_snr: bool
+) -> None:
+    path = write_single_file(tmp_path / "flagged.safetensors", load_file(sd / "file.safetensors"), *flags)
+    scheduler = DDIMScheduler(**BETAS, prediction_type=prediction, rescale_betas_zero_snr=zero_snr, clip_sample=False)
+    model = load(path, sd / "folder", asked)
+    agrees_with(model, scheduler)
+    model.save(tmp_path / "saved")
+    agrees_with(load(tmp_path / "saved"), scheduler)
+
+
+def agrees_with(model: LatentModel, scheduler: DDIMScheduler) -> None:
+    """The model's x0 is the scheduler's, at every kind of time."""
+    x_t, condition = torch.randn(1, 4, 8, 8), model.text_condition(["cat"])
+    scheduler.set_timesteps(1000)
+    for t in (0, 500, 998):
+        time = torch.tensor([t])
+        with torch.no_grad():
+            output, x0 = model.denoiser.network(x_t, time, condition), model.denoiser(x_t, time, condition)
+        theirs = scheduler.step(output, t, x_t).pred_original_sample
+        assert (x0 - theirs).norm() <= 1e-5 * theirs.norm()
+
+
+def test_the_prediction_type_of_a_folder_can_be_set_right(sd: Path) -> None:
+    scheduler = DDIMScheduler(**BETAS, prediction_type="v_prediction", clip_sample=False)
+    agrees_with(load(sd / "folder", prediction_type="v_prediction"), scheduler)
+    refused("'noise'", "v_prediction", source=sd / "folder", prediction_type="noise")
+
+
+def test_files_that_are_no_sd_or_sdxl_model_are_named(sd: Path, tmp_path: Path) -> None:
+    for names, what in {
+        ("lora_unet_mid_block_attentions_0_proj_in.lora_down.weight",): "a LoRA",
+        ("unet.mid_block.attentions.0.proj_in.lora_A.weight",): "a LoRA",
+        ("model.diffusion_model.double_blocks.0.img_attn.norm.key_norm.scale",): "FLUX",
+        ("model.diffusion_model.joint_blocks.0.x_block.mlp.fc1.weight",): "SD3",
+        ("mid_block.resnets.0.conv1.weight",): "diffusers folder",
+        ("weight",): "without the UNet",
+    }.items():
+        save_file({name: torch.zeros(2) for name in names}, tmp_path / "other.safetensors")
+        source = tmp_path / "other.safetensors"
+        refused("other.safetensors", what, "supported", "SDXL", source=source, config=sd / "folder")
+
+
+class Trap(str):
+    """A path; unpickling it leaves a file there."""
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (Path(self),)
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".bin", ".pt", ".pth", ".safetensors"])
+def test_a_pickle_is_refused_and_never_opened(sd: Path, tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"model{suffix}"
+    path.write_bytes(pickle.dumps({"state_dict": Trap(tmp_path / "ran")}))
+    refused(path.name, "safetensors", source=path)
+    shutil.copytree(sd / "folder", tmp_path / "folder")
+    (tmp_path / "folder" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    shutil.copy(path, tmp_path / "folder" / "unet" / f"diffusion_pytorch_model{suffix}")
+    refused("folder", source=tmp_path / "folder")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_damaged_file_is_refused(sd: Path, tmp_path: Path) -> None:
+    content, path = (sd / "file.safetensors").read_bytes(), tmp_path / "torn.safetensors"
+    for torn in (b"", content[:5], content[:2000], content[: len(content) // 2], b"x" * 1000):
+        path.write_bytes(torn)
+        refused("torn.safetensors", "not a whole safetensors file", source=path, config=sd / "folder")
+    refused("gone.safetensors", "no such file", source=tmp_path / "gone.safetensors")
+    for part in ("output_blocks.0", "first_stage_model.decoder.mid", "transformer.text_model.encoder.layers.1"):
+        weights = {name: tensor for name, tensor in load_file(sd / "file.safetensors").items() if part not in name}
+        path = write_single_file(tmp_path / "incomplete.safetensors", weights)
+        refused("incomplete.safetensors", "lacks", "tensors", source=path, config=sd / "folder")
+
+
+def test_a_configuration_that_does_not_fit_is_refused(sd: Path, tmp_path: Path) -> None:
+    file = sd / "file.safetensors"
+    refused("StableDiffusionPipeline", "StableDiffusionXLPipeline", str(sd / "sdxl"), source=file, config=sd / "sdxl")
+    refused("model_index.json", "scratch", source=file, config=sd / "scratch")
+    shutil.copytree(sd / "folder", tmp_path / "config")
+    settings = json.loads((sd / "folder" / "unet" / "config.json").read_text())
+    (tmp_path / "config" / "unet" / "config.json").write_text(json.dumps({**settings, "cross_attention_dim": 24}))
+    refused("unet", "other sizes", str(tmp_path / "config"), source=file, config=tmp_path / "config")
+    refused("only a single .safetensors file", source=sd / "folder", config=sd / "folder")
+
+
+# --- folders ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("damage", "fragments"),
+    [
+        (lambda folder: shutil.rmtree(folder / "vae"), ["lacks the subfolder vae"]),
+        (lambda folder: set_entry(folder, "text_encoder", [None, None]), ["without text_encoder"]),
+        (
+            lambda folder: set_entry(folder, "_class_name", "FluxPipeline"),
+            ["FluxPipeline", "StableDiffusionXLPipeline"],
+        ),
+        (lambda folder: (folder / "model_index.json").write_text("{"), ["damaged"]),
+        (lambda folder: (folder / "unet" / "config.json").unlink(), ["damaged", "config.json"]),
+        (lambda folder: cut(folder / "vae" / "diffusion_pytorch_model.safetensors"), ["damaged"]),
+        (lambda folder: cut(folder / "text_encoder" / "model.safetensors"), ["damaged"]),
+        (lambda folder: thin(folder / "unet" / "diffusion_pytorch_model.safetensors"), ["unet lacks", "tensors"]),
+        (lambda folder: thin(folder / "vae" / "diffusion_pytorch_model.safetensors"), ["vae lacks", "tensors"]),
+        (lambda folder: thin(folder / "text_encoder" / "model.safetensors"), ["text_encoder lacks", "tensors"]),
+    ],
+)
+def test_a_damaged_folder_is_refused(sd: Path, tmp_path: Path, damage, fragments: list[str]) -> None:
+    shutil.copytree(sd / "folder", tmp_path / "copy")
+    damage(tmp_path / "copy")
+    refused(str(tmp_path / "copy"), *fragments, source=tmp_path / "copy")
+
+
+def set_entry(folder: Path, key: str, value: object) -> None:
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, key: value}))
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def thin(path: Path) -> None:
+    """Leaves out a tenth of the tensors, which the libraries would replace by random ones."""
+    tensors = load_file(path)
+    save_file({name: tensor for index, (name, tensor) in enumerate(tensors.items()) if index % 10}, path)
+
+
+# --- the hub ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_on_the_hub_is_the_folder_and_only_what_is_needed_is_fetched(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(place / "folder", tmp_path / "served")
+    for path in list((tmp_path / "served").rglob("*.safetensors")):
+        shutil.copy(path, path.with_suffix(".fp16.safetensors"))
+        shutil.copy(path, path.with_suffix(".bin"))
+    for extra in ("single.safetensors", "unet/evil.py", "safety_checker/model.safetensors", "README.md"):
+        (tmp_path / "served" / extra).parent.mkdir(exist_ok=True)
+        (tmp_path / "served" / extra).write_text("not wanted")
+    with fake_hub({"owner/name": tmp_path / "served"}, tmp_path / "cache", monkeypatch) as fetched:
+        same(load("owner/name"), load(place / "folder"))
+    parts = {path.split("/")[0] for path in fetched}
+    assert {path.rsplit(".", 1)[1] for path in fetched} <= {"json", "txt", "safetensors"}
+    assert not [path for path in fetched if ".fp16." in path]
+    assert {path for path in fetched if "/" not in path} == {"model_index.json"}
+    assert "safety_checker" not in parts
+    point_to(CLOSED, tmp_path / "cache", monkeypatch)
+    same(load("owner/name"), load(place / "folder"))  # what was fetched once needs no hub
+
+
+@pytest.mark.parametrize("shard_size", ["1GB", "200KB"])
+def test_half_precision_is_fetched_where_there_is_nothing_else(
+    sd: Path, shard_size: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(sd / "folder")
+    pipeline.save_pretrained(tmp_path / "served", variant="fp16", max_shard_size=shard_size)
+    assert (len(list((tmp_path / "served" / "unet").glob("*.fp16*.safetensors"))) > 1) == (shard_size == "200KB")
+    with fake_hub({"owner/half": tmp_path / "served"}, tmp_path / "cache", monkeypatch):
+        same(load("owner/half"), load(sd / "folder"))
+
+
+def test_a_single_file_is_configured_from_the_hub_without_its_weights(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = BASES["sdxl" if (place / "folder" / "text_encoder_2").exists() else "sd"]
+    served = {"owner/name": place / "folder", base: place / "folder"}
+    with fake_hub(served, tmp_path / "cache", monkeypatch) as fetched:
+        same(load(place / "file.safetensors", "owner/name"), load(place / "folder"))
+        same(load(place / "file.safetensors"), load(place / "folder"))
+    assert fetched
+    assert not [path for path in fetched if path.endswith(".safetensors")]
+
+
+def test_the_base_model_is_told_by_family_and_width() -> None:
+    attention = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+    pooled = {"model.diffusion_model.label_emb.0.0.weight": torch.zeros(1)}
+    assert base_model({attention: torch.zeros(320, 768)}) == BASES["sd"]
+    assert base_model({attention: torch.zeros(320, 1024)}) == BASES["sd2"]
+    assert base_model({attention: torch.zeros(640, 2048)} | pooled) == BASES["sdxl"]
+
+
+def test_what_the_hub_does_not_have_is_refused_before_anything_is_fetched(
+    sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(sd / "folder", tmp_path / "flux")
+    set_entry(tmp_path / "flux", "_class_name", "FluxPipeline")
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "README.md").write_text("a data set, say")
+    models = {"owner/flux": tmp_path / "flux", "owner/none": tmp_path / "none"}
+    with fake_hub(models, tmp_path / "cache", monkeypatch) as fetched:
+        refused("owner/gone", "no such model on the hub", source="owner/gone")
+        refused("owner/flux", "FluxPipeline", "supported", source="owner/flux")
+        refused("owner/none", "model_index.json", source="owner/none")
+        line = refused("file.safetensors", "no such model", source=sd / "file.safetensors", config="owner/gone")
+    assert "teacher_config" in line
+    assert "--config" in line
+    assert fetched == ["model_index.json"]
+
+
+def test_without_a_hub_the_line_says_at_once_what_to_name_instead(
+    sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    point_to(CLOSED, tmp_path / "cache", monkeypatch)
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail(f"waits {seconds} s to try again"))
+    refused("owner/name", "can't be reached", "name a local folder", source="owner/name")
+    line = refused("file.safetensors", "can't be reached", source=sd / "file.safetensors")
+    assert "--config" in line
+    assert "teacher_config" in line
+
+
+def test_a_path_is_not_taken_for_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    assert is_hub_id("owner/name-1.0")
+    for path in ("runs/gone", "name", "/owner/name", "./name", "a/b/c", "../name", "owner/", "owner/.hidden"):
+        assert not is_hub_id(path), path
