@@ -7,7 +7,7 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "fewstep"
 FLOORS = [
-    {"errors", "settings"},
+    {"errors", "settings", "metric_table"},
     {"seeding", "files"},
     {"pictures"},
     {"diffusion"},
