@@ -1,10 +1,12 @@
 """The moving average against its closed form, and the exchange that leaves no trace."""
 
+import gc
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from fewstep.runtime.ema import EMA, ema_name
+from fewstep.runtime.ema import EMA, ema_name, trainable_state
 
 
 def moved(module: nn.Module, seed: int) -> None:
@@ -32,47 +34,45 @@ def closed_form(start: Tensor, values: list[Tensor], decay: float) -> Tensor:
     return sum(weight * value for weight, value in zip(weights, [start, *values], strict=True))  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("decay", [0.0, 0.05, 0.3, 0.999])
-def test_the_average_is_the_closed_form(layer: nn.Linear, decay: float) -> None:
-    ema, start, values = EMA(layer, decay), layer.weight.detach().clone(), []
+
+@pytest.mark.parametrize("decays", [[0.05], [0.3], [0.999, 0.3, 0.0], [0.0, 0.05, 0.9996]])
+def test_each_average_is_the_closed_form_of_its_decay(layer: nn.Linear, decays: list[float]) -> None:
+    ema, start, values = EMA(layer, decays if len(decays) > 1 else decays[0]), layer.weight.detach().clone(), []
     for seed in range(1, 30):
         moved(layer, seed)
         ema.update()
         values.append(layer.weight.detach().clone())
-    torch.testing.assert_close(ema.averages[0], closed_form(start, values, decay), rtol=1e-12, atol=1e-12)
+    assert ema.others == [f"{decay:g}" for decay in decays[1:]]
+    for decay, name in zip(decays, (None, *ema.others), strict=True):
+        averages = ema.averages_of(name)
+        assert list(averages) == ["weight", "bias"]
+        torch.testing.assert_close(averages["weight"], closed_form(start, values, decay), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("decays", [[0.999, 0.3, 0.0], [0.05, 0.9996]])
-def test_each_of_several_averages_is_the_closed_form_of_its_decay(layer: nn.Linear, decays: list[float]) -> None:
-    ema, start, values = EMA(layer, decays), layer.weight.detach().clone(), []
-    for seed in range(1, 30):
-        moved(layer, seed)
-        ema.update()
-        values.append(layer.weight.detach().clone())
-    assert list(ema.others) == [f"{decay:g}" for decay in decays[1:]]
-    for decay, averages in zip(decays, (ema.averages, *ema.others.values()), strict=True):
-        torch.testing.assert_close(averages[0], closed_form(start, values, decay), rtol=1e-12, atol=1e-12)
-
-
-def test_the_average_that_is_named_is_swapped_in_and_out(layer: nn.Linear) -> None:
-    ema = EMA(layer, [0.999, 0.05])
+@pytest.mark.parametrize("decays", [[0.999, 0.05], [0.0, 0.05], [0.05, 0.0]])
+def test_the_average_that_is_named_is_in_the_module_inside_alone(layer: nn.Linear, decays: list[float]) -> None:
+    ema, parameter, memory = EMA(layer, decays), layer.weight, layer.weight.data_ptr()
     moved(layer, 1)
     ema.update()
-    own, first, other = (each.clone() for each in (layer.weight, ema.averages[0], ema.others["0.05"][0]))
-    assert not torch.equal(first, other)
-    with ema.applied("0.05"):
-        assert torch.equal(layer.weight, other)
-    with ema.applied():
-        assert torch.equal(layer.weight, first)
-    assert [each.tolist() for each in (layer.weight, ema.averages[0], ema.others["0.05"][0])] == [
-        each.tolist() for each in (own, first, other)
-    ]
+    moved(layer, 2)
+
+    def values() -> list[list]:
+        return [each["weight"].tolist() for each in (layer.state_dict(), *map(ema.averages_of, (None, *ema.others)))]
+
+    before = values()
+    assert before[1] != before[2]
+    for index, name in enumerate((None, *ema.others), 1):
+        with ema.applied(name):
+            assert layer.weight.tolist() == before[index]
+            assert layer.weight is parameter
+            assert layer.weight.data_ptr() == memory  # by value: a shard's memory can't be exchanged
+        assert values() == before
 
 
 def test_every_update_costs_one_kernel_per_average(layer: nn.Linear, monkeypatch: pytest.MonkeyPatch) -> None:
     calls, lerp = [], torch._foreach_lerp_
     monkeypatch.setattr(torch, "_foreach_lerp_", lambda *args: (calls.append(len(args[0])), lerp(*args)))
-    EMA(layer, [0.9, 0.99, 0.999]).update()
+    EMA(layer, [0.9, 0.99, 0.999, 0.0]).update()
     assert calls == [2, 2, 2]
 
 
@@ -83,42 +83,53 @@ def test_an_average_is_named_by_its_decay_as_people_write_it(decay: float, name:
     assert ema_name(decay) == name
 
 
-def test_without_decay_the_average_is_the_parameters(layer: nn.Linear) -> None:
-    ema = EMA(layer, 0.0)
-    moved(layer, 1)
+def test_decay_0_holds_nothing_and_does_nothing() -> None:
+    module = nn.Linear(1013, 7, bias=False)
+
+    def held() -> set[int]:
+        tensors = [each for each in gc.get_objects() if issubclass(type(each), Tensor) and each.numel() == 7091]
+        return {each.data_ptr() for each in tensors}
+
+    before = held()
+    ema = EMA(module, 0.0)
     ema.update()
-    assert torch.equal(ema.averages[0], layer.weight)
+    state, version = ema.state_dict(), module.weight._version
+    with ema.applied():
+        assert held() == before
+    assert module.weight._version == version  # not even written
+    assert state == {"averages": [], "num_updates": 1}
+    assert ema.averages_of()["weight"].data_ptr() == module.weight.data_ptr()
 
 
 def test_frozen_parameters_are_left_alone(layer: nn.Linear) -> None:
     layer.bias.requires_grad_(False)
-    ema, bias = EMA(layer, 0.9), layer.bias
-    assert len(ema.averages) == 1
+    ema, bias = EMA(layer, 0.9), layer.bias.tolist()
+    assert list(ema.averages_of()) == list(trainable_state(layer)) == ["weight"]
+    assert not trainable_state(layer)["weight"].requires_grad
     with ema.applied():
-        assert layer.bias is bias
+        assert layer.bias.tolist() == bias
 
 
-def test_applied_swaps_the_averages_in_and_the_parameters_back(layer: nn.Linear) -> None:
-    ema, parameter = EMA(layer, 0.9), layer.weight
-    averages = [average.clone() for average in ema.averages]
-    moved(layer, 1)
-    own = [p.detach().clone() for p in layer.parameters()]
-    with ema.applied():
-        assert layer.weight is parameter
-        assert all(torch.equal(p, average) for p, average in zip(layer.parameters(), averages, strict=True))
-    assert all(torch.equal(p, before) for p, before in zip(layer.parameters(), own, strict=True))
-    assert all(torch.equal(a, average) for a, average in zip(ema.averages, averages, strict=True))
-
-
-def test_applied_swaps_back_behind_an_exception(layer: nn.Linear) -> None:
+@pytest.mark.parametrize("place", ["inside", "on the way in"])
+def test_the_parameters_come_back_behind_an_exception(
+    layer: nn.Linear, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ema = EMA(layer, 0.9)
-    average = ema.averages[0].clone()
     moved(layer, 1)
-    own = layer.weight.detach().clone()
-    with pytest.raises(RuntimeError, match="inside"), ema.applied():
+    before = [*(p.tolist() for p in layer.parameters()), *(each.tolist() for each in ema.averages_of().values())]
+    clone, calls = Tensor.clone, []
+
+    def full(tensor: Tensor) -> Tensor:
+        calls.append(tensor)
+        if len(calls) == 2 and place == "on the way in":
+            raise RuntimeError("on the way in: out of memory")
+        return clone(tensor)
+
+    monkeypatch.setattr(Tensor, "clone", full)
+    with pytest.raises(RuntimeError, match=place), ema.applied():
         raise RuntimeError("inside")
-    assert torch.equal(layer.weight, own)
-    assert torch.equal(ema.averages[0], average)
+    after = [*(p.tolist() for p in layer.parameters()), *(each.tolist() for each in ema.averages_of().values())]
+    assert after == before
 
 
 def test_training_goes_on_behind_applied_as_if_nothing_had_been() -> None:
@@ -134,19 +145,28 @@ def test_training_goes_on_behind_applied_as_if_nothing_had_been() -> None:
             if look:
                 with ema.applied():
                     module(torch.ones(1, 3))
-        return torch.cat([module.weight.detach().flatten(), ema.averages[0].flatten()])
+        return torch.cat([module.weight.detach().flatten(), ema.averages_of()["weight"].flatten()])
 
     assert torch.equal(weight_after(look=True), weight_after(look=False))
 
 
-def test_a_loaded_average_goes_on_where_the_saved_one_was(layer: nn.Linear) -> None:
-    ema = EMA(layer, 0.999)
+@pytest.mark.parametrize("decay", [0.999, [0.999, 0.0, 0.3], [0.0, 0.3]])
+@pytest.mark.parametrize("old", [False, True])
+def test_a_loaded_average_goes_on_where_the_saved_one_was(
+    layer: nn.Linear, decay: float | list[float], old: bool
+) -> None:
+    """Also from a state of an earlier version, which held a copy for decay 0."""
+    ema, other = EMA(layer, decay), EMA(layer, decay)
     for seed in (1, 2):
         moved(layer, seed)
         ema.update()
-    other = EMA(layer, 0.999)
-    other.load_state_dict(ema.state_dict())
+    state = ema.state_dict()
+    if old:
+        averages, *others = [list(ema.averages_of(name).values()) for name in (None, *ema.others)]
+        state |= {"averages": averages} | ({"others": dict(zip(ema.others, others, strict=True))} if others else {})
+    other.load_state_dict(state)
     moved(layer, 3)
     ema.update()
     other.update()
-    assert torch.equal(ema.averages[0], other.averages[0])
+    for name in (None, *ema.others):
+        assert torch.equal(ema.averages_of(name)["weight"], other.averages_of(name)["weight"])

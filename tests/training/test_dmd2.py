@@ -273,7 +273,7 @@ def test_sampling_is_the_rollout_of_the_averaged_weights(tiny_model: PixelModel)
     noise = torch.randn(3, BATCH, 1, 8, 8)
     raw = copy.deepcopy(method.student)
     averaged = copy.deepcopy(method.student)
-    for parameter, average in zip(averaged.parameters(), method.ema.averages, strict=True):
+    for parameter, average in zip(averaged.parameters(), method.ema.averages_of().values(), strict=True):
         parameter.data.copy_(average)
     condition = {"label": torch.arange(BATCH) % 3}
     expected = method.model.decode(rollout(averaged, noise, method.timesteps, condition, stop=2))

@@ -95,7 +95,7 @@ def test_master_weights_averages_and_what_is_trained_stay_in_float32(model: Late
     assert {p.dtype for p in method.teacher.parameters()} == {torch.bfloat16}
     trained = [*method.student.parameters(), *method.critic.parameters(), *method.discriminator.parameters()]
     moments = [v for state in method.critic_optimizer.adamw.state.values() for v in state.values()]
-    assert {tensor.dtype for tensor in [*trained, *method.ema.averages, *moments]} == {torch.float32}
+    assert {tensor.dtype for tensor in [*trained, *method.ema.averages_of().values(), *moments]} == {torch.float32}
 
 
 def test_noisy_samples_predictions_and_gradients_at_the_image_are_float32(model: LatentModel) -> None:

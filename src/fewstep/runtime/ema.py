@@ -2,62 +2,84 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
+def trainable_state(module: nn.Module) -> dict[str, Tensor]:
+    """What is trained, by name, detached: what averages, checkpoints and exports are made of."""
+    return {name: parameter.detach() for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
 class EMA:
     """average <- d average + (1 - d) parameter, with d = min(decay, (1 + n) / (10 + n)) at update n, for every decay.
 
-    The ramp lets an average follow the first updates, when there is little to average. `decay` 0 keeps no history. Of
-    several decays the first is meant where none is named; `others` holds the averages of the rest by their names. Each
-    takes the memory of the parameters.
+    The ramp lets an average follow the first updates, when there is little to average. Of several decays the first is
+    meant where none is named; `others` are the names of the rest. Each takes the memory of the parameters, but for
+    decay 0, which keeps no history: its average is the parameters themselves.
     """
 
     def __init__(self, module: nn.Module, decay: float | Sequence[float]):
-        self.decays = list(decay) if isinstance(decay, Sequence) else [decay]
+        decays = list(decay) if isinstance(decay, Sequence) else [decay]
         self.num_updates = 0
-        self.parameters = [p for p in module.parameters() if p.requires_grad]
-        self.averages = self._copies()
-        self.others = {ema_name(each): self._copies() for each in self.decays[1:]}
+        self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.first, *self.others = [ema_name(each) for each in decays]
+        self.decays = {ema_name(each): each for each in decays if each}
+        self.copies = {name: [p.detach().clone() for p in self.parameters.values()] for name in self.decays}
 
-    def _copies(self) -> list[Tensor]:
-        return [p.detach().clone() for p in self.parameters]
+    def averages_of(self, name: str | None = None) -> dict[str, Tensor]:
+        """The first averages, or those of `name`, by the parameters' names; not to be asked for inside `applied`."""
+        averages = self.copies.get(name or self.first, [p.detach() for p in self.parameters.values()])
+        return dict(zip(self.parameters, averages, strict=True))
 
     @torch.no_grad()
     def update(self) -> None:
         """Takes in the parameters as they are now."""
         ramp = (1 + self.num_updates) / (10 + self.num_updates)
-        parameters = [p.detach() for p in self.parameters]
-        for decay, averages in zip(self.decays, (self.averages, *self.others.values()), strict=True):
-            torch._foreach_lerp_(averages, parameters, 1 - min(decay, ramp))
+        parameters = [p.detach() for p in self.parameters.values()]
+        for name, decay in self.decays.items():
+            torch._foreach_lerp_(self.copies[name], parameters, 1 - min(decay, ramp))
         self.num_updates += 1
 
     @contextmanager
     def applied(self, name: str | None = None) -> Iterator[None]:
-        """The module carries the first averages, or those of `name`, in this context, and its own parameters behind."""
-        averages = self.averages if name is None else self.others[name]
-        self._exchange(averages)
+        """The module carries the first averages, or those of `name`, in this context, and its own parameters behind.
+
+        The values change places, tensor by tensor: that takes no third copy, and also holds where a parameter is a
+        shard, whose `.data` can't be exchanged.
+        """
+        parameters, copies = self.parameters.values(), self.copies.get(name or self.first, [])  # none of decay 0
+        swapped: list[tuple[Tensor, Tensor]] = []
         try:
+            for parameter, average in zip(parameters, copies, strict=False):
+                _swap(parameter, average)
+                swapped.append((parameter, average))
             yield
         finally:
-            self._exchange(averages)
+            for pair in swapped:
+                _swap(*pair)
 
-    def _exchange(self, averages: list[Tensor]) -> None:
-        for parameter, average in zip(self.parameters, averages, strict=True):
-            parameter.data, average.data = average.data, parameter.data
+    def state_dict(self) -> dict[str, Any]:
+        others = {name: self.copies.get(name, []) for name in self.others}
+        state = {"averages": self.copies.get(self.first, []), "num_updates": self.num_updates}
+        return state | ({"others": others} if others else {})
 
-    def state_dict(self) -> dict[str, object]:
-        others = {"others": self.others} if self.others else {}
-        return {"averages": self.averages, "num_updates": self.num_updates, **others}
-
-    def load_state_dict(self, state: dict) -> None:
-        others = [(averages, state["others"][name]) for name, averages in self.others.items()]
-        for averages, saved in [(self.averages, state["averages"]), *others]:
-            for average, value in zip(averages, saved, strict=True):
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Also takes the states of earlier versions, which held a copy for decay 0."""
+        saved = {self.first: state["averages"], **state.get("others", {})}
+        for name, averages in self.copies.items():
+            for average, value in zip(averages, saved[name], strict=True):
                 average.copy_(value)
         self.num_updates = state["num_updates"]
+
+
+@torch.no_grad()
+def _swap(parameter: Tensor, average: Tensor) -> None:
+    own = parameter.clone()
+    parameter.copy_(average)
+    average.copy_(own)
 
 
 def ema_name(decay: float) -> str:

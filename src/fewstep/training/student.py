@@ -42,7 +42,7 @@ class StudentMethod:
 
     @property
     def other_emas(self) -> Sequence[str]:
-        return list(self.ema.others)
+        return self.ema.others
 
     @contextmanager
     def averaged_model(self, ema: str | None = None) -> Iterator[ImageModel]:
