@@ -34,7 +34,6 @@ def closed_form(start: Tensor, values: list[Tensor], decay: float) -> Tensor:
     return sum(weight * value for weight, value in zip(weights, [start, *values], strict=True))  # type: ignore[return-value]
 
 
-
 @pytest.mark.parametrize("decays", [[0.05], [0.3], [0.999, 0.3, 0.0], [0.0, 0.05, 0.9996]])
 def test_each_average_is_the_closed_form_of_its_decay(layer: nn.Linear, decays: list[float]) -> None:
     ema, start, values = EMA(layer, decays if len(decays) > 1 else decays[0]), layer.weight.detach().clone(), []

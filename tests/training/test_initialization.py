@@ -81,7 +81,9 @@ def test_student_and_critic_are_the_other_runs_and_the_rest_is_new(
     assert any(
         not torch.equal(a, b) for a, b in zip(method.student.parameters(), saved["ema"]["averages"], strict=True)
     )
-    assert all(torch.equal(a, b) for a, b in zip(method.ema.averages_of().values(), method.student.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(method.ema.averages_of().values(), method.student.parameters(), strict=True)
+    )
     assert_equal(method.teacher, plain.teacher.state_dict())
     assert_equal(method.discriminator, plain.discriminator.state_dict())
     assert any(not torch.equal(a, saved["discriminator"][n]) for n, a in method.discriminator.state_dict().items())
