@@ -16,6 +16,7 @@ from torch import Tensor
 from fewstep.commands.data import open_encoder
 from fewstep.commands.distill import distill
 from fewstep.commands.evaluate import make_judge, publish
+from fewstep.commands.options import Demo
 from fewstep.commands.runs import check_target
 from fewstep.commands.teach import teach
 from fewstep.data.latents import write_latents
@@ -88,11 +89,12 @@ SHAPES = Job(
 LATENTS = "shapes-latents"
 
 
-def demo(job: Job, out: Path, resume: bool, overrides: Sequence[str], num_samples: int | None) -> None:
-    """Runs the recipes of a job and the evaluation into `out`; with `resume` it goes on from where it was stopped."""
-    recipes = demo_recipes(job, out, overrides)
+def demo(order: Demo) -> None:
+    """Runs the recipes of a job and the evaluation into a folder; with `resume` it goes on from where it stopped."""
+    job, out = SHAPES if order.text else DIGITS, order.out or Path("runs/demo-text" if order.text else "runs/demo")
+    recipes = demo_recipes(job, out, order.set_)
     for name, recipe in recipes.items():
-        check_target(out / name, recipe, resume)
+        check_target(out / name, recipe, order.resume)
     out.mkdir(parents=True, exist_ok=True)
     with task_runner() as run:
         if job.autoencoder:
@@ -104,7 +106,7 @@ def demo(job: Job, out: Path, resume: bool, overrides: Sequence[str], num_sample
             classifier = Task("classifier", CLASSIFIER_STEPS, _classify, (recipes[job.teacher], out))
             run([classifier, training(out, job.teacher, recipes, threads=NUM_PROCESSES)])
         torch.set_num_threads(1)
-        num = num_samples or job.num_samples
+        num = order.num_samples or job.num_samples
         judge = make_judge(job.data, open_model(out / job.teacher), None, out, num, MAX_REAL)
         images = train_students(run, job, out, recipes, judge.prompts, num)
     judge_job(job, out, judge, images)

@@ -2,12 +2,12 @@
 
 import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from fewstep.commands.options import Export
 from fewstep.commands.runs import check_writable
 from fewstep.errors import UserError
 from fewstep.evaluation.metrics import wilson_interval
@@ -31,20 +31,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 STUDENT = "network.unet."  # the UNet's tensors in the student's state
 
 
-@dataclass(frozen=True)
-class ExportOptions:
-    """What is exported, and how; None is the target's own default."""
-
-    ema: str | None = None
-    raw: bool = False
-    dtype: str | None = None
-    shard_size: str | None = None
-    license: str = "other"
-    evaluation: Path | None = None
-    overwrite: bool = False
-
-
-def export(text: str, target: str, out: Path, options: ExportOptions) -> None:
+def export(text: str, target: str, out: Path, options: Export) -> None:
     """Writes the student of RUN, RUN@STEP or RUN@best-METRIC to `out`: a diffusers folder or a single file."""
     dtype = check_options(target, out, options)
     recipe = student_recipe(run_and_choice(text)[0])
@@ -53,6 +40,7 @@ def export(text: str, target: str, out: Path, options: ExportOptions) -> None:
     unet = raw_weights(model.parent) if options.raw else {}
     if target == "single-file":
         write_file(model, out, provenance, dtype, unet)
+        print(f"wrote {out}")
         return
     grids = sorted(path for path in (run_of(model) / "samples").glob("*.png") if path.stem <= model.parent.name)
     written = Format(dtype, options.shard_size or Format.shard_size)
@@ -69,9 +57,10 @@ def export(text: str, target: str, out: Path, options: ExportOptions) -> None:
             options.overwrite,
             lambda: show(next(done), {}),
         )
+    print(f"wrote {out}")
 
 
-def check_options(target: str, out: Path, options: ExportOptions) -> torch.dtype:
+def check_options(target: str, out: Path, options: Export) -> torch.dtype:
     """The type of the weights; raises UserError for what can't be asked for, or a place that can't be written to.
 
     Folders are float32 by default, for then `from_pretrained(DIR)` opens them without a variant and draws what the run
@@ -99,7 +88,7 @@ def check_shard_size(text: str | None) -> None:
         raise UserError(f"--shard-size {text}: write a number and KB, MB, GB or TB, for example 5GB")
 
 
-def check_file(out: Path, options: ExportOptions) -> None:
+def check_file(out: Path, options: Export) -> None:
     """Raises UserError if `out` can't be a single file."""
     if options.shard_size:
         raise UserError("--shard-size: a single file has no shards")
@@ -123,7 +112,7 @@ def student_recipe(run: Path) -> StudentRecipe:
     return recipe
 
 
-def trace(model: Path, recipe: StudentRecipe, options: ExportOptions) -> Provenance:
+def trace(model: Path, recipe: StudentRecipe, options: Export) -> Provenance:
     """Where the model comes from."""
     run, step = run_of(model), int(model.parent.name)
     judged = [] if options.raw else read_metrics(run / EVALUATIONS)  # which are of the averaged weights

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import fewstep
+from fewstep.commands.options import Sample
 from fewstep.commands.runs import check_writable, pick_device
 from fewstep.data.prompts import load_prompts
 from fewstep.errors import UserError
@@ -37,32 +38,6 @@ Model = PixelModel | LatentModel
 
 
 @dataclass(frozen=True)
-class Order:
-    """What is to be drawn: the options of the verb."""
-
-    path: str
-    out: Path
-    num: int | None = None
-    seed: int = 0
-    label: int | None = None
-    prompts: tuple[str, ...] = ()
-    prompts_file: str | None = None
-    steps: int | None = None
-    sampler: str | None = None
-    guidance_scale: float = 1.0
-    compare: str | None = None
-    singles: bool = True
-    device: str = "auto"
-    config: str | None = None
-    prediction_type: str | None = None
-
-    @property
-    def folder(self) -> Path:
-        """Of the single images."""
-        return self.out.with_suffix("")
-
-
-@dataclass(frozen=True)
 class Painter:
     """A model, how it draws, and what the pictures' text says of both."""
 
@@ -71,8 +46,8 @@ class Painter:
     facts: dict[str, Any]
 
 
-def sample(order: Order) -> int:
-    """Writes the grid `out` and the single images beside it, and gives the number of images.
+def sample(order: Sample) -> None:
+    """Writes the grid `out` and, unless it is to be alone, the single images beside it.
 
     Image i of a seed has the same noise and the same class or prompt for every model, here and in `evaluate`.
     """
@@ -87,14 +62,15 @@ def sample(order: Order) -> int:
     columns = len(painters) * min(per_row, num)
     text = grid_text([painter.facts for painter in painters], order, num, columns, prompts)
     save_png(grid(torch.stack(images, dim=1).flatten(0, 1), columns), order.out, text)
-    if order.singles:
+    if not order.grid_only:
         new = {single_path(order, number, index) for number in (1, 2) for index in range(num)}
         for earlier in filter(is_single, set(order.folder.iterdir()) - new):
             earlier.unlink()
-    return num * len(painters)
+    alone = "" if order.grid_only else f" and its {num * len(painters)} images to {order.folder}"
+    print(f"wrote {order.out}{alone}")
 
 
-def check_out(order: Order) -> None:
+def check_out(order: Sample) -> None:
     """Raises UserError if the pictures can't be written, or would be put among other things; writes nothing."""
     out, folder = order.out, order.folder
     if out.is_dir():
@@ -102,7 +78,7 @@ def check_out(order: Order) -> None:
     check_writable(out.parent)
     if out.suffix.lower() != ".png":
         raise UserError(f"--out {out}: is written as PNG; name a file that ends in .png")
-    if order.singles and folder.exists():
+    if not order.grid_only and folder.exists():
         foreign = [path.name for path in folder.iterdir() if not is_single(path)] if folder.is_dir() else ["a file"]
         if foreign:
             raise UserError(
@@ -116,20 +92,20 @@ def is_single(path: Path) -> bool:
     return bool(SINGLE.fullmatch(path.name)) and CHUNK in read_text(path)
 
 
-def single_path(order: Order, number: int, index: int) -> Path:
+def single_path(order: Sample, number: int, index: int) -> Path:
     """Of image `index` of the first model or the second; with one model they have no number."""
     return order.folder / f"{index:05d}{f'-{number}' if order.compare else ''}.png"
 
 
-def read_prompts(order: Order) -> list[str]:
+def read_prompts(order: Sample) -> list[str]:
     """Those of the command line, then those of the file."""
     try:
-        return [*order.prompts, *(load_prompts(order.prompts_file) if order.prompts_file else [])]
+        return [*order.prompt, *(load_prompts(order.prompts) if order.prompts else [])]
     except UserError as error:
         raise UserError(str(error).replace("prompts.source: ", "--prompts ")) from error
 
 
-def make_painters(order: Order, prompts: list[str]) -> list[Painter]:
+def make_painters(order: Sample, prompts: list[str]) -> list[Painter]:
     """One or two models, open on the CPU, with their samplers; raises UserError for what they can't do."""
     sources = [order.path, *([order.compare] if order.compare else [])]
     configured = [source for source in sources if Path(source).suffix == SUFFIX] or sources[:1]
@@ -168,7 +144,7 @@ def check_alike(sources: list[str], models: list[Model]) -> None:
         raise UserError(f"--compare {sources[-1]}: makes {made[-1]}, but {sources[0]} {made[0]}; compare models alike")
 
 
-def choose_samplers(models: list[Model], order: Order) -> list[Sampler]:
+def choose_samplers(models: list[Model], order: Sample) -> list[Sampler]:
     """The first model's and, if there is one, the other's; `--sampler` and `--guidance` are the teachers' alone.
 
     `--steps` are the first model's, and those of a sampler that is named without steps.
@@ -179,7 +155,7 @@ def choose_samplers(models: list[Model], order: Order) -> list[Sampler]:
         if model.timesteps and not no_teacher:
             named, guidance_scale = None, 1.0
         else:
-            named, guidance_scale = order.sampler, order.guidance_scale
+            named, guidance_scale = order.sampler, order.guidance
         bare = named is not None and ":" not in named
         samplers.append(choose_sampler(model, named, guidance_scale, order.steps if bare or not number else None))
         if samplers[-1].num_steps > (most := len(model.denoiser.schedule.levels)):
@@ -241,7 +217,7 @@ def describe(source: str, model: Model, sampler: Sampler) -> dict[str, Any]:
     }
 
 
-def draw(painter: Painter, order: Order, number: int, num: int, device: torch.device) -> Tensor:
+def draw(painter: Painter, order: Sample, number: int, num: int, device: torch.device) -> Tensor:
     """Images (N, C, H, W) of one model, each written when its batch is done; the model has left the device then."""
     model = painter.model
     model.to(device)
@@ -251,7 +227,7 @@ def draw(painter: Painter, order: Order, number: int, num: int, device: torch.de
             indices = range(first, min(first + model.sampling_batch, num))
             batches.append(generate(model, painter.sampler, indices, order.seed, order.label))
             for index, image in zip(indices, batches[-1], strict=True):
-                if order.singles:
+                if not order.grid_only:
                     path = single_path(order, number, index)
                     save_png(to_picture(image), path, single_text(painter, order, index))
             show(indices.stop, {})
@@ -260,7 +236,7 @@ def draw(painter: Painter, order: Order, number: int, num: int, device: torch.de
     return torch.cat(batches)
 
 
-def single_text(painter: Painter, order: Order, index: int) -> dict[str, str]:
+def single_text(painter: Painter, order: Sample, index: int) -> dict[str, str]:
     """The text chunks of one image."""
     model = painter.model
     if isinstance(model, LatentModel):
@@ -274,7 +250,7 @@ def single_text(painter: Painter, order: Order, index: int) -> dict[str, str]:
     return {"parameters": parameters_text(title, fields), CHUNK: json.dumps(settings)}
 
 
-def grid_text(facts: list[dict[str, Any]], order: Order, num: int, columns: int, prompts: list[str]) -> dict[str, str]:
+def grid_text(facts: list[dict[str, Any]], order: Sample, num: int, columns: int, prompts: list[str]) -> dict[str, str]:
     """The text chunks of the grid; of two models it names the one that each column shows."""
     names = [column_title(facts[column % len(facts)]) for column in range(columns)]
     settings = {"models": facts, "prompts": prompts, "class": order.label, "seed": order.seed, "num": num}
