@@ -1,5 +1,7 @@
 """Files and folders: written whole or not at all."""
 
+import errno
+import fcntl
 import os
 import shutil
 import uuid
@@ -29,9 +31,48 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a whole file or nothing."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    with written_whole(path) as temporary:
+        temporary.write_text(text)
+
+
+@contextmanager
+def folder_lock(folder: Path, name: str = ".lock", wait: bool = False) -> Iterator[None]:
+    """Holds the lock file `name` in a folder, which is made if need be; the kernel frees it when the process ends.
+
+    Raises UserError, naming folder and process, if another holds it; with `wait` it waits instead.
+    """
+    path = folder / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = _locked(path, wait)
+    except OSError as error:
+        raise UserError(f"{path}: can't be written ({' '.join(str(error).split())})") from error
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # while it is held
+        os.close(file)
+
+
+def _locked(path: Path, wait: bool) -> int:
+    """The descriptor of the file, locked while it still has its name: who had it before may have removed it."""
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError as error:
+            holder = os.pread(file, 20, 0).decode() or "another"
+            os.close(file)
+            raise UserError(f"{path.parent}: process {holder} writes there; wait for its end, or stop it") from error
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):  # a file system that knows no locks
+                raise
+        with suppress(FileNotFoundError):
+            if os.stat(path).st_ino == os.fstat(file).st_ino:
+                os.ftruncate(file, 0)
+                os.pwrite(file, str(os.getpid()).encode(), 0)
+                return file
+        os.close(file)
 
 
 @contextmanager

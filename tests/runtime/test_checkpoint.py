@@ -14,7 +14,6 @@ import torch
 
 from fewstep.errors import UserError
 from fewstep.files import write_text
-from fewstep.runtime import checkpoint
 from fewstep.runtime.checkpoint import check_run, checkpoints, latest_model, load_state, save_checkpoint
 
 
@@ -175,15 +174,6 @@ def test_a_malicious_state_is_refused_and_not_executed(plain: bool, tmp_path: Pa
     assert not mark.exists()
     pickle.loads(path.read_bytes()) if plain else torch.load(path, weights_only=False)
     assert mark.exists()  # the trap works where it is not guarded against
-
-
-def test_text_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "recipe.yaml"
-    write_text(path, "first")
-    monkeypatch.setattr(checkpoint.os, "replace", refuse)
-    with pytest.raises(OSError, match="disk full"):
-        write_text(path, "second")
-    assert path.read_text() == "first"
 
 
 def test_the_model_of_a_run_is_that_of_its_newest_checkpoint(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from fewstep.commands.distill import distill
 from fewstep.commands.teach import teach
 from fewstep.errors import Interrupted, UserError
+from fewstep.files import folder_lock
 from fewstep.models.loading.pretrained import load, open_model
 from fewstep.models.pixel_model import PixelModel
 from fewstep.recipes.loading import load_recipe
@@ -119,6 +120,23 @@ def test_a_finished_run_resumes_to_nothing(teacher_run: Path) -> None:
     teach(teach_recipe(), teacher_run, resume=True, report=lambda step, metrics: steps.append(step))
     assert steps == []
     assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_a_second_run_in_the_same_folder_is_refused_and_changes_nothing(teacher_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(teacher_run, tmp_path / "run")
+    with folder_lock(tmp_path / "run"):
+        before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+        with pytest.raises(UserError, match=f"run: process {os.getpid()} writes there"):
+            teach(teach_recipe(), tmp_path / "run", resume=True, report=quiet)
+        assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+
+
+def test_a_kill_before_the_recipe_is_written_leaves_what_resumes(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    for name in (".lock", ".recipe.yaml.0.tmp"):
+        (tmp_path / "run" / name).write_text("left by a kill")
+    teach(teach_recipe("num_steps=1"), tmp_path / "run", resume=True, report=quiet)
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["00000001"]
 
 
 def test_metrics_are_means_over_the_steps_since_the_last_line(teacher_run: Path, tmp_path: Path) -> None:

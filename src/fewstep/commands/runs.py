@@ -8,7 +8,7 @@ import torch
 
 from fewstep.data.images import ImageSet, batch_indices
 from fewstep.errors import UserError
-from fewstep.files import write_text
+from fewstep.files import folder_lock, write_text
 from fewstep.recipes.loading import differences, dump, read_run_recipe
 from fewstep.recipes.schema import AnyRecipe
 from fewstep.runtime.checkpoint import RECIPE, check_run
@@ -31,10 +31,11 @@ def pick_device(device: str) -> torch.device:
 def check_target(run: Path, recipe: AnyRecipe, resume: bool) -> None:
     """Raises UserError if the recipe can't start in the folder `run`, or continue there; writes nothing.
 
-    With `resume` a folder that is not there or empty will do, so that one command starts and continues a run.
+    With `resume` a folder that is not there or empty will do, so that one command starts and continues a run. What a
+    kill before the first line left, a lock or half a file, hides behind a dot and counts as nothing.
     """
     check_writable(run)
-    occupied = any(run.iterdir()) if run.is_dir() else False
+    occupied = any(not path.name.startswith(".") for path in run.iterdir()) if run.is_dir() else False
     if occupied and resume:
         check_run(run)
         changed = differences(read_run_recipe(run / RECIPE), recipe)
@@ -66,9 +67,12 @@ def start_run(
     recipe: AnyRecipe,
     report: Report | None,
 ) -> None:
-    """Makes the run folder and trains on `batch_at(step)`; `report` replaces the progress bar."""
-    run.mkdir(parents=True, exist_ok=True)
-    if not (run / RECIPE).exists():
-        write_text(run / RECIPE, dump(recipe))
-    with progress_bar(run.name, recipe.num_steps, report) as show:
+    """Makes the run folder and trains on `batch_at(step)`; `report` replaces the progress bar.
+
+    Raises UserError if another process trains there, or has meanwhile begun another recipe's run.
+    """
+    with folder_lock(run), progress_bar(run.name, recipe.num_steps, report) as show:
+        check_target(run, recipe, resume=True)
+        if not (run / RECIPE).exists():
+            write_text(run / RECIPE, dump(recipe))
         train(method, batch_at, run, recipe, recipe.seed, show, evaluate)
