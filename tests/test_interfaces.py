@@ -61,8 +61,8 @@ class LatentModel:
     def draw_condition(self, real: Condition, num: int, draws: torch.Generator) -> Condition:
         return real
 
-    def numbered_condition(self, first: int, last: int) -> Condition:
-        return self.encode_condition(captioned_latents(last - first))
+    def conditions(self, indices: range, asked: None = None) -> Condition:
+        return self.encode_condition(captioned_latents(len(indices)))
 
 
 def captioned_latents(num: int = BATCH, seed: int = 0) -> dict[str, Tensor]:

@@ -108,7 +108,7 @@ def test_pairs_are_what_diffusers_makes_of_the_same_noise(run: Run, kind: str, s
     with torch.no_grad():
         for t in steps.timesteps:
             predicted = [
-                model.unet(
+                model.network(
                     steps.scale_model_input(x, t),
                     t,
                     text,
@@ -136,7 +136,7 @@ def test_pairs_of_pixels_are_edms_heun(run: Run, classes: str) -> None:
     def denoise(x: Tensor, sigma: float) -> Tensor:
         variance = sigma**2 + 0.25
         time = torch.full((12,), sigma).log() / 4
-        network = model.unet(x / variance**0.5, time, class_labels=batch["label"]).sample
+        network = model.network(x / variance**0.5, time, class_labels=batch["label"]).sample
         return 0.25 / variance * x + sigma * 0.5 / variance**0.5 * network
 
     levels = [(80 ** (1 / 7) + k / 2 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7 for k in range(3)]

@@ -111,7 +111,7 @@ def test_pictures_are_those_of_generate_in_grid_and_single_files(
 @pytest.mark.parametrize("option", ["--class", "--label"])
 def test_one_class_by_either_name(command: Command, models: Path, tmp_path: Path, option: str) -> None:
     assert command(f"@one {option} 2 --out twos.png") == (0, "")
-    expected = generate(load(models / "one"), Sampler("student", 1), range(40), label=2)
+    expected = generate(load(models / "one"), Sampler("student", 1), range(40), asked=[2])
     assert torch.equal(singles(tmp_path / "twos"), expected)
     assert parameters(tmp_path / "twos.png")[0] == "class 2"
 
@@ -174,7 +174,7 @@ def test_fingerprints_tell_models_apart_by_any_weight(command: Command, models: 
         model.save(tmp_path / name)
         assert command(f"{tmp_path}/{name} --num 1 --grid-only") == (0, "")
         found.append(settings(tmp_path / "samples.png")["models"][0]["fingerprint"])
-        model.unet.mid_block.resnets[0].conv1.weight.data[0, 0, 0, 0] += 1
+        model.network.mid_block.resnets[0].conv1.weight.data[0, 0, 0, 0] += 1
     assert found[0] != found[1]
     assert not (tmp_path / "samples").exists()
 
@@ -189,15 +189,15 @@ def test_a_text_student_is_the_same_from_its_folder_and_from_its_file(
     (tmp_path / "more.txt").write_text("späť: \u732b\n")
     assert command(f"{source} --prompt 'a cat' --prompt 'a, mat' --prompts more.txt --num 5 --seed 1") == (0, "")
     student = load(models / "text-student")
-    student.prompts = ["a cat", "a, mat", "späť: \u732b"]
-    expected = generate(student, Sampler("student", 4), range(5), seed=1)
+    prompts = ["a cat", "a, mat", "späť: \u732b"]
+    expected = generate(student, Sampler("student", 4), range(5), 1, prompts)
     assert (singles(tmp_path / "samples").int() - expected.int()).abs().max() <= 1
     third, shown = parameters(tmp_path / "samples" / "00002.png")
     assert third == "späť: \u732b"
     assert (shown["Steps"], shown["Sampler"], shown["CFG scale"]) == ("4", "LCM", "1")
     fourth = settings(tmp_path / "samples" / "00003.png")
     assert (fourth["prompt"], fourth["index"], fourth["timesteps"]) == ("a cat", 3, [999, 749, 499, 249])
-    assert settings(tmp_path / "samples.png")["prompts"] == student.prompts
+    assert settings(tmp_path / "samples.png")["prompts"] == prompts
     assert len(settings(tmp_path / "samples.png")["columns"]) == 5
 
 
@@ -256,10 +256,9 @@ def test_a_text_teacher_beside_its_student_in_a_file(command: Command, models: P
     line = "@text --steps 3 --guidance 2 --compare @student.safetensors --config @text --prompt cat --num 2"
     assert command(line) == (0, "")
     teacher, student = load(models / "text"), load(models / "text-student")
-    teacher.prompts = student.prompts = ["cat"]
-    for number, expected in enumerate(
-        (generate(teacher, Sampler("ddim", 3, 2.0), range(2)), generate(student, Sampler("student", 4), range(2))), 1
-    ):
+    drawn = [(teacher, Sampler("ddim", 3, 2.0)), (student, Sampler("student", 4))]
+    for number, (model, sampler) in enumerate(drawn, 1):
+        expected = generate(model, sampler, range(2), asked=["cat"])
         assert (singles(tmp_path / "samples", f"*-{number}.png").int() - expected.int()).abs().max() <= 1
 
 

@@ -252,7 +252,7 @@ def test_half_precision_is_a_variant(teacher, tmp_path: Path) -> None:
     theirs = opened(folder, variant="fp16", dtype=torch.float16)
     assert {part.dtype for part in theirs.components.values() if isinstance(part, torch.nn.Module)} == {torch.float16}
     for name, value in theirs.unet.state_dict().items():
-        assert torch.equal(value, model.unet.state_dict()[name].half()), name
+        assert torch.equal(value, model.network.state_dict()[name].half()), name
     assert load(folder).timesteps == [999]
 
 
@@ -263,7 +263,7 @@ def test_shards_open_as_the_whole(teacher, dtype: torch.dtype, tmp_path: Path) -
     folder = export(model, tmp_path, Format(dtype, "60KB"))
     shards = sorted((folder / "unet").glob("*.safetensors"))
     assert len(shards) > 2
-    assert sum(len(load_file(shard)) for shard in shards) == len(model.unet.state_dict())
+    assert sum(len(load_file(shard)) for shard in shards) == len(model.network.state_dict())
     variant = {"variant": "fp16"} if dtype == torch.float16 else {}
     theirs = opened(folder, **variant)
     for part in ("unet", "vae", "text_encoder"):
@@ -279,7 +279,7 @@ def test_shards_and_halves_of_a_pixel_model(pixel, tmp_path: Path) -> None:
     theirs = opened(folder, variant="fp16", trust_remote_code=True)
     ours = load(folder)
     assert len(list((folder / "unet").glob("*.fp16-*.safetensors"))) > 2
-    for name, value in model.unet.state_dict().items():
+    for name, value in model.network.state_dict().items():
         assert torch.equal(theirs.unet.state_dict()[name], value.half().float())
         assert torch.equal(ours.unet.state_dict()[name], value.half().float())
     assert torch.isfinite(theirs(output_type="pt").images).all()
@@ -359,4 +359,4 @@ def test_a_stop_half_way_leaves_nothing(tmp_path: Path) -> None:
 def test_the_unet_is_an_ordinary_one(pixel) -> None:
     model, folder = pixel
     unet = UNet2DModel.from_pretrained(folder, subfolder="unet")
-    assert all(torch.equal(value, model.unet.state_dict()[name]) for name, value in unet.state_dict().items())
+    assert all(torch.equal(value, model.network.state_dict()[name]) for name, value in unet.state_dict().items())

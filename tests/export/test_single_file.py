@@ -151,7 +151,7 @@ def test_diffusers_opens_the_file_and_draws_the_same_pictures(place: Place) -> N
 def test_we_open_the_file_as_the_student_that_it_is(place: Place) -> None:
     model = load(place.file, place.folder)
     assert model.timesteps == [999, 499]
-    equal(model.unet.state_dict(), place.model.unet.state_dict())
+    equal(model.network.state_dict(), place.model.network.state_dict())
     equal(model.pipeline.vae.state_dict(), place.model.pipeline.vae.state_dict())
     condition, expected = model.text_condition(PROMPTS), place.model.text_condition(PROMPTS)
     equal(condition, expected)
@@ -194,7 +194,7 @@ def test_timesteps_that_no_student_has_are_refused(sd: Place, tmp_path: Path, ti
 def test_half_precision_is_the_rounded_weights(sd: Place, tmp_path: Path, dtype: torch.dtype) -> None:
     write_single_file(sd.model, tmp_path / "half.safetensors", {}, dtype)
     equal(load_file(tmp_path / "half.safetensors"), {name: t.to(dtype) for name, t in load_file(sd.file).items()})
-    assert sd.model.unet.dtype == torch.float32
+    assert sd.model.network.dtype == torch.float32
 
 
 @pytest.mark.parametrize(("prediction", "zero_snr"), [("v_prediction", False), ("v_prediction", True)])
@@ -234,19 +234,19 @@ def test_what_the_layout_can_not_say_is_refused(sd: Place, tmp_path: Path, setti
 
 def test_a_tensor_without_a_place_is_refused_by_name(sd: Place) -> None:
     model = LatentModel(sd.model.pipeline)
-    model.unet = UNet2DConditionModel(
-        **{**sd.model.unet.config, "encoder_hid_dim": 8, "encoder_hid_dim_type": "text_proj"}
+    model.denoiser.network.unet = UNet2DConditionModel(
+        **{**sd.model.network.config, "encoder_hid_dim": 8, "encoder_hid_dim_type": "text_proj"}
     )
     with pytest.raises(UserError, match=r"no place for its encoder_hid_proj\.weight"):
         original_weights(model)
 
 
 def test_the_students_own_weights_are_written_not_its_teachers(sd: Place, tmp_path: Path) -> None:
-    other = UNet2DConditionModel(**sd.model.unet.config)
+    other = UNet2DConditionModel(**sd.model.network.config)
     model = LatentModel(sd.model.pipeline, [999.0])
-    model.unet = other
+    model.denoiser.network.unet = other
     write_single_file(model, tmp_path / "x.safetensors", {}, torch.float32)
-    equal(load(tmp_path / "x.safetensors", sd.folder).unet.state_dict(), other.state_dict())
+    equal(load(tmp_path / "x.safetensors", sd.folder).network.state_dict(), other.state_dict())
 
 
 def test_a_disk_that_fills_leaves_nothing(sd: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

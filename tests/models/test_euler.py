@@ -93,7 +93,7 @@ def test_it_is_chosen_by_name_and_takes_guidance(tmp_path: Path) -> None:
     with torch.no_grad():
         for t in scheduler.timesteps:
             scaled = scheduler.scale_model_input(x, t)
-            without, with_text = (model.unet(scaled, t, each["text"]).sample for each in (null, condition))
+            without, with_text = (model.network(scaled, t, each["text"]).sample for each in (null, condition))
             x = scheduler.step(without + 8 * (with_text - without), t, x).prev_sample
     ours = sample(model, Sampler("euler", 3, 8.0), first, condition)
     assert (ours - x).abs().max() < 1e-5 * x.abs().max()

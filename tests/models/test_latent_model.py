@@ -130,10 +130,9 @@ def test_embeddings_make_the_condition_that_their_captions_make(pipeline) -> Non
 
 def test_a_prompt_of_a_grid_is_embedded_once(pipeline) -> None:
     model = LatentModel(pipeline)
-    model.prompts = ["a red cat", "a mat"]
     asked = []
     model.conditioner.register_forward_pre_hook(lambda module, arguments: asked.append(arguments[0]))
-    condition = model.numbered_condition(3, 8)
+    condition = model.conditions(range(3, 8), ["a red cat", "a mat"])
     assert asked == [["a mat", "a red cat"]]
     wanted = model.text_condition(["a mat", "a red cat"])["text"]
     assert torch.equal(condition["text"], wanted[[0, 1, 0, 1, 0]])
@@ -203,7 +202,7 @@ def test_text_encoders_and_autoencoder_are_on_the_device_only_from_use_to_releas
     assert moves == []
     assert model.text_condition(["a"])["text"].device.type == "meta"
     assert moves == [("conditioner", "meta")]
-    model.numbered_condition(0, 1)
+    model.conditions(range(1))
     _ = model.null_condition
     assert len(moves) == 1
     model.decode(torch.zeros(1, 4, 8, 8, device="meta"))
@@ -215,10 +214,9 @@ def test_text_encoders_and_autoencoder_are_on_the_device_only_from_use_to_releas
 
 def test_saving_with_a_frozen_folder_links_weights_and_copies_what_people_edit(pipeline, tmp_path: Path) -> None:
     model = LatentModel(pipeline)
-    model.frozen = tmp_path / "frozen"
     (tmp_path / ".frozen.tmp" / "half written").mkdir(parents=True)
     for name in ("first", "second"):
-        model.save(tmp_path / name)
+        model.save(tmp_path / name, tmp_path / "frozen")
     plain = LatentModel(pipeline)
     plain.save(tmp_path / "plain")
     files = {path.relative_to(tmp_path / "plain") for path in (tmp_path / "plain").rglob("*") if path.is_file()}
@@ -241,8 +239,7 @@ def test_without_links_on_the_file_system_the_folder_is_as_complete(
 
     monkeypatch.setattr("os.link", refuse)
     model = LatentModel(pipeline)
-    model.frozen = tmp_path / "frozen"
-    model.save(tmp_path / "model")
+    model.save(tmp_path / "model", tmp_path / "frozen")
     weights = tmp_path / "model" / "vae" / "diffusion_pytorch_model.safetensors"
     assert weights.stat().st_nlink == 1
     assert filecmp.cmp(weights, tmp_path / "frozen" / "vae" / weights.name, shallow=False)

@@ -93,7 +93,7 @@ def test_a_vp_teacher_is_sampled_by_fifty_steps_of_ddim(teacher: LatentModel) ->
 def test_nfe_counts_guidance_twice(teacher: LatentModel, kind: str, scale: float) -> None:
     """Per image: guidance asks the network for twice the batch."""
     rows = []
-    handle = teacher.unet.register_forward_pre_hook(lambda m, args, kw: rows.append(len(args[0])), with_kwargs=True)
+    handle = teacher.network.register_forward_pre_hook(lambda m, args, kw: rows.append(len(args[0])), with_kwargs=True)
     sampler = Sampler(kind, 3, scale)
     generate(teacher, sampler, range(2))
     handle.remove()
@@ -103,6 +103,5 @@ def test_nfe_counts_guidance_twice(teacher: LatentModel, kind: str, scale: float
 
 @pytest.mark.parametrize("kind", ["ddim", "unipc"])
 def test_a_scale_changes_the_images(teacher: LatentModel, kind: str) -> None:
-    teacher.prompts = ["cat", "dog"]
-    plain, guided = (generate(teacher, Sampler(kind, 2, scale), range(2)) for scale in (1.0, 6.0))
+    plain, guided = (generate(teacher, Sampler(kind, 2, scale), range(2), asked=["cat", "dog"]) for scale in (1.0, 6.0))
     assert not torch.equal(plain, guided)

@@ -111,7 +111,7 @@ def test_decoding_clips_and_rounds(tiny_model):
 
 
 def test_balanced_conditions_hold_every_class_equally_often(tiny_model):
-    assert tiny_model.numbered_condition(0, 6)["label"].tolist() == [0, 1, 2, 0, 1, 2]
+    assert tiny_model.conditions(range(6))["label"].tolist() == [0, 1, 2, 0, 1, 2]
 
 
 @pytest.mark.parametrize("timesteps", [None, [80.0, 2.5, 0.8]])
@@ -139,8 +139,8 @@ def test_a_student_is_the_same_model_around_other_weights(tiny_model, tiny_confi
     student.save(tmp_path)
     assert tiny_model.timesteps is None
     assert load(tmp_path).timesteps == [80.0, 2.5]
-    assert torch.equal(load(tmp_path).unet.conv_in.weight, other.unet.conv_in.weight)
-    assert not torch.equal(tiny_model.unet.conv_in.weight, other.unet.conv_in.weight)
+    assert torch.equal(load(tmp_path).network.conv_in.weight, other.network.conv_in.weight)
+    assert not torch.equal(tiny_model.network.conv_in.weight, other.network.conv_in.weight)
 
 
 def weights(folder):

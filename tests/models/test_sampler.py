@@ -67,7 +67,7 @@ def test_an_image_does_not_depend_on_where_the_range_starts(student: PixelModel,
 
 
 def test_a_label_fixes_the_class_and_keeps_the_noise(student: PixelModel) -> None:
-    in_turn, twos = (generate(student, SAMPLERS[2], range(6), label=label) for label in (None, 2))
+    in_turn, twos = (generate(student, SAMPLERS[2], range(6), asked=asked) for asked in (None, [2]))
     assert level_gap(twos[2::3], in_turn[2::3]) <= 1
     assert level_gap(twos[0], in_turn[0]) > 1
 
@@ -83,14 +83,14 @@ def test_finished_images_are_reported(student: PixelModel) -> None:
 
 
 def test_the_student_is_sampled_by_the_rollout_that_trains_it(student: PixelModel) -> None:
-    noise, condition = draw_noise(student, 3, 0, 4, seed=0), student.numbered_condition(0, 4)
+    noise, condition = draw_noise(student, 3, 0, 4, seed=0), student.conditions(range(4))
     x0 = rollout(student.denoiser, noise, torch.tensor(TIMESTEPS).double(), condition, stop=2).detach()
     assert torch.equal(sample(student, SAMPLERS[2], noise, condition).detach(), x0)
     assert torch.equal(generate(student, SAMPLERS[2], range(4)), student.decode(x0))
 
 
 def test_the_teachers_samplers_are_those_of_the_mathematics(tiny_model: PixelModel) -> None:
-    noise, condition = draw_noise(tiny_model, 1, 0, 4, seed=0), tiny_model.numbered_condition(0, 4)
+    noise, condition = draw_noise(tiny_model, 1, 0, 4, seed=0), tiny_model.conditions(range(4))
     schedule = tiny_model.denoiser.schedule
     by_ddim = ddim(tiny_model.denoiser, noise[0], schedule.grid(4), condition)
     by_heun = heun(tiny_model.denoiser, noise[0], schedule.ode_grid(3), condition)

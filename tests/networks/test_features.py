@@ -45,7 +45,7 @@ def test_features_are_the_layers_hidden_states(tiny_model, batch, layer):
 
 @layers
 def test_features_leave_the_network_behind_the_layer(tiny_model, batch, layer):
-    before, behind = record_calls(tiny_model.unet.conv_in), record_calls(tiny_model.unet.up_blocks[0])
+    before, behind = record_calls(tiny_model.network.conv_in), record_calls(tiny_model.network.up_blocks[0])
     features(tiny_model.denoiser, layer, *batch)
     assert (len(before), len(behind)) == (1, 0)
     x0_and_features(tiny_model.denoiser, layer, *batch)
@@ -64,7 +64,7 @@ def feature_gradients(model, layer, batch, features_only_grad):
     """Gradients of the squared features at x_t and at the first layer's weight."""
     x_t = batch[0].clone().requires_grad_()
     _, feature = x0_and_features(model.denoiser, layer, x_t, *batch[1:], features_only_grad=features_only_grad)
-    return torch.autograd.grad(feature.square().sum(), [x_t, model.unet.conv_in.weight])
+    return torch.autograd.grad(feature.square().sum(), [x_t, model.network.conv_in.weight])
 
 
 @layers
@@ -112,7 +112,7 @@ def test_no_hook_stays_behind(tiny_model, batch):
 
 
 def test_an_error_behind_the_layer_leaves_neither_hook_nor_grad_mode_behind(tiny_model, batch):
-    fail_in(tiny_model.unet.conv_out)
+    fail_in(tiny_model.network.conv_out)
     with pytest.raises(RuntimeError, match="the decoder failed"):
         x0_and_features(tiny_model.denoiser, LAYERS[1], *batch, features_only_grad=True)
     assert hooks(tiny_model) == 1  # the one that failed
@@ -120,7 +120,7 @@ def test_an_error_behind_the_layer_leaves_neither_hook_nor_grad_mode_behind(tiny
 
 
 def test_an_error_before_the_layer_is_not_swallowed(tiny_model, batch):
-    fail_in(tiny_model.unet.conv_in)
+    fail_in(tiny_model.network.conv_in)
     with pytest.raises(RuntimeError, match="the decoder failed"):
         features(tiny_model.denoiser, LAYERS[1], *batch)
     assert hooks(tiny_model) == 1

@@ -196,10 +196,9 @@ def test_a_run_cannot_resume_with_other_averages(place: Path) -> None:
 def test_the_averages_of_a_text_model_share_what_is_frozen(tmp_path: Path) -> None:
     """Each is a whole pipeline; autoencoder and text encoder lie on the disk once."""
     model = LatentModel(TINY_PIPELINES["sd"](tmp_path / "scratch"))
-    model.frozen = tmp_path / "frozen"
     settings = DMD2Settings(student={"ema_decay": [0.9, 0.5]}, gan={"student_weight": 0, "critic_weight": 0})
     method = DMD2(settings, model, make_roles(model), num_steps=1, batch_size=1, seed=0)
-    method.save_model(tmp_path / "model")
+    method.save_model(tmp_path / "model", tmp_path / "frozen")
     weights = "vae/diffusion_pytorch_model.safetensors"
     places = [tmp_path / name / weights for name in ("model", "model-ema0.5", "frozen")]
     assert len({path.stat().st_ino for path in places}) == 1

@@ -118,7 +118,7 @@ def test_noisy_samples_predictions_and_gradients_at_the_image_are_float32(model:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_teacher_is_in_memory_once(model: LatentModel, dtype: torch.dtype) -> None:
     """Of a weight's shape there is one tensor of the teacher's, and student, critic and average, anywhere in memory."""
-    weight = model.unet.time_embedding.linear_1.weight
+    weight = model.network.time_embedding.linear_1.weight
     others = {t.data_ptr() for t in live_tensors() if t.shape == weight.shape} - {weight.data_ptr()}
     method = make(model, dtype)
     found = {t.data_ptr(): t.dtype for t in live_tensors() if t.shape == weight.shape and t.data_ptr() not in others}
@@ -164,5 +164,5 @@ def test_what_is_saved_is_what_was_loaded(model: LatentModel, tmp_path: Path) ->
     method.save_model(tmp_path / "student")
     saved = load(tmp_path / "student")
     assert all(torch.equal(p, before[name]) for name, p in saved.pipeline.vae.named_parameters())
-    for part in (saved.unet, saved.pipeline.vae, saved.pipeline.text_encoder, saved.pipeline.text_encoder_2):
+    for part in (saved.network, saved.pipeline.vae, saved.pipeline.text_encoder, saved.pipeline.text_encoder_2):
         assert {p.dtype for p in part.parameters()} == {torch.float32}

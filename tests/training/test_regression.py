@@ -173,7 +173,7 @@ def test_lpips_is_of_decoded_pictures_and_trains_the_student_alone(tiny: bool, t
             theirs.decode(x / 0.5).sample if theirs else vae.decode(x / vae.config.scaling_factor).sample for x in both
         ]
     torch.testing.assert_close(loss.detach(), blurred(*pictures).mean())
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.unet.parameters())
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.network.parameters())
 
 
 def test_what_is_no_tiny_autoencoder_is_refused(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ from fewstep.data.settings import DataSettings
 from fewstep.embedded.sources import open_captioned_images
 from fewstep.errors import Interrupted, UserError
 from fewstep.models.autoencoder import Autoencoder, load_autoencoder
-from fewstep.models.latent_model import LatentModel
 from fewstep.models.loading.pretrained import open_model
 from fewstep.recipes.loading import read_run_recipe
 from fewstep.runtime.checkpoint import RECIPE, latest_model
@@ -66,7 +65,7 @@ def open_encoder(path: Path) -> Autoencoder:
     if (path / RECIPE).is_file() and read_run_recipe(path / RECIPE).kind == "teach-autoencoder":
         return load_autoencoder(latest_model(path))
     model = open_model(path)
-    if not isinstance(model, LatentModel):
+    if model.kind != "text":
         raise UserError(f"{path}: a pixel model has no latents; name a text-to-image model")
     return Autoencoder(model.autoencoder, model.image_size)
 

@@ -26,7 +26,6 @@ from fewstep.errors import Interrupted
 from fewstep.evaluation.extractors import CLASSIFIER_STEPS
 from fewstep.evaluation.judge import GRID_IMAGES, MAX_REAL, Judge, classifier_path, describe, open_classifier
 from fewstep.evaluation.report import sample_grid
-from fewstep.models.latent_model import LatentModel
 from fewstep.models.loading.pretrained import open_model
 from fewstep.models.sampler import Sampler, default_sampler, generate, images_per_second, parse_sampler
 from fewstep.recipes.loading import load_recipe
@@ -204,6 +203,4 @@ def _encode(job: Job, out: Path, report: Report) -> None:
 
 def _generate(run: Path, sampler: Sampler, indices: range, prompts: list[str], report: Report) -> Tensor:
     model = open_model(run)
-    if isinstance(model, LatentModel):
-        model.prompts = prompts
-    return generate(model, sampler, indices, report=lambda done: report(done, {}))
+    return generate(model, sampler, indices, asked=prompts or None, report=lambda done: report(done, {}))

@@ -8,12 +8,13 @@ import torch
 
 from fewstep.commands.judging import make_evaluation
 from fewstep.commands.pairs import open_pair_loss, open_pairs, pair_batches
-from fewstep.commands.runs import FROZEN, check_target, image_batches, pick_device, start_run
+from fewstep.commands.runs import check_target, image_batches, pick_device, start_run
 from fewstep.commands.teach import finished_run
 from fewstep.commands.texts import text_batches
 from fewstep.data.pairs import PairSet
 from fewstep.embedded.sources import open_images
 from fewstep.errors import UserError
+from fewstep.models.image_model import Asked
 from fewstep.models.latent_model import LatentModel
 from fewstep.models.loading.pretrained import is_loadable, open_model
 from fewstep.models.pixel_model import PixelModel
@@ -43,11 +44,9 @@ def distill(recipe: StudentRecipe, run: Path, resume: bool = False, report: Repo
     pair_loss = open_pair_loss(recipe.regression, model) if pairs and recipe.regression else None
     torch.manual_seed(recipe.seed)
     method = _make_method(recipe, model, pair_loss, run)
-    if isinstance(model, LatentModel):
-        model.frozen = run / FROZEN
-    batch_at = open_batches(recipe, model, run.parent, pairs)
+    batch_at, asked = open_batches(recipe, model, run.parent, pairs)
     model.release()
-    start_run(method, batch_at, make_evaluation(recipe, model, run), run, recipe, report)
+    start_run(method, batch_at, make_evaluation(recipe, model, run), run, recipe, report, asked)
 
 
 def _make_method(
@@ -67,13 +66,13 @@ def _make_method(
 
 def open_batches(
     recipe: StudentRecipe, model: PixelModel | LatentModel, runs: Path, pairs: PairSet | None
-) -> Callable[[int], Batch]:
-    """The batch of every step; the run lies in the folder `runs`."""
-    pairs_at = pair_batches(recipe, model, pairs, runs) if pairs else None
+) -> tuple[Callable[[int], Batch], Asked]:
+    """The batch of every step, and what grids show; the run lies in the folder `runs`."""
+    pairs_at, asked = pair_batches(recipe, model, pairs, runs) if pairs else (None, None)
     if isinstance(recipe, RegressRecipe):
-        return cast(Callable[[int], Batch], pairs_at)
-    if isinstance(model, LatentModel):
-        batch_at = text_batches(recipe, model, runs)
+        return cast(Callable[[int], Batch], pairs_at), asked
+    if model.kind == "text":
+        batch_at, asked = text_batches(recipe, model, runs)
     elif recipe.prompts:
         raise UserError("prompts: the teacher takes no text")
     else:
@@ -81,8 +80,8 @@ def open_batches(
         real = recipe.gan.student_weight > 0 or not recipe.student.backward_simulation
         batch_at = image_batches(images, recipe) if real else lambda step: {}  # fakes have classes of their own
     if pairs_at is None:
-        return batch_at
-    return lambda step: batch_at(step) | ({} if step % recipe.student_every else {"pair": pairs_at(step)})
+        return batch_at, asked
+    return (lambda step: batch_at(step) | ({} if step % recipe.student_every else {"pair": pairs_at(step)})), asked
 
 
 def initialize(roles: Roles, source: str, runs: Path) -> None:

@@ -51,14 +51,15 @@ def evaluate(
     rows, grids = [judge.floor], {"real": judge.real_grid}
     for name, model in models.items():
         model.to(on_device)
-        if isinstance(model, LatentModel):
-            model.prompts = judge.prompts
         for sampler in [default_sampler(model)] if model.timesteps or not asked else asked:
             if sampler.guidance_scale != 1 and model.null_condition is None:
                 raise UserError(f"--sampler: {name} has no null class to guide with; leave out the @ and its scale")
             title = f"{name} {describe(sampler)}"
             with progress_bar(title, num_samples) as progress:
-                fakes = generate(model, sampler, range(num_samples), seed, report=lambda done: progress(done, {}))
+                asked_for = judge.prompts or None
+                fakes = generate(
+                    model, sampler, range(num_samples), seed, asked_for, report=lambda done: progress(done, {})
+                )
             rows.append(judge.row(name, sampler, fakes, images_per_second(model, sampler)))
             grids[title] = report.sample_grid(fakes[:GRID_IMAGES])
         model.to(torch.device("cpu"))  # networks of several models need not fit at once
@@ -75,14 +76,14 @@ def make_judge(
     num_real: int,
 ) -> Judge:
     """A judge for `model` and those that `_check_alike` found to be like it."""
-    if isinstance(model, PixelModel):
+    if model.kind == "label":
         return make_class_judge(data, model, features, folder, num_real)
     return make_text_judge(data, model, features, num_samples, num_real)
 
 
 def _check_alike(runs: Sequence[str | Path], models: Sequence[PixelModel | LatentModel]) -> None:
     """Raises UserError unless all models make the images and the classes of the first."""
-    made = [(*model.shape, model.config.num_classes if isinstance(model, PixelModel) else "text") for model in models]
+    made = [(*model.shape, model.num_classes if model.kind == "label" else "text") for model in models]
     for run, other in zip(runs, made, strict=True):
         if other != made[0]:
             raise UserError(

@@ -15,7 +15,6 @@ from fewstep.export.diffusers_folder import Format, check_folder, write_diffuser
 from fewstep.export.provenance import Provenance, Score, read_scores, read_table
 from fewstep.export.weights import count_tensors
 from fewstep.models.image_model import DESCRIPTION
-from fewstep.models.latent_model import LatentModel
 from fewstep.models.loading.pretrained import SUFFIX, load
 from fewstep.models.sampler import parse_sampler
 from fewstep.recipes.loading import read_run_recipe
@@ -159,8 +158,8 @@ def write_file(model: Path, out: Path, provenance: Provenance, dtype: torch.dtyp
     from fewstep.export.single_file import write_single_file
 
     student = load(model)
-    if not isinstance(student, LatentModel):
+    if student.kind != "text":
         raise UserError("--to single-file: is a layout of SD and SDXL; for a pixel model write --to diffusers")
     if unet:
-        student.unet.load_state_dict(unet)
+        student.network.load_state_dict(unet)
     write_single_file(student, out, provenance.metadata(), dtype)

@@ -20,7 +20,7 @@ def import_edm(path: Path, out: Path) -> None:
         model = convert(network, show)
     with written_folder(out) as temporary:
         model.save(temporary)
-    print(f"wrote {out}: {sum(p.numel() for p in model.unet.parameters()):,} parameters")
+    print(f"wrote {out}: {sum(p.numel() for p in model.network.parameters()):,} parameters")
 
 
 def describe(network: EdmNetwork) -> str:

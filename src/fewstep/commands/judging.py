@@ -31,10 +31,8 @@ def make_evaluation(
 
     def scores(method: Method, ema: str | None) -> dict[str, float]:
         with method.averaged_model(ema) as averaged:
-            if isinstance(averaged, LatentModel):  # a copy: the grids keep their prompts
-                averaged.prompts = judge.prompts
             sampler = default_sampler(averaged)
-            fakes = generate(averaged, sampler, range(num))
+            fakes = generate(averaged, sampler, range(num), asked=judge.prompts or None)
         row, prefix = judge.row(run.name, sampler, fakes, intervals=False), f"ema{ema}_" if ema else ""
         return {f"{prefix}{name}": getattr(row, name) for name in SCORES if getattr(row, name) is not None}
 

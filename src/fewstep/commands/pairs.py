@@ -40,7 +40,7 @@ class Conditions:
 
     def given(self, model: PixelModel | LatentModel, num: int, seed: int) -> Given:
         """The prompts in turn, or the classes; raises UserError where they are not of the teacher's kind."""
-        if isinstance(model, LatentModel):
+        if model.kind == "text":
             if self.prompts is None:
                 raise UserError("--prompts: a text-to-image teacher needs a file of prompts")
             prompts = load_prompts(self.prompts, self.column)
@@ -152,26 +152,23 @@ def open_pairs(recipe: StudentRecipe, model: PixelModel | LatentModel) -> PairSe
 
 def open_pair_loss(settings: RegressionSettings, model: PixelModel | LatentModel) -> PairLoss:
     """The loss that the settings name, on the model's device."""
-    decode, latent = None, isinstance(model, LatentModel)
+    decode, latent = None, model.latent_space is not None
     if settings.decoder:
         if not latent:
             raise UserError("regression.decoder: the teacher has no latents to decode")
         decode = load_tiny_decoder(Path(settings.decoder), model.shape[0], model.device)
     if not settings.lpips:
         return PairLoss(model)
-    size = model.image_size if isinstance(model, LatentModel) else model.shape[-1]
-    channels = 3 if latent else model.shape[0]
-    return PairLoss(model, load_lpips(settings.lpips, settings.lpips_size, model.device, channels, size), decode)
+    lpips = load_lpips(settings.lpips, settings.lpips_size, model.device, model.channels, model.image_size)
+    return PairLoss(model, lpips, decode)
 
 
 def pair_batches(
     recipe: StudentRecipe, model: PixelModel | LatentModel, pairs: PairSet, runs: Path
-) -> Callable[[int], Batch]:
-    """The pairs of every step, with the embeddings of their prompts, which are kept as `text_batches` keeps them."""
-    texts = None
-    if isinstance(model, LatentModel):
-        prompts = pairs.given["prompt"]
-        model.prompts = prompts[:NUM_GRID_PROMPTS]
+) -> tuple[Callable[[int], Batch], list[str] | None]:
+    """The pairs of every step, with the embeddings of their prompts, kept as `text_batches` does; prompts for grids."""
+    texts, prompts = None, pairs.given.get("prompt")
+    if model.kind == "text":
         folder = Path(recipe.embeddings.folder or runs / "embeddings")
         texts = open_texts(prompts, "prompts of pairs", model.conditioner, recipe.embeddings, folder)
 
@@ -179,4 +176,4 @@ def pair_batches(
         indices = batch_indices(pairs.length, recipe.batch_size, step, recipe.seed, purpose="pairs")
         return pairs.batch(indices) | (texts.batch(indices) if texts else {})
 
-    return batch_at
+    return batch_at, prompts and prompts[:NUM_GRID_PROMPTS]

@@ -9,14 +9,13 @@ import torch
 from fewstep.data.images import ImageSet, batch_indices
 from fewstep.errors import UserError
 from fewstep.files import folder_lock, write_text
+from fewstep.models.image_model import Asked
 from fewstep.recipes.loading import differences, dump, read_run_recipe
 from fewstep.recipes.schema import AnyRecipe
 from fewstep.runtime.checkpoint import RECIPE, check_run
 from fewstep.runtime.tracking import Report, progress_bar
 from fewstep.training.loop import Evaluate, train
 from fewstep.training.method import Batch, Method
-
-FROZEN = "frozen"  # folder of a run: the autoencoder and the text encoders, which its checkpoints link to
 
 
 def pick_device(device: str) -> torch.device:
@@ -66,8 +65,9 @@ def start_run(
     run: Path,
     recipe: AnyRecipe,
     report: Report | None,
+    asked: Asked = None,
 ) -> None:
-    """Makes the run folder and trains on `batch_at(step)`; `report` replaces the progress bar.
+    """Makes the run folder and trains on `batch_at(step)`; `report` replaces the progress bar, `asked` is for grids.
 
     Raises UserError if another process trains there, or has meanwhile begun another recipe's run.
     """
@@ -75,4 +75,4 @@ def start_run(
         check_target(run, recipe, resume=True)
         if not (run / RECIPE).exists():
             write_text(run / RECIPE, dump(recipe))
-        train(method, batch_at, run, recipe, recipe.seed, show, evaluate)
+        train(method, batch_at, run, recipe, recipe.seed, show, evaluate, asked)

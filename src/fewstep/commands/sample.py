@@ -14,6 +14,7 @@ from fewstep.commands.options import Sample
 from fewstep.commands.runs import check_writable, pick_device
 from fewstep.data.prompts import load_prompts
 from fewstep.errors import UserError
+from fewstep.models.image_model import Asked
 from fewstep.models.latent_model import LatentModel
 from fewstep.models.loading.hub import is_hub_id
 from fewstep.models.loading.pretrained import SUFFIX, open_model
@@ -39,10 +40,11 @@ Model = PixelModel | LatentModel
 
 @dataclass(frozen=True)
 class Painter:
-    """A model, how it draws, and what the pictures' text says of both."""
+    """A model, how and what it draws, and what the pictures' text says of it."""
 
     model: Model
     sampler: Sampler
+    asked: Asked
     facts: dict[str, Any]
 
 
@@ -115,39 +117,40 @@ def make_painters(order: Sample, prompts: list[str]) -> list[Painter]:
         models.append(open_model(source, order.config if source in configured else None, changes))
         ask_for(models[-1], order.label, prompts)
     check_alike(sources, models)
+    asked = prompts or (None if order.label is None else [order.label])
     return [
-        Painter(model, sampler, describe(source, model, sampler))
-        for source, model, sampler in zip(sources, models, choose_samplers(models, order), strict=True)
+        Painter(model, sampler, asked, describe(source, model, sampler))
+        for source, (model, sampler) in zip(sources, choose_samplers(models, order), strict=True)
     ]
 
 
 def ask_for(model: Model, label: int | None, prompts: list[str]) -> None:
-    """Gives a text model its prompts; raises UserError where the model does not take what is asked for."""
-    if isinstance(model, LatentModel):
+    """Raises UserError where the model does not take what is asked for."""
+    if model.kind == "text":
         if label is not None or not prompts or not all(prompts):
             raise UserError("--prompt: a text-to-image model takes a prompt, and no --class")
-        model.prompts = prompts
     elif prompts:
         raise UserError("--prompt: this model takes no text; choose a class with --class")
-    elif label is not None and not 0 <= label < model.config.num_classes:
-        raise UserError(f"--class {label}: the model has {model.config.num_classes} classes, counted from 0")
+    elif label is not None and not 0 <= label < model.num_classes:
+        raise UserError(f"--class {label}: the model has {model.num_classes} classes, counted from 0")
 
 
 def check_alike(sources: list[str], models: list[Model]) -> None:
     """Raises UserError unless all models start from noise of one shape and take the same classes or text."""
     made = [
         f"{'x'.join(map(str, model.shape))} numbers "
-        + (f"of {model.config.num_classes} classes" if isinstance(model, PixelModel) else "from text")
+        + (f"of {model.num_classes} classes" if model.kind == "label" else "from text")
         for model in models
     ]
     if made[-1] != made[0]:
         raise UserError(f"--compare {sources[-1]}: makes {made[-1]}, but {sources[0]} {made[0]}; compare models alike")
 
 
-def choose_samplers(models: list[Model], order: Sample) -> list[Sampler]:
-    """The first model's and, if there is one, the other's; `--sampler` and `--guidance` are the teachers' alone.
+def choose_samplers(models: list[Model], order: Sample) -> list[tuple[Model, Sampler]]:
+    """The first model with its sampler and, if there is one, the other.
 
-    `--steps` are the first model's, and those of a sampler that is named without steps.
+    `--sampler` and `--guidance` are the teachers' alone. `--steps` are the first model's, and those of a sampler that
+    is named without steps.
     """
     no_teacher = all(model.timesteps for model in models)
     samplers = []
@@ -157,21 +160,23 @@ def choose_samplers(models: list[Model], order: Sample) -> list[Sampler]:
         else:
             named, guidance_scale = order.sampler, order.guidance
         bare = named is not None and ":" not in named
-        samplers.append(choose_sampler(model, named, guidance_scale, order.steps if bare or not number else None))
-        if samplers[-1].num_steps > (most := len(model.denoiser.schedule.levels)):
-            raise UserError(f"--steps {samplers[-1].num_steps}: the model has {most} noise levels; take no more steps")
+        steps = order.steps if bare or not number else None
+        chosen, sampler = choose_sampler(model, named, guidance_scale, steps)
+        samplers.append((chosen, sampler))
+        if sampler.num_steps > (most := len(model.denoiser.schedule.levels)):
+            raise UserError(f"--steps {sampler.num_steps}: the model has {most} noise levels; take no more steps")
     return samplers
 
 
-def choose_sampler(model: Model, named: str | None, guidance_scale: float, steps: int | None) -> Sampler:
-    """The named sampler, or the model's own, with so many steps."""
+def choose_sampler(model: Model, named: str | None, guidance_scale: float, steps: int | None) -> tuple[Model, Sampler]:
+    """The model with the named sampler, or its own, with so many steps."""
     if model.timesteps:
         if named is not None or guidance_scale != 1:
             asked = f"--sampler {named}" if named else f"--guidance {guidance_scale:g}"
             raise UserError(f"{asked}: a student has its own timesteps and guidance, and takes neither")
         if steps:
-            model.timesteps = spread_timesteps(model, model.timesteps, steps)
-        return default_sampler(model)
+            model = model.with_timesteps(spread_timesteps(model, model.timesteps, steps))
+        return model, default_sampler(model)
     if named and steps:
         kind, at, scale = named.partition("@")
         if ":" in kind:
@@ -182,7 +187,7 @@ def choose_sampler(model: Model, named: str | None, guidance_scale: float, steps
     guidance_scale = guidance_scale if guidance_scale != 1 else chosen.guidance_scale
     if guidance_scale != 1 and model.null_condition is None:
         raise UserError("--guidance: the model has no null class to guide with")
-    return replace(chosen, guidance_scale=guidance_scale)
+    return model, replace(chosen, guidance_scale=guidance_scale)
 
 
 def spread_timesteps(model: Model, own: list[float], steps: int) -> list[float]:
@@ -209,7 +214,7 @@ def describe(source: str, model: Model, sampler: Sampler) -> dict[str, Any]:
     """What the pictures' text says of a model and its sampler."""
     return {
         "model": title(source),
-        "fingerprint": fingerprint([model.unet], first=64),  # in milliseconds, and no two checkpoints agree in it
+        "fingerprint": fingerprint([model.network], first=64),  # in milliseconds, and no two checkpoints agree in it
         "sampler": sampler.kind,
         "num_steps": sampler.num_steps,
         "timesteps": model.timesteps,
@@ -225,7 +230,7 @@ def draw(painter: Painter, order: Sample, number: int, num: int, device: torch.d
     with progress_bar(painter.facts["model"], num) as show:
         for first in range(0, num, model.sampling_batch):
             indices = range(first, min(first + model.sampling_batch, num))
-            batches.append(generate(model, painter.sampler, indices, order.seed, order.label))
+            batches.append(generate(model, painter.sampler, indices, order.seed, painter.asked))
             for index, image in zip(indices, batches[-1], strict=True):
                 if not order.grid_only:
                     path = single_path(order, number, index)
@@ -239,11 +244,8 @@ def draw(painter: Painter, order: Sample, number: int, num: int, device: torch.d
 def single_text(painter: Painter, order: Sample, index: int) -> dict[str, str]:
     """The text chunks of one image."""
     model = painter.model
-    if isinstance(model, LatentModel):
-        subject: dict[str, Any] = {"prompt": model.prompts[index % len(model.prompts)]}
-    else:
-        label = order.label if order.label is not None else index % max(1, model.config.num_classes)
-        subject = {"class": label} if model.config.num_classes else {}
+    asked = range(model.num_classes) if painter.asked is None else painter.asked
+    subject = {"prompt" if model.kind == "text" else "class": asked[index % len(asked)]} if asked else {}
     settings = {**subject, **painter.facts, "seed": order.seed, "index": index, "version": fewstep.__version__}
     title = subject["prompt"] if "prompt" in subject else " ".join(f"{kind} {label}" for kind, label in subject.items())
     fields = {**usual_fields(painter.facts, order.seed), "Image": index}

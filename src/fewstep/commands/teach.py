@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from fewstep.commands.judging import make_evaluation
-from fewstep.commands.runs import FROZEN, check_target, image_batches, pick_device, start_run
+from fewstep.commands.runs import check_target, image_batches, pick_device, start_run
 from fewstep.commands.texts import text_batches
 from fewstep.embedded.small_models import build_autoencoder, build_pipeline
 from fewstep.embedded.sources import open_captioned, open_captioned_images, open_images
@@ -35,7 +35,8 @@ def teach(recipe: TeachingRecipe, run: Path, resume: bool = False, report: Repor
     if isinstance(recipe, TeachRecipe):
         start_run(*_pixel_teacher(recipe, device, run), run, recipe, report)
     elif isinstance(recipe, TeachTextRecipe):
-        start_run(*_text_teacher(recipe, device, run), run, recipe, report)
+        job, asked = _text_teacher(recipe, device, run)
+        start_run(*job, run, recipe, report, asked)
     else:
         start_run(*_autoencoder(recipe, device), run, recipe, report)
 
@@ -48,17 +49,17 @@ def _pixel_teacher(recipe: TeachRecipe, device: torch.device, run: Path) -> Job:
     return method, image_batches(images, recipe), make_evaluation(recipe, model, run)
 
 
-def _text_teacher(recipe: TeachTextRecipe, device: torch.device, run: Path) -> Job:
+def _text_teacher(recipe: TeachTextRecipe, device: torch.device, run: Path) -> tuple[Job, list[str]]:
     trained = finished_run(recipe.model.autoencoder, run.parent, "model.autoencoder")
     autoencoder = load_autoencoder(latest_model(trained))
     images = open_captioned(recipe.data, autoencoder)
     captions = images.captions or []
     torch.manual_seed(recipe.seed)
     model = LatentModel(build_pipeline(recipe.model, autoencoder.vae, captions[:VOCABULARY_CAPTIONS]))
-    model.frozen = run / FROZEN
     model.to(device)
     method = TeacherTraining(recipe, model, recipe.num_steps, recipe.seed)
-    return method, text_batches(recipe, model, run.parent, images), make_evaluation(recipe, model, run)
+    batch_at, asked = text_batches(recipe, model, run.parent, images)
+    return (method, batch_at, make_evaluation(recipe, model, run)), asked
 
 
 def _autoencoder(recipe: AutoencoderRecipe, device: torch.device) -> Job:

@@ -41,13 +41,13 @@ class Texts:
 
 def text_batches(
     recipe: DistillRecipe | TeachTextRecipe, model: LatentModel, runs: Path, images: ImageSet | LatentSet | None = None
-) -> Callable[[int], Batch]:
-    """The batch of every step: real data where they are trained on, and what fakes are drawn for.
+) -> tuple[Callable[[int], Batch], list[str]]:
+    """The batch of every step: real data where they are trained on, and what fakes are drawn for; prompts for grids.
 
     `images` are the recipe's, where they are open already. Embeddings are kept in the recipe's folder, by default in
     `runs`, where the runs there share them.
 
-    Gives the model the prompts that its grids show. If every embedding is kept, the text encoders are left on the CPU,
+    If every embedding is kept, the text encoders are left on the CPU,
     where only grids need them.
     """
     folder = Path(recipe.embeddings.folder or runs / "embeddings")
@@ -58,7 +58,6 @@ def text_batches(
     if images is None and (real or not wanted):
         images = open_captioned(recipe.data, model)
     told = list(images.captions or []) if images else []
-    model.prompts = (wanted or told)[:NUM_GRID_PROMPTS]
     captions, prompts = (
         open_texts(texts, what, model.conditioner, recipe.embeddings, folder) if texts else None
         for texts, what in ((told, "captions"), (wanted, "prompts"))
@@ -76,7 +75,7 @@ def text_batches(
             batch["prompt"] = prompts.batch(indices)
         return batch
 
-    return batch_at
+    return batch_at, (wanted or told)[:NUM_GRID_PROMPTS]
 
 
 def open_texts(

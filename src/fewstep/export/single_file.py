@@ -82,7 +82,7 @@ def write_single_file(model: LatentModel, path: Path, metadata: dict[str, str], 
 def original_weights(model: LatentModel) -> Weights:
     """The model's tensors, in place, under their names in the original releases."""
     pipeline = model.pipeline
-    weights = _renamed(model.unet, model.unet.state_dict(), UNET, _unet_places(model.unet), UNET_LAYERS)
+    weights = _renamed(model.network, model.network.state_dict(), UNET, _unet_places(model.network), UNET_LAYERS)
     weights |= _vae(pipeline.vae)
     if "text_encoder_2" in pipeline.components:
         weights |= _clip(pipeline.text_encoder, "conditioner.embedders.0.transformer.text_model.")

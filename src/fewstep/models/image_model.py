@@ -3,17 +3,24 @@
 import copy
 import json
 import math
+import os
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Literal, Self
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
 from fewstep.diffusion.denoiser import Condition, Denoiser
 from fewstep.networks.fingerprint import fingerprint
 
 DESCRIPTION = "fewstep.json"
 NUMBERS_PER_BATCH = 2**18
+Asked = Sequence[str] | Sequence[int] | None
+"""Prompts or class numbers, in turn."""
 
 
 def write_description(folder: Path, description: dict[str, Any]) -> None:
@@ -31,25 +38,41 @@ def to_images(pixels: Tensor) -> Tensor:
     return ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-class ImageModel(Protocol):
-    """A teacher or a student of one family, pixel or latent; what has a body here is the same in both."""
+class ImageModel(ABC):
+    """A teacher or a student of one family; what has a body here is the same for pixels and for latents."""
 
+    kind: Literal["label", "text"]
+    """What it is asked for: a class, or a prompt."""
     denoiser: Denoiser
-    unet: nn.Module
-    """The diffusers network in the denoiser's adapter."""
     shape: tuple[int, ...]
     """Of one x0, without the batch."""
+    channels: int
+    """Of its pictures."""
+    num_classes: int = 0
     timesteps: list[float] | None
     """Of a few-step student; None for a teacher."""
+    part: str = "unet"
+    """What the adapter and the folder call the diffusers network."""
 
     @property
+    def network(self) -> Any:
+        """The diffusers network in the denoiser's adapter."""
+        return self.denoiser.network.get_submodule(self.part)
+
+    @property
+    @abstractmethod
+    def image_size(self) -> int:
+        """Height and width of its pictures in pixels."""
+
+    @property
+    @abstractmethod
     def bottleneck(self) -> str:
         """Dotted name of the layer that the discriminator reads by default."""
 
     @property
     def time_embedding(self) -> str:
         """Dotted name of the layer that embeds native time."""
-        return "unet.time_embedding"
+        return f"{self.part}.time_embedding"
 
     @property
     def device(self) -> torch.device:
@@ -57,14 +80,45 @@ class ImageModel(Protocol):
         return next(self.denoiser.parameters()).device
 
     @property
+    @abstractmethod
     def null_condition(self) -> Condition | None:
         """(1, ...) tensors for guidance, on the model's device; None where the model can't be guided."""
 
+    @abstractmethod
+    def conditions(self, indices: range, asked: Asked = None) -> Condition:
+        """The conditions of images number `indices` of an evaluation or a grid, on the model's device.
+
+        Image i is of `asked[i % len(asked)]`, prompts or class numbers; without them of every class in turn, or of "".
+        """
+
+    @abstractmethod
     def draw_condition(self, given: Condition, num: int, draws: Generator) -> Condition:
         """What `num` fakes are drawn for: random classes, or the prompts or captions given."""
 
+    @abstractmethod
     def drop_condition(self, condition: Condition, probability: float, draws: Generator) -> Condition:
         """The condition with this share of the samples replaced by the null condition."""
+
+    @abstractmethod
+    def encode_condition(self, batch: dict[str, Any]) -> Condition:
+        """The condition of a batch of real data, on the model's device."""
+
+    @abstractmethod
+    def encode_x0(self, batch: dict[str, Any], draws: Generator) -> Tensor:
+        """x0 of a batch of real data, on the model's device; an autoencoder that draws its latents uses `draws`."""
+
+    @abstractmethod
+    def decode(self, x0: Tensor) -> Tensor:
+        """uint8 images (B, C, H, W) of x0: for consumers of images, never in a training step."""
+
+    @abstractmethod
+    def decode_pixels(self, x0: Tensor) -> Tensor:
+        """Pixels (B, C, H, W) around [-1, 1] of x0, with gradient: for losses on pictures."""
+
+    @property
+    def latent_space(self) -> dict[str, Any] | None:
+        """What latents on disk must agree in; None where x0 is the picture itself."""
+        return None
 
     def to(self, device: torch.device) -> None:
         """Moves the denoiser to `device`; what surrounds it follows when it is used."""
@@ -77,6 +131,10 @@ class ImageModel(Protocol):
         """
         return
 
+    def release(self) -> None:
+        """Sends what surrounds the denoiser back to the CPU, until it is used again."""
+        return
+
     @property
     def fingerprint(self) -> str:
         """A hash of what its samples are a function of: network, schedule and parameterization."""
@@ -84,41 +142,66 @@ class ImageModel(Protocol):
         levels = denoiser.schedule.levels[::111]
         numbers = torch.stack([levels.double().cpu(), *(c.cpu() for c in denoiser.coefficients(levels))])
         rounded = [f"{number:.5g}" for number in numbers.flatten().tolist()]  # in which all machines agree
-        return fingerprint([self.unet], type(denoiser.schedule).__name__, rounded)
+        return fingerprint([self.network], type(denoiser.schedule).__name__, rounded)
 
     @property
     def sampling_batch(self) -> int:
         """How many images are drawn at once: 16 of SD, 4 of SDXL, at most 250."""
         return min(250, max(1, NUMBERS_PER_BATCH // math.prod(self.shape)))
 
-    def release(self) -> None:
-        """Sends what surrounds the denoiser back to the CPU, until it is used again."""
-        return
+    def with_timesteps(self, timesteps: Sequence[float]) -> Self:
+        """The same few-step student on other timesteps."""
+        return self.student(self.denoiser, timesteps)
 
-    def numbered_condition(self, first: int, last: int) -> Condition:
-        """The conditions of images number first .. last-1 of an evaluation or a grid: classes or prompts in turn."""
-
-    def encode_condition(self, batch: dict[str, Any]) -> Condition:
-        """The condition of a batch of real data, on the model's device."""
-
-    def encode_x0(self, batch: dict[str, Any], draws: Generator) -> Tensor:
-        """x0 of a batch of real data, on the model's device; an autoencoder that draws its latents uses `draws`."""
-
-    def decode(self, x0: Tensor) -> Tensor:
-        """uint8 images (B, C, H, W) of x0: for consumers of images, never in a training step."""
-
-    def decode_pixels(self, x0: Tensor) -> Tensor:
-        """Pixels (B, C, H, W) around [-1, 1] of x0, with gradient: for losses on pictures."""
-
-    def student(self, denoiser: Denoiser, timesteps: Tensor) -> Self:
+    def student(self, denoiser: Denoiser, timesteps: Sequence[float]) -> Self:
         """The same image model around a few-step student."""
         model = copy.copy(self)
-        model.denoiser, model.unet, model.timesteps = (
-            denoiser,
-            denoiser.network.get_submodule("unet"),
-            timesteps.tolist(),
-        )
+        model.denoiser, model.timesteps = denoiser, [float(t) for t in timesteps]
         return model
 
-    def save(self, folder: Path) -> None:
-        """Writes what `pretrained.load` reads."""
+    def save(self, folder: Path, frozen: Path | None = None) -> None:
+        """Writes what `pretrained.load` reads.
+
+        With `frozen`, what is not trained is written once, into that folder, and linked from there.
+        """
+        if frozen is None:
+            self.save_frozen(folder)
+        elif not frozen.is_dir():
+            temporary = frozen.with_name(f".{frozen.name}.tmp")
+            shutil.rmtree(temporary, ignore_errors=True)
+            self.save_frozen(temporary)
+            if temporary.is_dir():
+                os.replace(temporary, frozen)
+        if frozen is not None and frozen.is_dir():
+            shutil.copytree(frozen, folder, copy_function=link_weights, dirs_exist_ok=True)
+        self.save_trained(folder, dict(self.denoiser.named_parameters()))
+
+    def save_frozen(self, folder: Path) -> None:
+        """Writes everything but the trained network; a pixel model has nothing else, and no folder is made then."""
+        return
+
+    def save_trained(self, folder: Path, state: Mapping[str, Tensor]) -> None:
+        """Writes the network with the weights in `state`, by their names in the denoiser, and `fewstep.json`.
+
+        Weights that are not in `state` are the model's own.
+        """
+        prefix = f"network.{self.part}."
+        given = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        carrier = copy.copy(self.network)  # shares all weights; only what it calls its state differs
+        weights = {name: given.get(name, value).detach() for name, value in self.network.state_dict().items()}
+        carrier.state_dict = lambda: weights
+        carrier.save_pretrained(folder / self.part)
+        write_description(folder, self.description())
+
+    @abstractmethod
+    def description(self) -> dict[str, Any]:
+        """What fewstep needs to know of the model beside what diffusers keeps in its folder."""
+
+
+def link_weights(source: str, target: str) -> None:
+    """A hard link for weights; a copy for small files, which people edit, and where a file system has no links."""
+    if source.endswith(".safetensors"):
+        with suppress(OSError):
+            os.link(source, target)
+            return
+    shutil.copy2(source, target)

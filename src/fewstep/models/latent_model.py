@@ -3,11 +3,9 @@
 from __future__ import annotations  # the pipelines are imported only where one is loaded
 
 import copy
-import os
-import shutil
-from contextlib import suppress
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import Generator, Tensor, nn
@@ -16,7 +14,7 @@ from fewstep.diffusion.denoiser import Condition, Denoiser
 from fewstep.diffusion.parameterizations import Parameterization, eps, v, x0
 from fewstep.diffusion.schedules import VP
 from fewstep.models.autoencoder import encode_images, latent_space
-from fewstep.models.image_model import ImageModel, to_images, write_description
+from fewstep.models.image_model import Asked, ImageModel, to_images
 from fewstep.networks.adapters import TextUNet
 from fewstep.networks.text import SDText, SDXLText
 
@@ -31,17 +29,17 @@ PARAMETERIZATIONS = {"epsilon": eps, "v_prediction": v, "sample": x0}
 class LatentModel(ImageModel):
     """x0 is a latent (C, H, W): the autoencoder's sample times its scaling factor. Made of a diffusers pipeline."""
 
+    kind: Literal["text"] = "text"
+    channels = 3
+
     def __init__(
         self, pipeline: StableDiffusionPipeline | StableDiffusionXLPipeline, timesteps: list[float] | None = None
     ):
-        self.pipeline, self.unet, self.timesteps = pipeline, pipeline.unet, timesteps
+        self.pipeline, self.timesteps = pipeline, timesteps
         self.autoencoder = pipeline.vae.eval().requires_grad_(False)
         size = pipeline.unet.config.sample_size
         self.shape: tuple[int, ...] = (pipeline.unet.config.in_channels, size, size)
         self.conditioner = make_conditioner(pipeline).eval().requires_grad_(False)
-        self.prompts = [""]
-        self.frozen: Path | None = None
-        """Where a run keeps the one copy of what its checkpoints have in common, written by the first of them."""
         schedule, parameterization = read_scheduler(pipeline.scheduler)
         self.denoiser = Denoiser(TextUNet(pipeline.unet).eval(), schedule, parameterization)
 
@@ -113,12 +111,13 @@ class LatentModel(ImageModel):
         self.autoencoder.to("cpu")
         self.conditioner.to("cpu")
 
-    def numbered_condition(self, first: int, last: int) -> Condition:
-        """The model's `prompts` in turn, each embedded once."""
-        prompts = [self.prompts[index % len(self.prompts)] for index in range(first, last)]
+    def conditions(self, indices: range, asked: Asked = None) -> Condition:
+        """The prompts in turn, each embedded once."""
+        wanted: Sequence[Any] = [""] if asked is None else asked
+        prompts = [wanted[index % len(wanted)] for index in indices]
         number = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompts))}
-        indices = torch.tensor([number[prompt] for prompt in prompts], device=self.device)
-        return {key: value[indices] for key, value in self.text_condition(list(number)).items()}
+        rows = torch.tensor([number[prompt] for prompt in prompts], device=self.device)
+        return {key: value[rows] for key, value in self.text_condition(list(number)).items()}
 
     def encode_x0(self, batch: dict[str, Any], draws: Generator) -> Tensor:
         """{"latent": (B, C, H, W)} as it is, or {"image": uint8 (B, 3, R, R)} encoded with noise from `draws`."""
@@ -140,38 +139,15 @@ class LatentModel(ImageModel):
         latents = (x0 / self.autoencoder.config.scaling_factor).to(self.autoencoder.dtype)
         return self._here(self.autoencoder).decode(latents, return_dict=False)[0].float()
 
-    def save(self, folder: Path) -> None:
-        """Writes the whole pipeline as diffusers does, with this model's UNet, and `fewstep.json` beside it.
-
-        With `frozen`, the weights of the other parts are hard links to those in that folder.
-        """
-        self.unet.save_pretrained(folder / "unet")
-        if self.frozen is None:
-            self._save_frozen(folder)
-        else:
-            if not self.frozen.is_dir():
-                temporary = self.frozen.with_name(f".{self.frozen.name}.tmp")
-                shutil.rmtree(temporary, ignore_errors=True)
-                self._save_frozen(temporary)
-                os.replace(temporary, self.frozen)
-            shutil.copytree(self.frozen, folder, copy_function=link_weights, dirs_exist_ok=True)
-        write_description(folder, {"family": "latent", "timesteps": self.timesteps})
-
-    def _save_frozen(self, folder: Path) -> None:
-        """Everything of the pipeline but the UNet."""
+    def save_frozen(self, folder: Path) -> None:
+        """Everything of the pipeline but the trained network."""
         for name, component in self.pipeline.components.items():
-            if name != "unet" and component is not None:
+            if name != self.part and component is not None:
                 component.save_pretrained(folder / name)
         self.pipeline.save_config(folder)
 
-
-def link_weights(source: str, target: str) -> None:
-    """A hard link for weights; a copy for small files, which people edit, and where a file system has no links."""
-    if source.endswith(".safetensors"):
-        with suppress(OSError):
-            os.link(source, target)
-            return
-    shutil.copy2(source, target)
+    def description(self) -> dict[str, Any]:
+        return {"family": "latent", "timesteps": self.timesteps}
 
 
 def make_conditioner(pipeline: StableDiffusionPipeline | StableDiffusionXLPipeline) -> SDText | SDXLText:

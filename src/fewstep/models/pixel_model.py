@@ -1,15 +1,15 @@
 """Image models on pixels: their configuration, their `UNet2DModel`, and how they are stored in a folder."""
 
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from diffusers import UNet2DModel
 from torch import Generator, Tensor
 
 from fewstep.diffusion.denoiser import Condition, Denoiser
 from fewstep.diffusion.parameterizations import edm
 from fewstep.diffusion.schedules import EDM
-from fewstep.models.image_model import ImageModel, to_images, to_pixels, write_description
+from fewstep.models.image_model import Asked, ImageModel, to_images, to_pixels
 from fewstep.models.settings import PixelModelConfig
 from fewstep.networks.adapters import PixelUNet
 from fewstep.networks.conditioning import ClassLabels
@@ -47,12 +47,18 @@ class PixelModel(ImageModel):
     `timesteps` are a few-step student's, None for a teacher.
     """
 
+    kind: Literal["label"] = "label"
+
     def __init__(self, config: PixelModelConfig, unet: UNet2DModel, timesteps: list[float] | None = None):
-        self.config, self.unet = config, unet
+        self.config, self.num_classes, self.channels = config, config.num_classes, config.channels
         self.denoiser = Denoiser(PixelUNet(unet), EDM(config.sigma_min, config.sigma_max), edm(config.sigma_data))
         self.conditioner = ClassLabels(config.num_classes, config.null_class)
         self.shape: tuple[int, ...] = (config.channels, config.image_size, config.image_size)
         self.timesteps = timesteps
+
+    @property
+    def image_size(self) -> int:
+        return self.config.image_size
 
     @property
     def bottleneck(self) -> str:
@@ -72,9 +78,11 @@ class PixelModel(ImageModel):
         """The condition with this share of the labels replaced by the null class."""
         return self.conditioner.dropout(condition, probability, draws)
 
-    def numbered_condition(self, first: int, last: int) -> Condition:
-        """Every class in turn, on the model's device."""
-        return self.conditioner.encode(self.conditioner.labels(last)[first:].to(self.device))
+    def conditions(self, indices: range, asked: Asked = None) -> Condition:
+        """The class numbers asked for, else every class in turn, on the model's device."""
+        classes = range(max(self.num_classes, 1)) if asked is None else asked
+        labels = torch.tensor([int(classes[index % len(classes)]) for index in indices], dtype=torch.int64)
+        return self.conditioner.encode(labels.to(self.device))
 
     def encode_condition(self, batch: dict[str, Any]) -> Condition:
         """The condition of real data {"label": (B,)}, on the model's device."""
@@ -91,8 +99,5 @@ class PixelModel(ImageModel):
     def decode_pixels(self, x0: Tensor) -> Tensor:
         return x0
 
-    def save(self, folder: Path) -> None:
-        """Writes `unet/` as diffusers does (safetensors) and `fewstep.json` beside it."""
-        self.unet.save_pretrained(folder / "unet")
-        description = {"family": "pixel", "config": self.config.model_dump(), "timesteps": self.timesteps}
-        write_description(folder, description)
+    def description(self) -> dict[str, Any]:
+        return {"family": "pixel", "config": self.config.model_dump(), "timesteps": self.timesteps}

@@ -1,9 +1,9 @@
 """Images from an image model for evaluation: noise and class of image i depend on (seed, i) alone, not on the batch."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from fewstep.diffusion.sampling import ddim, heun, rollout
 from fewstep.diffusion.schedules import VP, broadcast
 from fewstep.diffusion.timesteps import trailing_grid
 from fewstep.errors import UserError
-from fewstep.models.image_model import ImageModel
+from fewstep.models.image_model import Asked, ImageModel
 from fewstep.seeding import generator
 
 SAMPLERS = ("ddim", "heun", "euler", "dpm++", "unipc")  # of teachers
@@ -132,31 +132,32 @@ def multistep(denoiser: Denoiser | Guided, noise: Tensor, sampler: Sampler, cond
     return x_t
 
 
-@torch.no_grad()
-def generate(
+def generate_batches(
     model: ImageModel,
     sampler: Sampler,
     indices: range,
     seed: int = 0,
-    label: int | None = None,
+    asked: Asked = None,
     batch_size: int | None = None,
     report: Callable[[int], None] = lambda done: None,
-) -> Tensor:
-    """uint8 images (N, C, H, W) number indices[0] .. indices[-1] of a seed, of class `label` or of all in turn.
+) -> Iterator[Tensor]:
+    """uint8 images (B, C, H, W) number indices[0] .. indices[-1] of a seed, one batch after the other, on the CPU.
 
-    `report` is called with the count of finished images.
+    Image i is of `asked[i % len(asked)]`, prompts or class numbers. `report` is called with the count of finished ones.
     """
-    images = []
     batch_size = batch_size or model.sampling_batch
     for first in range(indices.start, indices.stop, batch_size):
-        last = min(first + batch_size, indices.stop)
-        condition = model.numbered_condition(first, last)
-        if label is not None:
-            condition = {"label": torch.full_like(condition["label"], label)}
-        noise = draw_noise(model, sampler.num_noises, first, last, seed)
-        images.append(model.decode(sample(model, sampler, noise, condition)).cpu())
-        report(last - indices.start)
-    return torch.cat(images)
+        part = range(first, min(first + batch_size, indices.stop))
+        with torch.no_grad():
+            noise = draw_noise(model, sampler.num_noises, part.start, part.stop, seed)
+            images = model.decode(sample(model, sampler, noise, model.conditions(part, asked))).cpu()
+        report(part.stop - indices.start)
+        yield images
+
+
+def generate(model: ImageModel, sampler: Sampler, indices: range, *args: Any, **kwargs: Any) -> Tensor:
+    """All that `generate_batches` gives in one: uint8 images (N, C, H, W)."""
+    return torch.cat(list(generate_batches(model, sampler, indices, *args, **kwargs)))
 
 
 @torch.no_grad()
@@ -167,7 +168,7 @@ def images_per_second(model: ImageModel, sampler: Sampler, batch_size: int = 0, 
     """
     batch_size = batch_size or model.sampling_batch
     noise = draw_noise(model, sampler.num_noises, 0, batch_size, seed=0)
-    condition = model.numbered_condition(0, batch_size)
+    condition = model.conditions(range(batch_size))
     seconds: list[float] = []
     model.decode(sample(model, sampler, noise, condition))
     while len(seconds) < 3 or sum(seconds) < min_seconds:

@@ -18,6 +18,7 @@ from fewstep.errors import UserError
 RECIPE = "recipe.yaml"
 METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"
+FROZEN = "frozen"  # folder of a run: the autoencoder and the text encoders, which its checkpoints link to
 KEEP = 2  # checkpoints; the older ones are removed, but for the best
 
 

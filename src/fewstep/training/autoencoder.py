@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fewstep.models.autoencoder import Autoencoder
-from fewstep.models.image_model import to_images, to_pixels
+from fewstep.models.image_model import Asked, to_images, to_pixels
 from fewstep.seeding import generator
 from fewstep.training.method import Batch, Metrics
 from fewstep.training.optimization import Optimizer
@@ -44,7 +44,7 @@ class AutoencoderTraining:
         metrics = {"squared_error": squared.detach(), "absolute_error": absolute.detach(), "kl": kl.detach()}
         return metrics | {"grad_norm": self.optimizer.step()}
 
-    def sample(self, noise: Tensor, first: int = 0) -> Tensor:
+    def sample(self, noise: Tensor, first: int = 0, asked: Asked = None) -> Tensor:
         """uint8 pictures of the last batch and what became of them in turn; `noise` only says how many."""
         pixels = self.shown[first // 2 : (first + noise.shape[1]) // 2]
         self.model.vae.eval()
@@ -57,7 +57,7 @@ class AutoencoderTraining:
         """The autoencoder; its weights are not averaged."""
         yield self.model
 
-    def save_model(self, folder: Path) -> None:
+    def save_model(self, folder: Path, frozen: Path | None = None) -> None:
         """Writes the autoencoder with the scaling factor that gives its latents unit variance."""
         self.model.vae.register_to_config(scaling_factor=1 / self.variance.sqrt().item())
         self.model.save(folder)

@@ -1,6 +1,7 @@
 """The only training loop."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -8,8 +9,9 @@ from PIL.Image import Image
 from torch import Tensor
 
 from fewstep.errors import Interrupted, UserError
+from fewstep.models.image_model import Asked
 from fewstep.pictures import grid, save_png
-from fewstep.runtime.checkpoint import EVALUATIONS, METRICS, checkpoints, load_state, save_checkpoint, step_name
+from fewstep.runtime.checkpoint import EVALUATIONS, FROZEN, METRICS, checkpoints, load_state, save_checkpoint, step_name
 from fewstep.runtime.runs import best_steps
 from fewstep.runtime.tracking import Metrics, Report, read_metrics, rewind, stop_request, write_line
 from fewstep.seeding import generator
@@ -29,11 +31,13 @@ def train(
     seed: int,
     report: Report,
     evaluate: Evaluate | None = None,
+    asked: Asked = None,
 ) -> None:
     """Runs `method` from the run's newest checkpoint, or from the start, to `num_steps`.
 
     `batch_at(step)` gives the batch of a step; `evaluate`, if there is one, judges every `evaluation.every` steps and
-    at the end, and every judged step gets a checkpoint. Raises Interrupted, behind a checkpoint, if the user stops it.
+    at the end, and every judged step gets a checkpoint. `asked` is what grids show. Raises Interrupted, behind a
+    checkpoint, if the user stops it.
     """
     metrics = Metrics(run / METRICS)
     start = _resume(method, metrics, run)
@@ -55,21 +59,21 @@ def train(
             stopped = stop_requested()
             report(done, shown)
             if done % settings.sample_every == 0 or last:
-                save_png(sample_grid(method, noise), run / "samples" / f"{step_name(done)}.png")
+                save_png(sample_grid(method, noise, asked), run / "samples" / f"{step_name(done)}.png")
                 method.model.release()
             if done % settings.checkpoint_every == 0 or last or stopped or judged:
                 state = {"method": method.state_dict(), "metrics": metrics.state_dict()}
                 best = best_steps(read_metrics(run / EVALUATIONS)).values()
-                save_checkpoint(run, done, state, method.save_model, best)
+                save_checkpoint(run, done, state, partial(method.save_model, frozen=run / FROZEN), best)
             if stopped and not last:
                 raise Interrupted(f"stopped at step {done} of {settings.num_steps}; continue with --resume --out {run}")
 
 
-def sample_grid(method: Method, noise: Tensor) -> Image:
+def sample_grid(method: Method, noise: Tensor, asked: Asked = None) -> Image:
     """One grid of images from noise (K, N, ...), drawn in small batches."""
     size = method.model.sampling_batch
     parts = [
-        method.sample(part.to(method.model.device), first=index * size).cpu()
+        method.sample(part.to(method.model.device), first=index * size, asked=asked).cpu()
         for index, part in enumerate(noise.split(size, dim=1))
     ]
     return grid(torch.cat(parts), min(GRID_COLUMNS, noise.shape[1]))

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fewstep.models.image_model import Asked
+
 Batch = dict[str, Any]
 """What an image model encodes; under "prompt" what fakes are drawn for, where that is not the real data's condition."""
 Metrics = dict[str, Tensor]
@@ -41,8 +43,11 @@ class Method(Protocol):
     def step(self, batch: Batch, step: int) -> Metrics:
         """One update; returns 0-d tensors, which only the loop turns into numbers, and only when it logs."""
 
-    def sample(self, noise: Tensor, first: int = 0) -> Tensor:
-        """uint8 images (B, C, H, W) number `first` and on from noise (K, B, ...), with the averaged weights."""
+    def sample(self, noise: Tensor, first: int = 0, asked: Asked = None) -> Tensor:
+        """uint8 images (B, C, H, W) number `first` and on from noise (K, B, ...), with the averaged weights.
+
+        `asked` are their prompts or classes, in turn.
+        """
 
     @property
     def other_emas(self) -> Sequence[str]:
@@ -54,8 +59,11 @@ class Method(Protocol):
         They are the first, or those of one of `other_emas`.
         """
 
-    def save_model(self, folder: Path) -> None:
-        """Writes the averaged weights as a model folder, and `other_emas` in folders beside it (`ema_folder`)."""
+    def save_model(self, folder: Path, frozen: Path | None = None) -> None:
+        """Writes the averaged weights as a model folder, and `other_emas` in folders beside it (`ema_folder`).
+
+        In `frozen` lies, from the first time on, what all of them have in common.
+        """
 
     def state_dict(self) -> dict[str, Any]: ...
 

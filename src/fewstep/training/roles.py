@@ -63,7 +63,7 @@ def _make_discriminator(model: ImageModel, layer: str) -> Discriminator:
     feature = None
     if layer in dict(model.denoiser.network.named_modules()):
         with torch.no_grad(), suppress(IndexError):  # a layer that the forward pass does not call
-            feature = features(model.denoiser, layer, x_t, t, model.numbered_condition(0, 1))
+            feature = features(model.denoiser, layer, x_t, t, model.conditions(range(1)))
     if feature is None or feature.ndim != 4:
         raise UserError(f"gan.feature_layer: no layer {layer!r} gives (B, C, H, W) features; try {model.bottleneck!r}")
     return Discriminator(*feature.shape[1:]).to(model.device)

@@ -12,7 +12,7 @@ from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.sampling import rollout
 from fewstep.diffusion.schedules import NoiseSchedule
 from fewstep.errors import UserError
-from fewstep.models.image_model import ImageModel
+from fewstep.models.image_model import Asked, ImageModel
 from fewstep.runtime.checkpoint import ema_folder
 from fewstep.runtime.ema import EMA
 from fewstep.training.settings import StudentSettings
@@ -33,9 +33,9 @@ class StudentMethod:
     def num_noises(self) -> int:
         return len(self.timesteps)
 
-    def sample(self, noise: Tensor, first: int = 0) -> Tensor:
-        """uint8 images number `first` and on from noise (K, B, ...) with the averaged weights, classes in turn."""
-        condition = self.model.numbered_condition(first, first + noise.shape[1])
+    def sample(self, noise: Tensor, first: int = 0, asked: Asked = None) -> Tensor:
+        """uint8 images number `first` and on from noise (K, B, ...) with the averaged weights."""
+        condition = self.model.conditions(range(first, first + noise.shape[1]), asked)
         with self.ema.applied():
             x0 = rollout(self.student, noise, self.timesteps, condition, stop=len(self.timesteps) - 1)
         return self.model.decode(x0)
@@ -48,13 +48,13 @@ class StudentMethod:
     def averaged_model(self, ema: str | None = None) -> Iterator[ImageModel]:
         """The student with its timesteps and its averaged weights, inside the context alone."""
         with self.ema.applied(ema):
-            yield self.model.student(self.student, self.timesteps)
+            yield self.model.student(self.student, self.timesteps.tolist())
 
-    def save_model(self, folder: Path) -> None:
+    def save_model(self, folder: Path, frozen: Path | None = None) -> None:
         """Writes the student with its averaged weights and its timesteps; those of other averages beside it."""
         for ema in (None, *self.other_emas):
             with self.averaged_model(ema) as model:
-                model.save(ema_folder(folder, ema) if ema else folder)
+                model.save(ema_folder(folder, ema) if ema else folder, frozen)
 
     def state_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name).state_dict() for name in self.STATE}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fewstep.diffusion.losses import denoising_loss
 from fewstep.diffusion.sampling import heun
-from fewstep.models.image_model import ImageModel
+from fewstep.models.image_model import Asked, ImageModel
 from fewstep.runtime.ema import EMA
 from fewstep.seeding import generator
 from fewstep.training.method import Batch, Metrics
@@ -47,10 +47,10 @@ class TeacherTraining:
         self.ema.update()
         return {"denoising_loss": loss.detach(), "grad_norm": grad_norm}
 
-    def sample(self, noise: Tensor, first: int = 0) -> Tensor:
-        """uint8 images number `first` and on from noise (1, B, ...) with the averaged weights, classes in turn."""
+    def sample(self, noise: Tensor, first: int = 0, asked: Asked = None) -> Tensor:
+        """uint8 images number `first` and on from noise (1, B, ...) with the averaged weights."""
         grid = self.denoiser.schedule.ode_grid(self.NUM_SAMPLER_STEPS).to(noise.device)
-        condition = self.model.numbered_condition(first, first + noise.shape[1])
+        condition = self.model.conditions(range(first, first + noise.shape[1]), asked)
         with self.averaged_model() as model:
             return model.decode(heun(model.denoiser, noise[0], grid, condition))
 
@@ -62,9 +62,9 @@ class TeacherTraining:
             yield self.model
         self.denoiser.train()
 
-    def save_model(self, folder: Path) -> None:
+    def save_model(self, folder: Path, frozen: Path | None = None) -> None:
         with self.averaged_model() as model:
-            model.save(folder)
+            model.save(folder, frozen)
 
     def state_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name).state_dict() for name in ("denoiser", "ema", "optimizer")}
