@@ -27,8 +27,13 @@ class Denoiser(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The prediction of x0, in the dtype and shape of x_t."""
-        c_skip, c_out, c_in = (broadcast(c, x_t) for c in self.coefficients(t))
-        return c_skip * x_t + c_out * self.network(c_in * x_t, t, condition).to(x_t.dtype)
+        c_skip, c_out, c_in = (broadcast(c, x_t) for c in self.coefficients(t))  # (B, 1, 1, 1)
+        return c_skip * x_t + c_out * self.run(self.network, c_in * x_t, t, condition).to(x_t.dtype)
+
+    def run(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """F(x, t, condition) by the denoiser's network, or by a view of it that ends early."""
+        prediction: Tensor = network(x, t, condition)
+        return prediction
 
 
 class Guided(nn.Module):

@@ -1,4 +1,4 @@
-"""Features of a named layer, by forward hook, with or without running the rest of the network."""
+"""Features of a named layer, with or without running the rest of the network."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,26 +7,22 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.diffusion.denoiser import Condition, Denoiser
+from fewstep.diffusion.schedules import broadcast
 
 
-class _LeaveForward(Exception):
-    """Raised in a hook once the features are there; never leaves this file."""
-
-
-def _tensor(output: Tensor | tuple) -> Tensor:
+def _tensor(output: Tensor | tuple[Tensor, ...]) -> Tensor:
     """A down block returns (hidden states, skips): the features are the hidden states."""
     return output if isinstance(output, Tensor) else output[0]
 
 
 @contextmanager
-def _captured(layer: nn.Module, leave: bool = False, detach_rest: bool = False) -> Iterator[list[Tensor]]:
-    """Collects the layer's output; may leave the forward pass there, or run what follows without a graph."""
+def _captured(layer: nn.Module, detach_rest: bool = False) -> Iterator[list[Tensor]]:
+    """Collects the layer's output; may run what follows without a graph."""
     captured: list[Tensor] = []
 
-    def hook(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
+    # The hook is gone before any backward pass, so a recomputation of the layer neither collects nor detaches again.
+    def hook(module: nn.Module, args: tuple[object, ...], output: Tensor | tuple[Tensor, ...]) -> None:
         captured.append(_tensor(output))
-        if leave:
-            raise _LeaveForward
         if detach_rest:
             torch.set_grad_enabled(False)
 
@@ -34,19 +30,44 @@ def _captured(layer: nn.Module, leave: bool = False, detach_rest: bool = False) 
     try:
         with torch.set_grad_enabled(torch.is_grad_enabled()):  # puts back what `detach_rest` switched off
             yield captured
-    except _LeaveForward:
-        pass
     finally:
         handle.remove()
 
 
+def encoder(network: nn.Module, layer: str) -> nn.Module:
+    """A view of the network that ends behind `layer`, on the same weights; its output is nothing to use.
+
+    Of a UNet's down blocks and its middle, as `unet.down_blocks.2` or what is inside it; where the layer is none of
+    these the view is the whole network. Leaving a pass by an exception instead would leave sharded modules half-way.
+    """
+    part, *path = layer.split(".")
+    unet = network.get_submodule(part)
+    if path[:1] not in (["down_blocks"], ["mid_block"]) or not hasattr(unet, "up_blocks"):
+        return network
+    tail: dict[str, nn.Module | None] = {name: nn.Identity() for name in ("conv_norm_out", "conv_act", "conv_out")}
+    tail["up_blocks"] = nn.ModuleList()
+    if path[0] == "down_blocks":
+        blocks = unet.get_submodule("down_blocks")
+        assert isinstance(blocks, nn.ModuleList)
+        tail |= {"mid_block": None, "down_blocks": blocks[: int(path[1]) + 1]}
+    return _with_children(network, {part: _with_children(unet, tail)})
+
+
+def _with_children(module: nn.Module, children: dict[str, nn.Module | None]) -> nn.Module:
+    """The module with other children; weights, hooks and all else are shared, and nothing is constructed anew."""
+    view: nn.Module = object.__new__(type(module))
+    view.__dict__.update(module.__dict__, _modules={**module._modules, **children})
+    return view
+
+
 def features(denoiser: Denoiser, layer: str, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-    """The output of `layer` of the network (a dotted name), leaving the forward pass there.
+    """The output (B, C, H, W) of `layer` of the network (a dotted name); what lies behind it is not run.
 
     Raises AttributeError if there is no such layer, IndexError if the forward pass does not call it.
     """
-    with _captured(denoiser.network.get_submodule(layer), leave=True) as captured:
-        denoiser(x_t, t, condition)
+    with _captured(denoiser.network.get_submodule(layer)) as captured:
+        c_in = broadcast(denoiser.coefficients(t)[2], x_t)  # (B, 1, 1, 1)
+        denoiser.run(encoder(denoiser.network, layer), c_in * x_t, t, condition)
     return captured[0]
 
 

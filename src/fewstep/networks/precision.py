@@ -1,7 +1,7 @@
 """bfloat16, put on from outside: networks know nothing of it, and losses and schedules stay as they are."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewstep.diffusion.denoiser import Condition, Denoiser
 
@@ -16,9 +16,9 @@ class AutocastDenoiser(Denoiser):
     rollout, must not serve a pass with it. The coefficients and the prediction of x0 stay in float64 and float32.
     """
 
-    def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        with torch.autocast(x_t.device.type, torch.bfloat16):
-            return super().forward(x_t, t, condition)
+    def run(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return super().run(network, x, t, condition)
 
 
 def trainable(denoiser: Denoiser, dtype: torch.dtype) -> Denoiser:
