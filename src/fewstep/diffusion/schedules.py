@@ -25,6 +25,8 @@ class NoiseSchedule(ABC):
     """
 
     levels: Tensor
+    distributions: tuple[str, ...] = ("index",)
+    """The named distributions of `NoiseLevels` whose draws are native times of this schedule."""
 
     @abstractmethod
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,6 +61,8 @@ class NoiseSchedule(ABC):
 
 class EDM(NoiseSchedule):
     """alpha = 1, sigma = t: native time is the noise level itself (Karras et al. 2022, arXiv 2206.00364)."""
+
+    distributions = ("index", "lognormal")
 
     def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0):
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
@@ -117,6 +121,8 @@ class VP(NoiseSchedule):
 
 class Flow(NoiseSchedule):
     """alpha = 1 - t, sigma = t for t in [0, 1] (rectified flow: SD3, FLUX, Sana); `shift` moves the levels to noise."""
+
+    distributions = ("index", "logit_normal", "shifted")
 
     def __init__(self, shift: float = 1.0):
         self.levels = shift_time(torch.arange(1, 1001, dtype=torch.float64) / 1000, shift)

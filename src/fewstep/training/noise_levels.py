@@ -7,7 +7,7 @@ import torch
 from torch import Generator, Tensor
 
 from fewstep.diffusion import timesteps
-from fewstep.diffusion.schedules import EDM, Flow, NoiseSchedule
+from fewstep.diffusion.schedules import NoiseSchedule
 from fewstep.errors import UserError
 from fewstep.training.settings import NoiseLevels
 
@@ -19,9 +19,9 @@ def level_sampler(noise: NoiseLevels, schedule: NoiseSchedule, device: torch.dev
 
     Raises UserError if the schedule has no such times.
     """
-    native = {"lognormal": EDM, "logit_normal": Flow, "shifted": Flow}.get(noise.distribution, NoiseSchedule)
-    if not isinstance(schedule, native):
-        raise UserError(f"noise.distribution: {noise.distribution} is not for the teacher's schedule; take index")
+    if noise.distribution not in schedule.distributions:
+        fitting = " or ".join(schedule.distributions)
+        raise UserError(f"noise.distribution: {noise.distribution} is not for the teacher's schedule; take {fitting}")
     if noise.distribution == "lognormal":
         return partial(timesteps.lognormal_sigma, mean=noise.mean, std=noise.std)
     if noise.distribution == "logit_normal":

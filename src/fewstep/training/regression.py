@@ -2,6 +2,7 @@
 
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.models.image_model import ImageModel
+from fewstep.networks.blocks import checkpoint_blocks
 from fewstep.runtime.ema import EMA
 from fewstep.training.method import Batch, Metrics
 from fewstep.training.optimization import Optimizer
@@ -20,6 +21,8 @@ class Regression(StudentMethod):
     ):
         self.model, self.student, self.loss = model, student, pair_loss
         self.timesteps = student_timesteps(settings.student, student.schedule).to(model.device)
+        if settings.checkpointing == "blocks":
+            checkpoint_blocks(student.network)
         self.student_optimizer = Optimizer(student.parameters(), settings.student.optimizer, num_steps)
         self.ema = EMA(student, settings.student.ema_decay)
 

@@ -3,12 +3,14 @@
 import copy
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from fewstep.diffusion.denoiser import Denoiser, Guided
 from fewstep.errors import UserError
 from fewstep.models.image_model import ImageModel
+from fewstep.networks.blocks import checkpoint_blocks
 from fewstep.networks.discriminator import Discriminator
 from fewstep.networks.features import features
 from fewstep.networks.precision import trainable
@@ -32,12 +34,13 @@ def make_roles(
     feature_layer: str | None = None,
     num_stops: int = 0,
     dtype: torch.dtype = torch.float32,
+    checkpointing: Literal["none", "blocks"] = "none",
 ) -> Roles:
     """Freezes the model as teacher (guided, unless the scale is 1) and copies it as student and critic.
 
     All run in evaluation mode, i.e. without dropout, as the official system does. `feature_layer` names the critic's
     layer that the discriminator reads; by default the adapter's bottleneck. With `num_stops` the critic is conditioned
-    on the student's timestep, of so many. In bfloat16 the teacher is held in it, and the copies only compute in it; the
+    on the student's timestep, of so many. `checkpointing` saves their activations' memory. In bfloat16 the teacher is held in it, and the copies only compute in it; the
     head stays in float32. Raises UserError where the model has no null class, or no such layer.
     """
     copies = (copy.deepcopy(model.denoiser).eval().requires_grad_(True) for _ in range(2))
@@ -54,6 +57,9 @@ def make_roles(
         teacher = Guided(base, guidance_scale, null_condition)
     if num_stops:
         condition_on_stop(critic.network, model.time_embedding, num_stops)
+    if checkpointing == "blocks":
+        checkpoint_blocks(student.network)
+        checkpoint_blocks(critic.network)
     return Roles(teacher, student, critic, _make_discriminator(model, layer), layer)
 
 

@@ -169,7 +169,15 @@ class RegressionSettings(Settings):
         return self
 
 
-class RegressSettings(Settings):
+class MemorySettings(Settings):
+    """What a run on a small card gives up for memory."""
+
+    checkpointing: Literal["none", "blocks"] = "none"
+    """`blocks` keeps no activations inside the blocks of student and critic and computes them again in the backward
+    pass: the same gradients, for about a third more arithmetic."""
+
+
+class RegressSettings(MemorySettings):
     """How a student is pretrained on pairs."""
 
     student: StudentSettings = StudentSettings()
@@ -222,7 +230,7 @@ class GANSettings(Settings):
         return self
 
 
-class DMD2Settings(Settings):
+class DMD2Settings(MemorySettings):
     """How a student is distilled."""
 
     student_every: int = Field(5, ge=1)
