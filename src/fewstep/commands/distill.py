@@ -58,7 +58,7 @@ def _make_method(
         student = trainable(model.denoiser.eval(), dtype)
         return Regression(recipe, model, student, cast(PairLoss, pair_loss), recipe.num_steps)
     num_stops = recipe.student.num_timesteps if recipe.critic.condition_on_stop else 0
-    roles = make_roles(model, recipe.guidance_scale, recipe.gan.feature_layer, num_stops, dtype)
+    roles = make_roles(model, recipe.guidance_scale, recipe.gan.feature_layer, num_stops, dtype, recipe.checkpointing)
     if recipe.init_from and not checkpoints(run):  # a run that has begun goes on with its own weights
         initialize(roles, recipe.init_from, run.parent)
     return DMD2(recipe, model, roles, recipe.num_steps, recipe.batch_size, recipe.seed, pair_loss=pair_loss)
