@@ -40,8 +40,9 @@ def make_roles(
 
     All run in evaluation mode, i.e. without dropout, as the official system does. `feature_layer` names the critic's
     layer that the discriminator reads; by default the adapter's bottleneck. With `num_stops` the critic is conditioned
-    on the student's timestep, of so many. `checkpointing` saves their activations' memory. In bfloat16 the teacher is held in it, and the copies only compute in it; the
-    head stays in float32. Raises UserError where the model has no null class, or no such layer.
+    on the student's timestep, of so many. In bfloat16 the teacher is held in it, and the copies only compute in it; the
+    head stays in float32. `checkpointing` of `blocks` saves memory. Raises UserError where the model has no null class,
+    or no such layer.
     """
     copies = (copy.deepcopy(model.denoiser).eval().requires_grad_(True) for _ in range(2))
     student, critic = (trainable(denoiser, dtype) for denoiser in copies)
