@@ -59,8 +59,11 @@ def place(workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 
 
 def snapshot(folder: Path) -> dict[Path, tuple[int, bytes]]:
-    """Every file and folder with its time of change and its content."""
-    return {path: (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"") for path in folder.rglob("*")}
+    """Every file with its time of change and its content, and every folder."""
+    return {
+        path: (path.stat().st_mtime_ns, path.read_bytes()) if path.is_file() else (0, b"")
+        for path in folder.rglob("*")
+    }
 
 
 @pytest.fixture

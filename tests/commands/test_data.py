@@ -23,7 +23,7 @@ from fewstep.evaluation import judge as judges
 from fewstep.models.autoencoder import Autoencoder
 from fewstep.models.latent_model import LatentModel
 from fewstep.models.loading.pretrained import load
-from fewstep.runtime.checkpoint import latest_model
+from fewstep.runtime.runs import find
 from fewstep.seeding import generator
 from fewstep.training.dmd2 import DMD2
 from tiny_pipelines import TINY
@@ -249,7 +249,7 @@ def test_mistakes_in_prompts_are_one_line(run: Run, place: Path) -> None:
 
 
 def weights(run_folder: Path) -> list[torch.Tensor]:
-    return list(load(latest_model(run_folder)).denoiser.parameters())
+    return list(load(find(run_folder).folder).denoiser.parameters())
 
 
 @pytest.mark.parametrize("settings", ["", NO_GAN, "--set prompts.source=prompts.txt"])

@@ -16,7 +16,7 @@ from fewstep.evaluation import judge as judges
 from fewstep.models.autoencoder import load_autoencoder
 from fewstep.models.loading.pretrained import load
 from fewstep.recipes import loading
-from fewstep.runtime.checkpoint import latest_model
+from fewstep.runtime.runs import find
 
 NUM_PICTURES = 48
 SMALL = "--set num_steps=2 --set batch_size=4 --set device=cpu"
@@ -80,9 +80,9 @@ def refused(answer: tuple[int, str], *fragments: str) -> None:
 
 
 def test_the_teacher_has_the_runs_autoencoder_and_its_latents(workplace: Path) -> None:
-    alone = load_autoencoder(latest_model(workplace / "runs" / "vae"))
+    alone = load_autoencoder(find(workplace / "runs" / "vae").folder)
     for name in ("teacher", "student"):
-        model = load(latest_model(workplace / "runs" / name))
+        model = load(find(workplace / "runs" / name).folder)
         assert model.latent_space == alone.latent_space
         assert model.timesteps == (None if name == "teacher" else [999, 749, 499, 249])
     described = [json.loads(path.read_text()) for path in (workplace / "latents").glob("*.json")]
@@ -96,9 +96,9 @@ def test_a_missing_autoencoder_is_trained_first(run, workplace: Path, monkeypatc
     (recipes / "shapes-autoencoder.yaml").write_text(text)
     monkeypatch.setattr(loading, "FOLDER", recipes)
     assert run(f"teach shapes-teacher --out new/teacher {UNET}") == (0, "")
-    trained = load_autoencoder(latest_model(workplace / "new" / "shapes-autoencoder"))
+    trained = load_autoencoder(find(workplace / "new" / "shapes-autoencoder").folder)
     assert trained.vae.config.block_out_channels == [8, 8, 16]
-    assert load(latest_model(workplace / "new" / "teacher")).latent_space == trained.latent_space
+    assert load(find(workplace / "new" / "teacher").folder).latent_space == trained.latent_space
 
 
 @pytest.mark.parametrize("what", ["student", "teacher --sampler unipc:2@1.5"])

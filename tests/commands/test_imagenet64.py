@@ -25,7 +25,7 @@ from fewstep.models.loading.pretrained import load
 from fewstep.models.sampler import Sampler, draw_noise, sample
 from fewstep.recipes.loading import load_recipe
 from fewstep.runtime.checkpoint import checkpoints, load_state
-from fewstep.runtime.runs import best_steps, find_checkpoint, find_model
+from fewstep.runtime.runs import best_steps, find
 from fewstep.runtime.tracking import read_metrics
 
 FASHION = Path(__file__).parents[2] / ".." / "shared" / "data" / "fashion_mnist_test.parquet"
@@ -130,7 +130,7 @@ def test_import_pairs_two_stages_and_export(fewstep: Command, place: Path) -> No
     judged = read_metrics(place / "runs" / B / "evaluations.jsonl")
     assert judged[-1].keys() >= {"fid", "ema0.1_fid"}
     best = place / "runs" / B / "checkpoints" / f"{best_steps(judged)['ema0.1_fid']:08d}"
-    assert find_model(f"{place}/runs/{B}@best-ema0.1_fid") == best / "model-ema0.1"
+    assert find(f"{place}/runs/{B}@best-ema0.1_fid").folder == best / "model-ema0.1"
 
     fewstep(f"evaluate runs/{A}@best-fid runs/{B} --features features.pt --num-samples 100 --out table")
     rows = json.loads((place / "table" / "results.json").read_text())
@@ -159,7 +159,7 @@ def test_stage_b_starts_from_the_best_of_stage_a(fewstep: Command, place: Path, 
     fourth, sixth = (parameters(tmp_path / A / "checkpoints" / f"{step:08d}" / "model") for step in (4, 6))
     assert (started - fourth).abs().max() < 1e-6
     assert (started - sixth).abs().max() > 5e-5  # an update of Adam at this rate
-    state = load_state(find_checkpoint(f"{tmp_path}/{B}"))["method"]
+    state = load_state(find(f"{tmp_path}/{B}").checkpoint)["method"]
     assert state["student_optimizer"]["schedule"]["last_epoch"] == 1  # anew
 
 

@@ -17,7 +17,8 @@ from fewstep.models.latent_model import LatentModel
 from fewstep.models.loading.pretrained import load
 from fewstep.models.pixel_model import PixelModel, build_unet
 from fewstep.models.settings import PixelModelConfig
-from fewstep.runtime.checkpoint import latest_model, load_state
+from fewstep.runtime.checkpoint import load_state
+from fewstep.runtime.runs import find
 from tiny_pipelines import BETAS, TINY
 
 NUM = 6
@@ -202,18 +203,18 @@ def test_ctrl_c_leaves_whole_files_and_says_how_to_go_on(run: Run, monkeypatch: 
 
 
 def student_of(run_folder: str) -> dict[str, Tensor]:
-    return load_state(latest_model(Path(run_folder)).parent)["method"]["student"]
+    return load_state(find(Path(run_folder)).checkpoint)["method"]["student"]
 
 
 def test_from_pairs_to_the_start_to_one_step_sdxl(run: Run) -> None:
     assert run(f"{PAIRS} --out pairs")[0] == 0
     assert run(f"{INIT} --set student.optimizer.lr=1e-2 --set checkpoint_every=2")[0] == 0
-    teacher, start = load("sdxl"), load(latest_model(Path("runs/sdxl-1step-init")))
+    teacher, start = load("sdxl"), load(find(Path("runs/sdxl-1step-init")).folder)
     assert start.timesteps == [399]
     still = "--set student.optimizer.lr=1e-12 --set critic.optimizer.lr=1e-12"
     none = "--set student.optimizer.weight_decay=0 --set critic.optimizer.weight_decay=0"
     assert run(f"{STUDENT} {still} {none}")[0] == 0
-    state = load_state(latest_model(Path("runs/sdxl-1step")).parent)["method"]
+    state = load_state(find(Path("runs/sdxl-1step")).checkpoint)["method"]
     trained, base = student_of("runs/sdxl-1step-init"), teacher.denoiser.state_dict()
     assert max((trained[name] - base[name]).abs().max() for name in base) > 1e-2
     assert all((state["student"][name] - trained[name]).abs().max() < 1e-6 for name in base)
@@ -252,7 +253,7 @@ def test_pixels_go_from_pairs_to_a_start_to_dmd_with_regression(run: Run) -> Non
     lines = [json.loads(line) for line in Path("runs/student/metrics.jsonl").read_text().splitlines()]
     assert ["regression_loss" in line for line in lines] == [True, False]  # in the student's turn
     start = student_of("runs/init")
-    assert load(latest_model(Path("runs/init"))).timesteps == [80.0]
+    assert load(find(Path("runs/init")).folder).timesteps == [80.0]
     assert any((start[name] - value).abs().max() > 1e-4 for name, value in load("pixels").denoiser.state_dict().items())
     assert run("fewstep sample runs/student --num 2 --out two.png")[0] == 0
 

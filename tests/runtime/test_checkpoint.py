@@ -14,7 +14,7 @@ import torch
 
 from fewstep.errors import UserError
 from fewstep.files import write_text
-from fewstep.runtime.checkpoint import check_run, checkpoints, latest_model, load_state, save_checkpoint
+from fewstep.runtime.checkpoint import check_run, checkpoints, load_state, save_checkpoint
 
 
 def writer(text: str) -> Callable[[Path], None]:
@@ -176,13 +176,6 @@ def test_a_malicious_state_is_refused_and_not_executed(plain: bool, tmp_path: Pa
     assert mark.exists()  # the trap works where it is not guarded against
 
 
-def test_the_model_of_a_run_is_that_of_its_newest_checkpoint(tmp_path: Path) -> None:
-    write_text(tmp_path / "recipe.yaml", "kind: teach")
-    for step in (1, 2):
-        save(tmp_path, step)
-    assert latest_model(tmp_path) == tmp_path / "checkpoints" / "00000002" / "model"
-
-
 def test_a_run_is_a_folder_with_a_recipe(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such run folder"):
         check_run(tmp_path / "nowhere")
@@ -190,5 +183,3 @@ def test_a_run_is_a_folder_with_a_recipe(tmp_path: Path) -> None:
         check_run(tmp_path)
     write_text(tmp_path / "recipe.yaml", "kind: teach")
     check_run(tmp_path)
-    with pytest.raises(UserError, match="no checkpoint yet; continue it with --resume"):
-        latest_model(tmp_path)

@@ -18,7 +18,7 @@ from fewstep.models.loading.pretrained import load, open_model
 from fewstep.recipes.loading import load_recipe
 from fewstep.recipes.schema import DistillRecipe
 from fewstep.runtime.checkpoint import checkpoints, load_state
-from fewstep.runtime.runs import best_steps, find_checkpoint, find_model
+from fewstep.runtime.runs import best_steps, find
 from fewstep.runtime.tracking import read_metrics
 from fewstep.training.dmd2 import DMD2
 from fewstep.training.roles import make_roles
@@ -110,7 +110,7 @@ def test_further_averages_change_nothing_in_training_or_in_the_first(place: Path
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == (place / "whole" / "metrics.jsonl").read_text()
     ours, theirs = (read_metrics(run / "evaluations.jsonl") for run in (tmp_path / "run", place / "whole"))
     assert ours == [{name: line[name] for name in ours[0]} for line in theirs]
-    assert torch.equal(weights(find_model(f"{tmp_path}/run")), weights(find_model(f"{place}/whole")))
+    assert torch.equal(weights(find(f"{tmp_path}/run").folder), weights(find(f"{place}/whole").folder))
 
 
 @pytest.mark.parametrize("stop", [5, 8])
@@ -137,22 +137,22 @@ def interrupt_at(stop: int):
 def test_models_are_found_by_their_average(place: Path) -> None:
     run, best = place / "whole", best_steps(read_metrics(place / "whole" / "evaluations.jsonl"))
     newest = checkpoints(run)[-1]
-    assert find_model(str(run)) == newest / "model"
-    assert find_model(f"{run}@8", "0.05") == run / "checkpoints" / "00000008" / "model-ema0.05"
+    assert find(str(run)).folder == newest / "model"
+    assert find(f"{run}@8", "0.05").folder == run / "checkpoints" / "00000008" / "model-ema0.05"
     chosen = run / "checkpoints" / f"{best['ema0.05_fid']:08d}"
-    assert find_checkpoint(f"{run}@best-ema0.05_fid") == chosen
-    assert find_model(f"{run}@best-ema0.05_fid") == chosen / "model-ema0.05"
-    assert find_model(f"{run}@best-ema0.05_fid", "0") == chosen / "model-ema0"
-    assert find_model(f"{run}@best-fid").name == "model"
+    assert find(f"{run}@best-ema0.05_fid").checkpoint == chosen
+    assert find(f"{run}@best-ema0.05_fid").folder == chosen / "model-ema0.05"
+    assert find(f"{run}@best-ema0.05_fid", "0").folder == chosen / "model-ema0"
+    assert find(f"{run}@best-fid").folder.name == "model"
     opened = torch.cat([p.flatten() for p in open_model(f"{run}@best-ema0.05_fid").denoiser.parameters()])
     assert torch.equal(opened, weights(chosen / "model-ema0.05"))
 
 
 def test_an_average_that_is_not_there_is_told_with_those_that_are(place: Path) -> None:
     with pytest.raises(UserError, match=r"00000012: has no average '0\.9' beside its first, .* it has 0, 0\.05$"):
-        find_model(f"{place}/whole", "0.9")
+        find(f"{place}/whole", "0.9")
     with pytest.raises(UserError, match=r"it has none$"):
-        find_model(f"{place}/teacher", "0.9")
+        find(f"{place}/teacher", "0.9")
 
 
 def test_evaluate_has_a_row_for_each_with_the_numbers_of_the_run(
@@ -173,7 +173,7 @@ def test_a_second_stage_starts_from_the_best_of_an_average(place: Path, tmp_path
     still = ["student.optimizer.lr=1e-12", "student.optimizer.weight_decay=0", "num_steps=2", "evaluation.every=null"]
     start = f"{place}/whole@best-ema0.05_fid"
     distill(recipe(place, *still, f"init_from={start}"), tmp_path / "second", report=quiet)
-    state = load_state(find_checkpoint(start))["method"]["student"]
+    state = load_state(find(start).checkpoint)["method"]["student"]
     trained = torch.cat([value.flatten() for value in state.values()])
     for name in ("model", "model-ema0.05", "model-ema0"):
         assert (weights(checkpoints(tmp_path / "second")[-1] / name) - trained).abs().max() < 1e-6

@@ -13,7 +13,8 @@ from fewstep.errors import Interrupted, UserError
 from fewstep.models.autoencoder import Autoencoder, load_autoencoder
 from fewstep.models.loading.pretrained import open_model
 from fewstep.recipes.loading import read_run_recipe
-from fewstep.runtime.checkpoint import RECIPE, latest_model
+from fewstep.runtime.checkpoint import RECIPE
+from fewstep.runtime.runs import find
 from fewstep.runtime.tracking import progress_bar
 
 
@@ -63,7 +64,7 @@ def latents(
 def open_encoder(path: Path) -> Autoencoder:
     """The autoencoder of a text-to-image model, or of a run that trained one."""
     if (path / RECIPE).is_file() and read_run_recipe(path / RECIPE).kind == "teach-autoencoder":
-        return load_autoencoder(latest_model(path))
+        return load_autoencoder(find(path).folder)
     model = open_model(path)
     if model.kind != "text":
         raise UserError(f"{path}: a pixel model has no latents; name a text-to-image model")

@@ -22,7 +22,7 @@ from fewstep.networks.precision import DTYPES, trainable
 from fewstep.recipes.loading import recipe_names
 from fewstep.recipes.schema import RegressRecipe, StudentRecipe
 from fewstep.runtime.checkpoint import checkpoints
-from fewstep.runtime.runs import find_checkpoint, run_and_choice
+from fewstep.runtime.runs import find, run_folder
 from fewstep.runtime.tracking import Report
 from fewstep.training.dmd2 import DMD2
 from fewstep.training.initialization import start_from
@@ -89,7 +89,7 @@ def initialize(roles: Roles, source: str, runs: Path) -> None:
 
     The name of a recipe means its run in the folder `runs`.
     """
-    name = source.partition("@")[0]
+    name = str(run_folder(source))
     if name in recipe_names() and not Path(name).exists():
         if not (runs / name).exists():
             raise UserError(
@@ -97,7 +97,7 @@ def initialize(roles: Roles, source: str, runs: Path) -> None:
             )
         source = str(runs / source)
     try:
-        start_from(roles, find_checkpoint(source))
+        start_from(roles, find(source).checkpoint)
     except UserError as error:
         raise UserError(f"init_from: {error}") from error
 
@@ -106,7 +106,7 @@ def open_teacher(
     teacher: str, runs: Path, config: str | None = None, prediction_type: str | None = None
 ) -> PixelModel | LatentModel:
     """The model at a path or on the hub, or of a `teach` recipe's run in the folder `runs`, finished if need be."""
-    if run_and_choice(teacher)[0].exists() or is_loadable(teacher):
+    if run_folder(teacher).exists() or is_loadable(teacher):
         return open_model(teacher, config, prediction_type)
     if config or prediction_type:
         raise UserError(f"teacher: {teacher!r} takes no teacher_config and no teacher_prediction_type")

@@ -18,7 +18,7 @@ from fewstep.models.pixel_model import PixelModel
 from fewstep.models.sampler import default_sampler, generate, images_per_second, parse_sampler
 from fewstep.recipes.loading import read_run_recipe
 from fewstep.runtime.checkpoint import METRICS, RECIPE, check_run
-from fewstep.runtime.runs import run_and_choice
+from fewstep.runtime.runs import run_folder
 from fewstep.runtime.tracking import progress_bar, read_metrics
 
 
@@ -36,7 +36,7 @@ def evaluate(
 
     Every average of a run has a row.
     """
-    folders = [run_and_choice(str(run))[0] for run in runs]
+    folders = [run_folder(run) for run in runs]
     check_run(folders[0])
     check_writable(out)
     asked, on_device = [parse_sampler(text) for text in samplers], pick_device(device)

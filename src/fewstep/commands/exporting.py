@@ -19,9 +19,9 @@ from fewstep.models.loading.pretrained import SUFFIX, load
 from fewstep.models.sampler import parse_sampler
 from fewstep.recipes.loading import read_run_recipe
 from fewstep.recipes.schema import DistillRecipe, StudentRecipe
-from fewstep.runtime.checkpoint import EVALUATIONS, RECIPE, check_run, load_state
+from fewstep.runtime.checkpoint import EVALUATIONS, RECIPE, check_run, load_state, step_name
 from fewstep.runtime.ema import ema_name
-from fewstep.runtime.runs import find_model, run_and_choice
+from fewstep.runtime.runs import Found, find, run_folder
 from fewstep.runtime.tracking import progress_bar, read_metrics
 
 PER_FAKE = ("precision", "accuracy")  # shares of the generated images, each in or out
@@ -33,15 +33,15 @@ STUDENT = "network.unet."  # the UNet's tensors in the student's state
 def export(text: str, target: str, out: Path, options: Export) -> None:
     """Writes the student of RUN, RUN@STEP or RUN@best-METRIC to `out`: a diffusers folder or a single file."""
     dtype = check_options(target, out, options)
-    recipe = student_recipe(run_and_choice(text)[0])
-    model = find_model(text, None if options.ema == first_decay(recipe) else options.ema)
-    provenance = trace(model, recipe, options)
-    unet = raw_weights(model.parent) if options.raw else {}
+    recipe = student_recipe(run_folder(text))
+    found = find(text, None if options.ema == first_decay(recipe) else options.ema)
+    model, provenance = found.folder, trace(found, recipe, options)
+    unet = raw_weights(found.checkpoint) if options.raw else {}
     if target == "single-file":
         write_file(model, out, provenance, dtype, unet)
         print(f"wrote {out}")
         return
-    grids = sorted(path for path in (run_of(model) / "samples").glob("*.png") if path.stem <= model.parent.name)
+    grids = sorted(path for path in (found.run / "samples").glob("*.png") if path.stem <= step_name(found.step))
     written = Format(dtype, options.shard_size or Format.shard_size)
     total = sum(count_tensors(part) for part in model.iterdir() if part.is_dir())
     with progress_bar("exporting", total) as show:
@@ -97,11 +97,6 @@ def check_file(out: Path, options: Export) -> None:
         raise UserError(f"{out}: exists already; replace a file with --overwrite, or choose another place")
 
 
-def run_of(model: Path) -> Path:
-    """The run of RUN/checkpoints/STEP/model."""
-    return model.parents[2]
-
-
 def student_recipe(run: Path) -> StudentRecipe:
     """The recipe of a run; raises UserError if it makes no student."""
     check_run(run)
@@ -111,24 +106,23 @@ def student_recipe(run: Path) -> StudentRecipe:
     return recipe
 
 
-def trace(model: Path, recipe: StudentRecipe, options: Export) -> Provenance:
+def trace(found: Found, recipe: StudentRecipe, options: Export) -> Provenance:
     """Where the model comes from."""
-    run, step = run_of(model), int(model.parent.name)
+    run = found.run
     judged = [] if options.raw else read_metrics(run / EVALUATIONS)  # which are of the averaged weights
-    ema = model.name.removeprefix("model").removeprefix("-ema")  # none of the first
     num = recipe.evaluation.num_samples
     results = options.evaluation or (run if (run / "results.json").is_file() else None)
     return Provenance(
         teacher=recipe.teacher,
         recipe=(run / RECIPE).read_text(),
-        timesteps=json.loads((model / DESCRIPTION).read_text())["timesteps"],
+        timesteps=json.loads((found.folder / DESCRIPTION).read_text())["timesteps"],
         guidance_scale=guidance(recipe),
-        step=step,
-        ema="raw" if options.raw else ema or first_decay(recipe),
+        step=found.step,
+        ema="raw" if options.raw else found.ema or first_decay(recipe),
         license=options.license,
         scores=[
             Score(name, value, wilson_interval(value, num) if name in PER_FAKE else None)
-            for name, value in read_scores(judged, step, ema).items()
+            for name, value in read_scores(judged, found.step, found.ema or "").items()
         ],
         table=read_table(results, run.name) if results else [],
     )

@@ -22,6 +22,7 @@ from fewstep.models.pixel_model import PixelModel
 from fewstep.models.sampler import Sampler, default_sampler, generate, parse_sampler
 from fewstep.networks.fingerprint import fingerprint
 from fewstep.pictures import grid, parameters_text, read_text, save_png, to_picture
+from fewstep.runtime.runs import short_name
 from fewstep.runtime.tracking import progress_bar
 
 COLUMNS = 10
@@ -202,18 +203,10 @@ def spread_timesteps(model: Model, own: list[float], steps: int) -> list[float]:
     return schedule.grid(steps).tolist()
 
 
-def title(source: str) -> str:
-    """A hub id whole, of a path its last part; of a model folder in a checkpoint RUN@STEP."""
-    path = Path(source).resolve()
-    if path.match("checkpoints/*/model"):
-        return f"{path.parents[2].name}@{int(path.parent.name)}"
-    return source if is_hub_id(source) else path.name
-
-
 def describe(source: str, model: Model, sampler: Sampler) -> dict[str, Any]:
     """What the pictures' text says of a model and its sampler."""
     return {
-        "model": title(source),
+        "model": source if is_hub_id(source) else short_name(source),
         "fingerprint": fingerprint([model.network], first=64),  # in milliseconds, and no two checkpoints agree in it
         "sampler": sampler.kind,
         "num_steps": sampler.num_steps,

@@ -16,7 +16,8 @@ from fewstep.models.latent_model import LatentModel
 from fewstep.models.pixel_model import PixelModel, build_unet
 from fewstep.recipes.loading import load_recipe, read_run_recipe, recipe_names
 from fewstep.recipes.schema import AutoencoderRecipe, StudentRecipe, TeachingRecipe, TeachRecipe, TeachTextRecipe
-from fewstep.runtime.checkpoint import RECIPE, checkpoints, latest_model, step_name
+from fewstep.runtime.checkpoint import RECIPE, checkpoint_steps
+from fewstep.runtime.runs import find
 from fewstep.runtime.tracking import Report
 from fewstep.training.autoencoder import AutoencoderTraining
 from fewstep.training.loop import Evaluate
@@ -51,7 +52,7 @@ def _pixel_teacher(recipe: TeachRecipe, device: torch.device, run: Path) -> Job:
 
 def _text_teacher(recipe: TeachTextRecipe, device: torch.device, run: Path) -> tuple[Job, list[str]]:
     trained = finished_run(recipe.model.autoencoder, run.parent, "model.autoencoder")
-    autoencoder = load_autoencoder(latest_model(trained))
+    autoencoder = load_autoencoder(find(trained).folder)
     images = open_captioned(recipe.data, autoencoder)
     captions = images.captions or []
     torch.manual_seed(recipe.seed)
@@ -82,8 +83,7 @@ def finished_run(name: str, runs: Path, field: str) -> Path:
     recipe = read_run_recipe(run / RECIPE) if (run / RECIPE).is_file() else load_recipe(name)
     if isinstance(recipe, StudentRecipe):
         raise UserError(f"{field}: the recipe {name!r} does not train one; `fewstep recipes` lists those that do")
-    finished = checkpoints(run)
-    if not finished or finished[-1].name < step_name(recipe.num_steps):
+    if max(checkpoint_steps(run), default=0) < recipe.num_steps:
         try:
             teach(recipe, run, resume=True)
         except Interrupted as stop:

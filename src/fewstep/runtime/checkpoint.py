@@ -27,9 +27,18 @@ def step_name(step: int) -> str:
     return f"{step:08d}"
 
 
+def checkpoint_folder(run: Path, step: int) -> Path:
+    return run / "checkpoints" / step_name(step)
+
+
+def checkpoint_steps(run: Path) -> list[int]:
+    """The steps of a run's finished checkpoints, oldest first."""
+    return sorted(int(path.name) for path in (run / "checkpoints").glob("[0-9]" * 8) if path.is_dir())
+
+
 def checkpoints(run: Path) -> list[Path]:
     """The finished checkpoints of a run, oldest first."""
-    return sorted(p for p in (run / "checkpoints").glob("[0-9]" * 8) if p.is_dir())
+    return [checkpoint_folder(run, step) for step in checkpoint_steps(run)]
 
 
 def ema_folder(model: Path, ema: str) -> Path:
@@ -44,7 +53,7 @@ def save_checkpoint(
 
     `save_model` writes what `sample` and `evaluate` load; `state` is what resuming needs besides.
     """
-    final = run / "checkpoints" / step_name(step)
+    final = checkpoint_folder(run, step)
     temporary = final.with_name(f".{final.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     (temporary / "model").mkdir(parents=True)
@@ -52,9 +61,9 @@ def save_checkpoint(
     torch.save({"step": step, **state}, temporary / "state.pt")
     shutil.rmtree(final, ignore_errors=True)
     os.replace(temporary, final)
-    for old in checkpoints(run)[:-KEEP]:
-        if int(old.name) not in best:
-            shutil.rmtree(old)
+    for old in checkpoint_steps(run)[:-KEEP]:
+        if old not in best:
+            shutil.rmtree(checkpoint_folder(run, old))
 
 
 def load_state(checkpoint: Path, lazy: bool = False) -> dict[str, Any]:
@@ -79,12 +88,3 @@ def check_run(run: Path) -> None:
         raise UserError(
             f"{run}: not a run folder (it has no {RECIPE}); name one that `fewstep teach` or `distill` wrote"
         )
-
-
-def latest_model(run: Path) -> Path:
-    """The model folder of a run's newest checkpoint; raises UserError if there is none."""
-    check_run(run)
-    found = checkpoints(run)
-    if not found:
-        raise UserError(f"{run}: the run has no checkpoint yet; continue it with --resume")
-    return found[-1] / "model"

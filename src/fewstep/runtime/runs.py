@@ -1,67 +1,93 @@
-"""Which checkpoints of a run are the best, and which checkpoint and model RUN, RUN@STEP or RUN@best-METRIC mean."""
+"""What RUN, RUN@STEP and RUN@best-METRIC mean, parsed here alone, and which checkpoints of a run are the best."""
 
+import math
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fewstep.errors import UserError
-from fewstep.runtime.checkpoint import EVALUATIONS, check_run, checkpoints, ema_folder
+from fewstep.metric_table import lower_is_better
+from fewstep.runtime.checkpoint import EVALUATIONS, check_run, checkpoint_folder, checkpoint_steps, ema_folder
 from fewstep.runtime.tracking import read_metrics
 
 
+@dataclass(frozen=True)
+class Found:
+    """One model of a run: an average that a checkpoint holds, by default the first, which has no name."""
+
+    run: Path
+    step: int
+    ema: str | None = None
+
+    @property
+    def checkpoint(self) -> Path:
+        return checkpoint_folder(self.run, self.step)
+
+    @property
+    def folder(self) -> Path:
+        """The model folder."""
+        first = self.checkpoint / "model"
+        return ema_folder(first, self.ema) if self.ema else first
+
+    @property
+    def averages(self) -> list["Found"]:
+        """All that the checkpoint holds, the first in front."""
+        prefix = ema_folder(Path("model"), "").name
+        names = sorted(path.name.removeprefix(prefix) for path in self.checkpoint.glob(f"{prefix}*"))
+        return [replace(self, ema=name) for name in (None, *names)]
+
+
 def best_steps(evaluations: Iterable[dict[str, float]]) -> dict[str, int]:
-    """The step at which each metric was best, the first of equals; less is better for `fid` and `..._fid` alone."""
-    best: dict[str, dict[str, float]] = {}
+    """The step at which each metric was best, the first of equals; what is not a number is not compared."""
+    best: dict[str, tuple[float, int]] = {}
     for line in evaluations:
-        for name in line.keys() - {"step"}:
-            sign = 1 if name.endswith("fid") else -1
-            if name not in best or sign * line[name] < sign * best[name][name]:
-                best[name] = line
-    return {name: int(line["step"]) for name, line in best.items()}
+        for name, value in line.items():
+            cost = value if lower_is_better(name) else -value
+            if name != "step" and math.isfinite(value) and (name not in best or cost < best[name][0]):
+                best[name] = (cost, int(line["step"]))
+    return {name: step for name, (_, step) in best.items()}
 
 
-def run_and_choice(text: str) -> tuple[Path, str]:
-    """The run folder of RUN, RUN@STEP or RUN@best-METRIC, and what stands behind the sign."""
-    whole = "@" not in text or Path(text).exists()
-    run, _, choice = (text, "", "") if whole else text.rpartition("@")
+def _parse(text: str | Path) -> tuple[Path, str]:
+    """The run folder, and what stands behind the sign."""
+    whole = "@" not in str(text) or Path(text).exists()
+    run, _, choice = (str(text), "", "") if whole else str(text).rpartition("@")
     return Path(run), choice
 
 
-def find_checkpoint(text: str) -> Path:
-    """The checkpoint of RUN (its newest), RUN@STEP or RUN@best-METRIC, the best of those that are there.
+def run_folder(text: str | Path) -> Path:
+    """The run folder that RUN, RUN@STEP or RUN@best-METRIC names, there or not."""
+    return _parse(text)[0]
 
-    Raises UserError, naming what there is, if the run has no such checkpoint.
+
+def find(text: str | Path, ema: str | None = None) -> Found:
+    """The model of RUN (its newest), RUN@STEP or RUN@best-METRIC, the best of those that are there.
+
+    It is the average `ema`, or else the one that METRIC judged: RUN@best-ema0.99995_fid means the average 0.99995,
+    without a name the first. Raises UserError, naming what there is, if the run has no such checkpoint or average.
     """
-    run, choice = run_and_choice(text)
+    run, choice = _parse(text)
     check_run(run)
-    found = {int(path.name): path for path in checkpoints(run)}
-    if not found:
+    steps = checkpoint_steps(run)
+    if not steps:
         raise UserError(f"{run}: the run has no checkpoint yet; continue it with --resume")
-    best = best_steps(line for line in read_metrics(run / EVALUATIONS) if line["step"] in found)
-    choices = {str(step): step for step in found} | {f"best-{name}": step for name, step in sorted(best.items())}
+    best = best_steps(line for line in read_metrics(run / EVALUATIONS) if line["step"] in steps)
+    choices = {str(step): step for step in steps} | {f"best-{name}": step for name, step in sorted(best.items())}
     if choice and choice not in choices:
         there = ", ".join(f"@{each}" for each in choices) + ("" if best else ", and was not evaluated as it ran")
         raise UserError(f"{run}: has no checkpoint @{choice}; it has {there}")
-    return found[choices[choice] if choice else max(found)]
+    judged = re.match("best-ema([^_]+)_", choice)
+    found = Found(run, choices[choice] if choice else steps[-1], ema or (judged[1] if judged else None))
+    if found not in found.averages:
+        there = ", ".join(str(each.ema) for each in found.averages[1:]) or "none"
+        raise UserError(
+            f"{found.checkpoint}: has no average {found.ema!r} beside its first, which needs no name; it has {there}"
+        )
+    return found
 
 
-def find_model(text: str, ema: str | None = None) -> Path:
-    """The model folder of RUN, RUN@STEP or RUN@best-METRIC: of the average `ema`, or else the one that METRIC judged.
-
-    RUN@best-ema0.99995_fid means the average 0.99995, without a name the first. Raises UserError, naming those that
-    there are, if the checkpoint has no such average.
-    """
-    checkpoint = find_checkpoint(text)
-    judged = re.match("best-ema([^_]+)_", run_and_choice(text)[1])
-    ema = ema or (judged[1] if judged else None)
-    found = other_emas(checkpoint)
-    if ema is not None and ema not in found:
-        there = ", ".join(found) or "none"
-        raise UserError(f"{checkpoint}: has no average {ema!r} beside its first, which needs no name; it has {there}")
-    return found[ema] if ema else checkpoint / "model"
-
-
-def other_emas(checkpoint: Path) -> dict[str, Path]:
-    """The model folders of the averages beside the first, by name."""
-    pattern = ema_folder(checkpoint / "model", "*").name
-    return {path.name.removeprefix(pattern[:-1]): path for path in sorted(checkpoint.glob(pattern))}
+def short_name(source: str | Path) -> str:
+    """The last part of a run or of a path; of a model folder in a checkpoint RUN@STEP."""
+    path = Path(source).resolve()
+    return f"{path.parents[2].name}@{int(path.parent.name)}" if path.match("checkpoints/*/model") else path.name

@@ -15,7 +15,7 @@ from fewstep.models.loading.hub import PIPELINE, read_index
 from fewstep.models.loading.pipeline import PARTS, WEIGHTED, check_index, load_pipeline, load_single_file
 from fewstep.models.pixel_model import PixelModel, build_unet
 from fewstep.models.settings import PixelModelConfig
-from fewstep.runtime.runs import find_checkpoint, find_model, other_emas
+from fewstep.runtime.runs import find
 
 SUFFIX = ".safetensors"
 WEIGHT_SUFFIXES = (SUFFIX, ".ckpt", ".pt", ".pth", ".bin", ".gguf", ".pkl")  # all but the first are refused, by name
@@ -135,13 +135,11 @@ def open_model(
     """What `pretrained.load` finds in `source`, or the image model of RUN, RUN@STEP or RUN@best-METRIC."""
     if is_loadable(source):
         return load(source, config, prediction_type)
-    return load(find_model(str(source)), config, prediction_type)
+    return load(find(source).folder, config, prediction_type)
 
 
 def open_averages(source: str | Path) -> dict[str, PixelModel | LatentModel]:
     """The image model in `source` as "", and of a run the other averages of its checkpoint as " ema0.99995"."""
     if is_loadable(source):
         return {"": load(source)}
-    checkpoint = find_checkpoint(str(source))
-    others = {f" ema{ema}": load(folder) for ema, folder in other_emas(checkpoint).items()}
-    return {"": load(checkpoint / "model"), **others}
+    return {f" ema{each.ema}" if each.ema else "": load(each.folder) for each in find(source).averages}
