@@ -61,8 +61,7 @@ def place(workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 def snapshot(folder: Path) -> dict[Path, tuple[int, bytes]]:
     """Every file with its time of change and its content, and every folder."""
     return {
-        path: (path.stat().st_mtime_ns, path.read_bytes()) if path.is_file() else (0, b"")
-        for path in folder.rglob("*")
+        path: (path.stat().st_mtime_ns, path.read_bytes()) if path.is_file() else (0, b"") for path in folder.rglob("*")
     }
 
 
