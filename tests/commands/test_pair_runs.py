@@ -315,7 +315,7 @@ def test_a_student_is_no_teacher_of_pairs(run: Run) -> None:
     [
         ("regression.pairs=absent", ["absent: holds no pairs", "fewstep data pairs"]),
         ("regression.pairs=other", ["other: pairs of another teacher"]),
-        ("regression.sampler=heun:4", ["heun: pairs of another sampler (heun:3) than the recipe says (heun:4)"]),
+        ("regression.sampler=heun:4", ["heun: pairs of another sampler (heun:3) than asked for (heun:4)"]),
         ("regression.sampler=rk4", ["sampler 'rk4'"]),
         ("regression.lpips=absent.pt", ["regression.lpips: absent.pt", "TorchScript"]),
         ("regression.decoder=tiny", ["for lpips"]),

@@ -1,6 +1,7 @@
 """Embeddings on disk: each text once, never half a file, nothing beyond the limit or the room."""
 
 import shutil
+import threading
 from collections import namedtuple
 from pathlib import Path
 
@@ -82,21 +83,20 @@ def test_what_is_stopped_goes_on_where_whole_files_end(tmp_path: Path) -> None:
     assert embed.asked == TEXTS[8:]
 
 
-def test_two_writers_at_once_end_with_whole_files(tmp_path: Path) -> None:
-    inner = Embed()
+def test_of_runs_that_ask_at_once_one_embeds_and_the_others_wait(tmp_path: Path) -> None:
+    embed, barrier, found = Embed(), threading.Barrier(3), []
 
-    class Slow(Embed):
-        """Between its texts, another process writes all of the same files."""
+    def run() -> None:
+        barrier.wait()
+        found.append(keep(tmp_path, embed).fetch(torch.arange(11))["pooled"])
 
-        def __call__(self, texts: list[str]) -> dict[str, Tensor]:
-            if not inner.asked and "text 5" in texts:
-                keep(tmp_path, inner)
-            return super().__call__(texts)
-
-    rows = keep(tmp_path, Slow()).fetch(torch.arange(11))["pooled"]
-    assert inner.asked == TEXTS[4:]  # the first file was there already
-    assert torch.equal(rows, torch.stack([Embed.of(text, "pooled") for text in TEXTS]))
-    assert not list(tmp_path.rglob("*.tmp"))
+    threads = [threading.Thread(target=run) for _ in range(3)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert embed.asked == TEXTS
+    assert len(found) == 3
+    assert all(torch.equal(rows, torch.stack([Embed.of(text, "pooled") for text in TEXTS])) for rows in found)
+    assert sorted(path.suffix for path in tmp_path.rglob("*.*")) == [".safetensors"] * 3
 
 
 def test_the_limit_is_on_the_whole_list_and_leaves_nothing(tmp_path: Path) -> None:

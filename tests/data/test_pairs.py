@@ -3,8 +3,8 @@
 import errno
 import json
 import os
+import re
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -104,13 +104,10 @@ def test_a_stopped_job_goes_on_to_the_same_bytes(after: int, error: BaseExceptio
         UserError, match=rf"{3 - after // 2} of 3 files are not there yet; run the same `fewstep data pai"
     ):
         load(tmp_path / "parts")
-    for name, age in ((".00002.parquet.1234.tmp", 4000), (".00001.parquet.5678.tmp", 0)):
-        (tmp_path / "parts" / name).write_bytes(b"torn")
-        os.utime(tmp_path / "parts" / name, (0, time.time() - age))
+    (tmp_path / "parts" / ".00002.parquet.1234.tmp").write_bytes(b"torn")
     finished: list[int] = []
     write_pairs(draw, PROMPTS, PLAN, tmp_path / "parts", batch_size=2, report=finished.append)
-    young = {".00001.parquet.5678.tmp": b"torn"}  # another rank may be writing it
-    assert files(tmp_path / "parts") == files(tmp_path / "whole") | young
+    assert files(tmp_path / "parts") == files(tmp_path / "whole")
     assert finished == sorted(finished)
     assert finished[-1] == NUM
 
@@ -125,8 +122,11 @@ def test_a_finished_folder_is_not_drawn_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize("num_ranks", [2, 3, 5])
 def test_ranks_share_the_files_and_make_what_one_makes(num_ranks: int, tmp_path: Path) -> None:
     write_pairs(draw, PROMPTS, PLAN, tmp_path / "one")
-    made = []
+    made, torn = [], tmp_path / "many" / ".00000.parquet.5678.tmp"
+    torn.parent.mkdir()
+    torn.write_bytes(b"rank 0 may be writing it")
     for rank in reversed(range(num_ranks)):
+        assert torn.exists()
         before = set(tmp_path.rglob("many/*.parquet"))
         missing = write_pairs(draw, PROMPTS, PLAN, tmp_path / "many", rank=rank, num_ranks=num_ranks)
         made += sorted(path.stem for path in set(tmp_path.rglob("many/*.parquet")) - before)
@@ -136,21 +136,30 @@ def test_ranks_share_the_files_and_make_what_one_makes(num_ranks: int, tmp_path:
 
 
 def test_ranks_that_start_at_once_do_no_harm(tmp_path: Path) -> None:
+    """Of two writers of the same share one is refused, whatever the other ranks do."""
     errors: list[BaseException] = []
-    barrier = threading.Barrier(8)
+    barrier, three = threading.Barrier(8), threading.Semaphore(0)
+
+    def slow(noise: Tensor, given: Given) -> Tensor:
+        assert three.acquire(timeout=10)  # the shares 0, 1 and 2 have a file each, and two writers
+        three.release()
+        return draw(noise, given)
 
     def rank(index: int) -> None:
         barrier.wait()
         try:
-            write_pairs(draw, PROMPTS, PLAN, tmp_path / "many", rank=index % 4, num_ranks=4)
+            write_pairs(slow, PROMPTS, PLAN, tmp_path / "many", rank=index % 4, num_ranks=4)
         except BaseException as error:
             errors.append(error)
+            if len(errors) == 3:
+                three.release()
 
     threads = [threading.Thread(target=rank, args=(index,)) for index in range(8)]
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
     write_pairs(draw, PROMPTS, PLAN, tmp_path / "one")
-    assert errors == []
+    assert all(re.search(f"many: process ({os.getpid()}|another) writes there", str(error)) for error in errors)
+    assert len(errors) == 3
     assert files(tmp_path / "many") == files(tmp_path / "one")
 
 
@@ -211,9 +220,9 @@ def test_a_full_disk_is_told_and_leaves_nothing_torn(tmp_path: Path, monkeypatch
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        (("b2", "euler:50@8", (2, 3, 3)), "pairs of another teacher .a1. than the recipe says .b2"),
-        (("a1", "euler:50@7", (2, 3, 3)), "pairs of another sampler .euler:50@8. than the recipe says .euler:50@7"),
-        (("a1", "euler:50@8", (2, 4, 4)), r"pairs of another shape .\[2, 3, 3\]. than the recipe says .\[2, 4, 4\]"),
+        (("b2", "euler:50@8", (2, 3, 3)), "pairs of another teacher .a1. than asked for .b2"),
+        (("a1", "euler:50@7", (2, 3, 3)), "pairs of another sampler .euler:50@8. than asked for .euler:50@7"),
+        (("a1", "euler:50@8", (2, 4, 4)), r"pairs of another shape .\[2, 3, 3\]. than asked for .\[2, 4, 4\]"),
     ],
 )
 def test_pairs_of_something_else_are_refused(asked: tuple, message: str, tmp_path: Path) -> None:

@@ -4,9 +4,8 @@ import json
 import mmap
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fewstep.data.stored import Stored
 from fewstep.errors import UserError, brief
 
 LABELS = "dataset.json"
@@ -22,23 +22,13 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 LOCAL_HEADER = 30  # bytes before an entry's name and extra field; the last four are the lengths of these
 
 
-@dataclass(frozen=True)
-class EDMSet:
-    """Stored images in the order of their names, which is EDM's, and their class indices (N,) int64 or None."""
-
-    cells: Callable[[list[int]], list[dict[str, Any]]]
-    """Stored images by row: {"bytes": or None, "path": of the file, or in the zip}."""
-    labels: Tensor | None
-    length: int
-
-
 def is_edm_set(path: Path) -> bool:
     """Whether `open_edm_set` would try: a .zip, or a folder with a dataset.json."""
     return path.suffix.lower() == ".zip" if path.is_file() else (path / LABELS).is_file()
 
 
-def open_edm_set(path: Path) -> EDMSet:
-    """The set in a zip or a folder; of a zip only what is asked for is read, when it is asked for.
+def open_edm_set(path: Path) -> Stored:
+    """The set in a zip or a folder, in EDM's order, that of the names; of a zip, what is asked for is read when it is.
 
     dataset.json holds {"labels": [["00000/img00000000.png", 3], ...]}, or null for images without classes. Raises
     UserError if the files can't be read, or are not such a set.
@@ -46,7 +36,7 @@ def open_edm_set(path: Path) -> EDMSet:
     return _open_zip(path) if path.is_file() else _open_folder(path)
 
 
-def _open_folder(folder: Path) -> EDMSet:
+def _open_folder(folder: Path) -> Stored:
     names = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if _is_image(file.name))
     labels = _labels((folder / LABELS).read_bytes(), names, folder)
     stored = np.array([name.encode() for name in names])  # no object per image
@@ -54,10 +44,10 @@ def _open_folder(folder: Path) -> EDMSet:
     def cells(rows: list[int]) -> list[dict[str, Any]]:
         return [{"bytes": None, "path": str(folder / stored[row].decode())} for row in rows]
 
-    return EDMSet(cells, labels, len(names))
+    return Stored(cells, len(names), labels)
 
 
-def _open_zip(path: Path) -> EDMSet:
+def _open_zip(path: Path) -> Stored:
     try:
         with zipfile.ZipFile(path) as archive:
             images = (entry for entry in archive.infolist() if _is_image(entry.filename))
@@ -78,7 +68,7 @@ def _open_zip(path: Path) -> EDMSet:
         found = zip(places[rows].tolist(), packed[rows].tolist(), strict=True)
         return [_cell(whole, start, size, deflated) for (start, size), deflated in found]
 
-    return EDMSet(cells, labels, len(entries))
+    return Stored(cells, len(entries), labels)
 
 
 def _is_image(name: str) -> bool:

@@ -55,7 +55,7 @@ def load_filtered(
         drop[f"aesthetic score below {filter.min_aesthetic:g}"] = [not s >= filter.min_aesthetic for s in scores]
     reasons = [next((reason for reason in drop if drop[reason][row]), None) for row in range(len(captions))]
     kept = {row: captions[row] or "" for row, reason in enumerate(reasons) if reason is None}
-    images = pictures(table.select(list(kept)), image_column, size, 3, path, filter.min_side)
+    images = pictures(table.select(list(kept)), image_column, size, path, filter.min_side)
     return replace(images, captions=list(kept.values())), dict(Counter(reason for reason in reasons if reason))
 
 
@@ -64,7 +64,7 @@ def _cells(table: Any, column: str, path: Path) -> list[Any]:
     table = table if column in table.column_names else table.flatten()
     if column not in table.column_names:
         raise UserError(f"{path}: has no column {column!r}; it has {', '.join(table.column_names)}")
-    return table[column][:]
+    return list(table[column][:])
 
 
 def _is_unsafe(cell: Any, filter: Filter, path: Path) -> bool:

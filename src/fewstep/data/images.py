@@ -1,6 +1,5 @@
 """Image sets: image folders, EDM zips, parquet files and WebDataset tars, as uint8 tensors."""
 
-import io
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from rich.progress import track
 from torch import Tensor
 
 from fewstep.data.edm_zip import is_edm_set, open_edm_set
+from fewstep.data.stored import BROKEN, Stored, open_cell, tell
 from fewstep.data.tables import open_table, read_captions, read_labels
 from fewstep.errors import UserError
 from fewstep.seeding import generator
@@ -57,83 +57,90 @@ def load_images(
     image_column: str | None = None,
     label_column: str | None = None,
     split: str = "train",
+    shrink: bool | None = None,
 ) -> ImageSet:
     """The image set at `source`: an image folder, an EDM zip, a parquet file, a tar, or a folder of these.
 
     Images become grey (`channels` 1) or RGB (3), resized by their shorter side and centre-cropped to `size` pixels.
-    Labels are read only when `num_classes` > 0. Raises UserError for whatever is wrong with the files.
+    Labels are read only when `num_classes` > 0. With `shrink`, prints what was found; False refuses images that are
+    larger than `size`. Raises UserError for whatever is wrong with the files.
     """
-    if is_edm_set(Path(source)):
-        images = _from_edm(Path(source), size, channels, num_classes)
+    path = Path(source)
+    if is_edm_set(path):
+        stored = open_edm_set(path)
+        if num_classes and stored.labels is None:
+            raise UserError(f"{path}: its dataset.json has no labels, but the model has {num_classes} classes")
     else:
-        images = _from_files(Path(source), size, channels, num_classes > 0, image_column, label_column, split)
-    return of_classes(images, num_classes, source)
+        table, image_column = open_table(path, split, image_column)
+        labels, names = read_labels(table, label_column, path, num_classes > 0)
+        stored = Stored(_cells(table, image_column), len(table), labels, names)
+    labels = labels_of_classes(stored.labels, num_classes, source, stored.class_names)
+    return _opened(replace(stored, labels=labels), source, size, channels, shrink)
 
 
-def of_classes(images: ImageSet, num_classes: int, source: str) -> ImageSet:
-    """The set with its labels if there are classes; raises UserError unless they are 0 .. num_classes-1."""
-    if not num_classes or images.labels is None:
-        return ImageSet(images.fetch, None, images.length)
-    found = images.labels.unique().tolist()
+def labels_of_classes(
+    labels: Tensor | None, num_classes: int, source: str, names: Sequence[str] | None = None
+) -> Tensor | None:
+    """The labels if there are classes; raises UserError unless they are 0 .. num_classes-1."""
+    if not num_classes or labels is None:
+        return None
+    found = sorted(set(labels.tolist()))
     if found != list(range(num_classes)):
+        named = f" ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})" if names else ""
         raise UserError(
-            f"{source}: has {len(found)} classes, numbered {found[0]} to {found[-1]}, but the model has {num_classes}, "
-            f"numbered 0 to {num_classes - 1} (model.num_classes)"
+            f"{source}: has {len(found)} classes, numbered {found[0]} to {found[-1]}{named}, but the model has "
+            f"{num_classes}, numbered 0 to {num_classes - 1} (model.num_classes)"
         )
-    return images
+    return labels
 
 
 def load_captioned(
-    source: str, size: int, image_column: str | None = None, caption_column: str | None = None, split: str = "train"
+    source: str,
+    size: int,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    split: str = "train",
+    shrink: bool | None = None,
 ) -> ImageSet:
     """RGB images with a caption each, from the files that `load_images` reads; a folder has them in metadata.csv.
 
-    Raises UserError for whatever is wrong with the files, and where captions are missing.
+    `shrink` as there. Raises UserError for whatever is wrong with the files, and where captions are missing.
     """
     table, image_column = open_table(Path(source), split, image_column)
     found = read_captions(table, caption_column, Path(source))
     captions = [caption for caption in found if caption is not None]
     if len(captions) < len(found):
         raise UserError(f"{source}: no caption for {len(found) - len(captions)} of {len(found)} images")
-    images = in_memory(pictures(table, image_column, size, 3, Path(source)), 3 * size**2, Path(source).name)
-    return replace(images, captions=captions)
+    stored = Stored(_cells(table, image_column), len(table), captions=captions)
+    return _opened(stored, source, size, 3, shrink)
 
 
-def _from_files(
-    path: Path, size: int, channels: int, labelled: bool, image_column: str | None, label_column: str | None, split: str
-) -> ImageSet:
-    table, image_column = open_table(path, split, image_column)
-    labels = read_labels(table, label_column, path) if labelled else None
-    images = in_memory(pictures(table, image_column, size, channels, path), channels * size**2, path.name)
-    return replace(images, labels=labels)
+def _opened(stored: Stored, source: str, size: int, channels: int, shrink: bool | None) -> ImageSet:
+    """The images, decoded once if they fit into memory; what was found is told before that takes its time."""
+    if shrink is not None:
+        tell(stored, source, size, channels, shrink)
+    images = decoded(stored, size, channels, Path(source))
+    return in_memory(images, channels * size**2, Path(source).name)
 
 
-def _from_edm(path: Path, size: int, channels: int, num_classes: int) -> ImageSet:
-    stored = open_edm_set(path)
-    if num_classes and stored.labels is None:
-        raise UserError(f"{path}: its dataset.json has no labels, but the model has {num_classes} classes")
-    images = decoded(stored.cells, stored.length, size, channels, path)
-    return replace(in_memory(images, channels * size**2, path.name), labels=stored.labels)
-
-
-def pictures(table: Any, image_column: str, size: int, channels: int, path: Path, min_side: int = 0) -> ImageSet:
-    """The images alone, decoded at every access; raises Unusable there for those that can't be read or are smaller."""
+def _cells(table: Any, image_column: str) -> Callable[[list[int]], list[Any]]:
     table = table.select_columns([image_column]).with_format(None)
-    return decoded(lambda rows: table[rows][image_column], len(table), size, channels, path, min_side)
+    return lambda rows: list(table[rows][image_column])
 
 
-def decoded(
-    cells: Callable[[list[int]], list[Any]], length: int, size: int, channels: int, path: Path, min_side: int = 0
-) -> ImageSet:
-    """The images that `cells` gives as stored, {"bytes", "path"} by row, decoded as `pictures` does."""
+def pictures(table: Any, image_column: str, size: int, path: Path, min_side: int = 0) -> ImageSet:
+    """The RGB images of a table alone."""
+    return decoded(Stored(_cells(table, image_column), len(table)), size, 3, path, min_side)
+
+
+def decoded(stored: Stored, size: int, channels: int, path: Path, min_side: int = 0) -> ImageSet:
+    """Images decoded at every access; raises Unusable there for those that can't be read or are smaller."""
 
     def fetch(indices: Tensor) -> Tensor:
-        rows = indices.tolist()
-        return torch.stack(
-            [_decode(cell, size, channels, path, row, min_side) for cell, row in zip(cells(rows), rows, strict=True)]
-        )
+        cells = zip(stored.cells(indices.tolist()), indices.tolist(), strict=True)
+        return torch.stack([_decode(cell, size, channels, path, row, min_side) for cell, row in cells])
 
-    return ImageSet(fetch, None, length)
+    return ImageSet(fetch, stored.labels, stored.length, stored.captions)
 
 
 def in_memory(images: ImageSet, bytes_per_image: int, name: str) -> ImageSet:
@@ -141,7 +148,7 @@ def in_memory(images: ImageSet, bytes_per_image: int, name: str) -> ImageSet:
     if images.length * bytes_per_image > MAX_BYTES_IN_MEMORY:
         return images
     chunks = track(
-        torch.arange(images.length).split(1000),
+        [torch.arange(images.length)[start:][:1000] for start in range(0, images.length, 1000)],
         description=f"reading {name}",
         transient=True,
         console=Console(stderr=True),
@@ -154,13 +161,13 @@ def _decode(cell: Any, size: int, channels: int, source: Path, row: int, min_sid
     """One stored picture as uint8 (C, size, size)."""
     name = f"{source}, row {row}" + (f" ({cell['path']})" if cell and cell["path"] else "")
     try:
-        with Image.open(cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"])) as opened:
+        with open_cell(cell) as opened:
             if min(opened.size) < min_side:
                 raise Unusable(name, f"smaller than {min_side} pixels")
             if opened.mode[0] in "IF":  # 16 bits or floats, which convert() would clip at 255
                 raise ValueError(opened.mode)
             picture = ImageOps.exif_transpose(opened).convert("L" if channels == 1 else "RGB")
-    except (OSError, TypeError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except BROKEN as error:
         raise Unusable(name, "not a readable 8-bit image") from error
     fitted = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
     pixels = torch.frombuffer(bytearray(fitted.tobytes()), dtype=torch.uint8)
@@ -181,6 +188,6 @@ def batch_indices(
     epochs = positions // length
     orders = [
         _epoch_order(length, seed, epoch, purpose)[positions[epochs == epoch] % length]
-        for epoch in epochs.unique().tolist()
+        for epoch in sorted(set(epochs.tolist()))
     ]
     return torch.cat(orders)

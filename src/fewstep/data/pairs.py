@@ -11,9 +11,8 @@ a grey level. Other programs read them so, with the shape from pairs.json:
 import hashlib
 import json
 import math
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,15 +21,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.data.shards import shard_rows
+from fewstep.data.shards import Report, ShardFolder
 from fewstep.errors import UserError
 from fewstep.files import written_whole
 from fewstep.seeding import generator
 
-DESCRIPTION = "pairs.json"
 FILE_BYTES = 2**24  # 64 pairs of SDXL: what a stop may lose
 MAX_ROWS = 1024
-TORN_SECONDS = 3600
 GROUP_BYTES = 2**18  # what is read at once for one row: one pair of SDXL
 Given = dict[str, list[Any]]
 """What pairs are drawn for: {"prompt": [N strings]}, {"label": [N classes]}, or {} of an unconditional teacher."""
@@ -46,7 +43,7 @@ def write_pairs(
     batch_size: int = 8,
     rank: int = 0,
     num_ranks: int = 1,
-    report: Callable[[int], None] = lambda done: None,
+    report: Report = lambda done: None,
 ) -> int:
     """Writes every `num_ranks`-th file of pairs into `out`, or goes on with it; returns how many files still lack.
 
@@ -54,59 +51,29 @@ def write_pairs(
     and rounded to float16 before the teacher sees it, so that the pair is exact. Raises UserError if `out` holds
     something else, or if a sample is not finite.
     """
-    plan = {**plan, "conditions": describe(given), **_layout(plan["shape"])}
-    _start(out, json.loads(json.dumps(plan)))
-    _remove_torn(out)
-    shards = shard_rows(out, plan["num_pairs"], plan["rows_per_file"], ".parquet")
-    done = 0
-    for path, rows in list(shards.items())[rank::num_ranks]:
-        if not path.exists():
-            parts = []
-            for start in range(rows.start, rows.stop, batch_size):
-                part = range(start, min(start + batch_size, rows.stop))
-                parts.append(_draw(draw, given, plan, part))
-                report(done + part.stop - rows.start)
-            noise, x0 = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-            _save(path, {"noise": noise, "x0": x0}, _rows(given, rows), plan)
-        done += len(rows)
-        report(done)
-    return sum(not path.exists() for path in shards)
+    bytes_per_row = 4 * math.prod(plan["shape"])
+    num_rows = max(1, min(MAX_ROWS, FILE_BYTES // bytes_per_row))
+    layout = {"rows_per_file": num_rows, "rows_per_group": max(1, min(num_rows, GROUP_BYTES // bytes_per_row))}
+    plan = {**plan, "conditions": describe(given), "dtype": "float16", **layout}
+    folder = ShardFolder(out, "pairs", plan, plan["num_pairs"], num_rows, ".parquet")
+    folder.start()
+
+    def make(path: Path, rows: range, told: Report) -> None:
+        parts = []
+        for start in range(rows.start, rows.stop, batch_size):
+            parts.append(_draw(draw, given, plan, range(start, min(start + batch_size, rows.stop))))
+            told(min(start + batch_size, rows.stop) - rows.start)
+        noise, x0 = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        _save(path, {"noise": noise, "x0": x0}, _rows(given, rows), plan)
+
+    folder.fill(make, bytes_per_row, report, rank, num_ranks)
+    return len(folder.missing())
 
 
 def describe(given: Given) -> str:
     """Name and digest of what pairs are drawn for."""
     digest = hashlib.blake2b(json.dumps(given).encode(), digest_size=8).hexdigest()
     return f"{next(iter(given), 'none')} {digest}"
-
-
-def _layout(shape: list[int]) -> dict[str, Any]:
-    """The rows of a file, and those of it that are read at once, which only the shape decides."""
-    row_bytes = 4 * math.prod(shape)
-    rows = max(1, min(MAX_ROWS, FILE_BYTES // row_bytes))
-    return {"dtype": "float16", "rows_per_file": rows, "rows_per_group": max(1, min(rows, GROUP_BYTES // row_bytes))}
-
-
-def _start(out: Path, plan: dict[str, Any]) -> None:
-    """Makes the folder, or checks that it is of the same plan; other ranks may do so at the same time."""
-    names = [path.name for path in out.iterdir() if path.suffix != ".tmp"] if out.is_dir() else []
-    if (out / DESCRIPTION).exists():
-        old = read_description(out)
-        changed = [f"{key}: {old.get(key)} -> {plan[key]}" for key in plan if old.get(key) != plan[key]]
-        if changed:
-            raise UserError(f"{out}: holds pairs made otherwise ({'; '.join(changed)}); choose another --out")
-    elif names:
-        raise UserError(f"{out}: holds other files; choose another --out")
-    else:
-        with written_whole(out / DESCRIPTION) as temporary:
-            temporary.write_text(json.dumps(plan, indent=2) + "\n")
-
-
-def _remove_torn(out: Path) -> None:
-    """Removes what killed runs left; other ranks may be writing, which takes them a second."""
-    for path in out.glob(".*.tmp"):
-        with suppress(FileNotFoundError):  # another rank was faster
-            if time.time() - path.stat().st_mtime > TORN_SECONDS:
-                path.unlink()
 
 
 def _draw(draw: Draw, given: Given, plan: dict[str, Any], rows: range) -> tuple[Tensor, Tensor]:
@@ -192,24 +159,20 @@ def load_pairs(folder: Path, teacher: str, sampler: str, shape: tuple[int, ...])
 
     Raises UserError if they are not, if files lack, or if one is damaged.
     """
-    description = read_description(folder)
     wanted = {"teacher": teacher, "sampler": sampler, "shape": list(shape)}
-    for key, value in wanted.items():
-        if description.get(key) != value:
-            raise UserError(f"{folder}: pairs of another {key} ({description.get(key)}) than the recipe says ({value})")
-    paths = shard_rows(folder, description["num_pairs"], description["rows_per_file"], ".parquet")
-    missing = [path for path in paths if not path.exists()]
-    if missing:
+    kept = ShardFolder.open(folder, "pairs", {key: (key, value) for key, value in wanted.items()}, ".parquet")
+    if missing := kept.missing():
         raise UserError(
-            f"{folder}: {len(missing)} of {len(paths)} files are not there yet; run the same `fewstep data pairs` again"
+            f"{folder}: {len(missing)} of {len(kept.files)} files are not there yet; "
+            "run the same `fewstep data pairs` again"
         )
     given: Given = {}
     metadata = {}
-    for path, rows in paths.items():
-        metadata[path], cells = _open_whole(path, len(rows), description["rows_per_group"])
+    for path, rows in kept.files.items():
+        metadata[path], cells = _open_whole(path, len(rows), kept.plan["rows_per_group"])
         for name, part in cells.items():
             given.setdefault(name, []).extend(part)
-    return PairSet(description, metadata, given)
+    return PairSet(kept.plan, metadata, given)
 
 
 def _open_whole(path: Path, num_rows: int, rows_per_group: int) -> tuple[Any, Given]:
@@ -238,14 +201,3 @@ def _damage(path: Path) -> Iterator[None]:
         raise UserError(
             f"{path}: damaged; remove it and run the same `fewstep data pairs` again, which makes only this anew"
         ) from error
-
-
-def read_description(folder: Path) -> dict[str, Any]:
-    """The content of pairs.json; raises UserError if it is damaged or not there."""
-    path = folder / DESCRIPTION
-    if not path.exists():
-        raise UserError(f"{folder}: holds no pairs (no {DESCRIPTION}); write them with `fewstep data pairs`")
-    try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: can't be read; remove the folder and make the pairs again") from error

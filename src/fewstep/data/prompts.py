@@ -48,7 +48,7 @@ def _parquet(path: Path, column: str | None) -> list[Any]:
     from pyarrow import parquet
 
     name = _find(parquet.read_schema(path).names, column, path)
-    return parquet.read_table(path, columns=[name])[name].to_pylist()
+    return list(parquet.read_table(path, columns=[name])[name].to_pylist())
 
 
 def _find(names: list[str], column: str | None, path: Path) -> str:

@@ -1,8 +1,10 @@
-"""Tensors in many safetensors files: written whole or not at all, read by row without loading them."""
+"""What is computed once and kept: folders of numbered files of rows, written whole or not at all, read by row."""
 
 import json
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +14,132 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fewstep.errors import UserError
-from fewstep.files import written_whole
+from fewstep.files import folder_lock, written_whole
 
 ROWS = 1024  # of one file: 134 MB of SDXL's latents, 650 MB of its text embeddings in float32
+Report = Callable[[int], None]
+"""Told the number of rows that are done."""
 
 
-def shard_rows(folder: Path, num_rows: int, size: int, suffix: str = ".safetensors") -> dict[Path, range]:
-    """The files for `num_rows` rows, and the rows of each: `size`, and what is left in the last."""
-    starts = range(0, num_rows, size)
-    return {folder / f"{n:05d}{suffix}": range(num_rows)[start : start + size] for n, start in enumerate(starts)}
+@dataclass(frozen=True)
+class ShardFolder:
+    """A folder of files of `rows_per_file` rows, with a plan in `NAME.json`: all that decides what the rows are.
+
+    A stop loses the file that is being made; the same command goes on with the next. Whoever writes locks the folder,
+    of several ranks each its own share: every `num_ranks`-th file.
+    """
+
+    path: Path
+    name: str
+    plan: dict[str, Any]
+    num_rows: int
+    rows_per_file: int
+    suffix: str = ".safetensors"
+
+    @staticmethod
+    def open(path: Path, name: str, wanted: dict[str, tuple[str, Any]], suffix: str = ".safetensors") -> "ShardFolder":
+        """The folder as it was written, whose plan has the `wanted` values: {key: (what it is, value)}.
+
+        Raises UserError if it is not there or can't be read, or if its plan is another.
+        """
+        description = path / f"{name}.json"
+        if not description.exists():
+            raise UserError(f"{path}: holds no {name} (no {description.name}); write them with `fewstep data {name}`")
+        try:
+            plan = dict(json.loads(description.read_text()))
+            num_rows = int(plan["num_pairs" if name == "pairs" else "num_images"])
+            rows_per_file = int(plan["rows_per_file"])
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise UserError(
+                f"{description}: can't be read; remove the folder and run `fewstep data {name}` again"
+            ) from error
+        for key, (what, value) in wanted.items():
+            if plan.get(key) != value:
+                raise UserError(
+                    f"{path}: {name} of another {what} ({plan.get(key)}) than asked for ({value}); "
+                    f"make others with `fewstep data {name}`"
+                )
+        return ShardFolder(path, name, plan, num_rows, rows_per_file, suffix)
+
+    @property
+    def files(self) -> dict[Path, range]:
+        """Every file and its rows."""
+        starts = range(0, self.num_rows, self.rows_per_file)
+        rows = (range(start, min(start + self.rows_per_file, self.num_rows)) for start in starts)
+        return {self.path / f"{number:05d}{self.suffix}": part for number, part in enumerate(rows)}
+
+    def missing(self) -> list[Path]:
+        """The files that are not there yet."""
+        return [path for path in self.files if not path.exists()]
+
+    def start(self) -> None:
+        """Writes the plan, or checks that the one there is the same; other ranks may do so at the same time.
+
+        Raises UserError if the folder holds something else. What an older version did not write down is not compared.
+        """
+        plan = json.loads(json.dumps(self.plan))
+        there = [path.suffix for path in self.path.iterdir()] if self.path.is_dir() else []  # before others write more
+        if (self.path / f"{self.name}.json").exists():
+            old = ShardFolder.open(self.path, self.name, {}).plan
+            changed = [f"{key}: {old[key]} -> {plan[key]}" for key in plan if key in old and old[key] != plan[key]]
+            if changed:
+                raise UserError(
+                    f"{self.path}: holds {self.name} made otherwise ({'; '.join(changed)}); choose another --out"
+                )
+        elif set(there) - {".tmp", ".lock"}:
+            raise UserError(f"{self.path}: holds other files; choose another --out")
+        else:
+            self.describe(plan)
+
+    def describe(self, description: dict[str, Any]) -> None:
+        """Replaces the plan by itself with more in it."""
+        with written_whole(self.path / f"{self.name}.json") as temporary:
+            temporary.write_text(json.dumps(description, indent=2) + "\n")
+
+    def fill(
+        self,
+        make: Callable[[Path, range, Report], None],
+        bytes_per_row: int,
+        report: Report,
+        rank: int = 0,
+        num_ranks: int = 1,
+        wait: bool = False,
+        otherwise: str = "choose another --out",
+    ) -> None:
+        """Has `make` write each file that lacks of this rank's share.
+
+        `report` is told the rows done of the share, `make` tells those of its file. Raises UserError, before anything
+        is written, if the disk has no room (`otherwise` says what helps), or if somebody writes the share already;
+        with `wait` it takes what that one has written.
+        """
+        share = dict(list(self.files.items())[rank::num_ranks])
+        lacking = sum(len(rows) for path, rows in share.items() if not path.exists())
+        if not lacking:
+            return report(sum(map(len, share.values())))
+        self._check_room(lacking * bytes_per_row, otherwise)
+        with folder_lock(self.path, f".{rank}.lock", wait):
+            done = 0
+            for path, rows in share.items():
+                for torn in self.path.glob(f".{path.name}.*.tmp"):  # of a writer that was killed, for we hold the lock
+                    torn.unlink()
+                if not path.exists():
+                    make(path, rows, partial(_behind, report, done))
+                done += len(rows)
+                report(done)
+        return None
+
+    def _check_room(self, num_bytes: int, otherwise: str) -> None:
+        nearest = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
+        free = shutil.disk_usage(nearest).free
+        if num_bytes > free:
+            raise UserError(
+                f"{self.path}: {num_bytes / 1e9:.1f} GB of {self.name}, but only {free / 1e9:.1f} GB of disk are free; "
+                f"{otherwise}"
+            )
+
+
+def _behind(report: Report, before: int, done: int) -> None:
+    report(before + done)
 
 
 def save_shard(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any] | None = None) -> None:
@@ -54,8 +173,8 @@ class Rows:
     def of(shards: Sequence[dict[str, Tensor]]) -> "Rows":
         """Shards in their order; empty ones are left out."""
         full = [shard for shard in shards if len(next(iter(shard.values())))]
-        ends = torch.tensor([len(next(iter(shard.values()))) for shard in full]).cumsum(0)
-        return Rows(full, torch.cat([torch.zeros(1, dtype=torch.int64), ends[:-1]]), int(ends[-1]))
+        ends = torch.tensor([0, *(len(next(iter(shard.values()))) for shard in full)]).cumsum(0)
+        return Rows(full, ends[:-1], int(ends[-1]))
 
     def fetch(self, indices: Tensor) -> dict[str, Tensor]:
         """Tensors (B, ...) of the rows `indices` (B,), copied out of the files."""

@@ -1,5 +1,6 @@
 """Files with images as tables: image folders, parquet files, WebDataset tars, read by `datasets`; nothing is run."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def _shards(folder: Path, suffix: str) -> dict[str, list[str]]:
     from datasets.data_files import DataFilesDict, get_data_patterns
 
     base = str(folder.absolute())
-    return DataFilesDict.from_patterns(get_data_patterns(base), base_path=base).filter(extensions=[suffix])
+    return dict(DataFilesDict.from_patterns(get_data_patterns(base), base_path=base).filter(extensions=[suffix]))
 
 
 def _kind(path: Path) -> str:
@@ -83,13 +84,21 @@ def find_column(table: Any, wanted: str | None, usual: tuple[str, ...], field: s
     return found[0]
 
 
-def read_labels(table: Any, label_column: str | None, path: Path) -> Tensor:
-    """Class indices (N,) int64."""
-    column = find_column(table, label_column, ("label", "labels", "class", "cls"), "label_column", path)
+def read_labels(
+    table: Any, label_column: str | None, path: Path, wanted: bool
+) -> tuple[Tensor | None, Sequence[str] | None]:
+    """Class indices (N,) int64, if they are `wanted`, and the names of the classes, if the table has them."""
+    usual = ("label", "labels", "class", "cls")
+    if not wanted and not set(usual) & set(table.column_names):
+        return None, None
+    column = find_column(table, label_column if wanted else None, usual, "label_column", path)
+    names = getattr(table.features[column], "names", None)
+    if not wanted:
+        return None, names
     cells = table[column][:]
     if not all(isinstance(cell, int) and cell >= 0 for cell in cells):
         raise UserError(f"{path}: column {column!r} must hold class indices 0, 1, 2, ... (data.label_column)")
-    return torch.tensor(cells, dtype=torch.int64)
+    return torch.tensor(cells, dtype=torch.int64), names
 
 
 def read_captions(table: Any, caption_column: str | None, path: Path) -> list[str | None]:

@@ -1,0 +1,99 @@
+"""Images as they are stored, and what their headers say to people before anything is trained on them."""
+
+import io
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median_low
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from fewstep.errors import UserError
+
+LOOKED_AT = 1000  # headers at most, so that a look takes seconds
+BROKEN = (OSError, TypeError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError)
+"""What PIL and its decoders raise on damaged files."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Undecoded images by row; class indices (N,) int64 with the names of the classes, and captions, or None."""
+
+    cells: Callable[[list[int]], list[Any]]
+    """{"bytes": or None, "path": of the file, or in an archive} of each row."""
+    length: int
+    labels: Tensor | None = None
+    class_names: Sequence[str] | None = None
+    captions: Sequence[str] | None = None
+
+
+def open_cell(cell: Any) -> Image.Image:
+    """The picture with only its header read; raises one of BROKEN."""
+    return Image.open(cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"]))
+
+
+def tell(stored: Stored, source: str, size: int, channels: int, shrink: bool) -> None:
+    """Prints one line: what was found at `source`, and what a model of `size` pixels makes of it.
+
+    Raises UserError if the model is smaller than most of the images, unless `shrink`.
+    """
+    sizes, num_grey = _look(stored)
+    if not sizes:
+        return  # whoever fetches them says what is wrong
+    short = median_low(min(each) for each in sizes.elements())
+    if short > size and not shrink:
+        fitting = 2 ** (min(short, 64).bit_length() - 1)
+        raise UserError(
+            f"{source}: images of {_sizes(sizes)} would be shrunk to {size}x{size}; say what size the model has, "
+            f"for example --set model.image_size={fitting}, or {size} for this one"
+        )
+    kind = "grey" if num_grey == sizes.total() else "grey and RGB" if num_grey else "RGB"
+    looked = f" (of {sizes.total():,} looked at)" if sizes.total() < stored.length else ""
+    captioned = " with captions" if stored.captions is not None else ""
+    found = f"{stored.length:,} {kind} images{captioned}, {_sizes(sizes)}{looked}{_classes(stored)}"
+    print(f"{source}: {found}; {_done(sizes, num_grey, size, channels)}")
+
+
+def _look(stored: Stored) -> tuple[Counter[tuple[int, int]], int]:
+    """How often each (width, height) occurs among the images that are looked at, and how many of them are grey."""
+    sizes: Counter[tuple[int, int]] = Counter()
+    num_grey = 0
+    for row in range(0, stored.length, -(-stored.length // LOOKED_AT)):
+        try:
+            with open_cell(stored.cells([row])[0]) as header:
+                sizes[header.size] += 1
+                num_grey += header.mode[0] in "1LIF"
+        except BROKEN:
+            continue
+    return sizes, num_grey
+
+
+def _sizes(sizes: Counter[tuple[int, int]]) -> str:
+    """`320x240 to 4032x3024, mostly 1024x768`."""
+    ordered = sorted(sizes, key=lambda each: (each[0] * each[1], each))
+    smallest, largest, common = (f"{w}x{h}" for w, h in (ordered[0], ordered[-1], sizes.most_common(1)[0][0]))
+    return smallest if len(sizes) == 1 else f"{smallest} to {largest}, mostly {common}"
+
+
+def _classes(stored: Stored) -> str:
+    """`; 2 classes: 0 cat (120), 1 dog (80)`, of many the first and the last."""
+    names = stored.class_names
+    if stored.labels is None:
+        return f"; its {len(names)} classes are not used (model.num_classes is 0)" if names and len(names) > 1 else ""
+    told = [
+        " ".join(part for part in (str(label), names[label] if names else "", f"({number:,})") if part)
+        for label, number in enumerate(stored.labels.bincount().tolist())
+    ]
+    return f"; {len(told)} classes: {', '.join(told if len(told) <= 10 else [*told[:3], '...', told[-1]])}"
+
+
+def _done(sizes: Counter[tuple[int, int]], num_grey: int, size: int, channels: int) -> str:
+    """`resized and cropped to 64x64, made grey`."""
+    resized = "resized" if any(min(each) != size for each in sizes) else ""
+    cropped = "cropped" if any(width != height for width, height in sizes) else ""
+    fitted = " and ".join(part for part in (resized, cropped) if part)
+    coloured = {1: "made grey" if num_grey < sizes.total() else "", 3: "made RGB" if num_grey else ""}[channels]
+    parts = [f"{fitted} to {size}x{size}" if fitted else "", coloured]
+    return ", ".join(part for part in parts if part) or "taken as they are"
