@@ -1,6 +1,8 @@
 """`fewstep export` on runs that the other verbs made."""
 
 import json
+import math
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -11,7 +13,7 @@ import torch
 import yaml
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from fewstep import cli
 from fewstep.models.loading.pretrained import load
@@ -227,7 +229,7 @@ def snapshot(*folders: Path) -> dict[Path, bytes]:
         ("export student recipe-file --overwrite", ["recipe-file", "never replaced"]),
         ("export student d.yaml/out", ["d.yaml", "not a folder"]),
         ("export student OUT --evaluation nowhere", ["nowhere/results.json", "fewstep evaluate"]),
-        ("export damaged OUT", ["damaged", "weights are damaged"]),
+        ("export damaged OUT", ["damaged", "unet", "is damaged"]),
         ("export damaged OUT --raw", ["state.pt", "can't be read"]),
         ("export latent OUT --to single-file", ["OUT", "ends in .safetensors"]),
         ("export latent OUT.safetensors --to single-file --shard-size 5GB", ["--shard-size", "no shards"]),
@@ -255,3 +257,155 @@ def test_what_is_wrong_is_one_line_and_nothing_is_written(
     assert all(fragment in error for fragment in fragments), error
     assert set(tmp_path.rglob("*")) == paths
     assert snapshot(tmp_path, workshop) == before
+
+
+WEIGHTS = {
+    "unet": "diffusion_pytorch_model.safetensors",
+    "vae": "diffusion_pytorch_model.safetensors",
+    "text_encoder": "model.safetensors",
+}
+Change = Callable[[dict[str, torch.Tensor]], object]
+
+
+def weights_of(model: Path, part: str) -> Path:
+    return model / part / WEIGHTS[part]
+
+
+def changed(part: str, change: Change) -> Callable[[Path], None]:
+    """Damage: the tensors of a part, changed."""
+
+    def damage(model: Path) -> None:
+        file = weights_of(model, part)
+        tensors = load_file(file)
+        change(tensors)
+        save_file(tensors, file, {"format": "pt"})
+
+    return damage
+
+
+def raw(change: Change) -> Callable[[Path], None]:
+    """Damage: the weights as trained, by their names in the network."""
+
+    def damage(model: Path) -> None:
+        state = torch.load(model.parent / "state.pt", weights_only=True)
+        student = state["method"]["student"]
+        start = next(name for name in student if name.endswith("conv_in.weight")).removesuffix("conv_in.weight")
+        tensors = {name.removeprefix(start): value for name, value in student.items()}
+        change(tensors)
+        state["method"]["student"] = {start + name: value for name, value in tensors.items()}
+        torch.save(state, model.parent / "state.pt")
+
+    return damage
+
+
+def put(name: str, number: float) -> Change:
+    """One number of a tensor."""
+    return lambda tensors: tensors[name].view(-1).index_fill_(0, torch.tensor([1]), number)
+
+
+def shard(model: Path) -> None:
+    """An index of two shards, of which one is there."""
+    file = weights_of(model, "unet")
+    names = {name: f"shard-{index % 2}.safetensors" for index, name in enumerate(load_file(file))}
+    file.rename(file.with_name("shard-0.safetensors"))
+    (file.parent / f"{file.name}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+
+
+def twice(model: Path) -> None:
+    shutil.copy(weights_of(model, "unet"), model / "unet" / "more.safetensors")
+
+
+DAMAGES = {  # options, what is done to the model folder, what the line says
+    "none": ("", lambda m: weights_of(m, "unet").unlink(), ["unet: holds no weights"]),
+    "none, for raw": (" --raw", lambda m: weights_of(m, "unet").unlink(), ["unet: holds no weights"]),
+    "none of the VAE": ("", lambda m: weights_of(m, "vae").unlink(), ["vae: holds no weights"]),
+    "no VAE": ("", lambda m: shutil.rmtree(m / "vae"), ["vae: is missing"]),
+    "no config": ("", lambda m: (m / "unet" / "config.json").unlink(), ["unet/config.json", "FileNotFoundError"]),
+    "a torn config": (
+        "",
+        lambda m: (m / "vae" / "config.json").write_text("{"),
+        ["vae/config.json", "JSONDecodeError"],
+    ),
+    "no description": ("", lambda m: (m / "fewstep.json").unlink(), ["fewstep.json"]),
+    "a torn index": ("", lambda m: (m / "model_index.json").write_text("{"), ["model_index.json"]),
+    "another part": (
+        "",
+        lambda m: shutil.copy(weights_of(m, "text_encoder"), weights_of(m, "unet")),
+        ["/unet: lacks conv_in.bias, which the UNet2DConditionModel of its config.json has"],
+    ),
+    "cut off": ("", lambda m: os.truncate(weights_of(m, "vae"), 5000), ["vae/diffusion_pytorch", "damaged"]),
+    "another width": (
+        "",
+        changed("unet", lambda t: t.update({"conv_in.weight": torch.zeros(8, 4, 3, 3)})),
+        [
+            "unet/diffusion_pytorch_model.safetensors: conv_in.weight is [8, 4, 3, 3]",
+            "the UNet2DConditionModel in",
+            "has [16, 4, 3, 3]",
+        ],
+    ),
+    "a tensor less": ("", changed("vae", lambda t: t.pop("encoder.conv_in.bias")), ["vae: lacks encoder.conv_in.bias"]),
+    "a tensor more": (
+        "",
+        changed("text_encoder", lambda t: t.update(more=torch.ones(1))),
+        ["text_encoder/model.safetensors: holds more", "for which the CLIPTextModel in", "has no place"],
+    ),
+    "NaN": ("", changed("unet", put("conv_in.weight", math.nan)), ["unet/", "conv_in.weight", "not finite"]),
+    "infinite": (
+        "",
+        changed("vae", put("decoder.conv_in.bias", math.inf)),
+        ["vae/", "decoder.conv_in.bias", "not finite"],
+    ),
+    "NaN of text": (
+        " --raw",
+        changed("text_encoder", lambda t: put(next(n for n in t if n.endswith("final_layer_norm.bias")), -math.inf)(t)),
+        ["text_encoder/model.safetensors", "final_layer_norm.bias", "not finite"],
+    ),
+    "a missing shard": ("", shard, ["unet/shard-1.safetensors: is missing"]),
+    "twice": ("", twice, ["unet/more.safetensors", "also in diffusion_pytorch_model.safetensors"]),
+    "raw NaN": (" --raw", raw(put("conv_out.bias", math.nan)), ["state.pt", "conv_out.bias", "not finite"]),
+    "raw, less": (" --raw", raw(lambda t: t.pop("conv_out.bias")), ["state.pt", "lacks conv_out.bias"]),
+    "raw, more": (" --raw", raw(lambda t: t.update(more=torch.ones(1))), ["state.pt", "holds more", "no place"]),
+    "raw, another width": (
+        " --raw",
+        raw(lambda t: t.update({"conv_out.bias": torch.ones(9)})),
+        ["state.pt", "conv_out.bias is [9]", "has [4]"],
+    ),
+}
+
+
+@pytest.mark.parametrize("target", ["diffusers", "single-file"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_what_is_not_whole_is_never_exported(run: Run, damage: str, target: str, tmp_path: Path) -> None:
+    """One line with the part, the file and the tensor, before anything is written."""
+    options, change, fragments = DAMAGES[damage]
+    damaged = shutil.copytree("latent", tmp_path / "damaged")
+    change(newest(damaged))
+    before = set(tmp_path.rglob("*"))
+    code, printed, error = run(f"export {damaged} {tmp_path}/new/out.safetensors --to {target}{options}")
+    assert (code, printed, error.count("\n")) == (2, "", 1), error
+    assert all(fragment in error for fragment in fragments), error
+    assert set(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "damage", "fragments"),
+    [
+        ("", lambda m: weights_of(m, "unet").unlink(), ["unet: holds no weights"]),
+        (
+            "",
+            changed("unet", put("conv_in.weight", math.nan)),
+            ["unet/diffusion_pytorch", "conv_in.weight", "not finite"],
+        ),
+        (" --raw", raw(put("conv_in.weight", math.inf)), ["state.pt", "conv_in.weight", "not finite"]),
+        (" --raw", raw(lambda t: t.pop("conv_in.weight")), ["state.pt", "lacks conv_in.weight"]),
+        (" --ema 0.99", changed("unet", put("conv_in.weight", math.nan)), ["model-ema0.99/unet", "not finite"]),
+    ],
+)
+def test_nor_is_a_pixel_model(run: Run, options: str, damage, fragments: list[str], tmp_path: Path) -> None:
+    damaged = shutil.copytree("student", tmp_path / "damaged")
+    model = newest(damaged)
+    damage(shutil.copytree(model, model.parent / "model-ema0.99") if "--ema" in options else model)
+    code, printed, error = run(f"export {damaged} {tmp_path}/out{options}")
+    assert (code, printed, error.count("\n")) == (2, "", 1), error
+    assert all(fragment in error for fragment in fragments), error
+    assert {path.name for path in tmp_path.iterdir()} == {"damaged"}

@@ -23,6 +23,7 @@ from fewstep.diffusion.timesteps import index_grid
 from fewstep.errors import UserError
 from fewstep.export.diffusers_folder import Format, check_folder, lcm_scheduler, write_diffusers_folder
 from fewstep.export.provenance import Provenance
+from fewstep.export.stored import open_stored
 from fewstep.files import written_folder
 from fewstep.models.latent_model import LatentModel
 from fewstep.models.loading.pretrained import load
@@ -60,9 +61,8 @@ def teacher(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 def export(model: LatentModel | PixelModel, folder: Path, written: Format | None = None, **options) -> Path:
     """The folder `folder/out` of a student that was saved in `folder/model`."""
     model.save(folder / "model")
-    write_diffusers_folder(
-        folder / "model", folder / "out", provenance(model.timesteps), written or Format(), **options
-    )
+    stored = open_stored(folder / "model")
+    write_diffusers_folder(stored, folder / "out", provenance(model.timesteps), written or Format(), **options)
     return folder / "out"
 
 
@@ -318,8 +318,9 @@ def test_a_disk_that_fills_leaves_what_was_there(pixel, tmp_path: Path) -> None:
     model, _ = pixel
     folder = export(model, tmp_path)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    stored = open_stored(tmp_path / "model")
     with file_size_limit(20_000), pytest.raises(UserError, match="can't be written") as error:
-        write_diffusers_folder(tmp_path / "model", folder, provenance(model.timesteps), Format(), overwrite=True)
+        write_diffusers_folder(stored, folder, provenance(model.timesteps), Format(), overwrite=True)
     assert "\n" not in str(error.value)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     assert {path.name for path in tmp_path.iterdir()} == {"model", "out"}

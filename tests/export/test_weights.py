@@ -12,14 +12,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fewstep.errors import UserError
-from fewstep.export.weights import convert_part, count_tensors, write_safetensors
+from fewstep.export.weights import planned, write_safetensors, write_shards
+from fewstep.models.pixel_model import PixelModel, build_unet
+from fewstep.models.settings import PixelModelConfig
 
-NAME = "diffusion_pytorch_model.safetensors"
 
-
-def convert(source: Path, target: Path, dtype: torch.dtype, replaced: dict[str, Tensor] | None = None) -> None:
-    target.mkdir()
-    convert_part(source, target, dtype, "5GB", {"key": "value"}, replaced or {}, lambda: None)
+def convert(tensors: dict[str, Tensor], target: Path, dtype: torch.dtype) -> None:
+    write_shards(target, "model", planned(tensors, dtype), tensors.__getitem__, "5GB", {"key": "value"})
 
 
 def weights() -> dict[str, Tensor]:
@@ -36,20 +35,13 @@ def weights() -> dict[str, Tensor]:
     }
 
 
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    (tmp_path / "unet").mkdir()
-    save_file(weights(), tmp_path / "unet" / NAME)
-    return tmp_path / "unet"
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_the_library_reads_what_is_written(source: Path, dtype: torch.dtype, tmp_path: Path) -> None:
-    assert count_tensors(source) == 8
-    convert(source, tmp_path / "out", dtype)
-    (file,) = (tmp_path / "out").iterdir()
-    assert file.name == (NAME.replace(".", ".fp16.") if dtype == torch.float16 else NAME)
-    before, after = load_file(source / NAME), load_file(file)
+def test_the_library_reads_what_is_written(dtype: torch.dtype, tmp_path: Path) -> None:
+    before = weights()
+    convert(before, tmp_path, dtype)
+    (file,) = tmp_path.iterdir()
+    assert file.name == ("model.fp16.safetensors" if dtype == torch.float16 else "model.safetensors")
+    after = load_file(file)
     assert before.keys() == after.keys()
     for name, value in before.items():
         wanted = value.to(dtype) if value.is_floating_point() else value
@@ -79,28 +71,10 @@ def parts(path: Path) -> tuple[dict, bytes]:
     return json.loads(content[8:end]), content[end:]
 
 
-def test_tensors_are_replaced_by_name(source: Path, tmp_path: Path) -> None:
-    convert(source, tmp_path / "out", torch.float32, {"a": torch.ones(3, 5)})
-    assert torch.equal(load_file(tmp_path / "out" / NAME)["a"], torch.ones(3, 5))
-    for wrong in ({"a": torch.ones(5, 3)}, {"b": torch.ones(1)}):
-        with pytest.raises(UserError, match="don't fit"):
-            convert_part(source, tmp_path, torch.float32, "5GB", {}, wrong, lambda: None)
-
-
 def test_numbers_that_float16_cannot_hold_are_refused(tmp_path: Path) -> None:
-    for name, value in (("fine", torch.tensor([1.0, -65504.0])), ("large", torch.tensor([1.0, 70_000.0]))):
-        (tmp_path / name).mkdir()
-        save_file({"weight": value}, tmp_path / name / NAME)
-    convert(tmp_path / "fine", tmp_path / "out", torch.float16)
+    convert({"weight": torch.tensor([1.0, -65504.0])}, tmp_path, torch.float16)
     with pytest.raises(UserError, match="weight holds numbers beyond"):
-        convert(tmp_path / "large", tmp_path / "no", torch.float16)
-
-
-def test_a_damaged_file_is_named(source: Path, tmp_path: Path) -> None:
-    content = (source / NAME).read_bytes()
-    (source / NAME).write_bytes(content[:-10])
-    with pytest.raises(UserError, match="damaged"):
-        convert(source, tmp_path / "out", torch.float32)
+        convert({"weight": torch.tensor([1.0, 70_000.0])}, tmp_path, torch.float16)
 
 
 CHILD = """
@@ -108,11 +82,12 @@ import re, sys, torch
 from pathlib import Path
 from fewstep.export.diffusers_folder import Format, write_diffusers_folder
 from fewstep.export.provenance import Provenance
-import diffusers
+from fewstep.export.stored import open_stored
 
 def export(size, dtype, shards):
     folder, provenance = Path(sys.argv[1]), Provenance("teacher", "recipe", [80.0], 1.0, 1, "0.9")
-    write_diffusers_folder(folder / size, folder / f"{size} {dtype} {shards}", provenance, Format(dtype, shards))
+    out, written = folder / f"{size} {dtype} {shards}", Format(dtype, shards)
+    write_diffusers_folder(open_stored(folder / size), out, provenance, written)
 
 def peak():  # of this program; ru_maxrss would be at least that of the process that started it
     return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
@@ -128,15 +103,11 @@ print(peak() - before)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(("dtype", "shards"), [("float32", "5GB"), ("float16", "5GB"), ("float16", "50MB")])
 def test_the_peak_memory_of_an_export_is_below_that_of_the_weights(dtype: str, shards: str, tmp_path: Path) -> None:
-    sizes = {"small": 2**10, "large": 2**22}
-    for size, numbers in sizes.items():
-        unet = tmp_path / size / "unet"
-        unet.mkdir(parents=True)
-        save_file({f"{index:03d}": torch.randn(numbers) for index in range(10)}, unet / NAME)
-        (unet / "config.json").write_text("{}")
-        description = {"family": "pixel", "config": {"sigma_data": 0.5, "num_classes": 0}, "timesteps": [80.0]}
-        (tmp_path / size / "fewstep.json").write_text(json.dumps(description))
+    for size, width in {"small": 32, "large": 576}.items():
+        config = PixelModelConfig(block_out_channels=[width, width], layers_per_block=2)
+        model = PixelModel(config, build_unet(config), [80.0])
+        model.save(tmp_path / size)
     command = [sys.executable, "-c", CHILD, str(tmp_path), dtype, shards]
     printed = subprocess.run(command, capture_output=True, text=True, check=True)
-    total = 10 * 4 * sizes["large"]
+    total = 4 * sum(parameter.numel() for parameter in model.unet.parameters())
     assert 0 < int(printed.stdout) <= 1.3 * total, int(printed.stdout) / total

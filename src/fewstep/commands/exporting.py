@@ -1,11 +1,12 @@
 """`fewstep export`: a student for where people use models."""
 
-import json
 import re
+from collections.abc import Callable
+from itertools import count
 from pathlib import Path
+from typing import cast
 
 import torch
-from torch import Tensor
 
 from fewstep.commands.options import Export
 from fewstep.commands.runs import check_writable
@@ -13,8 +14,8 @@ from fewstep.errors import UserError
 from fewstep.evaluation.metrics import wilson_interval
 from fewstep.export.diffusers_folder import Format, check_folder, write_diffusers_folder
 from fewstep.export.provenance import Provenance, Score, read_scores, read_table
-from fewstep.export.weights import count_tensors
-from fewstep.models.image_model import DESCRIPTION
+from fewstep.export.stored import TRAINED, Raw, StoredModel, open_stored
+from fewstep.models.latent_model import LatentModel
 from fewstep.models.loading.pretrained import SUFFIX, load
 from fewstep.models.sampler import parse_sampler
 from fewstep.recipes.loading import read_run_recipe
@@ -27,7 +28,6 @@ from fewstep.runtime.tracking import progress_bar, read_metrics
 PER_FAKE = ("precision", "accuracy")  # shares of the generated images, each in or out
 TARGETS = ("diffusers", "single-file")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-STUDENT = "network.unet."  # the UNet's tensors in the student's state
 
 
 def export(text: str, target: str, out: Path, options: Export) -> None:
@@ -35,28 +35,26 @@ def export(text: str, target: str, out: Path, options: Export) -> None:
     dtype = check_options(target, out, options)
     recipe = student_recipe(run_folder(text))
     found = find(text, None if options.ema == first_decay(recipe) else options.ema)
-    model, provenance = found.folder, trace(found, recipe, options)
-    unet = raw_weights(found.checkpoint) if options.raw else {}
-    if target == "single-file":
-        write_file(model, out, provenance, dtype, unet)
-        print(f"wrote {out}")
-        return
-    grids = sorted(path for path in (found.run / "samples").glob("*.png") if path.stem <= step_name(found.step))
-    written = Format(dtype, options.shard_size or Format.shard_size)
-    total = sum(count_tensors(part) for part in model.iterdir() if part.is_dir())
-    with progress_bar("exporting", total) as show:
-        done = iter(range(1, total + 1))
-        write_diffusers_folder(
-            model,
-            out,
-            provenance,
-            written,
-            grids[-1] if grids else None,
-            unet,
-            options.overwrite,
-            lambda: show(next(done), {}),
-        )
+    stored = open_stored(found.folder, raw_weights(found.checkpoint) if options.raw else None)
+    provenance = trace(found, stored, recipe, options)
+    with progress_bar("exporting", 2 * stored.num_tensors) as show:
+        numbers = count(1)
+
+        def report() -> None:
+            show(next(numbers), {})
+
+        if target == "single-file":
+            write_file(stored, out, provenance, dtype, report)
+        else:
+            written = Format(dtype, options.shard_size or Format.shard_size)
+            write_diffusers_folder(stored, out, provenance, written, newest_grid(found), options.overwrite, report)
     print(f"wrote {out}")
+
+
+def newest_grid(found: Found) -> Path | None:
+    """The last picture of the run's samples that is not younger than the model."""
+    grids = sorted(path for path in (found.run / "samples").glob("*.png") if path.stem <= step_name(found.step))
+    return grids[-1] if grids else None
 
 
 def check_options(target: str, out: Path, options: Export) -> torch.dtype:
@@ -106,7 +104,7 @@ def student_recipe(run: Path) -> StudentRecipe:
     return recipe
 
 
-def trace(found: Found, recipe: StudentRecipe, options: Export) -> Provenance:
+def trace(found: Found, stored: StoredModel, recipe: StudentRecipe, options: Export) -> Provenance:
     """Where the model comes from."""
     run = found.run
     judged = [] if options.raw else read_metrics(run / EVALUATIONS)  # which are of the averaged weights
@@ -115,7 +113,7 @@ def trace(found: Found, recipe: StudentRecipe, options: Export) -> Provenance:
     return Provenance(
         teacher=recipe.teacher,
         recipe=(run / RECIPE).read_text(),
-        timesteps=json.loads((found.folder / DESCRIPTION).read_text())["timesteps"],
+        timesteps=stored.description["timesteps"],
         guidance_scale=guidance(recipe),
         step=found.step,
         ema="raw" if options.raw else found.ema or first_decay(recipe),
@@ -141,19 +139,21 @@ def first_decay(recipe: StudentRecipe) -> str:
     return ema_name(decays[0] if isinstance(decays, list) else decays)
 
 
-def raw_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """The UNet's weights as trained, by their names in it; they stay on the disk until they are read."""
-    student = load_state(checkpoint, lazy=True)["method"]["student"]
-    return {name.removeprefix(STUDENT): value for name, value in student.items()}
+def raw_weights(checkpoint: Path) -> Raw:
+    """The network's weights as trained, by their names in it; they stay on the disk until they are read."""
+    student, prefix = load_state(checkpoint, lazy=True)["method"]["student"], f"network.{TRAINED}."
+    return Raw(checkpoint / "state.pt", {name.removeprefix(prefix): value for name, value in student.items()})
 
 
-def write_file(model: Path, out: Path, provenance: Provenance, dtype: torch.dtype, unet: dict[str, Tensor]) -> None:
+def write_file(
+    stored: StoredModel, out: Path, provenance: Provenance, dtype: torch.dtype, report: Callable[[], None]
+) -> None:
     """The student as one file in the original layout; raises UserError if that has no place for it."""
     from fewstep.export.single_file import write_single_file
 
-    student = load(model)
-    if student.kind != "text":
+    if not stored.is_pipeline:
         raise UserError("--to single-file: is a layout of SD and SDXL; for a pixel model write --to diffusers")
-    if unet:
-        student.network.load_state_dict(unet)
+    stored.check_numbers(report)
+    student = cast(LatentModel, load(stored.folder))
+    student.network.load_state_dict(stored.parts[TRAINED].raw, strict=False)
     write_single_file(student, out, provenance.metadata(), dtype)

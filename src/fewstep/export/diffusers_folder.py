@@ -4,7 +4,7 @@ from __future__ import annotations  # diffusers is imported only where a schedul
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -16,10 +16,11 @@ from torch import Tensor
 from fewstep.errors import UserError
 from fewstep.export.model_card import Card, model_card
 from fewstep.export.provenance import Provenance
-from fewstep.export.weights import convert_part, weight_files
+from fewstep.export.stored import TRAINED, Part, StoredModel, read_json
+from fewstep.export.weights import planned, write_shards
 from fewstep.files import written_folder
 from fewstep.models.image_model import DESCRIPTION, write_description
-from fewstep.models.loading.hub import PIPELINE, read_index
+from fewstep.models.loading.hub import PIPELINE
 from fewstep.models.loading.pipeline import library_class
 
 if TYPE_CHECKING:
@@ -40,59 +41,57 @@ class Format:
 
 
 def write_diffusers_folder(
-    model: Path,
+    stored: StoredModel,
     out: Path,
     provenance: Provenance,
     written: Format,
     grid: Path | None = None,
-    unet: Mapping[str, Tensor] | None = None,
     overwrite: bool = False,
     report: Callable[[], None] = lambda: None,
 ) -> None:
-    """Writes the student in the model folder `model` to `out`, whole or not at all.
+    """Writes the student to `out`, whole or not at all, and not before all its numbers were looked at.
 
-    `grid` is a picture of its samples; `unet` are weights in place of its UNet's. `report` is called per tensor.
-    Raises UserError if `out` is there (unless it is an export that is to be overwritten) or can't be written.
+    `grid` is a picture of its samples; `report` is called twice per tensor. Raises UserError for a number that is not
+    finite or too large for float16, and if `out` can't be written or is there, but for an export to be overwritten.
     """
-    description = json.loads((model / DESCRIPTION).read_text())
     check_folder(out, overwrite)
+    stored.check_numbers(report)
     with written_folder(out) as folder:
-        latent = (model / PIPELINE).is_file()
-        index, named = (_latent_index if latent else _pixel_index)(model, folder, description)
+        index, named = (_latent_index if stored.is_pipeline else _pixel_index)(stored, folder)
         (folder / PIPELINE).write_text(json.dumps(index, indent=2) + "\n")
-        for part in _folders(model):
-            if weight_files(part):
-                _copy_config(part, folder / part.name)
-                replaced = unet if unet and part.name == "unet" else {}
-                metadata = provenance.metadata() if part.name == "unet" else {}
-                convert_part(part, folder / part.name, written.dtype, written.shard_size, metadata, replaced, report)
+        for part in sorted(path for path in stored.folder.iterdir() if path.is_dir()):
+            if part.name in stored.parts:
+                metadata = provenance.metadata() if part.name == TRAINED else {}
+                _convert(stored.parts[part.name], folder / part.name, written, metadata, report)
             elif part.name != "scheduler":
                 shutil.copytree(part, folder / part.name)
-        write_description(folder, description | {EXPORT: provenance.metadata()})
+        write_description(folder, stored.description | {EXPORT: provenance.metadata()})
         if grid:
             shutil.copyfile(grid, folder / SAMPLES)
-        card = Card(out.name, index["_class_name"], written.dtype, named, description, SAMPLES if grid else None)
-        (folder / CARD).write_text(model_card(card, provenance))
+        facts = (out.name, index["_class_name"], written.dtype, named, stored.description, SAMPLES if grid else None)
+        (folder / CARD).write_text(model_card(Card(*facts), provenance))
 
 
-def _folders(model: Path) -> list[Path]:
-    return sorted(path for path in model.iterdir() if path.is_dir())
+def _convert(part: Part, target: Path, written: Format, metadata: dict[str, str], report: Callable[[], None]) -> None:
+    """The weights of a part, and its configuration without where it was once loaded from."""
 
+    def read(name: str) -> Tensor:
+        report()
+        return part.read(name)
 
-def _copy_config(part: Path, target: Path) -> None:
-    """The configuration of a network, without where it was once loaded from."""
+    stem = "model" if part.kind.__module__.startswith("transformers.") else "diffusion_pytorch_model"
     target.mkdir()
-    config = json.loads((part / "config.json").read_text())
-    config.pop("_name_or_path", None)
+    config = {key: value for key, value in part.config.items() if key != "_name_or_path"}
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_shards(target, stem, planned(part.tensors, written.dtype), read, written.shard_size, metadata)
 
 
-def _latent_index(model: Path, folder: Path, description: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+def _latent_index(stored: StoredModel, folder: Path) -> tuple[dict[str, Any], bool]:
     """Writes the scheduler; gives the pipeline's parts, and whether the timesteps must be named in a call."""
-    config = json.loads((model / "scheduler" / "scheduler_config.json").read_text())
-    scheduler, named = lcm_scheduler(config, [int(t) for t in description["timesteps"]])
+    config = read_json(stored.folder / "scheduler" / "scheduler_config.json")
+    scheduler, named = lcm_scheduler(config, [int(t) for t in stored.description["timesteps"]])
     scheduler.save_pretrained(folder / "scheduler")
-    index = {key: value for key, value in read_index(model).items() if key != "_name_or_path"}
+    index = {key: value for key, value in stored.index.items() if key != "_name_or_path"}
     index |= {part: [None, None] for part in UNUSED if part in index} | {"scheduler": ["diffusers", "LCMScheduler"]}
     if "safety_checker" in index:
         index["requires_safety_checker"] = False  # it would warn at every opening
@@ -127,7 +126,7 @@ def lcm_scheduler(config: dict[str, Any], timesteps: list[int]) -> tuple[LCMSche
     return kind(**settings, original_inference_steps=1), True
 
 
-def _pixel_index(model: Path, folder: Path, description: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+def _pixel_index(stored: StoredModel, folder: Path) -> tuple[dict[str, Any], bool]:
     """Writes the pipeline's class; gives what it is made of, and that no call need name the timesteps."""
     import diffusers
 
@@ -136,10 +135,9 @@ def _pixel_index(model: Path, folder: Path, description: dict[str, Any]) -> tupl
     index = {
         "_class_name": [PIXEL_PIPELINE, "FewstepPixelPipeline"],
         "_diffusers_version": diffusers.__version__,
-        "unet": ["diffusers", "UNet2DModel"],
-        "timesteps": description["timesteps"],
-        "sigma_data": description["config"]["sigma_data"],
-        "num_classes": description["config"]["num_classes"],
+        **stored.index,
+        "timesteps": stored.description["timesteps"],
+        **{key: stored.description["config"][key] for key in ("sigma_data", "num_classes")},
     }
     return index, False
 
