@@ -270,7 +270,7 @@ def test_shards_open_as_the_whole(teacher, dtype: torch.dtype, tmp_path: Path) -
         for name, value in getattr(theirs, part).state_dict().items():
             assert torch.equal(value, getattr(pipeline, part).state_dict()[name].to(dtype).float()), name
     again = load(folder)
-    assert torch.equal(again.unet.conv_in.weight, pipeline.unet.conv_in.weight.to(dtype).float())
+    assert torch.equal(again.network.conv_in.weight, pipeline.unet.conv_in.weight.to(dtype).float())
 
 
 def test_shards_and_halves_of_a_pixel_model(pixel, tmp_path: Path) -> None:
@@ -281,7 +281,7 @@ def test_shards_and_halves_of_a_pixel_model(pixel, tmp_path: Path) -> None:
     assert len(list((folder / "unet").glob("*.fp16-*.safetensors"))) > 2
     for name, value in model.network.state_dict().items():
         assert torch.equal(theirs.unet.state_dict()[name], value.half().float())
-        assert torch.equal(ours.unet.state_dict()[name], value.half().float())
+        assert torch.equal(ours.network.state_dict()[name], value.half().float())
     assert torch.isfinite(theirs(output_type="pt").images).all()
 
 

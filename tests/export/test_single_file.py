@@ -363,7 +363,7 @@ def test_the_released_models_have_their_published_names_shapes_and_counts(family
             parts["text_encoder_2"] = CLIPTextModelWithProjection(config)
         unet = UNet2DConditionModel(**settings)
     pipeline = SimpleNamespace(**parts, components=parts)
-    weights = original_weights(SimpleNamespace(unet=unet, pipeline=pipeline))
+    weights = original_weights(SimpleNamespace(network=unet, pipeline=pipeline))
     counts = [sum(name.startswith(stem) for name in weights) for stem in ("model.diff", "first_stage", "cond")]
     assert counts == [num_unet, num_vae, num_text]
     assert KNOWN[family].items() <= {name: tuple(tensor.shape) for name, tensor in weights.items()}.items()

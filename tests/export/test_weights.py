@@ -109,5 +109,5 @@ def test_the_peak_memory_of_an_export_is_below_that_of_the_weights(dtype: str, s
         model.save(tmp_path / size)
     command = [sys.executable, "-c", CHILD, str(tmp_path), dtype, shards]
     printed = subprocess.run(command, capture_output=True, text=True, check=True)
-    total = 4 * sum(parameter.numel() for parameter in model.unet.parameters())
+    total = 4 * sum(parameter.numel() for parameter in model.network.parameters())
     assert 0 < int(printed.stdout) <= 1.3 * total, int(printed.stdout) / total
