@@ -149,6 +149,24 @@ def test_training_on_latents_encodes_nothing(
     assert len(batches) == 4
 
 
+@pytest.mark.parametrize(("gan", "stored"), [("", torch.float32), (NO_GAN, torch.float16)])
+def test_latents_fit_a_run_in_bfloat16_which_resumes_bit_for_bit(
+    run: Run, place: Path, gan: str, stored: torch.dtype
+) -> None:
+    """The teacher may be stored in half precision, too; its embeddings are kept in the run's own."""
+    load(place / "teacher").pipeline.to(stored).save_pretrained(place / "stored")
+    assert run(f"{LATENTS} latents".replace("teacher", "stored"))[0] == 0
+    line = f"fewstep distill recipe.yaml --set precision=bfloat16 --set data.source=latents --set teacher=stored {gan}"
+    line += " --set checkpoint_every=2 --out student"
+    assert run(line)[0] == 0
+    last = place / "student" / "checkpoints" / "00000004"
+    weights = "model/unet/diffusion_pytorch_model.safetensors"
+    whole = (last / weights).read_bytes()
+    shutil.rmtree(last)
+    assert run(f"{line} --resume")[0] == 0
+    assert (last / weights).read_bytes() == whole
+
+
 def test_latents_are_judged_by_the_very_images_that_they_were_made_of(
     run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -66,7 +66,7 @@ class LatentModel(ImageModel):
     @property
     def latent_space(self) -> dict[str, Any]:
         """What latents on disk must agree in: the autoencoder's fingerprint, their shape, the images' size."""
-        return latent_space(self.autoencoder, self.shape, self.image_size)
+        return latent_space(self.pipeline.vae, self.shape, self.image_size)  # as loaded, whatever a run encodes in
 
     @torch.no_grad()
     def text_condition(self, prompts: list[str]) -> Condition:
