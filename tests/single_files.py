@@ -103,9 +103,14 @@ def original_vae(vae: AutoencoderKL) -> Weights:
     return weights
 
 
+def model_of(encoder: nn.Module) -> nn.Module:
+    """What holds a text encoder's layers: itself, or a part of it before transformers 5.6."""
+    return getattr(encoder, "text_model", encoder)
+
+
 def openclip(encoder: nn.Module) -> Weights:
     """A text encoder as OpenCLIP names it: q, k and v in one matrix, the projection transposed."""
-    model = getattr(encoder, "text_model", encoder)
+    model = model_of(encoder)
     weights = {original: model.state_dict()[name] for name, original in OPENCLIP_ENDS.items()}
     for index, layer in enumerate(model.encoder.layers):
         prefix, state = f"transformer.resblocks.{index}.", layer.state_dict()
@@ -128,11 +133,11 @@ def original_weights(pipeline: StableDiffusionPipeline, second_version: bool = F
     weights = prefixed("model.diffusion_model.", original_unet(pipeline.unet))
     weights |= prefixed("first_stage_model.", original_vae(pipeline.vae))
     if "text_encoder_2" in pipeline.components:
-        weights |= under("conditioner.embedders.0.transformer.text_model.", pipeline.text_encoder)
+        weights |= under("conditioner.embedders.0.transformer.text_model.", model_of(pipeline.text_encoder))
         return weights | prefixed("conditioner.embedders.1.model.", openclip(pipeline.text_encoder_2))
     if second_version:
         return weights | prefixed("cond_stage_model.model.", openclip(pipeline.text_encoder))
-    return weights | under("cond_stage_model.transformer.text_model.", pipeline.text_encoder)
+    return weights | under("cond_stage_model.transformer.text_model.", model_of(pipeline.text_encoder))
 
 
 def write_single_file(path: Path, weights: Weights, *flags: str) -> Path:

@@ -49,7 +49,9 @@ def test_a_packaged_recipe_holds_what_its_file_says(name: str) -> None:
             for key, value in written.items()
         )
 
-    assert contains(load_recipe(name).model_dump(mode="json"), yaml.safe_load(find(name).read_text()))
+    written = yaml.safe_load(find(name).read_text())
+    written.pop("extends", None)
+    assert contains(load_recipe(name).model_dump(mode="json"), written)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -62,6 +64,22 @@ def test_every_setting_is_documented(name: str) -> None:
     settings = list(documented(load_recipe(name)))
     undocumented = [key for key, _, text in settings if not text and key != "kind"]
     assert undocumented == []
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in NAMES if "paper's" in find(name).read_text().split("description:")[1].split("\n")[0]]
+)
+def test_what_says_that_it_is_the_papers_draws_the_gans_noise_apart(name: str) -> None:
+    recipe = load_recipe(name)
+    gan = recipe.gan if recipe.kind == "distill" else None
+    assert not (gan and gan.student_weight) or gan.independent_noise
+    assert recipe.student.ema_decay == 0
+    if gan:
+        levels = (recipe.critic.noise, recipe.dm.noise)
+        assert [(each.distribution, each.min_index, each.max_index) for each in levels] == [
+            ("index", 0, 999),
+            ("index", 20, 980),
+        ]
 
 
 def test_documented_goes_down_to_single_values() -> None:
@@ -96,6 +114,44 @@ def test_a_recipe_unlike_any_other_gets_no_guess() -> None:
         load_recipe("xyz")
     assert "did you mean" not in str(error.value)
     assert "`fewstep recipes` lists them" in str(error.value)
+
+
+# --- one over another ------------------------------------------------------------------------------------------------
+
+
+def test_a_recipe_is_laid_over_those_that_it_extends_and_overrides_over_all(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(
+        "extends: digits-4step\nnum_steps: 7\nseed: 3\nstudent: {timesteps: [80, 2, 1, 0.5]}"
+    )
+    (tmp_path / "b.yaml").write_text("extends: a.yaml\nseed: 4\nbatch_size: 5\ndata: {source: pictures}")
+    recipe, base = load_recipe(str(tmp_path / "b.yaml"), ["batch_size=6"]), load_recipe("digits-4step")
+    assert sorted(differences(base, recipe)) == [
+        "batch_size: 64 -> 6",
+        "data.source: digits -> pictures",
+        "num_steps: 1200 -> 7",
+        "seed: 0 -> 4",
+        "student.timesteps: [80.0, 2.5, 0.8, 0.3] -> [80.0, 2.0, 1.0, 0.5]",
+    ]
+    assert "extends" not in dump(recipe)  # what a run keeps, and what is shown, is resolved
+    assert "extends" not in [key for key, _, _ in documented(recipe)]
+
+
+@pytest.mark.parametrize(
+    ("content", "fragments"),
+    [
+        ("extends: mine.yaml", ["extends: goes round in a circle (mine.yaml -> mine.yaml)"]),
+        ("extends: other.yaml", ["circle (mine.yaml -> other.yaml -> mine.yaml)"]),
+        ("extends: digits-1stp", ["mine.yaml: extends: no recipe", "did you mean 'digits-1step'?"]),
+        ("extends: digits-1step\nkind: teach", ["teacher: unknown key (and 5 more)"]),
+        ("extends: digits-1step\nnum_step: 1", ["num_step: unknown key, did you mean 'num_steps'?"]),
+    ],
+)
+def test_what_can_not_be_extended_so_is_refused(tmp_path: Path, content: str, fragments: list[str]) -> None:
+    (tmp_path / "mine.yaml").write_text(content)
+    (tmp_path / "other.yaml").write_text("extends: mine.yaml")
+    with pytest.raises(UserError) as error:
+        load_recipe(str(tmp_path / "mine.yaml"))
+    assert all(fragment in str(error.value) for fragment in fragments), error.value
 
 
 # --- overrides -------------------------------------------------------------------------------------------------------

@@ -151,7 +151,7 @@ def in_memory(images: ImageSet, bytes_per_image: int, name: str) -> ImageSet:
         [torch.arange(images.length)[start:][:1000] for start in range(0, images.length, 1000)],
         description=f"reading {name}",
         transient=True,
-        console=Console(stderr=True),
+        console=Console(stderr=True, quiet=not sys.stderr.isatty()),
         disable=not sys.stderr.isatty(),
     )
     return replace(images, fetch=torch.cat([images.fetch(chunk) for chunk in chunks]).__getitem__)

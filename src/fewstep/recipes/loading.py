@@ -36,11 +36,11 @@ def recipe_names() -> list[str]:
 
 
 def load_recipe(name: str, overrides: Sequence[str] = (), verb: str | None = None) -> Any:
-    """The recipe of that name, or in that YAML file, with `a.b=value` overrides put in: one of `KINDS`.
+    """The recipe of that name, or in that YAML file, over what it extends, with `a.b=value` overrides put in.
 
     Raises UserError for an unknown name, key or type, naming the nearest right one, or if it is not for the `verb`.
     """
-    content = _read(find(name))
+    content = _extended(find(name))
     for override in overrides:
         _put(content, override)
     recipe = parse(content, name)
@@ -48,6 +48,31 @@ def load_recipe(name: str, overrides: Sequence[str] = (), verb: str | None = Non
     if verb not in (None, right):
         raise UserError(f"recipe {name}: is for `fewstep {right}`, not for `fewstep {verb}`")
     return recipe
+
+
+def _extended(path: Path, heirs: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The content of a recipe, over that of the one which it `extends`: a name, or a YAML file, from its folder."""
+    if path.resolve() in heirs:
+        chain = " -> ".join(each.name for each in (*heirs, path))
+        raise UserError(f"{path}: extends: goes round in a circle ({chain})")
+    content = _read(path)
+    if "extends" not in content:
+        return content
+    name = str(content.pop("extends"))
+    beside = path.parent / name
+    try:
+        base = find(str(beside) if beside.suffix and beside.is_file() else name)
+    except UserError as error:
+        raise UserError(f"{path}: extends: {error}") from error
+    return _over(_extended(base, (*heirs, path.resolve())), content)
+
+
+def _over(base: dict[str, Any], content: dict[str, Any]) -> dict[str, Any]:
+    """Nested settings with those of `content` in their place; a list is a single value."""
+    both = {
+        key for key in base.keys() & content.keys() if isinstance(base[key], dict) and isinstance(content[key], dict)
+    }
+    return {**base, **content, **{key: _over(base[key], content[key]) for key in both}}
 
 
 def find(name: str) -> Path:

@@ -86,7 +86,7 @@ def progress_columns() -> Progress:
         TextColumn("left"),
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
-        console=Console(stderr=True),
+        console=Console(stderr=True, quiet=not sys.stderr.isatty()),  # else rich < 15 ends a disabled bar by a newline
         disable=not sys.stderr.isatty(),
     )
 
