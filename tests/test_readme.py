@@ -6,6 +6,7 @@ import re
 import shlex
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -155,6 +156,14 @@ def test_the_make_targets_exist() -> None:
     assert {"demo", "test"} <= set(targets)
     for target in targets:
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+
+
+def test_the_oldest_versions_are_the_bounds() -> None:
+    pins = dict(re.findall(r"^([\w-]+)==([\d.]+)", (ROOT / "constraints-oldest.txt").read_text().lower(), flags=re.M))
+    for needed in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]:
+        name, bound = needed.replace("_", "-").split(">=")
+        pinned = pins.get(name) or pins[name.replace("-", "_")]
+        assert name == "torch" or f"{pinned}.".startswith(f"{bound}."), needed  # torch: see the file's first line
 
 
 def test_the_links_lead_somewhere() -> None:
