@@ -97,8 +97,10 @@ def pictures(folder: str, num_classes: int = 10) -> Path:
 
 
 def damage(run: str, file: str, content: bytes | None = None) -> Path:
-    """Replaces a file of a run by `content`, or cuts it in half; returns its path."""
+    """Replaces a file of a run by `content`, or cuts it in half; returns its path. No manifest tells of it."""
     path = next(Path(run).rglob(file))
+    for manifest in Path(run).rglob("manifest.json"):
+        manifest.unlink()
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2] if content is None else content)
     return path
@@ -349,12 +351,29 @@ def test_a_damaged_model_is_named(refused: Refused, command: str, file: str, con
 
 def test_a_missing_weight_file_is_told(refused: Refused) -> None:
     next(Path("student").rglob("*.safetensors")).unlink()
+    line = "student/checkpoints/00000002: model/unet/diffusion_pytorch_model.safetensors is missing"
+    refused("sample student", line, "there is no other checkpoint")
+    next(Path("student").rglob("manifest.json")).unlink()
     refused("sample student", "student/checkpoints/00000002/model: the model is damaged")
 
 
-def test_a_truncated_state_says_which_checkpoint_to_remove(refused: Refused) -> None:
-    path = damage("student", "state.pt")
-    refused("distill d.yaml --out student --resume", f"{path}: the checkpoint can't be read", f"remove {path.parent}")
+def test_a_run_whose_bytes_are_not_what_was_written_starts_no_other(refused: Refused) -> None:
+    path = next(Path("student").rglob("state.pt"))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    wanted = "init_from: student/checkpoints/00000002: state.pt has other bytes than were written"
+    refused("distill d.yaml --out x --set init_from=student", wanted)
+
+
+def test_a_run_without_a_whole_checkpoint_says_so(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = damage("student", "state.pt").parent
+    assert command_line(monkeypatch, "distill d.yaml --out student --resume") == 2
+    named, last = capsys.readouterr().err.splitlines()
+    assert named == f"fewstep: {folder}: state.pt is torn or missing; it is set aside as {folder.name}.damaged"
+    assert last == "fewstep: student: no checkpoint of it is whole; choose another --out to begin anew"
 
 
 def test_damaged_metrics_are_named(refused: Refused) -> None:

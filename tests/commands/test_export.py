@@ -230,6 +230,7 @@ def snapshot(*folders: Path) -> dict[Path, bytes]:
         ("export student d.yaml/out", ["d.yaml", "not a folder"]),
         ("export student OUT --evaluation nowhere", ["nowhere/results.json", "fewstep evaluate"]),
         ("export damaged OUT", ["damaged", "unet", "is damaged"]),
+        ("export flipped OUT", ["flipped/checkpoints", "unet/", "has other bytes than were written"]),
         ("export damaged OUT --raw", ["state.pt", "can't be read"]),
         ("export latent OUT --to single-file", ["OUT", "ends in .safetensors"]),
         ("export latent OUT.safetensors --to single-file --shard-size 5GB", ["--shard-size", "no shards"]),
@@ -249,6 +250,10 @@ def test_what_is_wrong_is_one_line_and_nothing_is_written(
     damaged = shutil.copytree(workshop / "student", tmp_path / "damaged")
     for file in (newest(damaged) / "unet" / "diffusion_pytorch_model.safetensors", newest(damaged).parent / "state.pt"):
         file.write_bytes(file.read_bytes()[:-300])
+    (newest(damaged).parent / "manifest.json").unlink()  # as of an earlier version
+    weights = newest(shutil.copytree(workshop / "student", tmp_path / "flipped")) / "unet"
+    weights /= "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
     monkeypatch.chdir(tmp_path)
     before = snapshot(tmp_path, workshop)
     paths = set(tmp_path.rglob("*"))

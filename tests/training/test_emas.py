@@ -74,7 +74,13 @@ def flat(state: object) -> list[Tensor]:
 
 def test_every_average_is_saved_as_a_model_of_its_own(place: Path) -> None:
     (*_, newest) = checkpoints(place / "whole")
-    assert {path.name for path in newest.iterdir()} == {"model", "model-ema0.05", "model-ema0", "state.pt"}
+    assert {path.name for path in newest.iterdir()} == {
+        "model",
+        "model-ema0.05",
+        "model-ema0",
+        "state.pt",
+        "manifest.json",
+    }
     first, *others = (weights(newest / name) for name in ("model", "model-ema0.05", "model-ema0"))
     state = load_state(newest)["method"]
     trained = torch.cat([value.flatten() for value in state["student"].values()])
@@ -100,7 +106,8 @@ def test_one_decay_in_a_list_is_that_decay(place: Path, tmp_path: Path) -> None:
         settings = [f"student.ema_decay={decay}", "evaluation.every=null"]
         distill(recipe(place, *settings), tmp_path / name, report=quiet)
     ours, theirs = (checkpoints(tmp_path / name)[-1] for name in ("one", "listed"))
-    assert {path.name for path in ours.iterdir()} == {path.name for path in theirs.iterdir()} == {"model", "state.pt"}
+    for folder in (ours, theirs):
+        assert {path.name for path in folder.iterdir()} == {"model", "state.pt", "manifest.json"}
     assert load_state(ours)["method"]["ema"].keys() == {"averages", "num_updates"}
     assert all(torch.equal(a, b) for a, b in zip(flat(load_state(ours)), flat(load_state(theirs)), strict=True))
 

@@ -21,6 +21,7 @@ from fewstep.recipes.loading import load_recipe
 from fewstep.recipes.schema import DistillRecipe, TeachRecipe
 from fewstep.runtime import checkpoint
 from fewstep.runtime.checkpoint import checkpoints, load_state
+from fewstep.runtime.manifest import write_manifest
 from fewstep.runtime.tracking import read_metrics
 from fewstep.training.method import Method
 
@@ -167,7 +168,9 @@ def test_a_stray_folder_is_no_checkpoint(teacher_run: Path, tmp_path: Path) -> N
 
 def test_a_checkpoint_of_something_else_is_refused(teacher_run: Path, tmp_path: Path) -> None:
     shutil.copytree(teacher_run, tmp_path / "run")
-    torch.save({"step": 12, "weights": torch.zeros(3)}, checkpoints(tmp_path / "run")[-1] / "state.pt")
+    newest = checkpoints(tmp_path / "run")[-1]
+    torch.save({"step": 12, "weights": torch.zeros(3)}, newest / "state.pt")
+    write_manifest(newest)
     with pytest.raises(UserError, match="00000012: the checkpoint is not of this run; remove it"):
         teach(teach_recipe(), tmp_path / "run", resume=True, report=quiet)
 

@@ -97,7 +97,9 @@ def initialize(roles: Roles, source: str, runs: Path) -> None:
             )
         source = str(runs / source)
     try:
-        start_from(roles, find(source).checkpoint)
+        found = find(source)
+        found.check("state.pt")
+        start_from(roles, found.checkpoint)
     except UserError as error:
         raise UserError(f"init_from: {error}") from error
 

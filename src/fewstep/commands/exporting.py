@@ -35,6 +35,7 @@ def export(text: str, target: str, out: Path, options: Export) -> None:
     dtype = check_options(target, out, options)
     recipe = student_recipe(run_folder(text))
     found = find(text, None if options.ema == first_decay(recipe) else options.ema)
+    found.check(found.folder.name, *(["state.pt"] if options.raw else []))
     stored = open_stored(found.folder, raw_weights(found.checkpoint) if options.raw else None)
     provenance = trace(found, stored, recipe, options)
     with progress_bar("exporting", 2 * stored.num_tensors) as show:

@@ -1,19 +1,23 @@
 """A run is a folder; everything in it is written under a temporary name and then renamed.
 
-recipe.yaml  metrics.jsonl  evaluations.jsonl  samples/00000500.png  checkpoints/00000500/{model/, state.pt}
+recipe.yaml  metrics.jsonl  evaluations.jsonl  samples/00000500.png  frozen/
+checkpoints/00000500/{model/, state.pt, manifest.json}
 
 A student with several averages has the first in model/ and the others beside it, as model-ema0.99995/.
 """
 
-import os
 import shutil
-from collections.abc import Callable, Collection
+import sys
+import zipfile
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fewstep.errors import UserError
+from fewstep.errors import UserError, brief
+from fewstep.files import written_folder
+from fewstep.runtime.manifest import Fault, faults, write_manifest
 
 RECIPE = "recipe.yaml"
 METRICS = "metrics.jsonl"
@@ -51,19 +55,73 @@ def save_checkpoint(
 ) -> None:
     """Writes checkpoints/STEP whole or not at all, then removes those behind the newest two, but for the `best` steps.
 
-    `save_model` writes what `sample` and `evaluate` load; `state` is what resuming needs besides.
+    `save_model` writes what `sample` and `evaluate` load; `state` is what resuming needs besides. Raises UserError if
+    it can't be written.
     """
-    final = checkpoint_folder(run, step)
-    temporary = final.with_name(f".{final.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    (temporary / "model").mkdir(parents=True)
-    save_model(temporary / "model")
-    torch.save({"step": step, **state}, temporary / "state.pt")
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(temporary, final)
+    for left in (run / "checkpoints").glob(".*"):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    try:
+        with written_folder(checkpoint_folder(run, step)) as temporary:
+            (temporary / "model").mkdir()
+            save_model(temporary / "model")
+            _save_state({"step": step, **state}, temporary / "state.pt")
+            write_manifest(temporary, checkpoints(run))
+    except UserError as error:
+        raise UserError(f"{error}; make room and --resume, which goes on from the checkpoint before it") from error
     for old in checkpoint_steps(run)[:-KEEP]:
         if old not in best:
-            shutil.rmtree(checkpoint_folder(run, old))
+            _remove(checkpoint_folder(run, old))
+
+
+def _save_state(state: dict[str, Any], path: Path) -> None:
+    try:
+        torch.save(state, path)
+    except RuntimeError as error:  # what torch makes of a full disk
+        raise OSError(brief(error)) from error
+
+
+def _remove(checkpoint: Path) -> None:
+    """Takes its name first, so that half of it never counts as a checkpoint."""
+    hidden = checkpoint.with_name(f".{checkpoint.name}.old")
+    checkpoint.rename(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def newest_whole(run: Path) -> Path | None:
+    """The newest checkpoint that is what was written, None of a run without any.
+
+    Each damaged one behind it is named on standard error and set aside as STEP.damaged. What is not trained is shared
+    by all of them: damaged, it is set aside itself, and written anew with the next. Raises UserError if none is whole.
+    """
+    found = checkpoints(run)
+    for checkpoint in reversed(found):
+        own = next((fault for fault in _faults(checkpoint) if not _set_frozen_aside(run, fault)), None)
+        if own is None:
+            return checkpoint
+        _set_aside(checkpoint, own)
+    if found:
+        raise UserError(f"{run}: no checkpoint of it is whole; choose another --out to begin anew")
+    return None
+
+
+def _faults(checkpoint: Path) -> Iterator[Fault]:
+    if not zipfile.is_zipfile(checkpoint / "state.pt"):  # of an earlier version, which had no manifest
+        yield Fault("state.pt", "is torn or missing")
+    yield from faults(checkpoint)
+
+
+def _set_frozen_aside(run: Path, fault: Fault) -> bool:
+    """Whether the fault is of a file that all checkpoints share with the folder of what is not trained."""
+    if fault.linked and (run / FROZEN).is_dir():
+        _set_aside(run / FROZEN, fault)
+    return fault.linked
+
+
+def _set_aside(folder: Path, fault: Fault) -> None:
+    aside = folder.with_name(f"{folder.name}.damaged")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+    print(f"fewstep: {folder}: {fault}; it is set aside as {aside.name}", file=sys.stderr)
 
 
 def load_state(checkpoint: Path, lazy: bool = False) -> dict[str, Any]:

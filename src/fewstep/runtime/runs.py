@@ -9,6 +9,7 @@ from pathlib import Path
 from fewstep.errors import UserError
 from fewstep.metric_table import lower_is_better
 from fewstep.runtime.checkpoint import EVALUATIONS, check_run, checkpoint_folder, checkpoint_steps, ema_folder
+from fewstep.runtime.manifest import faults
 from fewstep.runtime.tracking import read_metrics
 
 
@@ -36,6 +37,15 @@ class Found:
         prefix = ema_folder(Path("model"), "").name
         names = sorted(path.name.removeprefix(prefix) for path in self.checkpoint.glob(f"{prefix}*"))
         return [replace(self, ema=name) for name in (None, *names)]
+
+    def check(self, *parts: str, digests: bool = True) -> None:
+        """Raises UserError unless these parts of the checkpoint, by default the model, are what was written."""
+        fault = next(faults(self.checkpoint, parts or (self.folder.name,), digests), None)
+        if fault:
+            others = ", ".join(f"{self.run}@{step}" for step in checkpoint_steps(self.run) if step != self.step)
+            raise UserError(
+                f"{self.checkpoint}: {fault}; {f'take {others}' if others else 'there is no other checkpoint'}"
+            )
 
 
 def best_steps(evaluations: Iterable[dict[str, float]]) -> dict[str, int]:
@@ -65,7 +75,8 @@ def find(text: str | Path, ema: str | None = None) -> Found:
     """The model of RUN (its newest), RUN@STEP or RUN@best-METRIC, the best of those that are there.
 
     It is the average `ema`, or else the one that METRIC judged: RUN@best-ema0.99995_fid means the average 0.99995,
-    without a name the first. Raises UserError, naming what there is, if the run has no such checkpoint or average.
+    without a name the first. Raises UserError, naming what there is, if the run has no such checkpoint or average, or
+    if a file of the model is missing or has another size than was written; `Found.check` reads all bytes.
     """
     run, choice = _parse(text)
     check_run(run)
@@ -84,6 +95,7 @@ def find(text: str | Path, ema: str | None = None) -> Found:
         raise UserError(
             f"{found.checkpoint}: has no average {found.ema!r} beside its first, which needs no name; it has {there}"
         )
+    found.check(digests=False)
     return found
 
 

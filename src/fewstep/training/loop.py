@@ -11,7 +11,15 @@ from torch import Tensor
 from fewstep.errors import Interrupted, UserError
 from fewstep.models.image_model import Asked
 from fewstep.pictures import grid, save_png
-from fewstep.runtime.checkpoint import EVALUATIONS, FROZEN, METRICS, checkpoints, load_state, save_checkpoint, step_name
+from fewstep.runtime.checkpoint import (
+    EVALUATIONS,
+    FROZEN,
+    METRICS,
+    load_state,
+    newest_whole,
+    save_checkpoint,
+    step_name,
+)
 from fewstep.runtime.runs import best_steps
 from fewstep.runtime.tracking import Metrics, Report, read_metrics, rewind, stop_request, write_line
 from fewstep.seeding import generator
@@ -81,18 +89,18 @@ def sample_grid(method: Method, noise: Tensor, asked: Asked = None) -> Image:
 
 def _resume(method: Method, metrics: Metrics, run: Path) -> int:
     """The step to go on from, with the state of that step loaded."""
-    found = checkpoints(run)
-    if not found:
+    newest = newest_whole(run)
+    if newest is None:
         _rewind(run, 0)
         return 0
-    state = load_state(found[-1])
+    state = load_state(newest)
     try:
         method.load_state_dict(state["method"])
         metrics.load_state_dict(state["metrics"], method.model.device)
     except (KeyError, ValueError, RuntimeError) as error:
-        raise UserError(f"{found[-1]}: the checkpoint is not of this run; remove it to go on from before it") from error
+        raise UserError(f"{newest}: the checkpoint is not of this run; remove it to go on from before it") from error
     _rewind(run, state["step"])
-    return state["step"]
+    return int(state["step"])
 
 
 def _rewind(run: Path, step: int) -> None:

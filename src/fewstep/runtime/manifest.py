@@ -1,0 +1,76 @@
+"""What the files of a folder were when it was written: manifest.json holds size and SHA-256 of each."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+MANIFEST = "manifest.json"
+
+
+class Fault(NamedTuple):
+    """A file that is not what was written; `linked` if other folders share it."""
+
+    name: str
+    what: str
+    linked: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.what}"
+
+
+def write_manifest(folder: Path, siblings: Iterable[Path] = ()) -> None:
+    """Of all files in `folder`; one that it shares with a sibling, by a hard link, is not read again."""
+    known = {}
+    for sibling in siblings:
+        for name, entry in _read(sibling).items():
+            if (sibling / name).is_file():
+                known[_identity(sibling / name)] = entry["sha256"]
+    entries = {
+        path.relative_to(folder).as_posix(): {
+            "size": path.stat().st_size,
+            "sha256": known.get(_identity(path)) or digest(path),
+        }
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
+    (folder / MANIFEST).write_text(json.dumps(entries, indent=1) + "\n")
+
+
+def digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def faults(folder: Path, parts: Iterable[str] = (), digests: bool = True) -> Iterator[Fault]:
+    """The files in `folder`, or in those `parts` of it, that are not what was written, as they are found.
+
+    Without `digests` only sizes are compared. A folder of an earlier version has no manifest, and so no fault.
+    """
+    try:
+        entries = _read(folder)
+    except ValueError:
+        yield Fault(MANIFEST, "can't be read")
+        return
+    for name, entry in entries.items():
+        path = folder / name
+        if parts and name.split("/")[0] not in parts:
+            continue
+        if not path.is_file():
+            yield Fault(name, "is missing")
+        elif (size := path.stat().st_size) != entry["size"]:
+            yield Fault(name, f"has {size} bytes instead of {entry['size']}", path.stat().st_nlink > 1)
+        elif digests and digest(path) != entry["sha256"]:
+            yield Fault(name, "has other bytes than were written", path.stat().st_nlink > 1)
+
+
+def _read(folder: Path) -> dict[str, dict[str, str | int]]:
+    """File -> size and sha256; raises ValueError if that is damaged."""
+    path = folder / MANIFEST
+    return dict(json.loads(path.read_text())) if path.is_file() else {}
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    """The same for all hard links of a file."""
+    return path.stat().st_dev, path.stat().st_ino
