@@ -384,6 +384,7 @@ def test_what_is_not_whole_is_never_exported(run: Run, damage: str, target: str,
     """One line with the part, the file and the tensor, before anything is written."""
     options, change, fragments = DAMAGES[damage]
     damaged = shutil.copytree("latent", tmp_path / "damaged")
+    (newest(damaged).parent / "manifest.json").unlink()  # which would notice all of it
     change(newest(damaged))
     before = set(tmp_path.rglob("*"))
     code, printed, error = run(f"export {damaged} {tmp_path}/new/out.safetensors --to {target}{options}")
@@ -409,6 +410,7 @@ def test_what_is_not_whole_is_never_exported(run: Run, damage: str, target: str,
 def test_nor_is_a_pixel_model(run: Run, options: str, damage, fragments: list[str], tmp_path: Path) -> None:
     damaged = shutil.copytree("student", tmp_path / "damaged")
     model = newest(damaged)
+    (model.parent / "manifest.json").unlink()
     damage(shutil.copytree(model, model.parent / "model-ema0.99") if "--ema" in options else model)
     code, printed, error = run(f"export {damaged} {tmp_path}/out{options}")
     assert (code, printed, error.count("\n")) == (2, "", 1), error
