@@ -1,4 +1,7 @@
-"""Every number that a model is judged by: which way is better, what its interval is, and what it needs."""
+"""Every number that a model is judged by: which way is better, what its interval is, and what it needs.
+
+A new one is a row here and a function of its name in `evaluation/metrics.py`.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -12,21 +15,39 @@ class Metric:
     better: Literal["lower", "higher"]
     interval: Literal["jackknife", "wilson"] | None = None
     """How its 95 % interval is found."""
+    needs: Literal["features", "classes", "prompts", "scenes", "clock"] = "features"
+    """Without it the metric is left out; `scenes` are prompts that a program reads back, `clock` is not of images."""
+    head: str | None = ""
+    """Above its column in a terminal, where its name is too long; None keeps it out of that narrow table."""
+    digits: int | None = 3
+    """Behind the point; None for three that count, which is for numbers of any size."""
+
+    def text(self, value: float) -> str:
+        """A value as tables show it."""
+        if self.digits is not None:
+            return f"{value:.{self.digits}f}"
+        return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 METRICS = {
     metric.name: metric
     for metric in (
         Metric("fid", "lower", "jackknife"),
+        Metric("kid", "lower", head=None, digits=None),
         Metric("precision", "higher", "wilson"),
         Metric("recall", "higher", "wilson"),
-        Metric("accuracy", "higher", "wilson"),
-        Metric("prompt_accuracy", "higher", "wilson"),
-        Metric("two_objects", "higher", "wilson"),
-        Metric("diversity", "higher"),
-        Metric("images_per_second", "higher"),
+        Metric("accuracy", "higher", "wilson", needs="classes"),
+        Metric("prompt_accuracy", "higher", "wilson", needs="scenes", head="prompt"),
+        Metric("two_objects", "higher", "wilson", needs="scenes", head="two"),
+        Metric("diversity", "higher", needs="prompts"),
+        Metric("images_per_second", "higher", needs="clock", head="images/s", digits=None),
     )
 }
+
+
+def metrics_of(*needs: str) -> list[str]:
+    """The names of those that need one of these."""
+    return [name for name, metric in METRICS.items() if metric.needs in needs]
 
 
 def lower_is_better(name: str) -> bool:

@@ -19,7 +19,7 @@ from fewstep.data.images import batch_indices
 from fewstep.data.latents import load_latents
 from fewstep.data.settings import DataSettings, EmbeddingSettings
 from fewstep.embedded.sources import open_captioned_images
-from fewstep.evaluation import judge as judges
+from fewstep.evaluation.reference import captioned_batches
 from fewstep.models.autoencoder import Autoencoder
 from fewstep.models.latent_model import LatentModel
 from fewstep.models.loading.pretrained import load
@@ -171,13 +171,13 @@ def test_latents_are_judged_by_the_very_images_that_they_were_made_of(
     run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another column of captions, one image without one and one too small, as when they were encoded."""
-    monkeypatch.setattr(judges, "MIN_CAPTIONED", NUM - 2)
     names = [line.partition(",")[0] for line in (place / "pictures" / "metadata.csv").read_text().splitlines()[1:]]
     rows = [f"{name},{f'told {index}' if index < NUM - 1 else ''}" for index, name in enumerate(names)]
     (place / "pictures" / "metadata.csv").write_text("\n".join(["file_name,words", *rows]))
     Image.fromarray(pixels(1)[:8]).save(place / "pictures" / "1.png")
     assert run(f"{LATENTS} latents --caption-column words --min-side 16")[0] == 0
-    prompts, images = judges._reference(open_captioned_images(DataSettings(source="latents"), 16), 100)
+    prompts: list[str] = []
+    images = torch.cat([*captioned_batches(open_captioned_images(DataSettings(source="latents"), 16), 100, prompts)])
     assert sorted(prompts) == ["told 0", "told 2", "told 3", "told 4"]
     for prompt, image in zip(prompts, images, strict=True):
         assert torch.equal(image, torch.from_numpy(pixels(int(prompt[-1]))).permute(2, 0, 1))

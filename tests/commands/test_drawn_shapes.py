@@ -13,6 +13,7 @@ from fewstep.cli import main
 from fewstep.embedded import shapes
 from fewstep.embedded.shape_checker import ATTRIBUTES
 from fewstep.evaluation import judge as judges
+from fewstep.metric_table import metrics_of
 from fewstep.models.autoencoder import load_autoencoder
 from fewstep.models.loading.pretrained import load
 from fewstep.recipes import loading
@@ -132,8 +133,8 @@ def test_text_runs_are_judged_together(
     names = [(row["model"], row["sampler"], row["nfe"]) for row in rows]
     teachers = [("teacher", "ddim 2", 2), ("teacher", "dpm++ 2 @1.5", 4)]
     assert names == [("real", None, None), *teachers, ("student", "student", 4)]
-    keys = {"model", "sampler", "nfe", "fid", "precision", "recall", "prompt_accuracy", "two_objects", "attributes"}
-    keys |= {"images_per_second", "intervals"} | ({"diversity"} if num_prompts == 10 else set())
+    keys = {"model", "sampler", "nfe", "intervals", "attributes", *metrics_of("features", "scenes", "clock")}
+    keys |= {"diversity"} if num_prompts == 10 else set()
     assert all(row.keys() == keys for row in rows)
     assert rows[0]["prompt_accuracy"] >= 0.98  # of drawn pictures
     assert rows[0]["two_objects"] >= 0.95

@@ -11,6 +11,7 @@ from fewstep.commands.distill import distill
 from fewstep.commands.evaluate import evaluate
 from fewstep.commands.teach import teach
 from fewstep.evaluation.extractors import train_classifier
+from fewstep.metric_table import metrics_of
 from fewstep.models.loading.pretrained import open_model
 from fewstep.recipes.loading import load_recipe
 
@@ -44,7 +45,7 @@ def test_the_numbers_are_those_of_evaluate(runs: Path, tmp_path: Path, monkeypat
         assert [line.pop("step") for line in lines] == [2, 4]
         assert lines[0] != lines[1]
         assert lines[-1] == pytest.approx({metric: rows[name][metric] for metric in lines[-1]}, rel=1e-6)
-        assert lines[-1].keys() == {"fid", "precision", "recall", "accuracy"}
+        assert lines[-1].keys() == {*metrics_of("features", "classes")}
 
 
 def test_the_classifier_is_kept_where_evaluate_looks_for_it(runs: Path) -> None:

@@ -1,13 +1,13 @@
 """The checker reads freshly drawn pictures, and finds exactly what is wrong in others."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from fewstep.embedded.shape_checker import check, prompt_accuracy, see
+from fewstep.embedded.shape_checker import ATTRIBUTES, check, see
 from fewstep.embedded.shapes import COLOURS, PLACES, RELATIONS, SHAPES, Scene, Thing, one_object_scenes, render, shapes
 from fewstep.embedded.shapes import two_object_scenes as two_scenes
 
@@ -21,6 +21,15 @@ OPPOSITE = {"above": "below", "below": "above", "left of": "right of", "right of
 
 def drawn(scenes: list[Scene], seed: int = 0) -> Tensor:
     return render(scenes, torch.Generator().manual_seed(seed))
+
+
+def prompt_accuracy(images: Tensor, captions: Sequence[str]) -> dict[str, float]:
+    """Share of pictures with everything right ("all"), and with each attribute right that is asked."""
+    answers = check(images, captions)
+    told = {name: [answer[name] for answer in answers if name in answer] for name in ATTRIBUTES}
+    return {name: sum(right) / len(right) for name, right in told.items() if right} | {
+        "all": sum(all(answer.values()) for answer in answers) / len(answers)
+    }
 
 
 def following(value: str, values: list[str]) -> str:

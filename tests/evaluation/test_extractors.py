@@ -12,11 +12,12 @@ from fewstep.errors import UserError
 from fewstep.evaluation.extractors import (
     Classifier,
     TorchScriptExtractor,
-    extract,
     load_classifier,
     save_classifier,
     train_classifier,
 )
+
+INCEPTION = Path(__file__).parents[2] / ".." / "shared" / "data" / "inception_768.pt"
 
 
 class MeanColour(nn.Module):
@@ -50,17 +51,75 @@ def test_grey_images_are_repeated_to_rgb(mean_colour: TorchScriptExtractor) -> N
     assert torch.equal(mean_colour.features(images), images.double().mean(dim=(2, 3)).expand(5, 3))
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 250])
-def test_features_do_not_depend_on_the_batch_size(mean_colour: TorchScriptExtractor, batch_size: int) -> None:
-    images = pixels(7, 3)
-    assert torch.equal(extract(mean_colour, images, batch_size), images.double().mean(dim=(2, 3)))
+def scripted(module: nn.Module, path: Path) -> TorchScriptExtractor:
+    torch.jit.script(module).save(path)
+    return TorchScriptExtractor(path)
 
 
 def test_features_are_taken_in_evaluation_mode(tmp_path: Path) -> None:
-    torch.jit.script(nn.Sequential(MeanColour(), nn.Dropout(0.9))).save(tmp_path / "dropout.pt")
     images = pixels(4, 3)
-    extractor = TorchScriptExtractor(tmp_path / "dropout.pt")
-    assert torch.equal(extract(extractor, images), images.double().mean(dim=(2, 3)))
+    extractor = scripted(nn.Sequential(MeanColour(), nn.Dropout(0.9)), tmp_path / "dropout.pt")
+    assert torch.equal(extractor.features(images), images.double().mean(dim=(2, 3)))
+
+
+class Probabilities(nn.Module):
+    """Class probabilities of the mean colours."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.double().mean(dim=(2, 3)).softmax(1)
+
+
+class Nvidias(nn.Module):
+    """As NVIDIA's `inception-2015-12-05.pt`: probabilities unless it is asked for the features."""
+
+    def forward(self, images: Tensor, return_features: bool = False, use_fp16: bool = False) -> Tensor:
+        features = images.double().mean(dim=(2, 3))
+        return features if return_features else features.softmax(1)
+
+
+class Asking(nn.Module):
+    """The same without a default."""
+
+    def forward(self, images: Tensor, return_features: bool) -> Tensor:
+        assert return_features
+        return images.double().mean(dim=(2, 3))
+
+
+class Two(nn.Module):
+    def forward(self, images: Tensor, scale: float) -> Tensor:
+        return images.double().mean(dim=(2, 3)) * scale
+
+
+@pytest.mark.parametrize("network", [Nvidias(), Asking()])
+def test_a_network_that_can_return_features_is_asked_for_them(network: nn.Module, tmp_path: Path) -> None:
+    images = pixels(5, 3)
+    extractor = scripted(network, tmp_path / "inception-2015-12-05.pt")
+    assert torch.equal(extractor.features(images), images.double().mean(dim=(2, 3)))
+
+
+def test_class_probabilities_are_refused(tmp_path: Path) -> None:
+    extractor = scripted(Probabilities(), tmp_path / "classes.pt")
+    with pytest.raises(UserError, match=r"classes\.pt: gives class probabilities, 3 numbers that sum to 1; .*features"):
+        extractor.features(pixels(5, 3))
+
+
+def test_a_network_that_wants_more_than_images_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"two\.pt: wants images, scale; must be called with images alone"):
+        scripted(Two(), tmp_path / "two.pt")
+
+
+def test_the_identity_of_a_network_is_its_files(mean_colour: TorchScriptExtractor, tmp_path: Path) -> None:
+    same, other = scripted(MeanColour(), tmp_path / "same.pt"), scripted(Nvidias(), tmp_path / "other.pt")
+    assert same.identity == TorchScriptExtractor(tmp_path / "same.pt").identity != other.identity
+
+
+@pytest.mark.skipif(not INCEPTION.is_file(), reason="no shared data here")
+def test_the_real_inception_gives_features() -> None:
+    grey = pixels(2, 1)
+    found = TorchScriptExtractor(INCEPTION).features(torch.cat([pixels(2, 3), grey.expand(-1, 3, -1, -1)]))
+    assert found.shape == (4, 768)
+    assert found.sum(1).min() > 2
+    torch.testing.assert_close(TorchScriptExtractor(INCEPTION).features(grey), found[2:], rtol=1e-3, atol=1e-4)
 
 
 def test_a_file_that_is_no_torchscript_is_refused(tmp_path: Path) -> None:

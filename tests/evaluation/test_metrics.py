@@ -1,13 +1,46 @@
-"""FID, precision and recall against closed forms and loops that were written for this test alone."""
+"""The metrics against closed forms, other libraries, and loops that were written for this test alone."""
+
+from dataclasses import replace
 
 import pytest
 import scipy.linalg
 import torch
 from scipy.stats import binomtest
-from torch import Tensor
+from torch import Tensor, nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import KernelInceptionDistance
 
 from fewstep.evaluation import metrics
-from fewstep.evaluation.metrics import diversity, fid, fid_interval, floor_row, precision_recall, wilson_interval
+from fewstep.evaluation.gathering import Gathered, Share, Sums
+from fewstep.evaluation.judge import floor_row
+from fewstep.evaluation.metrics import FUNCTIONS, inside, jackknife_interval, measure, wilson_interval
+from fewstep.metric_table import METRICS
+
+
+def fid(real: Tensor, fake: Tensor) -> float:
+    return metrics.fid(Gathered.of(real), Gathered.of(fake))
+
+
+def kid(real: Tensor, fake: Tensor) -> float:
+    return metrics.kid(Gathered.of(real), Gathered.of(fake))
+
+
+def precision_recall(real: Tensor, fake: Tensor) -> tuple[float, float]:
+    both = Gathered.of(real), Gathered.of(fake)
+    return metrics.precision(*both).value, metrics.recall(*both).value
+
+
+def in_groups(features: Tensor, num_groups: int = 10) -> Gathered:
+    return Gathered([Sums.of(part) for part in features.chunk(num_groups)], features, torch.empty(0))
+
+
+class Given(nn.Module):
+    """The features are there already."""
+
+    num_features = 40
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features
 
 
 def points(num: int, seed: int, dim: int = 5) -> Tensor:
@@ -35,6 +68,38 @@ def frechet(real: Tensor, fake: Tensor) -> float:
 def test_fid_is_scipys(num: int, dim: int) -> None:
     real, fake = points(num, 1, dim), points(2 * num, 2, dim)
     assert fid(real, fake) == pytest.approx(frechet(real, fake), rel=1e-9)
+
+
+def test_fid_and_kid_are_torchmetrics() -> None:
+    real, fake = points(300, 1, 40), points(300, 2, 40)
+    for ours, metric in (
+        (fid(real, fake), FrechetInceptionDistance(feature=Given())),
+        (kid(real, fake), KernelInceptionDistance(feature=Given(), subsets=1, subset_size=300)),
+    ):
+        metric.set_dtype(torch.float64)
+        metric.update(real, real=True)
+        metric.update(fake, real=False)
+        theirs = metric.compute()
+        assert ours == pytest.approx((theirs[0] if isinstance(theirs, tuple) else theirs).item(), rel=1e-9)
+
+
+@pytest.mark.parametrize(("nums", "block"), [((5, 7), 1000), ((12, 9), 4), ((8, 8), 4)])
+def test_kid_is_that_of_plain_loops_over_disjoint_blocks(
+    nums: tuple[int, int], block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics, "KID_BLOCK", block)
+    real, fake = points(nums[0], 1), points(nums[1], 2)
+    num_blocks = max(1, min(nums) // block)
+    found = []
+    for x, y in zip(real.tensor_split(num_blocks), fake.tensor_split(num_blocks), strict=True):
+        within = [[(a @ b / 5 + 1) ** 3 for i, a in enumerate(z) for j, b in enumerate(z) if i != j] for z in (x, y)]
+        across = [(a @ b / 5 + 1) ** 3 for a in x for b in y]
+        found.append(sum(sum(kernel) / len(kernel) for kernel in within) - 2 * sum(across) / len(across))
+    assert kid(real, fake) == pytest.approx(sum(found).item() / num_blocks, rel=1e-9)
+
+
+def test_every_metric_of_images_has_a_function_and_every_function_a_row() -> None:
+    assert FUNCTIONS.keys() == {name for name, metric in METRICS.items() if metric.needs != "clock"}
 
 
 def test_fid_of_axis_aligned_gaussians_is_the_closed_form() -> None:
@@ -71,8 +136,10 @@ def share_by_loops(inside: Tensor, manifold: Tensor, neighbours: int) -> float:
 def test_precision_and_recall_are_those_of_plain_loops(neighbours: int) -> None:
     real, fake = points(40, 0, dim=2), points(30, 0, dim=2)[:30] + 0.7
     wanted = share_by_loops(fake, real, neighbours), share_by_loops(real, fake, neighbours)
-    assert precision_recall(real, fake, neighbours) == wanted
+    assert (inside(fake, real, neighbours).value, inside(real, fake, neighbours).value) == wanted
     assert wanted[0] != wanted[1]
+    if neighbours == 3:
+        assert precision_recall(real, fake) == wanted
     assert all(0 < share < 1 for share in wanted)
 
 
@@ -93,38 +160,52 @@ def test_a_set_on_one_mode_is_precise_and_recalls_little() -> None:
 
 @pytest.mark.parametrize("chunk", [1, 7, 64])
 def test_the_size_of_a_chunk_does_not_matter(chunk: int) -> None:
-    inside, manifold = 1.5 * whitened(50, 0), whitened(64, 1)
-    whole = metrics._share_inside(inside, manifold, 3)
-    assert 0 < whole < 1
-    assert metrics._share_inside(inside, manifold, 3, chunk) == whole
+    some, manifold = 1.5 * whitened(50, 0), whitened(64, 1)
+    whole = inside(some, manifold)
+    assert 0 < whole.hits < whole.cases == 50
+    assert inside(some, manifold, chunk=chunk) == whole
 
 
 def test_the_floor_compares_two_halves_that_share_no_image(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Tensor] = []
-    monkeypatch.setattr(metrics, "fid", lambda *halves: seen.extend(halves) or 0.5)
-    row = floor_row(points(101, 1), accuracy=0.9)
-    assert (row.model, row.sampler, row.nfe, row.fid, row.accuracy) == ("real", None, None, 0.5, 0.9)
-    assert row.images_per_second is None
+    monkeypatch.setitem(FUNCTIONS, "fid", lambda *halves: seen.extend(half.features for half in halves) or 0.5)
+    row = floor_row(pictured(points(101, 1)), frozenset())
+    assert (row.model, row.sampler, row.nfe, row.values["fid"], row.intervals) == ("real", None, None, 0.5, {})
     assert abs(len(seen[0]) - len(seen[1])) <= 1
     assert torch.equal(torch.cat(seen).sort(dim=0).values, points(101, 1).sort(dim=0).values)
     assert not torch.equal(torch.cat(seen), points(101, 1))
 
 
-def test_the_floor_is_a_function_of_its_seed() -> None:
-    real = points(80, 1)
-    assert floor_row(real) == floor_row(real)
-    assert floor_row(real).fid != floor_row(real, seed=1).fid
+def pictured(features: Tensor, **more: object) -> Gathered:
+    return replace(Gathered.of(features), pictures=torch.zeros(2, 1, 4, 4, dtype=torch.uint8), **more)
 
 
-def test_the_floor_of_real_images_is_low_but_not_zero() -> None:
-    real = whitened(400, 3)
-    row = floor_row(real)
-    assert 0 < row.fid < 0.5
-    assert row.precision > 0.8
-    assert row.recall > 0.8
+def test_the_floor_is_a_function_of_its_seed_low_but_not_zero() -> None:
+    real = pictured(whitened(400, 3))
+    first, again, other = (floor_row(real, frozenset(), seed).values for seed in (0, 0, 1))
+    assert first == again
+    assert first["fid"] != other["fid"]
+    assert 0 < first["fid"] < 0.5
+    assert min(first["precision"], first["recall"]) > 0.8
 
 
-@pytest.mark.parametrize(("num", "num_prompts"), [(12, 3), (14, 4), (8, 4), (20, 1)])
+def test_what_is_checked_in_real_images_is_of_all_of_them_with_its_interval() -> None:
+    shares = {"prompt_accuracy": Share(9, 10), "prompt_accuracy.shape": Share(10, 10)}
+    row = floor_row(
+        pictured(points(20, 1), shares=shares, prompts="abcd"), frozenset({"features", "scenes", "prompts"})
+    )
+    assert row.values["prompt_accuracy"] == 0.9
+    assert row.values["diversity"] == metrics.diversity(*[replace(Gathered.of(points(20, 1)), prompts="abcd")] * 2)
+    assert row.intervals == {"prompt_accuracy": wilson_interval(0.9, 10)}
+    assert row.attributes == {"prompt_accuracy": {"shape": 1.0}}
+
+
+def diversity(features: Tensor, num_prompts: int) -> float | None:
+    fake = replace(Gathered.of(features), prompts=["a prompt"] * num_prompts)
+    return metrics.diversity(fake, fake)
+
+
+@pytest.mark.parametrize(("num", "num_prompts"), [(12, 3), (18, 4), (16, 4), (20, 1)])
 def test_diversity_is_the_mean_distance_between_two_images_of_one_prompt(num: int, num_prompts: int) -> None:
     features = points(num, 1)
     whole = num // num_prompts * num_prompts  # the last round of prompts, where it is not complete, is left out
@@ -139,6 +220,7 @@ def test_diversity_is_the_mean_distance_between_two_images_of_one_prompt(num: in
 
 def test_images_that_follow_from_their_prompt_have_no_diversity() -> None:
     assert diversity(points(4, 1).repeat(5, 1), 4) == 0
+    assert diversity(points(15, 1), 4) is None  # too few of each
 
 
 @pytest.mark.parametrize(("share", "num"), [(0.0, 10), (0.9, 1000), (1.0, 50), (0.25, 40)])
@@ -153,7 +235,22 @@ def test_the_interval_of_fid_is_as_wide_as_its_spread_over_draws() -> None:
     real = torch.randn(2000, 3, generator=draws, dtype=torch.float64)
     sets = [torch.randn(400, 3, generator=draws, dtype=torch.float64) * 1.5 + 0.5 for _ in range(200)]
     spread = torch.tensor([fid(real, fake) for fake in sets]).std().item()
-    intervals = torch.tensor([fid_interval(real, fake) for fake in sets[:40]])
+    ours = Gathered.of(real)
+    intervals = torch.tensor([jackknife_interval(metrics.fid, ours, in_groups(fake)) for fake in sets[:40]])
     assert intervals.mean(1)[0] == pytest.approx(fid(real, sets[0]))
     reach = (intervals[:, 1] - intervals[:, 0]).square().mean().sqrt() / 2
     assert reach == pytest.approx(1.96 * spread, rel=0.15)
+
+
+def test_a_measure_has_what_is_needed_alone_and_intervals_where_they_are_known() -> None:
+    real, fake = Gathered.of(points(60, 1)), replace(in_groups(points(55, 2)), shares={"accuracy": Share(40, 55)})
+    values, intervals = measure(real, fake, {"features", "classes"})
+    assert list(values) == ["fid", "kid", "precision", "recall", "accuracy"]
+    assert intervals.keys() == {"fid", "precision", "recall", "accuracy"}
+    assert intervals["accuracy"] == wilson_interval(40 / 55, 55)
+    assert intervals["recall"] == wilson_interval(values["recall"], 60)
+    parts = points(55, 2).chunk(10)
+    without = [fid(points(60, 1), torch.cat([*parts[:i], *parts[i + 1 :]])) for i in range(10)]
+    reach = 1.959963984540054 * (9 * torch.tensor(without, dtype=torch.float64).var(correction=0)).sqrt().item()
+    assert intervals["fid"] == pytest.approx((values["fid"] - reach, values["fid"] + reach), rel=1e-9)
+    assert measure(real, fake, {"classes"}, intervals=False) == ({"accuracy": 40 / 55}, {})

@@ -13,6 +13,7 @@ from fewstep.commands.distill import distill
 from fewstep.commands.evaluate import evaluate
 from fewstep.commands.teach import teach
 from fewstep.errors import Interrupted, UserError
+from fewstep.metric_table import metrics_of
 from fewstep.models.latent_model import LatentModel
 from fewstep.models.loading.pretrained import load, open_model
 from fewstep.recipes.loading import load_recipe
@@ -93,7 +94,7 @@ def test_every_average_is_saved_as_a_model_of_its_own(place: Path) -> None:
 
 def test_every_average_is_judged_under_its_name_and_its_best_is_kept(place: Path) -> None:
     lines = read_metrics(place / "whole" / "evaluations.jsonl")
-    names = {f"{prefix}{name}" for prefix in ("", "ema0.05_", "ema0_") for name in ("fid", "precision", "recall")}
+    names = {f"{prefix}{name}" for prefix in ("", "ema0.05_", "ema0_") for name in metrics_of("features")}
     assert [(line["step"], line.keys() - {"step"}) for line in lines] == [(step, names) for step in (4, 8, 12)]
     assert all(len({line["fid"], line["ema0.05_fid"], line["ema0_fid"]}) == 3 for line in lines)
     kept = {int(path.name) for path in checkpoints(place / "whole")}

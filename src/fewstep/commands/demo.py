@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fewstep.commands.data import open_encoder
 from fewstep.commands.distill import distill
-from fewstep.commands.evaluate import make_judge, publish
+from fewstep.commands.evaluate import publish
 from fewstep.commands.options import Demo
 from fewstep.commands.runs import check_target
 from fewstep.commands.teach import teach
@@ -24,8 +24,7 @@ from fewstep.data.settings import DataSettings
 from fewstep.embedded.sources import open_captioned_images, open_images
 from fewstep.errors import Interrupted
 from fewstep.evaluation.extractors import CLASSIFIER_STEPS
-from fewstep.evaluation.judge import GRID_IMAGES, MAX_REAL, Judge, classifier_path, describe, open_classifier
-from fewstep.evaluation.report import sample_grid
+from fewstep.evaluation.judge import MAX_REAL, Judge, classifier_path, make_judge, open_classifier
 from fewstep.models.loading.pretrained import open_model
 from fewstep.models.sampler import Sampler, default_sampler, generate, images_per_second, parse_sampler
 from fewstep.recipes.loading import load_recipe
@@ -163,12 +162,12 @@ def training(out: Path, name: str, recipes: Recipes, threads: int = 1) -> Task:
 def judge_job(job: Job, out: Path, judge: Judge, images: dict[Source, Tensor]) -> None:
     """Judges the images of a job, measures speeds on the now quiet machine, and publishes table and page."""
     models = {source.name: open_model(out / source.name) for source in images}
-    rows, grids = [judge.floor], {"real": judge.real_grid}
+    rows = [judge.floor]
     for (name, sampler), fakes in images.items():
-        rows.append(judge.row(name, sampler, fakes, images_per_second(models[name], sampler, job.speed_batch)))
-        grids[f"{name}, {describe(sampler)} (nfe {sampler.nfe})"] = sample_grid(fakes[:GRID_IMAGES])
+        speed = images_per_second(models[name], sampler, job.speed_batch)
+        rows.append(judge.row(name, sampler, [fakes], len(fakes), speed))
     curves = {name: read_metrics(out / name / METRICS) for name in models}
-    publish(rows, grids, curves, out, job.title, judge)
+    publish(rows, curves, out, job.title, judge)
 
 
 def _train(recipe: AnyRecipe, run: Path, report: Report) -> None:

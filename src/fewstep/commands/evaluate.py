@@ -7,15 +7,14 @@ import torch
 from rich.console import Console
 
 from fewstep.commands.runs import check_writable, pick_device
-from fewstep.data.settings import DataSettings
 from fewstep.errors import UserError
 from fewstep.evaluation import report
-from fewstep.evaluation.judge import GRID_IMAGES, Judge, describe, make_class_judge, make_text_judge
-from fewstep.evaluation.metrics import Row
-from fewstep.models.latent_model import LatentModel
+from fewstep.evaluation.gathering import GRID_IMAGES
+from fewstep.evaluation.judge import Judge, describe, make_judge
+from fewstep.evaluation.report import Row
+from fewstep.models.image_model import ImageModel
 from fewstep.models.loading.pretrained import open_averages
-from fewstep.models.pixel_model import PixelModel
-from fewstep.models.sampler import default_sampler, generate, images_per_second, parse_sampler
+from fewstep.models.sampler import default_sampler, generate_batches, images_per_second, parse_sampler
 from fewstep.recipes.loading import read_run_recipe
 from fewstep.runtime.checkpoint import METRICS, RECIPE, check_run
 from fewstep.runtime.runs import run_folder
@@ -48,42 +47,26 @@ def evaluate(
     models = {f"{name}{ema}": model for name, of in zip(names, averages, strict=True) for ema, model in of.items()}
     firsts[0].to(on_device)  # where the judge's network goes, too
     judge = make_judge(recipe.data, firsts[0], features, folders[0].parent, num_samples, num_real)
-    rows, grids = [judge.floor], {"real": judge.real_grid}
+    rows = [judge.floor]
     for name, model in models.items():
         model.to(on_device)
         for sampler in [default_sampler(model)] if model.timesteps or not asked else asked:
             if sampler.guidance_scale != 1 and model.null_condition is None:
                 raise UserError(f"--sampler: {name} has no null class to guide with; leave out the @ and its scale")
-            title = f"{name} {describe(sampler)}"
-            with progress_bar(title, num_samples) as progress:
-                asked_for = judge.prompts or None
-                fakes = generate(
-                    model, sampler, range(num_samples), seed, asked_for, report=lambda done: progress(done, {})
+            speed = images_per_second(model, sampler)
+            with progress_bar(f"{name} {describe(sampler)}", num_samples) as show:
+                images = generate_batches(
+                    model, sampler, range(num_samples), seed, judge.asked, report=lambda done, show=show: show(done, {})
                 )
-            rows.append(judge.row(name, sampler, fakes, images_per_second(model, sampler)))
-            grids[title] = report.sample_grid(fakes[:GRID_IMAGES])
+                rows.append(judge.row(name, sampler, images, num_samples, speed))
         model.to(torch.device("cpu"))  # networks of several models need not fit at once
     curves = {name: read_metrics(run / METRICS) for name, run in zip(names, folders, strict=True)}
-    publish(rows, grids, curves, out, f"fewstep: {', '.join(names)}", judge)
+    publish(rows, curves, out, f"fewstep: {', '.join(names)}", judge)
 
 
-def make_judge(
-    data: DataSettings,
-    model: PixelModel | LatentModel,
-    features: str | None,
-    folder: Path,
-    num_samples: int,
-    num_real: int,
-) -> Judge:
-    """A judge for `model` and those that `_check_alike` found to be like it."""
-    if model.kind == "label":
-        return make_class_judge(data, model, features, folder, num_real)
-    return make_text_judge(data, model, features, num_samples, num_real)
-
-
-def _check_alike(runs: Sequence[str | Path], models: Sequence[PixelModel | LatentModel]) -> None:
+def _check_alike(runs: Sequence[str | Path], models: Sequence[ImageModel]) -> None:
     """Raises UserError unless all models make the images and the classes of the first."""
-    made = [(*model.shape, model.num_classes if model.kind == "label" else "text") for model in models]
+    made = [(*model.shape, model.num_classes if model.kind == "label" else model.kind) for model in models]
     for run, other in zip(runs, made, strict=True):
         if other != made[0]:
             raise UserError(
@@ -91,17 +74,15 @@ def _check_alike(runs: Sequence[str | Path], models: Sequence[PixelModel | Laten
             )
 
 
-def publish(
-    rows: list[Row], grids: dict[str, bytes], curves: dict[str, list[dict]], out: Path, title: str, judge: Judge
-) -> None:
+def publish(rows: list[Row], curves: dict[str, list[dict[str, float]]], out: Path, title: str, judge: Judge) -> None:
     """Writes results.json and report.html into `out` and prints the table."""
     out.mkdir(parents=True, exist_ok=True)
     report.write_json(rows, out / "results.json")
     text = bool(judge.prompts)
     notes = (
-        f"FID, precision and recall in the features of {judge.extractor.name}; not comparable with FIDs in others. "
-        "The row of the real images is the noise floor: one half of them against the other; halves are smaller than "
-        "the whole set that the models are compared with, so a model can come out below it. "
+        f"FID, KID, precision and recall are in the features of {judge.extractor.name}; they don't compare with those "
+        "in others. The row of the real images is the noise floor: one half of them against the other; halves are "
+        "smaller than the whole set that the models are compared with, so a model can come out below it. "
         + (PROMPT_NOTES if text else CLASS_NOTES)
         + "nfe: network calls per image; guidance (@) takes two. Below a value stands its 95 % interval, of shares "
         "Wilson's, of FID a jackknife's over the generated images."
@@ -111,7 +92,7 @@ def publish(
         f"Every model starts from the same noise and the same {'prompts' if text else 'classes'}; green is the best "
         "of a column."
     )
-    report.write_page(rows, grids, curves, out / "report.html", title, summary, notes)
+    report.write_page(rows, curves, out / "report.html", title, summary, notes)
     Console().print(report.text_table(rows))
     Console().print(f"page: {out / 'report.html'}  numbers: {out / 'results.json'}", highlight=False, soft_wrap=True)
 

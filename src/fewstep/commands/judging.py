@@ -2,20 +2,16 @@
 
 from pathlib import Path
 
-from fewstep.commands.evaluate import make_judge
-from fewstep.evaluation.judge import MAX_REAL
-from fewstep.models.latent_model import LatentModel
-from fewstep.models.pixel_model import PixelModel
-from fewstep.models.sampler import default_sampler, generate
+from fewstep.evaluation.judge import MAX_REAL, make_judge
+from fewstep.models.image_model import ImageModel
+from fewstep.models.sampler import default_sampler, generate_batches
 from fewstep.recipes.schema import StudentRecipe, TeachRecipe, TeachTextRecipe
 from fewstep.training.loop import Evaluate
 from fewstep.training.method import Method
 
-SCORES = ("fid", "precision", "recall", "accuracy", "prompt_accuracy", "two_objects", "diversity")
-
 
 def make_evaluation(
-    recipe: TeachRecipe | TeachTextRecipe | StudentRecipe, model: PixelModel | LatentModel, run: Path
+    recipe: TeachRecipe | TeachTextRecipe | StudentRecipe, model: ImageModel, run: Path
 ) -> Evaluate | None:
     """What the loop calls to judge the averaged weights; None where the recipe asks for no evaluation.
 
@@ -32,9 +28,9 @@ def make_evaluation(
     def scores(method: Method, ema: str | None) -> dict[str, float]:
         with method.averaged_model(ema) as averaged:
             sampler = default_sampler(averaged)
-            fakes = generate(averaged, sampler, range(num), asked=judge.prompts or None)
-        row, prefix = judge.row(run.name, sampler, fakes, intervals=False), f"ema{ema}_" if ema else ""
-        return {f"{prefix}{name}": getattr(row, name) for name in SCORES if getattr(row, name) is not None}
+            images = generate_batches(averaged, sampler, range(num), asked=judge.asked)
+            row, prefix = judge.row(run.name, sampler, images, num, intervals=False), f"ema{ema}_" if ema else ""
+        return {f"{prefix}{name}": value for name, value in row.values.items()}
 
     def evaluate(method: Method) -> dict[str, float]:
         return {name: value for ema in (None, *method.other_emas) for name, value in scores(method, ema).items()}

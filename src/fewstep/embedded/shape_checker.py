@@ -134,17 +134,6 @@ def check(images: Tensor, captions: Sequence[str]) -> list[dict[str, bool]]:
     return [_compare(seen, scene) for seen, scene in zip(see(images), scenes, strict=True) if scene]
 
 
-def prompt_accuracy(images: Tensor, captions: Sequence[str]) -> dict[str, float]:
-    """Share of pictures (N, 3, 32, 32) with everything right ("all"), and with each attribute right that is asked."""
-    answers = check(images, captions)
-    shares = {"all": sum(all(answer.values()) for answer in answers) / len(answers)}
-    for name in ATTRIBUTES:
-        told = [answer[name] for answer in answers if name in answer]
-        if told:
-            shares[name] = sum(told) / len(told)
-    return shares
-
-
 def _compare(seen: list[Seen], scene: Scene) -> dict[str, bool]:
     """The best assignment of what is seen to what is said; with the wrong number of objects everything is wrong."""
     asked = {"shape", "colour", "count", "place" if scene.where in PLACES else "relation"}

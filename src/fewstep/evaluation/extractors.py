@@ -1,5 +1,6 @@
 """Feature networks: any TorchScript file by path, or a small classifier trained on the data's own labels."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,45 +13,67 @@ from torch.nn.functional import cross_entropy
 
 from fewstep.data.images import ImageSet, batch_indices
 from fewstep.errors import UserError
+from fewstep.files import written_whole
 from fewstep.models.image_model import to_pixels
+from fewstep.networks.fingerprint import fingerprint
 from fewstep.seeding import generator
 
 CLASSIFIER_STEPS = 600
+RETURN_FEATURES = "return_features"
 
 
 class Extractor(Protocol):
-    """uint8 images (B, C, H, W) -> features (B, D)."""
+    """uint8 images (B, C, H, W) -> features (B, D), without gradient."""
 
     name: str
 
     def features(self, images: Tensor) -> Tensor: ...
 
-
-def extract(extractor: Extractor, images: Tensor, batch_size: int = 250) -> Tensor:
-    """Features (N, D) of uint8 images (N, C, H, W), batch by batch, in float64 on the CPU."""
-    with torch.no_grad():
-        return torch.cat([extractor.features(part).double().cpu() for part in images.split(batch_size)])
+    @property
+    def identity(self) -> str:
+        """A hash of what the features are a function of."""
 
 
 class TorchScriptExtractor:
-    """A TorchScript network on `device`: uint8 (B, 3, H, W) -> (B, D); grey images are repeated to RGB."""
+    """A TorchScript network on `device`: uint8 (B, 3, H, W) -> (B, D); grey images are repeated to RGB.
+
+    NVIDIA's `inception-2015-12-05.pt` gives its features where its argument `return_features` is set.
+    """
 
     def __init__(self, path: Path, device: torch.device | str = "cpu"):
         self.device = device
         try:
             self.network = torch.jit.load(str(path), map_location=device).eval()
-        except (RuntimeError, ValueError, OSError) as error:
+            arguments = self.network.forward.schema.arguments[1:]  # without self
+        except (RuntimeError, ValueError, OSError, AttributeError) as error:
             raise UserError(f"{path}: not a readable TorchScript file, nor `classifier` (--features)") from error
         self.path, self.name = path, path.stem
+        required = [argument.name for argument in arguments if not argument.has_default_value()]
+        self.options = {RETURN_FEATURES: True} if RETURN_FEATURES in [argument.name for argument in arguments] else {}
+        if len([name for name in required if name != RETURN_FEATURES]) != 1:
+            raise UserError(
+                f"{path}: wants {', '.join(required) or 'nothing'}; must be called with images alone, uint8 "
+                "(B, 3, H, W), and give features (B, D) (--features)"
+            )
+
+    @property
+    def identity(self) -> str:
+        return hashlib.blake2b(self.path.read_bytes(), digest_size=8).hexdigest()
 
     def features(self, images: Tensor) -> Tensor:
+        shape = (len(images), 3, *images.shape[2:])
         try:
-            return self.network(images.to(self.device).expand(-1, 3, -1, -1)).flatten(1)
-        except RuntimeError as error:
-            shape = (len(images), 3, *images.shape[2:])
+            found = self.network(images.to(self.device).expand(-1, 3, -1, -1), **self.options).flatten(1)
+        except (RuntimeError, AttributeError) as error:
             raise UserError(
                 f"{self.path}: must take uint8 images {shape} and give features (B, D) (--features)"
             ) from error
+        if found.shape[1] > 1 and (found >= 0).all() and ((found.sum(1) - 1).abs() < 1e-3).all():
+            raise UserError(
+                f"{self.path}: gives class probabilities, {found.shape[1]} numbers that sum to 1; a FID is of "
+                "features: give a network that ends in the layer before its classes (--features)"
+            )
+        return found
 
 
 class AutoencoderExtractor:
@@ -61,6 +84,10 @@ class AutoencoderExtractor:
 
     def __init__(self, autoencoder: Any):
         self.autoencoder = autoencoder
+
+    @property
+    def identity(self) -> str:
+        return fingerprint([self.autoencoder])
 
     def features(self, images: Tensor) -> Tensor:
         pixels = to_pixels(images.to(self.autoencoder.device)).to(self.autoencoder.dtype)
@@ -99,6 +126,16 @@ class Classifier(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, num_classes) of uint8 images (B, C, H, W)."""
         return self.head(self.features(images))
+
+    @property
+    def identity(self) -> str:
+        return fingerprint([self])
+
+    def check(self, images: Tensor, numbers: range) -> list[dict[str, bool]]:
+        """Whether each generated image, whose classes come in turn, is recognised as its own."""
+        with torch.no_grad():
+            found = self(images).argmax(1).tolist()
+        return [{"accuracy": label == i % self.num_classes} for i, label in zip(numbers, found, strict=True)]
 
     def accuracy(self, images: Tensor, labels: Tensor) -> float:
         """Share of images that are recognised as their label."""
@@ -151,9 +188,8 @@ def save_classifier(network: Classifier, path: Path) -> None:
         "num_classes": network.num_classes,
         "held_out_accuracy": network.held_out_accuracy,
     }
-    temporary = path.with_name(f".{path.name}.tmp")
-    save_file(network.state_dict(), temporary, metadata={"fewstep": json.dumps(description)})
-    temporary.replace(path)
+    with written_whole(path) as temporary:
+        save_file(network.state_dict(), temporary, metadata={"fewstep": json.dumps(description)})
 
 
 def load_classifier(path: Path) -> Classifier:

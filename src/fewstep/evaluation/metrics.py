@@ -1,102 +1,146 @@
-"""Distances between two sets of images, in the features of any network."""
+"""The metrics of `metric_table`: each a function of its name, from what was gathered of real and of fake images."""
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Collection
 
 import torch
-from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance
+from torch import Tensor
+
+from fewstep.evaluation.gathering import Gathered, Share
+from fewstep.metric_table import METRICS, metrics_of
 
 Interval = tuple[float, float]
+Function = Callable[[Gathered, Gathered], Share | float | None]
+"""From real and fake images to a share, another number, or None where it has no meaning."""
+FUNCTIONS: dict[str, Function] = {}
 Z = 1.959963984540054  # of 95 % of a normal distribution
+NEIGHBOURS = 3  # that a manifold's balls reach to, as in arXiv 1904.06991
+MIN_PER_PROMPT = 4  # images, for a diversity
+KID_BLOCK = 1000  # images, as in arXiv 1801.01401
 
 
-def fid(real: Tensor, fake: Tensor) -> float:
-    """|m - m'|^2 + tr(S + S' - 2 (S S')^(1/2)) of features (N, D) and (M, D), in float64.
-
-    Means m and covariances S of the two sets (arXiv 1706.08500, equation 6).
-    """
-    identity = nn.Identity()  # the features are there already
-    identity.register_buffer("num_features", torch.tensor(real.shape[1]))
-    metric = FrechetInceptionDistance(feature=identity).set_dtype(torch.float64)
-    metric.update(real.double(), real=True)
-    metric.update(fake.double(), real=False)
-    return metric.compute().item()
+def metric(function: Function) -> Function:
+    """Puts a function into the table under its name."""
+    FUNCTIONS[function.__name__] = function
+    return function
 
 
-def fid_interval(real: Tensor, fake: Tensor, num_groups: int = 10) -> Interval:
-    """95 % interval of the FID of M fakes, over what else might have been drawn: FID -+ 1.96 s.
+def measure(
+    real: Gathered, fake: Gathered, needs: Collection[str], intervals: bool = True
+) -> tuple[dict[str, float], dict[str, Interval]]:
+    """The metrics that need nothing but `needs`, and their 95 % intervals where one is known."""
+    values: dict[str, float] = {}
+    found: dict[str, Interval] = {}
+    for name in metrics_of(*needs):
+        value, kind = FUNCTIONS[name](real, fake), METRICS[name].interval
+        if value is None:
+            continue
+        values[name] = value.value if isinstance(value, Share) else value
+        if intervals and isinstance(value, Share) and kind == "wilson":
+            found[name] = wilson_interval(value.value, value.cases)
+        elif intervals and kind == "jackknife":
+            found[name] = jackknife_interval(FUNCTIONS[name], real, fake)
+    return values, found
 
-    s^2 = (g-1)/g sum_i (FID_i - mean)^2, where FID_i lacks the i-th of g groups of fakes (delete-a-group jackknife;
-    Efron and Stein 1981). The reals are taken as they are, and so is FID's bias, which falls with M.
-    """
-    groups = fake.chunk(num_groups)
-    without = [fid(real, torch.cat([*groups[:i], *groups[i + 1 :]])) for i in range(len(groups))]
-    spread = torch.tensor(without, dtype=torch.float64)
-    reach = Z * ((len(groups) - 1) * spread.var(correction=0)).sqrt().item()
-    middle = fid(real, fake)
-    return middle - reach, middle + reach
 
-
-def wilson_interval(share: float, num: int) -> Interval:
-    """The 95 % interval of a share of `num` independent cases (Wilson 1927).
+def wilson_interval(share: float, cases: int) -> Interval:
+    """The 95 % interval of a share p of n independent cases (Wilson 1927).
 
     (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)
     """
-    middle = share + Z**2 / (2 * num)
-    reach = Z * (share * (1 - share) / num + Z**2 / (4 * num**2)) ** 0.5
-    return (middle - reach) / (1 + Z**2 / num), (middle + reach) / (1 + Z**2 / num)
+    middle = share + Z**2 / (2 * cases)
+    reach = Z * (share * (1 - share) / cases + Z**2 / (4 * cases**2)) ** 0.5
+    return (middle - reach) / (1 + Z**2 / cases), (middle + reach) / (1 + Z**2 / cases)
 
 
-def precision_recall(real: Tensor, fake: Tensor, neighbours: int = 3) -> tuple[float, float]:
-    """Share of fakes inside the real manifold, and of reals inside the fake one (arXiv 1904.06991, equations 1 and 2).
+def jackknife_interval(function: Function, real: Gathered, fake: Gathered) -> Interval:
+    """95 % interval of a function of M fakes' sums, over what else might have been drawn: f -+ 1.96 s.
 
-    A manifold is the union of balls around its points that reach to the k-th nearest neighbour; k = 3 as in the paper.
+    s^2 = (g-1)/g sum_i (f_i - mean)^2, where f_i lacks the i-th of g groups of fakes (delete-a-group jackknife; Efron
+    and Stein 1981). The reals are taken as they are, and so is a bias such as FID's, which falls with M.
     """
-    return _share_inside(fake, real, neighbours), _share_inside(real, fake, neighbours)
+    num = len(fake.groups)
+    without = torch.tensor([function(real, fake.without(i)) for i in range(num)], dtype=torch.float64)
+    reach = Z * ((num - 1) * without.var(correction=0)).sqrt().item()
+    middle = float(function(real, fake))  # type: ignore[arg-type]
+    return middle - reach, middle + reach
 
 
-def _share_inside(points: Tensor, manifold: Tensor, neighbours: int, chunk: int = 1000) -> float:
+@metric
+def fid(real: Gathered, fake: Gathered) -> float:
+    """|m - m'|^2 + tr(S + S' - 2 (S S')^(1/2)) of features with means m and covariances S (arXiv 1706.08500, eq. 6).
+
+    The trace of (S S')^(1/2) is that of (S^(1/2) S' S^(1/2))^(1/2), whose eigenvalues are real.
+    """
+    ours, theirs = real.sums, fake.sums
+    shared = torch.linalg.eigvalsh(ours.root @ theirs.covariance @ ours.root).clamp_min(0).sqrt().sum()
+    trace = ours.covariance.trace() + theirs.covariance.trace() - 2 * shared
+    return ((ours.mean - theirs.mean).square().sum() + trace).item()
+
+
+@metric
+def kid(real: Gathered, fake: Gathered) -> float:
+    """The unbiased squared MMD of the kernel (x y / D + 1)^3, the mean over disjoint blocks (arXiv 1801.01401, 4).
+
+    Blocks have about `KID_BLOCK` of the smaller set, so that its cost grows as the number of images.
+    """
+    num_blocks = max(1, min(len(real.features), len(fake.features)) // KID_BLOCK)
+    blocks = zip(*(each.features.tensor_split(num_blocks) for each in (real, fake)), strict=True)
+    return torch.stack([_mmd(x.double(), y.double()) for x, y in blocks]).mean().item()
+
+
+def _mmd(x: Tensor, y: Tensor) -> Tensor:
+    """mean_{i != j} k(x_i, x_j) + mean_{i != j} k(y_i, y_j) - 2 mean k(x_i, y_j)."""
+    return _mean_of_others(_kernel(x, x)) + _mean_of_others(_kernel(y, y)) - 2 * _kernel(x, y).mean()
+
+
+def _kernel(x: Tensor, y: Tensor) -> Tensor:
+    return (x @ y.T / x.shape[1] + 1) ** 3
+
+
+def _mean_of_others(kernel: Tensor) -> Tensor:
+    """Without the diagonal, whose pairs are of one point with itself."""
+    return (kernel.sum() - kernel.trace()) / (len(kernel) * (len(kernel) - 1))
+
+
+@metric
+def precision(real: Gathered, fake: Gathered) -> Share:
+    """Of the fakes, inside the real manifold (arXiv 1904.06991, equations 1 and 2).
+
+    A manifold is the union of balls around its points that reach to the k-th nearest neighbour.
+    """
+    return inside(fake.features, real.features)
+
+
+@metric
+def recall(real: Gathered, fake: Gathered) -> Share:
+    """Of the reals, inside the fake manifold."""
+    return inside(real.features, fake.features)
+
+
+def inside(points: Tensor, manifold: Tensor, neighbours: int = NEIGHBOURS, chunk: int = 1000) -> Share:
+    """How many of points (N, D) lie in the manifold of points (M, D); `chunk` bounds the distances held."""
+    points, manifold = points.double(), manifold.double()
     radii = torch.cat(
         [torch.cdist(part, manifold).kthvalue(neighbours + 1, dim=1).values for part in manifold.split(chunk)]
     )
-    inside = [(torch.cdist(part, manifold) <= radii).any(dim=1) for part in points.split(chunk)]
-    return torch.cat(inside).double().mean().item()
+    hits = sum(int((torch.cdist(part, manifold) <= radii).any(dim=1).sum()) for part in points.split(chunk))
+    return Share(hits, len(points))
 
 
-def diversity(features: Tensor, num_prompts: int) -> float:
-    """Mean distance between two images of one prompt, of features (N, D) whose prompts come in turn."""
-    whole = features[: len(features) // num_prompts * num_prompts].reshape(-1, num_prompts, features.shape[1])
+@metric
+def diversity(real: Gathered, fake: Gathered) -> float | None:
+    """Mean feature distance between two images of one prompt, whose prompts come in turn; None with few of each."""
+    num, features = len(fake.prompts), fake.features
+    if len(features) < MIN_PER_PROMPT * num:
+        return None
+    whole = features[: len(features) // num * num].double().reshape(-1, num, features.shape[1])
     return torch.stack([torch.pdist(of_prompt).mean() for of_prompt in whole.unbind(1)]).mean().item()
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the table; `None` where a number has no meaning."""
-
-    model: str
-    sampler: str | None
-    nfe: int | None
-    fid: float
-    precision: float
-    recall: float
-    accuracy: float | None = None
-    """Of classes, by a classifier."""
-    prompt_accuracy: float | None = None
-    """Share of images with everything as the prompt says; of the embedded shapes, prompts of one object."""
-    two_objects: float | None = None
-    """The same for prompts of two objects."""
-    diversity: float | None = None
-    """Mean feature distance between two images of one prompt."""
-    images_per_second: float | None = None
-    attributes: dict[str, dict[str, float]] | None = None
-    """Of `prompt_accuracy` and `two_objects`, attribute by attribute; not in the table."""
-    intervals: dict[str, Interval] | None = None
-    """95 % intervals by column, where one is known."""
+def checked(name: str) -> Function:
+    """The share of the images in which a classifier or a checker found `name` right."""
+    return lambda real, fake: fake.shares.get(name)
 
 
-def floor_row(real: Tensor, seed: int = 0, **extras: Any) -> Row:
-    """The noise floor: one random half of the real features (N, D) against the other."""
-    order = torch.randperm(len(real), generator=torch.Generator().manual_seed(seed))
-    first, second = real[order].chunk(2)
-    return Row("real", None, None, fid(first, second), *precision_recall(first, second), **extras)
+FUNCTIONS |= {name: checked(name) for name in ("accuracy", "prompt_accuracy", "two_objects")}
+"""Of classes, by a classifier; of images with everything as the prompt says, for prompts of one object and of two."""

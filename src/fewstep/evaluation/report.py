@@ -3,30 +3,22 @@
 import base64
 import io
 import json
-from dataclasses import asdict, fields
+from dataclasses import dataclass, field
 from html import escape
 from importlib.resources import files
 from pathlib import Path
 from string import Template
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import Tensor
 
-from fewstep.evaluation.metrics import Row
+from fewstep.evaluation.metrics import Interval
+from fewstep.files import write_text
+from fewstep.metric_table import METRICS
 from fewstep.pictures import grid, png_bytes
 
-LOWER_IS_BETTER = {"fid"}
-HIGHER_IS_BETTER = {
-    "precision",
-    "recall",
-    "accuracy",
-    "prompt_accuracy",
-    "two_objects",
-    "diversity",
-    "images_per_second",
-}
-BESIDE = ("attributes", "intervals")  # what is not a single value
 CURVES = {
     "denoising_loss": "denoising loss (of the critic, where there is one)",
     "dm_image_grad_norm": "gradient norm at the image: distribution matching",
@@ -35,56 +27,72 @@ CURVES = {
 }
 
 
+@dataclass(frozen=True)
+class Row:
+    """One line of the table; a metric that has no meaning in it is not among its values."""
+
+    model: str
+    sampler: str | None
+    nfe: int | None
+    """Both None for the real images."""
+    values: dict[str, float]
+    intervals: dict[str, Interval] = field(default_factory=dict)
+    """Of 95 %, where one is known."""
+    attributes: dict[str, dict[str, float]] = field(default_factory=dict)
+    """What prompts say, and the share of the images in which it is so: a table of its own per kind of prompt."""
+    grid: bytes = b""
+    """A picture of its first images."""
+
+    @property
+    def title(self) -> str:
+        """Above its grid."""
+        return self.model if self.nfe is None else f"{self.model}, {self.sampler} (nfe {self.nfe})"
+
+    @property
+    def cells(self) -> dict[str, Any]:
+        """By column."""
+        return {"model": self.model, "sampler": self.sampler, "nfe": self.nfe, **self.values}
+
+
 def cell(name: str, value: object) -> str:
     """A value as the table shows it."""
     if value is None:
         return "–"
-    if not isinstance(value, float):
-        return str(value)
-    if name == "images_per_second":
-        return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-    return f"{value:.3f}"
+    return METRICS[name].text(value) if isinstance(value, float) else str(value)
 
 
 def columns(rows: list[Row]) -> list[str]:
-    """The columns in which any row has a single value."""
-    values = [asdict(row) for row in rows]
-    names = [field.name for field in fields(Row) if field.name not in BESIDE]
-    return [name for name in names if any(row[name] is not None for row in values)]
+    """What every row has, and the metrics that any has."""
+    return ["model", "sampler", "nfe", *(name for name in METRICS if any(name in row.values for row in rows))]
 
 
 def text_table(rows: list[Row]) -> Table:
-    """The table for a terminal."""
-    names = columns(rows)
-    heads = [
-        {"images_per_second": "images/s", "prompt_accuracy": "prompt", "two_objects": "two"}.get(n, n) for n in names
-    ]
-    table = Table(*heads, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))  # 78 columns of text
+    """The table for a terminal: what goes into 78 columns of text."""
+    heads = {name: METRICS[name].head if name in METRICS else name for name in columns(rows)}
+    names = [name for name, head in heads.items() if head is not None]
+    table = Table(*(heads[name] or name for name in names), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for index, column in enumerate(table.columns):
         column.justify = "left" if index < 2 else "right"
     for row in rows:
         style = "bold" if row.sampler == "student" else None
-        table.add_row(*(cell(name, getattr(row, name)) for name in names), style=style)
+        table.add_row(*(cell(name, row.cells.get(name)) for name in names), style=style)
     return table
 
 
 def write_json(rows: list[Row], path: Path) -> None:
     """results.json: a list of rows, without what no row has; whole or not at all."""
-    kept = [*columns(rows), *(name for name in BESIDE if any(getattr(row, name) for row in rows))]
-    lines = [{name: getattr(row, name) for name in kept} for row in rows]
-    _write(path, json.dumps(lines, indent=2) + "\n")
+    names = columns(rows)
+    lines = [{name: row.cells.get(name) for name in names} for row in rows]
+    for beside in ("attributes", "intervals"):
+        if any(getattr(row, beside) for row in rows):
+            lines = [line | {beside: getattr(row, beside) or None} for line, row in zip(lines, rows, strict=True)]
+    write_text(path, json.dumps(lines, indent=2) + "\n")
 
 
 def write_page(
-    rows: list[Row],
-    grids: dict[str, bytes],
-    curves: dict[str, list[dict]],
-    path: Path,
-    title: str,
-    summary: str,
-    notes: str,
+    rows: list[Row], curves: dict[str, list[dict[str, float]]], path: Path, title: str, summary: str, notes: str
 ) -> None:
-    """report.html: the table, a picture (PNG bytes) per name of `grids`, and curves from each run's metrics."""
+    """report.html: the table, every row's grid, and curves from each run's metrics."""
     template = Template((files("fewstep.evaluation") / "report.html").read_text())
     page = template.substitute(
         title=escape(title),
@@ -92,10 +100,10 @@ def write_page(
         notes=escape(notes),
         table=_html_table(rows),
         attributes=_attribute_tables(rows),
-        grids="\n".join(_figure(name, picture) for name, picture in grids.items()),
+        grids="\n".join(_figure(row.title, row.grid) for row in rows),
         curves=_curve_section(curves),
     )
-    _write(path, page)
+    write_text(path, page)
 
 
 def sample_grid(images: Tensor, columns: int = 10) -> bytes:
@@ -103,57 +111,50 @@ def sample_grid(images: Tensor, columns: int = 10) -> bytes:
     return png_bytes(grid(images, columns))
 
 
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
 def _html_table(rows: list[Row]) -> str:
     names = columns(rows)
-    head = "".join(f"<th>{name.replace('_', ' ')}</th>" for name in names)
     best = {name: _best(rows, name) for name in names}
-    lines = [f"<table><thead><tr>{head}</tr></thead><tbody>"]
-    for row in rows:
-        cells = ""
-        for name in names:
-            value = getattr(row, name)
-            mark = ' class="best"' if row.nfe is not None and value is not None and value == best[name] else ""
-            cells += f"<td{mark}>{escape(cell(name, value))}{_interval(row, name)}</td>"
-        lines.append(f'<tr class="{"student" if row.sampler == "student" else ""}">{cells}</tr>')
-    return "\n".join([*lines, "</tbody></table>"])
+    return _table([[_cell(row, name, best[name]) for name in names] for row in rows], names, rows)
 
 
-def _interval(row: Row, name: str) -> str:
-    """The 95 % interval under a value, where one is known."""
-    if name not in (row.intervals or {}):
-        return ""
-    low, high = row.intervals[name]  # type: ignore[index]
-    return f"<small>{cell(name, low)} … {cell(name, high)}</small>"
+def _table(lines: list[list[str]], names: list[str], rows: list[Row]) -> str:
+    """Cells as HTML, one line per row; students are marked."""
+    head = "".join(f"<th>{name.replace('_', ' ')}</th>" for name in names)
+    body = [
+        f'<tr class="{"student" if row.sampler == "student" else ""}">{"".join(line)}</tr>'
+        for line, row in zip(lines, rows, strict=True)
+    ]
+    return "\n".join([f"<table><thead><tr>{head}</tr></thead><tbody>", *body, "</tbody></table>"])
+
+
+def _cell(row: Row, name: str, best: float | None = None) -> str:
+    """A value, marked where it is the best of the models, with its 95 % interval below where one is known."""
+    value, interval = row.cells.get(name), row.intervals.get(name)
+    mark = ' class="best"' if row.nfe is not None and value is not None and value == best else ""
+    below = f"<small>{' … '.join(cell(name, end) for end in interval)}</small>" if interval else ""
+    return f"<td{mark}>{escape(cell(name, value))}{below}</td>"
 
 
 def _attribute_tables(rows: list[Row]) -> str:
     """Prompt accuracy attribute by attribute, one table per kind of prompt; "" where no row has any."""
-    told = [(row, row.attributes) for row in rows if row.attributes]
-    return "\n".join(_attribute_table(kind, told) for kind in told[0][1]) if told else ""
+    told = [row for row in rows if row.attributes]
+    return "\n".join(_attribute_table(kind, told) for kind in told[0].attributes) if told else ""
 
 
-def _attribute_table(kind: str, told: list[tuple[Row, dict[str, dict[str, float]]]]) -> str:
-    names = list(told[0][1][kind])
-    head = "".join(f"<th>{name}</th>" for name in ("model", "sampler", *names))
-    lines = [f"<h2>{kind.replace('_', ' ')}, attribute by attribute</h2>", f"<table><thead><tr>{head}</tr></thead>"]
-    for row, shares in told:
-        values = [row.model, row.sampler, *(shares[kind][name] for name in names)]
-        lines.append("<tr>" + "".join(f"<td>{escape(cell('', value))}</td>" for value in values) + "</tr>")
-    return "\n".join([*lines, "</table>"])
+def _attribute_table(kind: str, rows: list[Row]) -> str:
+    names = list(rows[0].attributes[kind])
+    shares = [[f"<td>{row.attributes[kind][name]:.3f}</td>" for name in names] for row in rows]
+    lines = [[_cell(row, "model"), _cell(row, "sampler"), *line] for row, line in zip(rows, shares, strict=True)]
+    title = f"<h2>{kind.replace('_', ' ')}, attribute by attribute</h2>\n"
+    return title + _table(lines, ["model", "sampler", *names], rows)
 
 
 def _best(rows: list[Row], name: str) -> float | None:
     """The best value of a column among the models; the row of the real images does not compete."""
-    values = [getattr(row, name) for row in rows if row.nfe is not None and getattr(row, name) is not None]
-    if not values or name not in LOWER_IS_BETTER | HIGHER_IS_BETTER:
+    values = [row.values[name] for row in rows if row.nfe is not None and name in row.values]
+    if not values:
         return None
-    return min(values) if name in LOWER_IS_BETTER else max(values)
+    return min(values) if METRICS[name].better == "lower" else max(values)
 
 
 def _figure(caption: str, picture: bytes) -> str:
@@ -162,7 +163,7 @@ def _figure(caption: str, picture: bytes) -> str:
     return f"<figure><figcaption>{escape(caption)}</figcaption>{image}</figure>"
 
 
-def _curve_section(curves: dict[str, list[dict]]) -> str:
+def _curve_section(curves: dict[str, list[dict[str, float]]]) -> str:
     if not curves:
         return ""
     return (
@@ -170,7 +171,7 @@ def _curve_section(curves: dict[str, list[dict]]) -> str:
     )
 
 
-def _curve_picture(curves: dict[str, list[dict]]) -> bytes:
+def _curve_picture(curves: dict[str, list[dict[str, float]]]) -> bytes:
     """One panel per metric, one line per run."""
     import matplotlib
 

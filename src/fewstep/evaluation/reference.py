@@ -1,0 +1,102 @@
+"""The real images that a judge compares with: gathered once, and what was gathered kept beside the runs."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fewstep.data.images import ImageSet, Unusable
+from fewstep.data.settings import DataSettings
+from fewstep.embedded import shapes
+from fewstep.evaluation.gathering import Gathered, Share, Sums
+from fewstep.files import written_whole
+from fewstep.seeding import generator
+
+FETCH = 32  # images at once
+TENSORS = ("total", "products", "features", "pictures")  # of a kept file
+TWO_OBJECT_PROMPTS = 80  # beside the 240 of one object, as in the training pictures
+
+
+def kept(path: Path, make: Callable[[], Gathered]) -> Gathered:
+    """What the file holds, or what `make` gathers, which is kept there; a file that can't be read is made again."""
+    if path.exists():
+        with suppress(OSError, SafetensorError, ValueError, KeyError, TypeError):
+            return _load(path)
+    made = make()
+    sums, facts = made.sums, {"count": made.sums.count, "shares": made.shares, "prompts": list(made.prompts)}
+    tensors = (sums.total, sums.products, made.features, made.pictures)
+    with written_whole(path) as temporary:
+        save_file(dict(zip(TENSORS, tensors, strict=True)), temporary, metadata={"fewstep": json.dumps(facts)})
+    return made
+
+
+def _load(path: Path) -> Gathered:
+    with safe_open(path, "pt") as file:
+        facts = json.loads(file.metadata()["fewstep"])
+        total, products, features, pictures = map(file.get_tensor, TENSORS)
+    shares = {name: Share(*share) for name, share in facts["shares"].items()}
+    return Gathered([Sums(facts["count"], total, products)], features, pictures, shares, facts["prompts"])
+
+
+def place(folder: Path, kind: str, data: DataSettings, *facts: object) -> Path:
+    """Where something is kept that follows from a data source and from further facts, by their repr."""
+    digest = hashlib.blake2b(
+        repr((data, *facts)).encode(), digest_size=8
+    ).hexdigest()  # two folders may be called train
+    return folder / f"{kind}-{Path(str(data.source)).stem}-{digest}.safetensors"
+
+
+def identity(images: ImageSet, data: DataSettings) -> str:
+    """A hash of what a set is known to be without decoding it: its files, number, labels and captions."""
+    source = Path(str(data.source))
+    files = sorted(source.rglob("*")) if source.is_dir() else [source] if source.exists() else []
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    labels = None if images.labels is None else images.labels.tolist()
+    return hashlib.blake2b(repr((images.length, labels, list(images.captions or ()), stats)).encode()).hexdigest()
+
+
+def random_order(images: ImageSet) -> Tensor:
+    return torch.randperm(images.length, generator=generator(0, "reference"))
+
+
+def labelled_batches(images: ImageSet, num: int) -> Iterator[Tensor]:
+    """`num` of the images in random order."""
+    return (images.fetch(part) for part in random_order(images)[:num].split(FETCH))
+
+
+def captioned_batches(images: ImageSet, num: int, captions: list[str]) -> Iterator[Tensor]:
+    """At most `num` of the images in random order, whose captions are appended; without what latents leave out too."""
+    usable = islice(filter(None, (_usable(images, index) for index in random_order(images))), num)
+    while batches := list(islice(usable, FETCH)):
+        captions += [batch["caption"][0] for batch in batches]
+        yield torch.cat([batch["image"] for batch in batches])
+
+
+def _usable(images: ImageSet, index: Tensor) -> dict[str, Any]:
+    with suppress(Unusable):
+        return images.batch(index[None])
+    return {}
+
+
+def drawn_batches(prompts: list[str], num: int) -> Iterator[Tensor]:
+    """`num` pictures of the embedded shapes, drawn for the prompts in turn."""
+    scenes = [scene for prompt in prompts if (scene := shapes.parse(prompt))]
+    draws = generator(0, "reference")
+    for first in range(0, num, FETCH):
+        yield shapes.render([scenes[i % len(scenes)] for i in range(first, min(first + FETCH, num))], draws)
+
+
+def evaluation_prompts() -> list[str]:
+    """The prompts that models of the embedded shapes are judged on: one object and two objects, mixed."""
+    one, two = shapes.one_object_scenes(), shapes.two_object_scenes(TWO_OBJECT_PROMPTS)
+    share = len(one) // len(two)
+    mixed = [scene for index, last in enumerate(two) for scene in (*one[index * share : (index + 1) * share], last)]
+    return [scene.caption for scene in mixed]

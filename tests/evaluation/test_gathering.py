@@ -1,0 +1,95 @@
+"""Sums, features and counts of a stream of images are those of the whole set, and the images are let go."""
+
+import weakref
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+
+from fewstep.errors import UserError
+from fewstep.evaluation import gathering, metrics
+from fewstep.evaluation.gathering import gather
+
+SIDE, DIM = 6, 12
+PROJECTION = torch.randint(-3, 4, (SIDE * SIDE, DIM), generator=torch.Generator().manual_seed(9)).float()  # exact
+EXTRACTOR = SimpleNamespace(name="projection", features=lambda images: images.flatten(1).float() @ PROJECTION)
+
+
+class Given(nn.Module):
+    """The features are there already."""
+
+    num_features = DIM
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features
+
+
+def images(num: int, seed: int = 0) -> Tensor:
+    return torch.randint(0, 256, (num, 1, SIDE, SIDE), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 103, 500])
+def test_what_a_stream_leaves_is_what_the_whole_set_gives(batch_size: int) -> None:
+    """Torchmetrics' FID to 1e-9, all else exactly, in any batches."""
+    real, fake = images(300), images(103, 1) // 2
+    metric = FrechetInceptionDistance(feature=Given()).set_dtype(torch.float64)
+    metric.update(EXTRACTOR.features(real).double(), real=True)
+    metric.update(EXTRACTOR.features(fake).double(), real=False)
+    ours = gather(real.split(64), EXTRACTOR, 300, "real")
+    found = gather(fake.split(batch_size), EXTRACTOR, 103, "fake", num_groups=10)
+    features = EXTRACTOR.features(fake)
+    assert metrics.fid(ours, found) == pytest.approx(metric.compute().item(), rel=1e-9)
+    assert torch.equal(found.features, features)
+    assert torch.equal(found.pictures, fake[:40])
+    for group, part in zip(found.groups, features.double().chunk(10), strict=True):
+        assert group.count == len(part)
+        assert torch.equal(group.total, part.sum(0))
+        assert torch.equal(group.products, part.T @ part)
+    assert torch.equal(found.without(3).sums.total, features.double().sum(0) - found.groups[3].total)
+    torch.testing.assert_close(found.sums.covariance, torch.cov(features.double().T))
+
+
+def test_the_images_of_a_stream_are_let_go() -> None:
+    """However many there are, no more than two batches are alive beside the one that is being made."""
+    alive: list[weakref.ref[Tensor]] = []
+    most = 0
+
+    def stream() -> Iterator[Tensor]:
+        nonlocal most
+        for seed in range(40):
+            batch = images(50, seed)
+            alive.append(weakref.ref(batch))
+            most = max(most, sum(each() is not None for each in alive))
+            yield batch
+
+    def check(batch: Tensor, numbers: range) -> list[dict[str, bool]]:
+        return [{"even": number % 2 == 0} for number in numbers]
+
+    found = gather(stream(), EXTRACTOR, 2000, "source", check=check)
+    assert most <= 3
+    assert found.sums.count == 2000
+    assert found.shares == {"even": (1000, 2000)}
+    assert found.pictures.untyped_storage().nbytes() == 40 * SIDE * SIDE
+
+
+def test_beyond_a_bound_only_the_sums_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gathering, "MAX_KEPT", 120)
+    found = gather(images(300).split(50), EXTRACTOR, 300, "source")
+    assert torch.equal(found.features, EXTRACTOR.features(images(300)[:120]))
+    assert found.features.untyped_storage().nbytes() == 120 * DIM * 4
+    assert torch.equal(found.sums.total, EXTRACTOR.features(images(300)).double().sum(0))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_features_that_are_not_finite_are_named_with_their_source(value: float) -> None:
+    broken = SimpleNamespace(name="net", features=lambda images: images.flatten(1) * torch.tensor(value))
+    with pytest.raises(UserError, match="student@500: features of net are not finite"):
+        gather(images(10).split(5), broken, 10, "student@500")
+
+
+def test_nothing_to_judge_is_told() -> None:
+    with pytest.raises(UserError, match=r"data\.source: no images"):
+        gather([], EXTRACTOR, 0, "data.source")
