@@ -1,12 +1,11 @@
-"""Command lines in a copy of the `workshop` that a test file makes; files of other needs have a `run` of their own."""
+"""Command lines in a copy of the `workshop` that a test file makes, or in the `workplace` itself."""
 
 import shutil
 from pathlib import Path
 
 import pytest
 
-from command_line import Answer, Run
-from fewstep.cli import main
+from command_line import Run, Tell, fewstep
 
 
 @pytest.fixture
@@ -19,13 +18,19 @@ def place(workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 
 
 @pytest.fixture
-def run(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Run:
-    """Runs a command line; gives exit code, standard output and standard error."""
+def run(place: Path) -> Run:
+    """Runs a command line there; gives exit code, standard output and standard error."""
+    return fewstep
 
-    def command(line: str) -> Answer:
-        monkeypatch.setattr("sys.argv", line.split())
-        with pytest.raises(SystemExit) as ended:
-            main()
-        return ended.value.code, *capsys.readouterr()
 
-    return command
+@pytest.fixture
+def tell(workplace: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Tell:
+    """Runs a command line in the work place that a test file's tests share; gives exit code and standard error."""
+    monkeypatch.chdir(workplace)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path))
+
+    def answer(line: str) -> tuple[int, str]:
+        code, _, error = fewstep(line)
+        return code, error
+
+    return answer

@@ -1,8 +1,11 @@
-"""From a diffusers folder of SD or SDXL to a student of it, through the command line."""
+"""From SD or SDXL as a folder, a file or on the hub to a student of it; what checkpoints cost, and what is where."""
 
 import csv
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,11 +13,16 @@ import torch
 from diffusers import LCMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
 
-from fewstep.cli import main
+from command_line import Tell, refused
+from fake_hub import fake_hub, point_to
+from fewstep.models.latent_model import LatentModel
 from fewstep.models.loading.pretrained import load
 from fewstep.models.sampler import draw_noise
+from fewstep.training.dmd2 import DMD2
+from single_files import original_weights, write_single_file
 from tiny_pipelines import TINY
 
+CLOSED = "http://127.0.0.1:9"
 RECIPE = """
 kind: distill
 teacher: teacher
@@ -30,9 +38,12 @@ critic: {optimizer: {lr: 1e-3}}
 
 @pytest.fixture(scope="module", params=TINY)
 def workplace(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A teacher's folder, a folder of captioned pictures, and a recipe."""
+    """A teacher as a folder, as a file and as a folder without weights; captioned pictures; a recipe."""
     folder = tmp_path_factory.mktemp(request.param)
-    TINY[request.param](folder / "scratch").save_pretrained(folder / "teacher")
+    pipeline = TINY[request.param](folder / "scratch")
+    pipeline.save_pretrained(folder / "teacher")
+    write_single_file(folder / "tuned.safetensors", original_weights(pipeline))
+    shutil.copytree(folder / "teacher", folder / "config", ignore=shutil.ignore_patterns("*.safetensors"))
     (folder / "pictures").mkdir()
     with (folder / "pictures" / "metadata.csv").open("w") as file:
         rows = csv.writer(file)
@@ -44,36 +55,14 @@ def workplace(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return folder
 
 
-@pytest.fixture
-def run(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path):
-    """Runs a command line in the work place; gives exit code and standard error."""
-    monkeypatch.chdir(workplace)
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path))
-
-    def command(line: str) -> tuple[int, str]:
-        monkeypatch.setattr("sys.argv", line.split())
-        with pytest.raises(SystemExit) as ended:
-            main()
-        return ended.value.code, capsys.readouterr().err
-
-    return command
-
-
-def refused(answer: tuple[int, str], *fragments: str) -> None:
-    code, error = answer
-    assert code == 2, error
-    assert error.count("\n") == 1, error
-    assert all(fragment in error for fragment in fragments), error
-
-
-def test_distil_sample_and_open_in_diffusers(run, workplace: Path) -> None:
-    assert run("fewstep distill recipe.yaml --out student") == (0, "")
+def test_distil_sample_and_open_in_diffusers(tell: Tell, workplace: Path) -> None:
+    assert tell("fewstep distill recipe.yaml --out student") == (0, "")
     (model_folder,) = (workplace / "student" / "checkpoints").glob("*/model")
     teacher, student = load(workplace / "teacher"), load(model_folder)
     assert student.timesteps == [999, 499]
     pairs = zip(teacher.denoiser.parameters(), student.denoiser.parameters(), strict=True)
     assert any(not torch.equal(a, b) for a, b in pairs)
-    assert run("fewstep sample student --prompt cat --num 2 --out cat.png") == (0, "")
+    assert tell("fewstep sample student --prompt cat --num 2 --out cat.png") == (0, "")
     assert Image.open(workplace / "cat.png").width > 32
     kind = StableDiffusionXLPipeline if (model_folder / "text_encoder_2").exists() else StableDiffusionPipeline
     pipeline = kind.from_pretrained(model_folder)
@@ -101,18 +90,18 @@ def test_distil_sample_and_open_in_diffusers(run, workplace: Path) -> None:
     "settings",
     ["gan.student_weight=0 --set gan.critic_weight=0", "student.num_timesteps=1 --set student.timesteps=[399]"],
 )
-def test_the_other_recipes_of_the_paper_run(run, settings: str, tmp_path: Path) -> None:
-    assert run(f"fewstep distill recipe.yaml --out {tmp_path}/run --set {settings}") == (0, "")
+def test_the_other_recipes_of_the_paper_run(tell: Tell, settings: str, tmp_path: Path) -> None:
+    assert tell(f"fewstep distill recipe.yaml --out {tmp_path}/run --set {settings}") == (0, "")
 
 
 SIZES = "--set teacher=teacher --set data.source=pictures --set num_steps=2 --set batch_size=2"
 
 
 @pytest.mark.parametrize("name", ["sd15-1step", "sdxl-1step", "sdxl-4step"])
-def test_the_packaged_recipes_run_on_any_folder(run, workplace: Path, name: str, tmp_path: Path) -> None:
-    assert run(f"fewstep distill {name} --out {tmp_path}/run {SIZES} --set init_from=null") == (0, "")
-    assert run(f"fewstep sample {tmp_path}/run --prompt cat --num 2 --out {tmp_path}/cat.png") == (0, "")
-    assert run(f"fewstep evaluate {tmp_path}/run --num-samples 100 --out {tmp_path}/judged") == (0, "")
+def test_the_packaged_recipes_run_on_any_folder(tell: Tell, workplace: Path, name: str, tmp_path: Path) -> None:
+    assert tell(f"fewstep distill {name} --out {tmp_path}/run {SIZES} --set init_from=null") == (0, "")
+    assert tell(f"fewstep sample {tmp_path}/run --prompt cat --num 2 --out {tmp_path}/cat.png") == (0, "")
+    assert tell(f"fewstep evaluate {tmp_path}/run --num-samples 100 --out {tmp_path}/judged") == (0, "")
     real, student = json.loads((tmp_path / "judged" / "results.json").read_text())
     assert student["nfe"] == len(load(next((tmp_path / "run" / "checkpoints").glob("*/model"))).timesteps)
     assert student["fid"] > real["fid"] > 0
@@ -132,13 +121,13 @@ class Brightness(torch.nn.Module):
 
 
 @pytest.mark.parametrize("choice", ["", "@best-fid", "@2"])
-def test_the_two_stages_of_sd_with_judging_on_the_way(run, workplace: Path, choice: str, tmp_path: Path) -> None:
+def test_the_two_stages_of_sd_with_judging_on_the_way(tell: Tell, workplace: Path, choice: str, tmp_path: Path) -> None:
     """Stage 1 judges itself, stage 2 starts from it with the GAN, and its student can be sampled."""
     features, first, second = tmp_path / "features.pt", tmp_path / "runs" / "first", tmp_path / "runs" / "second"
     torch.jit.script(Brightness()).save(features)
     judging = f"--set evaluation.every=2 --set evaluation.num_samples=12 --set evaluation.features={features}"
     long = f"{SIZES.replace('num_steps=2', 'num_steps=6')} --set student_every=2 {judging}"
-    assert run(f"fewstep distill sd15-1step --out {first} {long} --set student.optimizer.lr=1e-2") == (0, "")
+    assert tell(f"fewstep distill sd15-1step --out {first} {long} --set student.optimizer.lr=1e-2") == (0, "")
     lines = [json.loads(line) for line in (first / "evaluations.jsonl").read_text().splitlines()]
     assert [(line["step"], line.keys() - {"step"}) for line in lines] == [
         (step, {"fid", "precision", "recall"}) for step in (2, 4, 6)
@@ -148,10 +137,10 @@ def test_the_two_stages_of_sd_with_judging_on_the_way(run, workplace: Path, choi
     assert {int(path.name) for path in (first / "checkpoints").iterdir()} == kept
     step = {"": 6, "@best-fid": best(lines, "fid")["step"], "@2": 2}[choice]
     if step not in kept:
-        refused(run(f"fewstep distill sd15-1step-gan --out {second} {SIZES} --set init_from={first}{choice}"), "@2")
+        refused(tell(f"fewstep distill sd15-1step-gan --out {second} {SIZES} --set init_from={first}{choice}"), "@2")
         return
     slow = "--set student.optimizer.lr=1e-12 --set student.optimizer.weight_decay=0"
-    assert run(f"fewstep distill sd15-1step-gan --out {second} {SIZES} {slow} --set init_from={first}{choice}") == (
+    assert tell(f"fewstep distill sd15-1step-gan --out {second} {SIZES} {slow} --set init_from={first}{choice}") == (
         0,
         "",
     )
@@ -163,52 +152,52 @@ def test_the_two_stages_of_sd_with_judging_on_the_way(run, workplace: Path, choi
     teacher = load(workplace / "teacher").denoiser.state_dict()
     assert any((teacher[name] - after[name]).abs().max() > 1e-3 for name in before)
     assert json.loads((second / "metrics.jsonl").read_text().splitlines()[-1])["gan_critic_loss"] > 0
-    assert run(f"fewstep sample {second} --prompt cat --num 2 --out {tmp_path}/cat.png") == (0, "")
+    assert tell(f"fewstep sample {second} --prompt cat --num 2 --out {tmp_path}/cat.png") == (0, "")
 
 
 def best(lines: list[dict], metric: str) -> dict:
     return (min if metric == "fid" else max)(lines, key=lambda line: line[metric])
 
 
-def test_judging_captions_by_a_classifier_is_refused(run, tmp_path: Path) -> None:
-    answer = run(
+def test_judging_captions_by_a_classifier_is_refused(tell: Tell, tmp_path: Path) -> None:
+    answer = tell(
         f"fewstep distill recipe.yaml --out {tmp_path}/x --set evaluation.every=2 --set evaluation.features=classifier"
     )
     refused(answer, "features: ", "give autoencoder or a file")
     assert not (tmp_path / "x").exists()
 
 
-def test_a_stopped_run_goes_on_to_the_same_weights(run, tmp_path: Path) -> None:
+def test_a_stopped_run_goes_on_to_the_same_weights(tell: Tell, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert run(f"fewstep distill recipe.yaml --out {whole} --set checkpoint_every=2") == (0, "")
+    assert tell(f"fewstep distill recipe.yaml --out {whole} --set checkpoint_every=2") == (0, "")
     shutil.copytree(whole, parts)
     shutil.rmtree(parts / "checkpoints" / "00000004")
-    assert run(f"fewstep distill recipe.yaml --out {parts} --set checkpoint_every=2 --resume") == (0, "")
+    assert tell(f"fewstep distill recipe.yaml --out {parts} --set checkpoint_every=2 --resume") == (0, "")
     ours, theirs = (load(folder / "checkpoints" / "00000004" / "model") for folder in (whole, parts))
     pairs = zip(ours.denoiser.parameters(), theirs.denoiser.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
-def test_what_does_not_fit_is_refused_in_one_line(run, workplace: Path, tmp_path: Path) -> None:
-    refused(run("fewstep sample teacher"), "--prompt")
-    refused(run("fewstep sample teacher --prompt x --label 3"), "no --class")
-    refused(run(f"fewstep distill recipe.yaml --out {tmp_path}/x --set data.caption_column=words"), "caption_column")
-    refused(run(f"fewstep distill recipe.yaml --out {tmp_path}/x --set student.timesteps=[999,0.5]"), "integers")
+def test_what_does_not_fit_is_refused_in_one_line(tell: Tell, workplace: Path, tmp_path: Path) -> None:
+    refused(tell("fewstep sample teacher"), "--prompt")
+    refused(tell("fewstep sample teacher --prompt x --label 3"), "no --class")
+    refused(tell(f"fewstep distill recipe.yaml --out {tmp_path}/x --set data.caption_column=words"), "caption_column")
+    refused(tell(f"fewstep distill recipe.yaml --out {tmp_path}/x --set student.timesteps=[999,0.5]"), "integers")
     index = json.loads((workplace / "teacher" / "model_index.json").read_text())
     shutil.copytree(workplace / "teacher", tmp_path / "other")
     (tmp_path / "other" / "model_index.json").write_text(json.dumps({**index, "_class_name": "FluxPipeline"}))
-    refused(run(f"fewstep sample {tmp_path}/other --prompt x"), "FluxPipeline", "StableDiffusionXLPipeline")
+    refused(tell(f"fewstep sample {tmp_path}/other --prompt x"), "FluxPipeline", "StableDiffusionXLPipeline")
     (tmp_path / "other" / "model_index.json").write_text(json.dumps({**index, "unet": ["evil", "Network"]}))
     (tmp_path / "other" / "unet" / "evil.py").write_text("open('ran', 'w')\nclass Network: pass\n")
-    refused(run(f"fewstep sample {tmp_path}/other --prompt x"), "unet (evil)", "never run")
+    refused(tell(f"fewstep sample {tmp_path}/other --prompt x"), "unet (evil)", "never run")
     assert not (workplace / "ran").exists()
     shutil.copytree(workplace / "teacher", tmp_path / "torn")
     shutil.rmtree(tmp_path / "torn" / "text_encoder")
-    refused(run(f"fewstep sample {tmp_path}/torn --prompt x"), "torn", "text_encoder")
+    refused(tell(f"fewstep sample {tmp_path}/torn --prompt x"), "torn", "text_encoder")
     shutil.copytree(workplace / "pictures", tmp_path / "pictures")
     lines = (tmp_path / "pictures" / "metadata.csv").read_text().splitlines()
     (tmp_path / "pictures" / "metadata.csv").write_text("\n".join([*lines[:-2], "4.png,", "5.png,"]))
-    refused(run(f"fewstep distill recipe.yaml --out {tmp_path}/x --set data.source={tmp_path}/pictures"), "2 of 12")
+    refused(tell(f"fewstep distill recipe.yaml --out {tmp_path}/x --set data.source={tmp_path}/pictures"), "2 of 12")
     assert not (tmp_path / "x").exists()
 
 
@@ -219,5 +208,154 @@ def test_what_does_not_fit_is_refused_in_one_line(run, workplace: Path, tmp_path
         "precision=bfloat16 --set evaluation.every=2 --set evaluation.num_samples=12",
     ],
 )
-def test_what_needs_real_images_without_a_gan_or_judges_in_bfloat16_runs(run, settings: str, tmp_path: Path) -> None:
-    assert run(f"fewstep distill recipe.yaml --out {tmp_path}/run --set {settings}") == (0, "")
+def test_real_images_without_a_gan_and_judging_in_bfloat16(tell: Tell, settings: str, tmp_path: Path) -> None:
+    assert tell(f"fewstep distill recipe.yaml --out {tmp_path}/run --set {settings}") == (0, "")
+
+
+# --- a file, or the hub ----------------------------------------------------------------------------------------------
+
+
+def student_of(run_folder: Path) -> list[torch.Tensor]:
+    (model,) = (run_folder / "checkpoints").glob("*/model")
+    return list(load(model).denoiser.parameters())
+
+
+def test_a_student_of_the_file_or_of_the_hub_is_the_student_of_the_folder(
+    tell: Tell, workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = "--set teacher=tuned.safetensors --set teacher_config=config"
+    assert tell(f"fewstep distill recipe.yaml --out {tmp_path}/folder") == (0, "")
+    assert tell(f"fewstep distill recipe.yaml --out {tmp_path}/file {file}") == (0, "")
+    with fake_hub({"owner/name": workplace / "teacher"}, tmp_path / "cache", monkeypatch):
+        code, _ = tell(f"fewstep distill recipe.yaml --out {tmp_path}/hub --set teacher=owner/name")  # shows progress
+    assert code == 0
+    expected = student_of(tmp_path / "folder")
+    for source in ("file", "hub"):
+        for ours, theirs in zip(student_of(tmp_path / source), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    line = f"fewstep distill recipe.yaml --out {tmp_path}/file --resume {file}"
+    assert tell(line) == (0, "")
+    code, error = tell(f"{line} --set teacher_prediction_type=v_prediction")
+    assert code == 2
+    assert "teacher_prediction_type" in error
+
+
+def test_samples_of_the_file_are_samples_of_the_folder(tell: Tell, tmp_path: Path) -> None:
+    options = "--prompt cat --num 2 --sampler ddim:2 --guidance 2 --out"
+    assert tell(f"fewstep sample teacher {options} {tmp_path}/folder.png") == (0, "")
+    assert tell(f"fewstep sample tuned.safetensors --config config {options} {tmp_path}/file.png") == (0, "")
+    assert tell(f"fewstep sample teacher --prediction-type v_prediction {options} {tmp_path}/v.png") == (0, "")
+    pixels = {name: Image.open(tmp_path / f"{name}.png").tobytes() for name in ("folder", "file", "v")}
+    assert pixels["file"] == pixels["folder"] != pixels["v"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "fragments"),
+    [
+        ("teacher=tuned.safetensors", ["tuned.safetensors", "teacher_config", "can't be reached"]),
+        ("teacher=owner/name", ["owner/name", "can't be reached", "local folder"]),
+        ("teacher=gone.safetensors", ["gone.safetensors", "no such file"]),
+        ("teacher=model.ckpt", ["model.ckpt", "only .safetensors"]),
+        ("teacher=pictures/gone", ["pictures/gone", "neither a folder"]),
+        ("teacher=tuned.safetensors --set teacher_config=pictures", ["pictures", "model_index.json"]),
+        ("teacher=digits-teacher --set teacher_config=config", ["digits-teacher", "takes no teacher_config"]),
+        ("teacher_config=config", ["teacher", "only a single .safetensors file"]),
+        ("teacher_prediction_type=noise", ["teacher_prediction_type", "v_prediction"]),
+    ],
+)
+def test_what_can_not_be_opened_is_one_line_before_anything_is_written(
+    tell: Tell, workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: str, fragments: list[str]
+) -> None:
+    point_to(CLOSED, tmp_path / "cache", monkeypatch)
+    (workplace / "model.ckpt").write_bytes(b"\x80\x04N.")
+    before = sorted(workplace.rglob("*"))
+    code, error = tell(f"fewstep distill recipe.yaml --out {tmp_path}/run --set {settings}")
+    assert code == 2
+    assert error.count("\n") == 1, error
+    assert all(fragment in error for fragment in fragments), error
+    assert not (tmp_path / "run").exists()
+    assert sorted(workplace.rglob("*")) == before
+
+
+def test_a_hub_that_can_not_be_reached_is_one_line(tmp_path: Path) -> None:
+    environment = {**os.environ, "HF_ENDPOINT": CLOSED, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
+    answer = subprocess.run(
+        [sys.executable, "-c", "from fewstep.cli import main; main()", "sample", "owner/name", "--prompt", "x"],
+        cwd=tmp_path,
+        env=environment | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert answer.returncode == 2, answer.stderr
+    assert answer.stderr.count("\n") == 1, answer.stderr
+    assert "owner/name" in answer.stderr
+    assert "name a local folder" in answer.stderr
+    assert not (tmp_path / "samples.png").exists()
+
+
+# --- what checkpoints cost -------------------------------------------------------------------------------------------
+
+
+def disk_use(folder: Path) -> int:
+    """Bytes of the files in a folder, every inode once."""
+    return sum({path.stat().st_ino: path.stat().st_size for path in folder.rglob("*") if path.is_file()}.values())
+
+
+def test_a_checkpoint_costs_the_unet_and_its_state(tell: Tell, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert tell(f"fewstep distill recipe.yaml --out {out} --set checkpoint_every=2") == (0, "")
+    first, second = sorted((out / "checkpoints").iterdir())
+    shutil.rmtree(second)
+    before = disk_use(out)
+    assert tell(f"fewstep distill recipe.yaml --out {out} --set checkpoint_every=2 --resume") == (0, "")
+    unet, state = (second / "model" / "unet" / "diffusion_pytorch_model.safetensors"), second / "state.pt"
+    added = disk_use(out) - before
+    own = unet.stat().st_size + state.stat().st_size
+    frozen = list((out / "frozen").rglob("*.safetensors"))
+    assert own < added < own + 60_000  # tokenizers, settings, a grid
+    assert sum(path.stat().st_size for path in frozen) > 90_000
+    for path in frozen:
+        for checkpoint in (first, second):
+            assert (checkpoint / "model" / path.relative_to(out / "frozen")).stat().st_ino == path.stat().st_ino
+    shutil.rmtree(out / "frozen")
+    load(second / "model")
+
+
+# --- what is where ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "in_steps"),
+    [
+        ("gan.student_weight=0 --set gan.critic_weight=0", set()),
+        ("seed=1", {"autoencoder"}),
+        ("embeddings.max_gb=0", {"autoencoder", "conditioner"}),
+    ],
+)
+def test_a_run_uses_in_its_steps_only_what_they_need_and_releases_the_rest(
+    tell: Tell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: str, in_steps: set[str]
+) -> None:
+    events: list[str] = []
+    here, step, release = LatentModel._here, DMD2.step, LatentModel.release
+
+    def use(model: LatentModel, part: torch.nn.Module) -> torch.nn.Module:
+        events.append("autoencoder" if part is model.autoencoder else "conditioner")
+        return here(model, part)
+
+    def counted_step(*arguments: object) -> dict:
+        events.append("step")
+        metrics = step(*arguments)
+        events.append("done")
+        return metrics
+
+    monkeypatch.setattr(LatentModel, "_here", use)
+    monkeypatch.setattr(LatentModel, "release", lambda model: (events.append("release"), release(model)))
+    monkeypatch.setattr(DMD2, "step", counted_step)
+    assert tell(f"fewstep distill recipe.yaml --out {tmp_path}/run --set {settings}") == (0, "")
+    before, *steps = " ".join(events).split("step")
+    assert before.split()[-1] == "release"
+    assert "autoencoder" not in before
+    used = {event for part in steps for event in part.split("done")[0].split()}
+    assert used == in_steps  # embeddings are kept, unless there is no room for them
+    assert steps[-1].split("done")[1].split() == ["conditioner", "autoencoder", "release"]  # the grid
