@@ -20,17 +20,6 @@ SOURCE = "raise SystemExit('the source code in a checkpoint was run')\n" * 600  
 SMALL = {"model_channels": 128, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4]}
 
 
-class Linear(nn.Module):
-    def __init__(self, num_in: int, num_out: int, bias: bool = True):
-        super().__init__()
-        self.in_features, self.out_features = num_in, num_out
-        self.weight = nn.Parameter(torch.randn(num_out, num_in) / num_in**0.5)
-        self.bias = nn.Parameter(torch.randn(num_out) / 10) if bias else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        return functional.linear(x, self.weight, self.bias)
-
-
 class Conv2d(nn.Module):
     """A convolution of 3x3, 1x1 or none (kernel 0), after a change of resolution by 2x2 pixels."""
 
@@ -39,7 +28,7 @@ class Conv2d(nn.Module):
         self.up, self.down, self.init_weight = up, down, np.sqrt(1 / 3)
         shape = (num_out, num_in, kernel, kernel)
         self.weight = nn.Parameter(torch.randn(shape) / (num_in * kernel**2) ** 0.5) if kernel else None
-        self.bias = nn.Parameter(torch.randn(num_out) / 10) if kernel else None
+        self.bias = nn.Parameter(torch.zeros(num_out)) if kernel else None
         self.register_buffer("resample_filter", torch.full((1, 1, 2, 2), 0.25) if up or down else None)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -47,23 +36,12 @@ class Conv2d(nn.Module):
             x = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
         if self.down:
             x = (x[..., ::2, ::2] + x[..., 1::2, ::2] + x[..., ::2, 1::2] + x[..., 1::2, 1::2]) / 4
-        return (
-            x
-            if self.weight is None
-            else functional.conv2d(x, self.weight, self.bias, padding=self.weight.shape[-1] // 2)
-        )
+        weight = self.weight
+        return x if weight is None else functional.conv2d(x, weight, self.bias, padding=weight.shape[-1] // 2)
 
 
-class GroupNorm(nn.Module):
-    def __init__(self, num: int):
-        super().__init__()
-        self.num_groups, self.eps = min(32, num // 4), 1e-5
-        self.weight, self.bias = nn.Parameter(1 + torch.randn(num) / 5), nn.Parameter(torch.randn(num) / 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        grouped = x.reshape(len(x), self.num_groups, -1)
-        normal = (grouped - grouped.mean(2, keepdim=True)) / (grouped.var(2, False, keepdim=True) + self.eps).sqrt()
-        return normal.reshape(x.shape) * self.weight[:, None, None] + self.bias[:, None, None]
+def norm(num: int) -> nn.GroupNorm:
+    return nn.GroupNorm(min(32, num // 4), num, eps=1e-5)
 
 
 class UNetBlock(nn.Module):
@@ -71,17 +49,19 @@ class UNetBlock(nn.Module):
         self, num_in: int, num_out: int, width: int, attention: bool = False, up: bool = False, down: bool = False
     ):
         super().__init__()
-        self.num_heads = num_out // 64 if attention else 0
-        self.skip_scale = np.float64(1.0)
-        self.norm0, self.conv0 = GroupNorm(num_in), Conv2d(num_in, num_out, 3, up, down)
-        self.affine, self.norm1 = Linear(width, 2 * num_out), GroupNorm(num_out)
+        self.num_heads, self.skip_scale = num_out // 64 if attention else 0, np.float64(1.0)
+        self.norm0, self.conv0 = norm(num_in), Conv2d(num_in, num_out, 3, up, down)
+        self.affine, self.norm1 = nn.Linear(width, 2 * num_out), norm(num_out)
         self.conv1 = Conv2d(num_out, num_out, 3)
         self.skip = None
         if num_in != num_out or up or down:
             self.skip = Conv2d(num_in, num_out, int(num_in != num_out), up, down)
         if attention:
-            self.norm2, self.qkv = GroupNorm(num_out), Conv2d(num_out, 3 * num_out, 1)
-            self.proj = Conv2d(num_out, num_out, 1)
+            self.norm2, self.qkv, self.proj = (
+                norm(num_out),
+                Conv2d(num_out, 3 * num_out, 1),
+                Conv2d(num_out, num_out, 1),
+            )
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         hidden = self.conv0(functional.silu(self.norm0(x)))
@@ -98,17 +78,6 @@ class UNetBlock(nn.Module):
         return self.proj(torch.einsum("bnqk,bnck->bncq", weights, v).reshape(b, c, h, w))
 
 
-class PositionalEmbedding(nn.Module):
-    def __init__(self, num: int):
-        super().__init__()
-        self.num_channels = num
-
-    def forward(self, t: Tensor) -> Tensor:
-        half = self.num_channels // 2
-        angles = t[:, None] * 10000.0 ** (-torch.arange(half, dtype=t.dtype) / half)
-        return torch.cat([angles.cos(), angles.sin()], dim=1)
-
-
 class DhariwalUNet(nn.Module):
     def __init__(
         self,
@@ -122,43 +91,37 @@ class DhariwalUNet(nn.Module):
         attn_resolutions: Any = (32, 16, 8),
     ):
         super().__init__()
-        self.label_dim = label_dim
-        width = 4 * model_channels
-        self.map_noise = PositionalEmbedding(model_channels)
-        self.map_augment = Linear(augment_dim, model_channels, bias=False) if augment_dim else None
-        self.map_layer0, self.map_layer1 = Linear(model_channels, width), Linear(width, width)
-        self.map_label = Linear(label_dim, width, bias=False) if label_dim else None
-        self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
-        last, skips = in_channels, []
-        for level, multiple in enumerate(channel_mult):
-            num, size = model_channels * multiple, img_resolution >> level
+        self.label_dim, self.model_channels, width = label_dim, model_channels, 4 * model_channels
+        self.map_augment = nn.Linear(augment_dim, model_channels, bias=False) if augment_dim else None
+        self.map_layer0, self.map_layer1 = nn.Linear(model_channels, width), nn.Linear(width, width)
+        self.map_label = nn.Linear(label_dim, width, bias=False) if label_dim else None
+        self.enc, self.dec, skips = nn.ModuleDict(), nn.ModuleDict(), []
+        levels = [(f"{(s := img_resolution >> i)}x{s}", m * model_channels, s) for i, m in enumerate(channel_mult)]
+        for level, (name, num, size) in enumerate(levels):
             if level == 0:
-                self.enc[f"{size}x{size}_conv"] = Conv2d(last, num, 3)
-                skips.append(num)
-                last = num
+                self.enc[f"{name}_conv"], last = Conv2d(in_channels, num, 3), num
             else:
-                self.enc[f"{size}x{size}_down"] = UNetBlock(last, last, width, down=True)
-                skips.append(last)
+                self.enc[f"{name}_down"] = UNetBlock(last, last, width, down=True)
+            skips.append(last)
             for index in range(num_blocks):
-                block = UNetBlock(last, num, width, attention=size in attn_resolutions)
-                self.enc[f"{size}x{size}_block{index}"] = block
-                skips.append(num)
-                last = num
-        for level, multiple in reversed(list(enumerate(channel_mult))):
-            num, size = model_channels * multiple, img_resolution >> level
-            if level == len(channel_mult) - 1:
-                self.dec[f"{size}x{size}_in0"] = UNetBlock(last, last, width, attention=True)
-                self.dec[f"{size}x{size}_in1"] = UNetBlock(last, last, width)
+                self.enc[f"{name}_block{index}"] = UNetBlock(last, num, width, size in attn_resolutions)
+                skips.append(last := num)
+        for level, (name, num, size) in reversed(list(enumerate(levels))):
+            if level == len(levels) - 1:
+                self.dec[f"{name}_in0"] = UNetBlock(last, last, width, attention=True)
+                self.dec[f"{name}_in1"] = UNetBlock(last, last, width)
             else:
-                self.dec[f"{size}x{size}_up"] = UNetBlock(last, last, width, up=True)
+                self.dec[f"{name}_up"] = UNetBlock(last, last, width, up=True)
             for index in range(num_blocks + 1):
-                block = UNetBlock(last + skips.pop(), num, width, attention=size in attn_resolutions)
-                self.dec[f"{size}x{size}_block{index}"] = block
+                self.dec[f"{name}_block{index}"] = UNetBlock(last + skips.pop(), num, width, size in attn_resolutions)
                 last = num
-        self.out_norm, self.out_conv = GroupNorm(last), Conv2d(last, in_channels, 3)
+        self.out_norm, self.out_conv = norm(last), Conv2d(last, in_channels, 3)
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
-        emb = self.map_layer1(functional.silu(self.map_layer0(self.map_noise(t))))
+        half = self.model_channels // 2
+        angles = t[:, None] * 10000.0 ** (-torch.arange(half, dtype=t.dtype) / half)
+        positions = torch.cat([angles.cos(), angles.sin()], dim=1)
+        emb = self.map_layer1(functional.silu(self.map_layer0(positions)))
         if self.map_label is not None:
             emb = emb + self.map_label(functional.one_hot(label, self.label_dim).to(x.dtype))
         emb, skips = functional.silu(emb), []
@@ -186,14 +149,6 @@ class EDMPrecond(nn.Module):
         return data**2 / total**2 * x + s * data / total * output
 
 
-def module(name: str, **content: Any) -> ModuleType:
-    made = ModuleType(name)
-    for key, value in content.items():
-        value.__module__, value.__qualname__ = name, key
-        setattr(made, key, value)
-    return made
-
-
 class EasyDict(dict):
     pass
 
@@ -212,27 +167,16 @@ class EdmPickler(pickle.Pickler):
         return _reconstruct_persistent_obj, ({**meta, "state": obj.__dict__},)
 
 
-def edm_pickle(network: nn.Module, protocol: int = 4, **others: Any) -> bytes:
+def edm_pickle(network: nn.Module, protocol: int = 4) -> bytes:
     """The bytes of a checkpoint with this network."""
-    content = {
-        "ema": network,
-        "loss_fn": None,
-        "augment_pipe": None,
-        "dataset_kwargs": EasyDict(path="a.zip"),
-        **others,
-    }
-    modules = {
-        "dnnlib": module("dnnlib"),
-        "dnnlib.util": module("dnnlib.util", EasyDict=EasyDict),
-        "torch_utils": module("torch_utils"),
-        "torch_utils.persistence": module(
-            "torch_utils.persistence", _reconstruct_persistent_obj=_reconstruct_persistent_obj
-        ),
-    }
+    content = {"ema": network, "loss_fn": None, "augment_pipe": None, "dataset_kwargs": EasyDict(path="a.zip")}
     file = io.BytesIO()
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in modules.items():
-            patch.setitem(sys.modules, name, value)
+        for name, value in (("dnnlib.util", EasyDict), ("torch_utils.persistence", _reconstruct_persistent_obj)):
+            value.__module__ = name
+            patch.setitem(sys.modules, name.split(".")[0], ModuleType(name.split(".")[0]))
+            patch.setitem(sys.modules, name, ModuleType(name))
+            setattr(sys.modules[name], value.__name__, value)
         EdmPickler(file, protocol).dump(content)
     return file.getvalue()
 
@@ -241,7 +185,11 @@ def small_network(**settings: Any) -> EDMPrecond:
     """8x8 RGB, five classes, attention at 4x4; 13 M parameters, for ADM begins at 128 channels."""
     torch.manual_seed(0)
     chosen = {"img_resolution": 8, "img_channels": 3, "label_dim": 5, **SMALL, **settings}
-    return EDMPrecond(**chosen).eval().requires_grad_(False)
+    network = EDMPrecond(**chosen).eval().requires_grad_(False)
+    for parameter in network.parameters():
+        if parameter.ndim == 1:  # scales that are not one, and offsets that are not zero
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    return network
 
 
 def write_checkpoint(path: Path, network: nn.Module, protocol: int = 4) -> Path:

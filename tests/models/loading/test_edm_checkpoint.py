@@ -12,10 +12,10 @@ from torch import nn
 
 from edm_files import EDMPrecond, small_network, write_checkpoint
 from fewstep.models.loading.edm_checkpoint import convert, find_network, read_network
-from fewstep.models.loading.edm_pickle import Storage, StoredTensor, read_pickle
-from fewstep.models.loading.pickle_machine import Blob, Part, Refused
+from fewstep.models.loading.edm_pickle import Blob, Part, Refused, StoredTensor, read_pickle
 from fewstep.models.settings import PixelModelConfig
 
+Change = Callable[[dict[str, Any]], object]
 SIGMAS = (0.01, 0.5, 5.0, 80.0)
 
 
@@ -48,8 +48,7 @@ def test_the_output_is_the_original_networks(settings: dict[str, Any], tmp_path:
 def described(module: nn.Module) -> Part:
     """A module as the reader gives it, with tensors that have a size alone; filters of one number are left out."""
     sizes = {name: tuple(tensor.shape) for name, tensor in module.named_parameters(recurse=False)}
-    storage = Storage(Blob(b"", 0), torch.float32, 0, 0)
-    tensors = {name: StoredTensor(storage, 0, size, ()) for name, size in sizes.items()}
+    tensors = {name: StoredTensor(Blob(b"", 0), torch.float32, 0, 0, size) for name, size in sizes.items()}
     children = {name: described(child) for name, child in module.named_children()}
     return Part(type(module).__name__, {**vars(module), "_parameters": tensors, "_buffers": {}, "_modules": children})
 
@@ -84,76 +83,72 @@ def content(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return read_pickle(write_checkpoint(tmp_path_factory.mktemp("edm") / "edm.pkl", small_network()))
 
 
-def model_of(content: dict[str, Any]) -> Part:
-    return content["ema"].state["_modules"]["model"]
+def at(content: dict[str, Any], name: str = "") -> Part:
+    """The network in it, or the module of that name in the network."""
+    part = content["ema"].state["_modules"]["model"]
+    for each in name.split(".") if name else ():
+        part = part.state["_modules"][each]
+    return part
 
 
-def modules_of(content: dict[str, Any]) -> dict[str, Part]:
-    return model_of(content).state["_modules"]
+def tensors(content: dict[str, Any], name: str) -> dict[str, StoredTensor]:
+    return at(content, name).state["_parameters"]
 
 
-def settings_of(content: dict[str, Any]) -> dict[str, Any]:
-    return model_of(content).state["_init_kwargs"]
+def claims(**changes: object) -> Change:
+    return lambda content: content["ema"].state.update(changes)
 
 
-def song(content: dict[str, Any]) -> None:
-    model_of(content).class_name = "SongUNet"
+def made_with(**changes: object) -> Change:
+    return lambda content: at(content).state["_init_kwargs"].update(changes)
 
 
 def another_filter(content: dict[str, Any]) -> None:
     """[1, 3, 3, 1] on both axes, as NCSN++ has it: 4x4."""
-    conv = modules_of(content)["enc"].state["_modules"]["4x4_down"].state["_modules"]["conv0"]
-    conv.state["_buffers"]["resample_filter"] = modules_of(content)["out_conv"].state["_parameters"]["weight"]
+    weight = tensors(content, "out_conv")["weight"]
+    at(content, "enc.4x4_down.conv0").state["_buffers"]["resample_filter"] = weight
 
 
-def in_itself(content: dict[str, Any]) -> None:
-    modules_of(content)["enc"].state["_modules"]["again"] = model_of(content)
+def another_shape(content: dict[str, Any]) -> None:
+    bias = tensors(content, "out_norm")["bias"]
+    tensors(content, "dec.4x4_in0.qkv").update(weight=bias, bias=bias)
 
 
-WRONG: dict[str, Callable[[dict[str, Any]], object]] = {
+def another_block(content: dict[str, Any]) -> None:
+    blocks = at(content, "enc").state["_modules"]
+    blocks["8x8_block1"] = copy.deepcopy(blocks["8x8_block0"])
+
+
+def a_tensor_more(content: dict[str, Any]) -> None:
+    norm = at(content, "out_norm").state
+    more = Part("A", {**norm, "_parameters": {"more": norm["_parameters"]["bias"]}})
+    at(content).state["_modules"]["out_norm.weight"] = more
+
+
+WRONG: dict[str, Change] = {
     "holds no network": lambda c: c.clear(),
     "preconditioned by VPPrecond": lambda c: setattr(c["ema"], "class_name", "VPPrecond"),
-    "SongUNet .* UNet2DModel can't hold": song,
-    "holds a Mystery": lambda c: setattr(model_of(c), "class_name", "Mystery"),
+    "SongUNet .* UNet2DModel can't hold": lambda c: setattr(at(c), "class_name", "SongUNet"),
+    "holds a Mystery": lambda c: setattr(at(c), "class_name", "Mystery"),
     "holds a EDMPrecond without _modules": lambda c: c["ema"].state.pop("_modules"),
     "img_resolution: Field required": lambda c: c["ema"].state.pop("img_resolution"),
-    "channels: Input should be 1 or 3": lambda c: c["ema"].state.update(img_channels=2),
-    "sigma_data": lambda c: c["ema"].state.update(sigma_data=-1.0),
-    "num_blocks: Input should be less": lambda c: settings_of(c).update(num_blocks=10**9),
-    "a width of 1.28e\\+11": lambda c: settings_of(c).update(channel_mult=[1, 10**9]),
-    "fewer than 32 groups": lambda c: settings_of(c).update(model_channels=64),
-    "channel_mult begins with 1": lambda c: settings_of(c).update(channel_mult=[2, 2]),
-    "channel_mult_emb": lambda c: settings_of(c).update(channel_mult_emb=2),
-    "attention_head_dim 64 does not divide": lambda c: settings_of(c).update(model_channels=160, channel_mult=[1, 1]),
-    "of UNet2DModel's class_embedding.weight it has \\[5, 512\\], not \\[6, 512\\]": lambda c: c["ema"].state.update(
-        label_dim=6
-    ),
-    "conv_in.bias it has none": lambda c: (
-        modules_of(c)["enc"].state["_modules"]["8x8_conv"].state["_parameters"].pop("bias")
-    ),
-    "has a tensor out_norm.weight.more": lambda c: modules_of(c).update(
-        {"out_norm.weight": Part("A", {**modules_of(c)["out_norm"].state, "_parameters": {"more": a_tensor(c)}})}
-    ),
-    "has a tensor enc.8x8_block1": lambda c: (
-        modules_of(c)["enc"]
-        .state["_modules"]
-        .update({"8x8_block1": copy.deepcopy(modules_of(c)["enc"].state["_modules"]["8x8_block0"])})
-    ),
-    "of another shape": lambda c: (
-        modules_of(c)["dec"]
-        .state["_modules"]["4x4_in0"]
-        .state["_modules"]["qkv"]
-        .state["_parameters"]
-        .update(weight=a_tensor(c), bias=a_tensor(c))
-    ),
-    "no tensor": lambda c: model_of(c).state["_parameters"].update(a="text"),
+    "channels: Input should be 1 or 3": claims(img_channels=2),
+    "sigma_data": claims(sigma_data=-1.0),
+    "num_blocks: Input should be less": made_with(num_blocks=10**9),
+    "channel_mult.1: Input should be less": made_with(channel_mult=[1, 10**9]),
+    "model_channels: Input should be greater than or equal to 128": made_with(model_channels=64),
+    "of UNet2DModel's class_embedding.weight it has \\[5, 512\\], not \\[5, 1024\\]": made_with(channel_mult=[2, 2]),
+    "channel_mult_emb": made_with(channel_mult_emb=2),
+    "attention_head_dim 64 does not divide": made_with(model_channels=160, channel_mult=[1, 1]),
+    "of UNet2DModel's class_embedding.weight it has \\[5, 512\\], not \\[6, 512\\]": claims(label_dim=6),
+    "conv_in.bias it has none": lambda c: tensors(c, "enc.8x8_conv").pop("bias"),
+    "has a tensor out_norm.weight.more": a_tensor_more,
+    "has a tensor enc.8x8_block1": another_block,
+    "of another shape": another_shape,
+    "no tensor": lambda c: at(c).state["_parameters"].update(a="text"),
     "resamples with another filter": another_filter,
-    "no module of its own": in_itself,
+    "no module of its own": lambda c: at(c, "enc").state["_modules"].update(again=at(c)),
 }
-
-
-def a_tensor(content: dict[str, Any]) -> StoredTensor:
-    return modules_of(content)["out_norm"].state["_parameters"]["bias"]
 
 
 @pytest.mark.parametrize("says", WRONG)

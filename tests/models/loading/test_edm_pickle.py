@@ -15,8 +15,7 @@ from torch import nn
 
 from edm_files import SOURCE, Conv2d, edm_pickle
 from fewstep.errors import UserError
-from fewstep.models.loading.edm_pickle import StoredTensor, read_pickle
-from fewstep.models.loading.pickle_machine import Part
+from fewstep.models.loading.edm_pickle import Part, StoredTensor, read_pickle
 
 CODES, STOP, NEWOBJ, BUILD, MEMOIZE, POP = b"\x80\x04", b".", b"\x81", b"b", b"\x94", b"0"
 HEADER = pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(1001, 2)  # of torch's older format
@@ -179,7 +178,7 @@ HOSTILE = {  # what the line says -> bytes behind the protocol: the machine must
     "names nt.system": named("nt", "system"),
     "names numpy.load": named("numpy", "load"),
     "names os\\nnext line": named("os\nnext line", "x"),
-    "names something that is no text": text("os") + b"N\x93",
+    "a NoneType where only text": text("os") + b"N\x93",
     "opcode EXT1": b"\x82\x01",
     "opcode EXT2": b"\x83\x01\x00",
     "opcode EXT4": b"\x84\x01\x00\x00\x00",
@@ -193,7 +192,7 @@ HOSTILE = {  # what the line says -> bytes behind the protocol: the machine must
     "opcode FROZENSET": b"(\x91",
     "opcode STRING (a)": b"S'a'\n",
     "sets the state of a Function": ORDERED_CLASS + b"}" + BUILD,
-    "gives ModuleDict a tuple": MODULES + b"N}\x86" + BUILD,
+    "sets the state of a Part to a tuple": MODULES + b"N}\x86" + BUILD,
     "fills a Part as if it were a dict": MODULES + text("a") + b"Ns",
     "dtype O8": called("numpy.dtype", text("O8"), b"\x89", b"\x88"),
     "no little-endian number": called("numpy.dtype", text("f8"), b"\x89", b"\x88")
@@ -202,8 +201,8 @@ HOSTILE = {  # what the line says -> bytes behind the protocol: the machine must
     + b"NNNt"
     + BUILD,
     "calls numpy.core.multiarray.scalar": called("numpy.core.multiarray.scalar", ORDERED, data(b"\x00" * 8)),
-    "has a int as a key": b"}" + number(2**61 - 1) + b"Ns",
-    "has a tuple as a key": b"}" + deep_tuples(60) + b"Ns",
+    "a int where only text": b"}" + number(2**61 - 1) + b"Ns",
+    "a tuple where only text": b"}" + deep_tuples(60) + b"Ns",
     "4,611,686,018,427,387,904 bytes are announced": b"\x8e" + struct.pack("<Q", 2**62),
     "4,611,686,018,427,387,905 bytes are announced": b"\x8d" + struct.pack("<Q", 2**62 + 1),
     "4,294,967,295 bytes are announced": b"B\xff\xff\xff\xff",

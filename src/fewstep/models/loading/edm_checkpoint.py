@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from diffusers import UNet2DModel
@@ -15,15 +15,14 @@ from pydantic import ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from fewstep.errors import UserError, brief
-from fewstep.models.loading.edm_pickle import StoredTensor, read_pickle
-from fewstep.models.loading.pickle_machine import Part, Refused, shown
+from fewstep.models.loading.edm_pickle import Part, Refused, StoredTensor, read_pickle, shown
 from fewstep.models.pixel_model import PixelModel, build_unet
 from fewstep.models.settings import PixelModelConfig
 from fewstep.settings import Settings
 
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0  # EDM, table 1; the files say 0 and inf, where the network may be called at all
-HEAD_DIM, GROUPS = 64, 32  # ADM's
-WIDEST, DEEPEST = 2**14, 4  # channels, and modules in modules, of the largest that is tried
+HEAD_DIM, GROUPS = 64, 32  # ADM's; it has fewer groups below 128 channels
+DEEPEST = 4  # modules in modules
 UNUSED = {"map_augment.weight"}  # it tells of augmentations in training; there are none at inference
 SONG = (
     "holds a SongUNet (DDPM++ or NCSN++), which diffusers' UNet2DModel can't hold: where its resolution changes it has "
@@ -31,8 +30,8 @@ SONG = (
 )
 
 
-class _Outer(Settings):
-    """What the preconditioned network says of itself."""
+class _Claims(Settings):
+    """What the file says of the network; what is missing has ADM's defaults."""
 
     model_config = ConfigDict(extra="ignore")
     img_resolution: int = Field(ge=4, le=2**14)
@@ -41,15 +40,9 @@ class _Outer(Settings):
     sigma_min: float = 0.0
     sigma_max: float = math.inf
     sigma_data: float = Field(0.5, allow_inf_nan=False)
-
-
-class _Inner(Settings):
-    """What the network in it was made with; what is missing has ADM's defaults."""
-
-    model_config = ConfigDict(extra="ignore")
-    model_channels: int = Field(192, ge=1, le=2**14)
-    channel_mult: list[int] = Field([1, 2, 3, 4], min_length=1, max_length=12)
-    channel_mult_emb: int = 4
+    model_channels: int = Field(192, ge=4 * GROUPS, le=2**14)
+    channel_mult: list[Annotated[int, Field(ge=1, le=64)]] = Field([1, 2, 3, 4], min_length=1, max_length=12)
+    channel_mult_emb: Literal[4] = 4
     num_blocks: int = Field(3, ge=1, le=16)
     attn_resolutions: list[int] = [32, 16, 8]
 
@@ -82,7 +75,7 @@ def find_network(content: Any) -> EdmNetwork:
     if type(model) is not Part or model.class_name != "DhariwalUNet":
         found = model.class_name if type(model) is Part else "something else"
         raise Refused(SONG if found == "SongUNet" else f"holds a {shown(found)}; only DhariwalUNet (ADM) is imported")
-    read = EdmNetwork(_config(network, model), dict(_tensors(model)))
+    read = EdmNetwork(_config(_attributes(model, "_init_kwargs") | network.state), dict(_tensors(model)))
     check_tensors(read.config, {name: tensor.size for name, tensor in read.tensors.items()})
     return read
 
@@ -108,49 +101,34 @@ def _tensors(network: Part) -> Iterator[tuple[str, StoredTensor]]:
         for name, tensor in (_attributes(part, "_parameters") | _attributes(part, "_buffers")).items():
             if type(tensor) is not StoredTensor:
                 raise Refused(f"holds {shown(prefix + name)}, which is no tensor")
-            if name == "resample_filter":
-                _check_filter(tensor)
-            else:
+            if name != "resample_filter":
                 yield prefix + name, tensor
+            elif tensor.size != (1, 1, 2, 2) or not tensor.read().eq(0.25).all():
+                raise Refused("resamples with another filter than the average over 2x2 pixels, UNet2DModel's")
 
 
-def _check_filter(tensor: StoredTensor) -> None:
-    if tensor.size != (1, 1, 2, 2) or not tensor.read().eq(0.25).all():
-        raise Refused("resamples with another filter than the average over 2x2 pixels, which UNet2DModel does not")
-
-
-def _config(network: Part, model: Part) -> PixelModelConfig:
+def _config(claims: dict[str, Any]) -> PixelModelConfig:
     """The settings of the same network here; raises Refused where there is none."""
     try:
-        outer = _Outer.model_validate(network.state)
-        inner = _Inner.model_validate(model.state.get("_init_kwargs", {}))
-        if inner.channel_mult[0] != 1 or inner.channel_mult_emb != 4:
-            raise ValueError("channel_mult begins with 1 and channel_mult_emb is 4 in a UNet2DModel")
-        widths = [inner.model_channels * multiple for multiple in inner.channel_mult]
-        if max(widths) > WIDEST:
-            raise ValueError(f"a width of {max(widths):.3g} channels")
-        if min(widths) < 4 * GROUPS:
-            raise ValueError(f"ADM takes fewer than {GROUPS} groups of channels for a width of {min(widths)}")
+        edm = _Claims.model_validate(claims)
         return PixelModelConfig(
-            image_size=outer.img_resolution,
-            channels=outer.img_channels,
-            num_classes=outer.label_dim,
-            block_out_channels=widths,
-            attention=[outer.img_resolution >> level in inner.attn_resolutions for level in range(len(widths))],
+            image_size=edm.img_resolution,
+            channels=edm.img_channels,
+            num_classes=edm.label_dim,
+            block_out_channels=[edm.model_channels * multiple for multiple in edm.channel_mult],
+            attention=[edm.img_resolution >> level in edm.attn_resolutions for level in range(len(edm.channel_mult))],
             middle_attention=True,
-            layers_per_block=inner.num_blocks,
+            layers_per_block=edm.num_blocks,
             attention_head_dim=HEAD_DIM,
             norm_num_groups=GROUPS,
-            sigma_data=outer.sigma_data,
-            sigma_min=outer.sigma_min or SIGMA_MIN,
-            sigma_max=SIGMA_MAX if math.isinf(outer.sigma_max) else outer.sigma_max,
+            sigma_data=edm.sigma_data,
+            sigma_min=edm.sigma_min or SIGMA_MIN,
+            sigma_max=SIGMA_MAX if math.isinf(edm.sigma_max) else edm.sigma_max,
         )
     except ValidationError as error:
         wrong = error.errors()[0]
         where = ".".join(map(str, wrong["loc"]))
         raise Refused(f"describes a network that can't be imported: {where}: {wrong['msg']}") from error
-    except ValueError as error:
-        raise Refused(f"describes a network that can't be imported: {error}") from error
 
 
 def _resnet(ours: str, theirs: str) -> dict[str, str]:
@@ -224,11 +202,19 @@ def _meta_unet(config: PixelModelConfig) -> UNet2DModel:
 
 
 def convert(network: EdmNetwork, show: Callable[[int, dict[str, float]], None]) -> PixelModel:
-    """The network as a pixel model on the CPU, in float32; each tensor is read once, and none is held twice."""
+    """The network as a pixel model on the CPU, in float32; each tensor is read once, and none is held twice.
+
+    Raises UserError where a number is not finite.
+    """
 
     def read() -> Iterator[tuple[str, Tensor]]:
         for done, (name, tensor) in enumerate(network.tensors.items(), 1):
-            yield name, tensor.read()
+            numbers = tensor.read()
+            if not numbers.isfinite().all():
+                raise UserError(
+                    f"{tensor.blob.source}: {shown(name)} holds numbers that are not finite; fetch it again"
+                )
+            yield name, numbers
             show(done, {})
 
     unet = _meta_unet(network.config)
