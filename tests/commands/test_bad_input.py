@@ -22,6 +22,7 @@ MODEL = {"num_classes": 10, "null_class": True, "block_out_channels": [8, 8], "n
 LOOP = {"num_steps": 2, "batch_size": 4, "data": {"source": "digits"}}
 TEACHER = {"kind": "teach", "model": MODEL, "class_dropout": 0.1, **LOOP}
 STUDENT = {"kind": "distill", "teacher": "teacher", **LOOP}
+SET = "--set data.source=set --set model.image_size=8"
 Refused = Callable[..., str]
 
 
@@ -225,12 +226,16 @@ def test_a_source_without_images_says_what_a_source_is(refused: Refused) -> None
 def test_an_unreadable_image_is_named(refused: Refused, content: bytes | None) -> None:
     pictures("set")
     damage("set/03", "picture.png", content)
-    refused("teach t.yaml --out x --set data.source=set", "set/03/picture.png", "replace or remove it")
+    refused(
+        "teach t.yaml --out x --set data.source=set --set model.image_size=8",
+        "set/03/picture.png",
+        "replace or remove it",
+    )
 
 
 def test_a_16_bit_image_is_named_instead_of_clipped(refused: Refused) -> None:
     Image.new("I;16", (8, 8), 1000).save(pictures("set") / "03" / "picture.png")
-    refused("teach t.yaml --out x --set data.source=set", "set/03/picture.png", "8-bit")
+    refused(f"teach t.yaml --out x {SET}", "set/03/picture.png", "8-bit")
 
 
 @pytest.mark.parametrize(("file", "kind"), [("bad.parquet", "parquet"), ("bad.tar", "webdataset")])
@@ -504,7 +509,7 @@ def test_runs_of_different_images_are_not_judged_together(refused: Refused, monk
 
 def test_too_few_real_images_to_judge_with_are_counted(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
     pictures("set")
-    assert command_line(monkeypatch, "teach t.yaml --out few --set data.source=set") == 0
+    assert command_line(monkeypatch, f"teach t.yaml --out few {SET}") == 0
     refused("evaluate few", "data.source: has 10 images; judging needs at least 40")
 
 

@@ -327,13 +327,16 @@ def test_cut_captions_are_told_once(run: Run) -> None:
     for settings in ("", "--set embeddings.max_gb=0"):
         code, told, error = run(f"fewstep distill recipe.yaml --out run{len(settings)} {settings}")
         assert (code, error) == (0, "")
-        assert told == "1 of 6 captions are longer than 20 tokens and were cut\n"
+        assert told.splitlines() == [
+            "pictures: 6 RGB images with captions, 16x16; taken as they are",
+            "1 of 6 captions are longer than 20 tokens and were cut",
+        ]
 
 
 def test_a_list_over_the_limit_is_told_and_embedded_at_every_step(run: Run, place: Path, batches: list[dict]) -> None:
     code, told, _ = run("fewstep distill recipe.yaml --out runs/x --set embeddings.max_gb=1.0e-6")
     assert code == 0
-    assert told.splitlines()[1:] == ["embeddings of 6 captions exceed embeddings.max_gb=1e-06; made at every step"]
+    assert told.splitlines()[2:] == ["embeddings of 6 captions exceed embeddings.max_gb=1e-06; made at every step"]
     assert all("text" not in batch for batch in batches)
     assert not (place / "runs" / "embeddings").exists()
 

@@ -8,7 +8,7 @@ from fewstep.data.filters import Filter, load_filtered
 from fewstep.data.images import ImageSet
 from fewstep.data.latents import describe_dropped, write_latents
 from fewstep.data.settings import DataSettings
-from fewstep.embedded.sources import open_captioned_images
+from fewstep.embedded.sources import open_captioned_images, origin
 from fewstep.errors import Interrupted, UserError
 from fewstep.models.autoencoder import Autoencoder, load_autoencoder
 from fewstep.models.loading.pretrained import open_model
@@ -41,7 +41,7 @@ def latents(
     if not images.length:
         raise UserError(f"{source}: no image is left; {describe_dropped(dropped)}")
     columns = {"image_column": image_column, "caption_column": caption_column, "split": split}
-    settings = {"source": source if source == "shapes" else str(Path(source).absolute()), **columns, **asdict(filter)}
+    settings = {"source": origin(source), **columns, **asdict(filter)}
     try:
         with progress_bar("encode images", images.length) as show:
             description = write_latents(

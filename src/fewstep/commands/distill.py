@@ -8,8 +8,8 @@ import torch
 
 from fewstep.commands.judging import make_evaluation
 from fewstep.commands.pairs import open_pair_loss, open_pairs, pair_batches
-from fewstep.commands.runs import check_target, image_batches, pick_device, start_run
-from fewstep.commands.teach import finished_run
+from fewstep.commands.runs import check_target, image_batches, pick_device, start_run, tell_found
+from fewstep.commands.teach import check_source, finished_run
 from fewstep.commands.texts import text_batches
 from fewstep.data.pairs import PairSet
 from fewstep.embedded.sources import open_images
@@ -35,6 +35,7 @@ from fewstep.training.roles import Roles, make_roles
 def distill(recipe: StudentRecipe, run: Path, resume: bool = False, report: Report | None = None) -> None:
     """Runs the recipe into the folder `run`, after its teacher's if that is a recipe whose run is not finished."""
     check_target(run, recipe, resume)
+    check_source(recipe, "teacher", recipe.teacher, run.parent)
     model = open_teacher(recipe.teacher, run.parent, recipe.teacher_config, recipe.teacher_prediction_type)
     if model.timesteps:
         raise UserError(f"teacher: {recipe.teacher} is a few-step student; name the run of its teacher")
@@ -76,7 +77,8 @@ def open_batches(
     elif recipe.prompts:
         raise UserError("prompts: the teacher takes no text")
     else:
-        images = open_images(recipe.data, model.config)
+        images = open_images(recipe.data, model.config, shrink=True)
+        tell_found(images)
         real = recipe.gan.student_weight > 0 or not recipe.student.backward_simulation
         batch_at = image_batches(images, recipe) if real else lambda step: {}  # fakes have classes of their own
     if pairs_at is None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from fewstep.data.images import ImageSet, batch_indices
+from fewstep.data.latents import LatentSet
 from fewstep.errors import UserError
 from fewstep.files import folder_lock, write_text
 from fewstep.models.image_model import Asked
@@ -51,6 +52,12 @@ def check_writable(folder: Path) -> None:
     nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise UserError(f"--out: {nearest} is not a folder that can be written to; choose another")
+
+
+def tell_found(images: ImageSet | LatentSet | None) -> None:
+    """Prints what was found in files and what is done with it."""
+    if images and images.found:
+        print(images.found)
 
 
 def image_batches(images: ImageSet, recipe: AnyRecipe) -> Callable[[int], Batch]:

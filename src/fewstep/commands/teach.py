@@ -6,16 +6,23 @@ from pathlib import Path
 import torch
 
 from fewstep.commands.judging import make_evaluation
-from fewstep.commands.runs import check_target, image_batches, pick_device, start_run
+from fewstep.commands.runs import check_target, image_batches, pick_device, start_run, tell_found
 from fewstep.commands.texts import text_batches
 from fewstep.embedded.small_models import build_autoencoder, build_pipeline
-from fewstep.embedded.sources import open_captioned, open_captioned_images, open_images
+from fewstep.embedded.sources import open_captioned, open_captioned_images, open_images, origin
 from fewstep.errors import Interrupted, UserError
 from fewstep.models.autoencoder import Autoencoder, load_autoencoder
 from fewstep.models.latent_model import LatentModel
 from fewstep.models.pixel_model import PixelModel, build_unet
 from fewstep.recipes.loading import load_recipe, read_run_recipe, recipe_names
-from fewstep.recipes.schema import AutoencoderRecipe, StudentRecipe, TeachingRecipe, TeachRecipe, TeachTextRecipe
+from fewstep.recipes.schema import (
+    AnyRecipe,
+    AutoencoderRecipe,
+    StudentRecipe,
+    TeachingRecipe,
+    TeachRecipe,
+    TeachTextRecipe,
+)
 from fewstep.runtime.checkpoint import RECIPE, checkpoint_steps
 from fewstep.runtime.runs import find
 from fewstep.runtime.tracking import Report
@@ -43,31 +50,50 @@ def teach(recipe: TeachingRecipe, run: Path, resume: bool = False, report: Repor
 
 
 def _pixel_teacher(recipe: TeachRecipe, device: torch.device, run: Path) -> Job:
-    images = open_images(recipe.data, recipe.model)
+    images = open_images(recipe.data, recipe.model, shrink=recipe.gives("model.image_size"))
     torch.manual_seed(recipe.seed)
     model = PixelModel(recipe.model, build_unet(recipe.model).to(device))
     method = TeacherTraining(recipe, model, recipe.num_steps, recipe.seed)
-    return method, image_batches(images, recipe), make_evaluation(recipe, model, run)
+    evaluate = make_evaluation(recipe, model, run)
+    tell_found(images)
+    return method, image_batches(images, recipe), evaluate
 
 
 def _text_teacher(recipe: TeachTextRecipe, device: torch.device, run: Path) -> tuple[Job, list[str]]:
+    check_source(recipe, "model.autoencoder", recipe.model.autoencoder, run.parent)
     trained = finished_run(recipe.model.autoencoder, run.parent, "model.autoencoder")
     autoencoder = load_autoencoder(find(trained).folder)
-    images = open_captioned(recipe.data, autoencoder)
+    images = open_captioned(recipe.data, autoencoder, shrink=True)
     captions = images.captions or []
     torch.manual_seed(recipe.seed)
     model = LatentModel(build_pipeline(recipe.model, autoencoder.vae, captions[:VOCABULARY_CAPTIONS]))
     model.to(device)
     method = TeacherTraining(recipe, model, recipe.num_steps, recipe.seed)
     batch_at, asked = text_batches(recipe, model, run.parent, images)
-    return (method, batch_at, make_evaluation(recipe, model, run)), asked
+    evaluate = make_evaluation(recipe, model, run)
+    tell_found(images)
+    return (method, batch_at, evaluate), asked
 
 
 def _autoencoder(recipe: AutoencoderRecipe, device: torch.device) -> Job:
-    images = open_captioned_images(recipe.data, recipe.model.image_size)
+    images = open_captioned_images(recipe.data, recipe.model.image_size, recipe.gives("model.image_size"))
     torch.manual_seed(recipe.seed)
     model = Autoencoder(build_autoencoder(recipe.model).to(device))
+    tell_found(images)
     return AutoencoderTraining(recipe, model, recipe.num_steps, recipe.seed), image_batches(images, recipe), None
+
+
+def check_source(recipe: AnyRecipe, field: str, name: str, runs: Path) -> None:
+    """Raises UserError if the user gave images but not the `field`, whose recipe `name` is trained on others."""
+    source = recipe.data.source
+    if source is None or name not in recipe_names() or recipe.gives(field) or not recipe.gives("data.source"):
+        return
+    trained_on = _recipe_of(name, runs).data.source
+    if trained_on is None or origin(trained_on) != origin(source):
+        raise UserError(
+            f"{field}: {name} is trained on {trained_on}, not on data.source={source}; name one that is, which "
+            f"`fewstep teach` makes, or say --set {field}={name} if that is meant"
+        )
 
 
 def finished_run(name: str, runs: Path, field: str) -> Path:
@@ -79,8 +105,7 @@ def finished_run(name: str, runs: Path, field: str) -> Path:
         return Path(name)
     if name not in recipe_names():
         raise UserError(f"{field}: {name!r} is neither a folder nor the name of a recipe, nor a file or a hub id")
-    run = runs / name
-    recipe = read_run_recipe(run / RECIPE) if (run / RECIPE).is_file() else load_recipe(name)
+    run, recipe = runs / name, _recipe_of(name, runs)
     if isinstance(recipe, StudentRecipe):
         raise UserError(f"{field}: the recipe {name!r} does not train one; `fewstep recipes` lists those that do")
     if max(checkpoint_steps(run), default=0) < recipe.num_steps:
@@ -89,3 +114,9 @@ def finished_run(name: str, runs: Path, field: str) -> Path:
         except Interrupted as stop:
             raise Interrupted(f"stopped while teaching {name}; the same command goes on with it") from stop
     return run
+
+
+def _recipe_of(name: str, runs: Path) -> AnyRecipe:
+    """What the run of a recipe in the folder `runs` was made by, or would be."""
+    path = runs / name / RECIPE
+    return read_run_recipe(path) if path.is_file() else load_recipe(name)

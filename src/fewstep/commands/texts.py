@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.commands.runs import tell_found
 from fewstep.data.embeddings import cached_embeddings
 from fewstep.data.images import ImageSet, batch_indices
 from fewstep.data.latents import LatentSet
@@ -56,7 +57,8 @@ def text_batches(
         given, real = recipe.prompts, recipe.gan.student_weight > 0 or not recipe.student.backward_simulation
     wanted = load_prompts(given.source, given.column) if given else []
     if images is None and (real or not wanted):
-        images = open_captioned(recipe.data, model)
+        images = open_captioned(recipe.data, model, shrink=True)
+        tell_found(images)
     told = list(images.captions or []) if images else []
     captions, prompts = (
         open_texts(texts, what, model.conditioner, recipe.embeddings, folder) if texts else None

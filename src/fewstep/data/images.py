@@ -14,7 +14,7 @@ from rich.progress import track
 from torch import Tensor
 
 from fewstep.data.edm_zip import is_edm_set, open_edm_set
-from fewstep.data.stored import BROKEN, Stored, open_cell, tell
+from fewstep.data.stored import BROKEN, Stored, describe, open_cell
 from fewstep.data.tables import open_table, read_captions, read_labels
 from fewstep.errors import UserError
 from fewstep.seeding import generator
@@ -38,6 +38,8 @@ class ImageSet:
     labels: Tensor | None
     length: int
     captions: Sequence[str] | None = None
+    found: str | None = None
+    """A line that says what was found, where that was asked for."""
 
     def batch(self, indices: Tensor) -> dict[str, Any]:
         """{"image": (B, C, H, W) uint8}, with "label" (B,) int64 and "caption" (a list) where the set has them."""
@@ -62,8 +64,8 @@ def load_images(
     """The image set at `source`: an image folder, an EDM zip, a parquet file, a tar, or a folder of these.
 
     Images become grey (`channels` 1) or RGB (3), resized by their shorter side and centre-cropped to `size` pixels.
-    Labels are read only when `num_classes` > 0. With `shrink`, prints what was found; False refuses images that are
-    larger than `size`. Raises UserError for whatever is wrong with the files.
+    Labels are read only when `num_classes` > 0. With `shrink`, the set says what was found; False refuses images that
+    are larger than `size`. Raises UserError for whatever is wrong with the files.
     """
     path = Path(source)
     if is_edm_set(path):
@@ -116,11 +118,10 @@ def load_captioned(
 
 
 def _opened(stored: Stored, source: str, size: int, channels: int, shrink: bool | None) -> ImageSet:
-    """The images, decoded once if they fit into memory; what was found is told before that takes its time."""
-    if shrink is not None:
-        tell(stored, source, size, channels, shrink)
-    images = decoded(stored, size, channels, Path(source))
-    return in_memory(images, channels * size**2, Path(source).name)
+    """The images, decoded once if they fit into memory; what is refused is told before that takes its time."""
+    found = None if shrink is None else describe(stored, source, size, channels, shrink)
+    images = in_memory(decoded(stored, size, channels, Path(source)), channels * size**2, Path(source).name)
+    return replace(images, found=found)
 
 
 def _cells(table: Any, image_column: str) -> Callable[[list[int]], list[Any]]:

@@ -30,6 +30,7 @@ class LatentSet:
 
     rows: Rows
     captions: list[str]
+    found: str
 
     @property
     def length(self) -> int:
@@ -129,4 +130,5 @@ def load_latents(folder: Path, space: dict[str, Any]) -> LatentSet:
             raise UserError(f"{path}: damaged; remove it and run the same `fewstep data latents` again")
         shards.append(tensors)
         captions += facts["captions"]
-    return LatentSet(Rows.of(shards), captions)
+    found = f"{folder}: {len(captions):,} latents with captions, of images of {space['image_size']} pixels"
+    return LatentSet(Rows.of(shards), captions, found)

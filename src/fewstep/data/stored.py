@@ -34,26 +34,26 @@ def open_cell(cell: Any) -> Image.Image:
     return Image.open(cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"]))
 
 
-def tell(stored: Stored, source: str, size: int, channels: int, shrink: bool) -> None:
-    """Prints one line: what was found at `source`, and what a model of `size` pixels makes of it.
+def describe(stored: Stored, source: str, size: int, channels: int, shrink: bool) -> str:
+    """One line: what was found at `source`, and what a model of `size` pixels makes of it.
 
     Raises UserError if the model is smaller than most of the images, unless `shrink`.
     """
     sizes, num_grey = _look(stored)
     if not sizes:
-        return  # whoever fetches them says what is wrong
+        return f"{source}: {stored.length:,} images"  # whoever fetches them says what is wrong
     short = median_low(min(each) for each in sizes.elements())
     if short > size and not shrink:
-        fitting = 2 ** (min(short, 64).bit_length() - 1)
+        fitting = max(size, 2 ** (min(short, 64).bit_length() - 1))
         raise UserError(
-            f"{source}: images of {_sizes(sizes)} would be shrunk to {size}x{size}; say what size the model has, "
-            f"for example --set model.image_size={fitting}, or {size} for this one"
+            f"{source}: images of {_sizes(sizes)} would be shrunk to {size}x{size}; "
+            f"say what size is meant, for example --set model.image_size={fitting}"
         )
     kind = "grey" if num_grey == sizes.total() else "grey and RGB" if num_grey else "RGB"
-    looked = f" (of {sizes.total():,} looked at)" if sizes.total() < stored.length else ""
+    looked = f" ({sizes.total():,} looked at)" if sizes.total() < stored.length else ""
     captioned = " with captions" if stored.captions is not None else ""
     found = f"{stored.length:,} {kind} images{captioned}, {_sizes(sizes)}{looked}{_classes(stored)}"
-    print(f"{source}: {found}; {_done(sizes, num_grey, size, channels)}")
+    return f"{source}: {found}; {_done(sizes, num_grey, size, channels)}"
 
 
 def _look(stored: Stored) -> tuple[Counter[tuple[int, int]], int]:

@@ -55,6 +55,13 @@ def open_captioned_images(data: DataSettings, size: int, shrink: bool | None = N
     return load_captioned(source, size, data.image_column, data.caption_column, data.split, shrink)
 
 
+def origin(source: str) -> str:
+    """What the images at `source` are: an embedded set, or files by their whole path; of latents, what was encoded."""
+    if is_latents(Path(source)):
+        source = read_description(Path(source))["source"]
+    return source if source in ("digits", "shapes") else str(Path(source).absolute())
+
+
 def required_source(data: DataSettings) -> str:
     """`data.source`; raises UserError if it is null."""
     if data.source is None:

@@ -40,22 +40,27 @@ def load_recipe(name: str, overrides: Sequence[str] = (), verb: str | None = Non
 
     Raises UserError for an unknown name, key or type, naming the nearest right one, or if it is not for the `verb`.
     """
-    content = _extended(find(name))
+    content, given = _extended(find(name)), _extended(find(name), shipped=False)
     for override in overrides:
         _put(content, override)
+        _put(given, override)
     recipe = parse(content, name)
+    _keep_given(recipe, given)
     right = "teach" if recipe.kind.startswith("teach") else "distill"
     if verb not in (None, right):
         raise UserError(f"recipe {name}: is for `fewstep {right}`, not for `fewstep {verb}`")
     return recipe
 
 
-def _extended(path: Path, heirs: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The content of a recipe, over that of the one which it `extends`: a name, or a YAML file, from its folder."""
+def _extended(path: Path, heirs: tuple[Path, ...] = (), shipped: bool = True) -> dict[str, Any]:
+    """The content of a recipe, over that of the one which it `extends`: a name, or a YAML file, from its folder.
+
+    With `shipped` false, recipes that come with fewstep say nothing.
+    """
     if path.resolve() in heirs:
         chain = " -> ".join(each.name for each in (*heirs, path))
         raise UserError(f"{path}: extends: goes round in a circle ({chain})")
-    content = _read(path)
+    content = _read(path) if shipped or path.parent != FOLDER else {}
     if "extends" not in content:
         return content
     name = str(content.pop("extends"))
@@ -64,7 +69,7 @@ def _extended(path: Path, heirs: tuple[Path, ...] = ()) -> dict[str, Any]:
         base = find(str(beside) if beside.suffix and beside.is_file() else name)
     except UserError as error:
         raise UserError(f"{path}: extends: {error}") from error
-    return _over(_extended(base, (*heirs, path.resolve())), content)
+    return _over(_extended(base, (*heirs, path.resolve()), shipped), content)
 
 
 def _over(base: dict[str, Any], content: dict[str, Any]) -> dict[str, Any]:
@@ -93,6 +98,14 @@ def parse(content: dict[str, Any], name: str) -> AnyRecipe:
         return _ADAPTER.validate_python(content)
     except ValidationError as error:
         raise UserError(f"recipe {name}: {_explain(error, content)}") from error
+
+
+def _keep_given(recipe: BaseModel, given: dict[str, Any]) -> None:
+    """Leaves in `model_fields_set` what the user gave, not what a recipe that comes with fewstep says."""
+    recipe.model_fields_set.intersection_update(given)
+    for name, value in recipe:
+        if isinstance(value, BaseModel):
+            _keep_given(value, given.get(name) or {})
 
 
 def dump(recipe: BaseModel) -> str:

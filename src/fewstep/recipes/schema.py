@@ -1,6 +1,6 @@
 """What a recipe can hold; every field is documented where it is declared, here or in the settings it is made of."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -20,6 +20,15 @@ class RunSettings(LoopSettings):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes a GPU if there is one."""
     data: DataSettings = DataSettings()
+
+    def gives(self, key: str) -> bool:
+        """Whether the user gave this dotted key, by --set or in a recipe of their own: not one that fewstep brings."""
+        at: Any = self
+        for part in key.split("."):
+            if part not in at.model_fields_set:
+                return False
+            at = getattr(at, part)
+        return True
 
 
 class TeachRecipe(RunSettings, TeacherSettings):
