@@ -15,6 +15,8 @@ class Metric:
     better: Literal["lower", "higher"]
     interval: Literal["jackknife", "wilson"] | None = None
     """How its 95 % interval is found."""
+    per_fake: bool = False
+    """Whether it is the share of all generated images, so that their number alone gives its interval."""
     needs: Literal["features", "classes", "prompts", "scenes", "clock"] = "features"
     """Without it the metric is left out; `scenes` are prompts that a program reads back, `clock` is not of images."""
     head: str | None = ""
@@ -34,7 +36,7 @@ METRICS = {
     for metric in (
         Metric("fid", "lower", "jackknife"),
         Metric("kid", "lower", head=None, digits=None),
-        Metric("precision", "higher", "wilson"),
+        Metric("precision", "higher", "wilson", per_fake=True),
         Metric("recall", "higher", "wilson"),
         Metric("accuracy", "higher", "wilson", needs="classes"),
         Metric("prompt_accuracy", "higher", "wilson", needs="scenes", head="prompt"),

@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 from fewstep.diffusion.sampling import rollout
 from fewstep.diffusion.timesteps import index_grid
 from fewstep.errors import UserError
+from fewstep.export.card import Provenance
 from fewstep.export.diffusers_folder import Format, check_folder, lcm_scheduler, write_diffusers_folder
-from fewstep.export.provenance import Provenance
 from fewstep.export.stored import open_stored
 from fewstep.files import written_folder
 from fewstep.models.latent_model import LatentModel

@@ -81,7 +81,7 @@ CHILD = """
 import re, sys, torch
 from pathlib import Path
 from fewstep.export.diffusers_folder import Format, write_diffusers_folder
-from fewstep.export.provenance import Provenance
+from fewstep.export.card import Provenance
 from fewstep.export.stored import open_stored
 
 def export(size, dtype, shards):

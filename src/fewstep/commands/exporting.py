@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from torch import Tensor
 
 from fewstep.commands.options import Export
 from fewstep.commands.runs import check_writable
 from fewstep.errors import UserError
 from fewstep.evaluation.metrics import wilson_interval
+from fewstep.export.card import Provenance, read_scores, read_table
 from fewstep.export.diffusers_folder import Format, check_folder, write_diffusers_folder
-from fewstep.export.provenance import Provenance, Score, read_scores, read_table
-from fewstep.export.stored import TRAINED, Raw, StoredModel, open_stored
+from fewstep.export.stored import TRAINED, StoredModel, open_stored
+from fewstep.metric_table import METRICS
 from fewstep.models.latent_model import LatentModel
 from fewstep.models.loading.pretrained import SUFFIX, load
 from fewstep.models.sampler import parse_sampler
@@ -25,7 +27,6 @@ from fewstep.runtime.ema import ema_name
 from fewstep.runtime.runs import Found, find, run_folder
 from fewstep.runtime.tracking import progress_bar, read_metrics
 
-PER_FAKE = ("precision", "accuracy")  # shares of the generated images, each in or out
 TARGETS = ("diffusers", "single-file")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -38,7 +39,7 @@ def export(text: str, target: str, out: Path, options: Export) -> None:
     found.check(found.folder.name, *(["state.pt"] if options.raw else []))
     stored = open_stored(found.folder, raw_weights(found.checkpoint) if options.raw else None)
     provenance = trace(found, stored, recipe, options)
-    with progress_bar("exporting", 2 * stored.num_tensors) as show:
+    with progress_bar("exporting", 2 * len(stored.tensors)) as show:
         numbers = count(1)
 
         def report() -> None:
@@ -73,17 +74,12 @@ def check_options(target: str, out: Path, options: Export) -> torch.dtype:
         raise UserError(f"--ema {options.ema}: --raw takes the weights as trained, not an average; leave out one")
     check_writable(out.absolute().parent)
     if target == "diffusers":
-        check_shard_size(options.shard_size)
+        if options.shard_size and not re.fullmatch(r"[1-9]\d*[KMGT]B", options.shard_size):
+            raise UserError(f"--shard-size {options.shard_size}: write a number and KB, MB, GB or TB, for example 5GB")
         check_folder(out, options.overwrite)
     else:
         check_file(out, options)
     return DTYPES[name]
-
-
-def check_shard_size(text: str | None) -> None:
-    """Raises UserError unless it is None, or a size as diffusers takes it."""
-    if text is not None and not re.fullmatch(r"[1-9]\d*[KMGT]B", text):
-        raise UserError(f"--shard-size {text}: write a number and KB, MB, GB or TB, for example 5GB")
 
 
 def check_file(out: Path, options: Export) -> None:
@@ -119,10 +115,10 @@ def trace(found: Found, stored: StoredModel, recipe: StudentRecipe, options: Exp
         step=found.step,
         ema="raw" if options.raw else found.ema or first_decay(recipe),
         license=options.license,
-        scores=[
-            Score(name, value, wilson_interval(value, num) if name in PER_FAKE else None)
-            for name, value in read_scores(judged, found.step, found.ema or "").items()
-        ],
+        scores={
+            name: (value, wilson_interval(value, num) if name in METRICS and METRICS[name].per_fake else None)
+            for name, value in read_scores(judged, found.step, found.ema).items()
+        },
         table=read_table(results, run.name) if results else [],
     )
 
@@ -140,10 +136,10 @@ def first_decay(recipe: StudentRecipe) -> str:
     return ema_name(decays[0] if isinstance(decays, list) else decays)
 
 
-def raw_weights(checkpoint: Path) -> Raw:
-    """The network's weights as trained, by their names in it; they stay on the disk until they are read."""
+def raw_weights(checkpoint: Path) -> tuple[Path, dict[str, Tensor]]:
+    """A file, and in it the network's weights as trained; they stay on the disk until they are read."""
     student, prefix = load_state(checkpoint, lazy=True)["method"]["student"], f"network.{TRAINED}."
-    return Raw(checkpoint / "state.pt", {name.removeprefix(prefix): value for name, value in student.items()})
+    return checkpoint / "state.pt", {name.removeprefix(prefix): value for name, value in student.items()}
 
 
 def write_file(
@@ -156,5 +152,6 @@ def write_file(
         raise UserError("--to single-file: is a layout of SD and SDXL; for a pixel model write --to diffusers")
     stored.check_numbers(report)
     student = cast(LatentModel, load(stored.folder))
-    student.network.load_state_dict(stored.parts[TRAINED].raw, strict=False)
+    raw = {tensor.name: tensor.raw for tensor in stored.tensors if tensor.raw is not None}
+    student.network.load_state_dict(raw, strict=False)
     write_single_file(student, out, provenance.metadata(), dtype)

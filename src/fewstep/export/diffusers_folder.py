@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from fewstep.errors import UserError
-from fewstep.export.model_card import Card, model_card
-from fewstep.export.provenance import Provenance
+from fewstep.export.card import Card, Provenance, model_card
 from fewstep.export.stored import TRAINED, Part, StoredModel, read_json
 from fewstep.export.weights import planned, write_shards
 from fewstep.files import written_folder
@@ -68,8 +67,8 @@ def write_diffusers_folder(
         write_description(folder, stored.description | {EXPORT: provenance.metadata()})
         if grid:
             shutil.copyfile(grid, folder / SAMPLES)
-        facts = (out.name, index["_class_name"], written.dtype, named, stored.description, SAMPLES if grid else None)
-        (folder / CARD).write_text(model_card(Card(*facts), provenance))
+        facts = (index["_class_name"], written.dtype, named, index.get("num_classes", 0), SAMPLES if grid else None)
+        (folder / CARD).write_text(model_card(Card(out.name, *facts), provenance))
 
 
 def _convert(part: Part, target: Path, written: Format, metadata: dict[str, str], report: Callable[[], None]) -> None:
@@ -77,13 +76,14 @@ def _convert(part: Part, target: Path, written: Format, metadata: dict[str, str]
 
     def read(name: str) -> Tensor:
         report()
-        return part.read(name)
+        return part.tensors[name].read()
 
     stem = "model" if part.kind.__module__.startswith("transformers.") else "diffusion_pytorch_model"
     target.mkdir()
     config = {key: value for key, value in part.config.items() if key != "_name_or_path"}
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    write_shards(target, stem, planned(part.tensors, written.dtype), read, written.shard_size, metadata)
+    metas = {name: stored.meta for name, stored in sorted(part.tensors.items())}
+    write_shards(target, stem, planned(metas, written.dtype), read, written.shard_size, metadata)
 
 
 def _latent_index(stored: StoredModel, folder: Path) -> tuple[dict[str, Any], bool]:

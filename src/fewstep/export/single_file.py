@@ -10,7 +10,7 @@ from torch import nn
 
 from fewstep.embedded.small_models import SCHEDULE
 from fewstep.errors import UserError
-from fewstep.export.weights import write_safetensors
+from fewstep.export.weights import planned, write_safetensors
 from fewstep.files import written_whole
 from fewstep.models.latent_model import LatentModel, read_scheduler
 from fewstep.models.loading.pipeline import library_class
@@ -74,9 +74,8 @@ def write_single_file(model: LatentModel, path: Path, metadata: dict[str, str], 
     facts = {"format": "pt"} | _specification(model, path.stem)
     if model.timesteps:
         facts[TIMESTEPS] = json.dumps(model.timesteps)
-    plan = {name: torch.empty(tensor.shape, dtype=dtype, device="meta") for name, tensor in weights.items()}
     with written_whole(path) as temporary:
-        write_safetensors(temporary, plan, weights.__getitem__, facts | metadata)
+        write_safetensors(temporary, planned(weights, dtype), weights.__getitem__, facts | metadata)
 
 
 def original_weights(model: LatentModel) -> Weights:

@@ -24,42 +24,36 @@ PIXEL_INDEX = {TRAINED: ["diffusers", "UNet2DModel"]}
 
 
 @dataclass(frozen=True)
-class Raw:
-    """A network's weights as trained, by their names in it, and the file that they are in."""
+class Stored:
+    """A tensor in a file; `meta` has its type and shape, without memory."""
 
+    name: str
     file: Path
-    tensors: Mapping[str, Tensor]
+    meta: Tensor
+    raw: Tensor | None = None
+    """Out of another kind of file, where it stays on the disk until it is used."""
+
+    def read(self) -> Tensor:
+        if self.raw is not None:
+            return self.raw
+        with open_weights(self.file) as handle:  # anew, for what was read stays in memory as long as it is open
+            tensor: Tensor = handle.get_tensor(self.name)
+        return tensor
+
+    def check_numbers(self) -> None:
+        """Raises UserError if one is not finite."""
+        if self.meta.is_floating_point() and self.meta.numel():
+            if not all(bound.isfinite() for bound in self.read().aminmax()):  # NaN if one is
+                raise not_whole(self.file, f"{self.name} holds numbers that are not finite")
 
 
 @dataclass(frozen=True)
 class Part:
-    """A network of a model, in files."""
+    """A network: its class in diffusers or transformers, its configuration and its tensors by name."""
 
-    kind: Any
-    """Its class in diffusers or transformers."""
+    kind: type[nn.Module]
     config: dict[str, Any]
-    tensors: dict[str, Tensor]
-    """Types and shapes, without memory."""
-    files: dict[str, Path]
-    """Where each tensor is."""
-    raw: Mapping[str, Tensor]
-    """Those that take the place of the files'."""
-
-    def read(self, name: str) -> Tensor:
-        """One tensor."""
-        if name in self.raw:
-            return self.raw[name]
-        with open_weights(self.files[name]) as handle:  # anew, for what was read stays in memory as long as it is open
-            tensor: Tensor = handle.get_tensor(name)
-        return tensor
-
-    def check_numbers(self, report: Callable[[], None]) -> None:
-        """Raises UserError where a number is not finite."""
-        for name, tensor in self.tensors.items():
-            report()
-            full = tensor.is_floating_point() and tensor.numel()
-            if full and not all(bound.isfinite() for bound in self.read(name).aminmax()):  # NaN if one is
-                raise not_whole(self.files[name], f"{name} holds numbers that are not finite")
+    tensors: dict[str, Stored]
 
 
 @dataclass(frozen=True)
@@ -77,17 +71,18 @@ class StoredModel:
         return self.index is not PIXEL_INDEX
 
     @property
-    def num_tensors(self) -> int:
-        return sum(len(part.tensors) for part in self.parts.values())
+    def tensors(self) -> list[Stored]:
+        return [stored for part in self.parts.values() for stored in part.tensors.values()]
 
     def check_numbers(self, report: Callable[[], None] = lambda: None) -> None:
         """Raises UserError where a number is not finite; `report` is called per tensor."""
-        for part in self.parts.values():
-            part.check_numbers(report)
+        for stored in self.tensors:
+            report()
+            stored.check_numbers()
 
 
-def open_stored(folder: Path, raw: Raw | None = None) -> StoredModel:
-    """The model in `folder`, its trained network with the weights `raw` where they are given.
+def open_stored(folder: Path, raw: tuple[Path, Mapping[str, Tensor]] | None = None) -> StoredModel:
+    """The model in `folder`; `raw` are a file and the trained network's weights out of it, in place of the averages.
 
     Raises UserError, naming part, file and tensor, unless every network has the names and shapes of its configuration.
     """
@@ -105,39 +100,30 @@ def open_stored(folder: Path, raw: Raw | None = None) -> StoredModel:
     return StoredModel(folder, description, index, parts)
 
 
-def open_part(folder: Path, kind: Any, raw: Raw | None) -> Part:
+def open_part(folder: Path, kind: Any, raw: tuple[Path, Mapping[str, Tensor]] | None) -> Part:
     """A network of that class, of the names and shapes that its configuration gives it."""
-    config, network = read_json(folder / "config.json"), None
+    config = read_json(folder / "config.json")
     try:
         with torch.device("meta"):
             network = kind.from_config(config) if hasattr(kind, "from_config") else kind(kind.config_class(**config))
     except Exception as error:  # of the library, and almost any
         raise not_whole(folder / "config.json", f"describes no {kind.__name__} ({brief(error)})") from error
-    tensors, files = _stored_tensors(folder)
+    tensors = _stored_tensors(folder)
     if raw:
-        tensors |= {name: torch.empty_like(tensor, device="meta") for name, tensor in raw.tensors.items()}
-        files |= dict.fromkeys(raw.tensors, raw.file)
-        for name, _ in network.named_parameters():
-            if name not in raw.tensors:
-                raise not_whole(raw.file, f"lacks {name}, which the {kind.__name__} in {folder} has")
-    _check_shapes(folder, kind.__name__, network, tensors, files)
-    return Part(kind, config, tensors, files, raw.tensors if raw else {})
-
-
-def _check_shapes(
-    folder: Path, kind: str, network: nn.Module, tensors: dict[str, Tensor], files: dict[str, Path]
-) -> None:
-    """Raises UserError unless the tensors have the names and shapes of the network's."""
-    ours = {_plain(name): name for name in tensors}
-    needs = {_plain(name): tensor.shape for name, tensor in network.state_dict().items()}
+        tensors |= {name: Stored(name, raw[0], torch.empty_like(t, device="meta"), t) for name, t in raw[1].items()}
+        if missing := [name for name, _ in network.named_parameters() if name not in raw[1]]:
+            raise not_whole(raw[0], f"lacks {missing[0]}, which the {kind.__name__} in {folder} has")
+    ours = {_plain(name): stored for name, stored in tensors.items()}
+    needs = {_plain(name): list(tensor.shape) for name, tensor in network.state_dict().items()}
     for name in sorted(ours.keys() | needs.keys()):
         if name not in ours:
-            raise not_whole(folder, f"lacks {name}, which the {kind} of its config.json has")
-        file, shape = files[ours[name]], tensors[ours[name]].shape
+            raise not_whole(folder, f"lacks {name}, which the {kind.__name__} of its config.json has")
+        file, shape = ours[name].file, list(ours[name].meta.shape)
         if name not in needs:
-            raise not_whole(file, f"holds {name}, for which the {kind} in {folder} has no place")
+            raise not_whole(file, f"holds {name}, for which the {kind.__name__} in {folder} has no place")
         if shape != needs[name]:
-            raise not_whole(file, f"{name} is {list(shape)}, where the {kind} in {folder} has {list(needs[name])}")
+            raise not_whole(file, f"{name} is {shape}, where the {kind.__name__} in {folder} has {needs[name]}")
+    return Part(kind, config, tensors)
 
 
 def _plain(name: str) -> str:
@@ -145,31 +131,24 @@ def _plain(name: str) -> str:
     return name.removeprefix("text_model.")
 
 
-def _stored_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, Path]]:
-    """Every tensor of a part, without memory, and the file that it is in."""
-    tensors: dict[str, Tensor] = {}
-    files: dict[str, Path] = {}
-    for file in _weight_files(folder):
-        with open_weights(file) as handle:
-            for name in handle.keys():  # noqa: SIM118, for it is no dict
-                stored = handle.get_slice(name)
-                if name in files:
-                    raise not_whole(file, f"holds {name}, which is also in {files[name].name}")
-                if stored.get_dtype() not in DTYPES:
-                    raise not_whole(file, f"{name} is stored as {stored.get_dtype()}, which is not exported")
-                tensors[name] = torch.empty(stored.get_shape(), dtype=DTYPES[stored.get_dtype()], device="meta")
-                files[name] = file
-    return tensors, files
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """Those that are there, and those that an index of shards names."""
-    files = set(folder.glob("*.safetensors"))
+def _stored_tensors(folder: Path) -> dict[str, Stored]:
+    """All of a part, by their names: of the files that are there, and of those that an index of shards names."""
+    files, found = set(folder.glob("*.safetensors")), {}
     for index in folder.glob("*.safetensors.index*.json"):
         files |= {folder / name for name in read_json(index).get("weight_map", {}).values()}
     if not files:
         raise not_whole(folder, "holds no weights")
-    return sorted(files)
+    for file in sorted(files):
+        with open_weights(file) as handle:
+            for name in handle.keys():  # noqa: SIM118, for it is no dict
+                stored = handle.get_slice(name)
+                if name in found:
+                    raise not_whole(file, f"holds {name}, which is also in {found[name].file.name}")
+                if stored.get_dtype() not in DTYPES:
+                    raise not_whole(file, f"{name} is stored as {stored.get_dtype()}, which is not exported")
+                meta = torch.empty(stored.get_shape(), dtype=DTYPES[stored.get_dtype()], device="meta")
+                found[name] = Stored(name, file, meta)
+    return found
 
 
 def open_weights(file: Path) -> Any:
@@ -183,12 +162,9 @@ def open_weights(file: Path) -> Any:
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object; raises UserError if the file holds none."""
     try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+        return dict(json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError) as error:
         raise not_whole(file, f"can't be read ({brief(error)})") from error
-    if not isinstance(content, dict):
-        raise not_whole(file, "holds no JSON object")
-    return content
 
 
 def not_whole(where: Path, what: str) -> UserError:

@@ -26,10 +26,10 @@ Read = Callable[[str], Tensor]
 
 
 def planned(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """What will be written, without memory: floats in `dtype`, sorted by name."""
+    """What will be written, without memory: floats in `dtype`."""
     return {
         name: torch.empty(value.shape, dtype=dtype if value.is_floating_point() else value.dtype, device="meta")
-        for name, value in sorted(tensors.items())
+        for name, value in tensors.items()
     }
 
 

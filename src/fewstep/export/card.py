@@ -1,0 +1,270 @@
+"""What an exported model came from, as it stands in the metadata of its weights and in its README.md."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+import fewstep
+from fewstep.errors import UserError
+from fewstep.metric_table import METRICS
+from fewstep.models.loading.hub import is_hub_id
+
+SAMPLER = "LCM's: predict x0, then renoise it with fresh noise to the next timestep"
+VARIANTS = {
+    torch.float32: "",
+    torch.float16: ', variant="fp16", dtype=torch.float16',
+    torch.bfloat16: ", dtype=torch.bfloat16",
+}
+TAGS = {
+    "StableDiffusionPipeline": ["text-to-image", "stable-diffusion"],
+    "StableDiffusionXLPipeline": ["text-to-image", "stable-diffusion-xl"],
+}
+CARD = """---
+{front}---
+
+# {name}
+
+A {what} model that draws in {steps}, distilled from `{teacher}` by DMD2.
+{picture}
+## Use
+
+```python
+import torch
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained({opening})
+pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+picture = pipeline({call}).images[0]
+picture.save("picture.png")
+```
+
+{advice}
+
+## How it was made
+
+| | |
+|---|---|
+| teacher | `{teacher}` |
+| method | DMD2 ([arXiv 2405.14867](https://arxiv.org/abs/2405.14867)) |
+| timesteps | {timesteps} |
+| guidance (CFG) of the student | {own_guidance} |
+| guidance (CFG) of the teacher, in training | {guidance} |
+| sampler | {sampler} |
+| checkpoint | step {step} (critic updates) |
+| weights | {weights}; {dtype} |
+| made by | fewstep {version} |
+
+## Metrics
+
+{metrics}
+
+## Limits
+
+It was trained for exactly {steps} at these timesteps, and is worse at any other. It takes no guidance and no negative \
+prompt. It has what its teacher has of biases and gaps, and less variety than its teacher.
+
+## Licence
+
+{license}
+
+## Recipe
+
+```yaml
+{recipe}```
+"""
+NOTES = (
+    "Arrows say which way is better. Intervals are of 95 %: Wilson's of shares; a jackknife's over the generated "
+    "images of FID, by `fewstep evaluate` alone. The row `real` is the noise floor: real images against real images. "
+    "Numbers in the features of one network don't compare with those in another's."
+)
+Interval = Sequence[float] | None
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """How the student was made; `guidance_scale` is the teacher's in training, for the student takes none."""
+
+    teacher: str
+    """As the recipe names it."""
+    recipe: str
+    """All of it, as YAML."""
+    timesteps: list[float]
+    guidance_scale: float
+    step: int
+    """Of the checkpoint: critic updates."""
+    ema: str
+    """Decay of the averaged weights; `raw` for the weights as trained."""
+    license: str = "other"
+    scores: dict[str, tuple[float, Interval]] = field(default_factory=dict)
+    """By the run itself, as it trained, with their 95 % intervals where they are known."""
+    table: list[dict[str, Any]] = field(default_factory=list)
+    """Rows of `fewstep evaluate`: the real images and this model."""
+    version: str = fewstep.__version__
+
+    def metadata(self) -> dict[str, str]:
+        """Strings by name, for safetensors headers and `fewstep.json`."""
+        scores = {name: {"value": value, "interval": interval} for name, (value, interval) in self.scores.items()}
+        facts = {
+            "version": self.version,
+            "teacher": self.teacher,
+            "recipe": self.recipe,
+            "timesteps": json.dumps(self.timesteps),
+            "teacher_guidance_scale": f"{self.guidance_scale:g}",
+            "guidance_scale": "none: pass 0 or 1",
+            "sampler": SAMPLER,
+            "step": str(self.step),
+            "ema": self.ema,
+            "license": self.license,
+            "scores": json.dumps(scores),
+        }
+        return {f"fewstep.{name}": fact for name, fact in facts.items()}
+
+
+def read_scores(evaluations: Sequence[dict[str, float]], step: int, ema: str | None = None) -> dict[str, float]:
+    """The run's own metrics at `step`; {} if it was not judged there.
+
+    Those of the average `ema` are `ema0.99995_fid`, those of the first one `fid`.
+    """
+    line = next((line for line in reversed(evaluations) if line["step"] == step), {})
+    prefix = f"ema{ema}_" if ema else ""
+    named = {name.removeprefix(prefix): value for name, value in line.items() if name.startswith(prefix)}
+    return {name: value for name, value in named.items() if name != "step" and not name.startswith("ema")}
+
+
+def read_table(folder: Path, name: str) -> list[dict[str, Any]]:
+    """The rows of the real images and of the model `name` in a folder of `fewstep evaluate`.
+
+    Raises UserError if it holds no such row.
+    """
+    path = folder / "results.json"
+    try:
+        rows = json.loads(path.read_text())
+        kept = [row for row in rows if row["model"] in ("real", name)]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not there, or not written by `fewstep evaluate`; name its --out folder") from error
+    if not any(row["model"] == name for row in kept):
+        there = ", ".join(str(row["model"]) for row in rows)
+        raise UserError(f"{path}: has no row {name!r}; it has {there}")
+    return kept
+
+
+@dataclass(frozen=True)
+class Card:
+    """What the card says of the folder beside its provenance."""
+
+    name: str
+    kind: str | list[str]
+    """The pipeline's class; a list where it lies in the folder."""
+    dtype: torch.dtype
+    name_timesteps: bool
+    """Whether a call must name them."""
+    num_classes: int = 0
+    picture: str | None = None
+
+
+def model_card(card: Card, made: Provenance) -> str:
+    """The whole text."""
+    text, count = isinstance(card.kind, str), len(made.timesteps)
+    return CARD.format(
+        front=yaml.safe_dump(front_matter(card, made, text), sort_keys=False),
+        name=card.name,
+        what="text-to-image" if text else "pixel",
+        steps=f"{count} step{'s' if count > 1 else ''}",
+        picture=f"\n![samples]({card.picture})\n" if card.picture else "",
+        opening=json.dumps(card.name) + VARIANTS[card.dtype] + ("" if text else ", trust_remote_code=True"),
+        call=_text_call(card, made) if text else "class_labels=[0]" if card.num_classes else "",
+        advice=advice(card, count, text),
+        teacher=made.teacher,
+        timesteps=", ".join(f"{t:g}" for t in made.timesteps),
+        own_guidance="none: pass `guidance_scale=0`" if text else "none",
+        guidance="none" if made.guidance_scale == 1 else f"{made.guidance_scale:g}",
+        sampler=SAMPLER,
+        step=made.step,
+        weights="as trained" if made.ema == "raw" else f"averaged, EMA {made.ema}",
+        dtype=str(card.dtype).removeprefix("torch."),
+        version=made.version,
+        metrics=metrics(made),
+        license=license_text(made),
+        recipe=made.recipe,
+    )
+
+
+def front_matter(card: Card, made: Provenance, text: bool) -> dict[str, Any]:
+    """What the hub reads."""
+    return {
+        "license": made.license,
+        "library_name": "diffusers",
+        **({"base_model": made.teacher} if is_hub_id(made.teacher) else {}),
+        "pipeline_tag": "text-to-image" if text else "unconditional-image-generation",
+        "tags": [*TAGS.get(str(card.kind), []), "fewstep", "dmd2", "distillation", "few-step"],
+    }
+
+
+def _text_call(card: Card, made: Provenance) -> str:
+    timesteps = [int(t) for t in made.timesteps]
+    steps = f"timesteps={timesteps}" if card.name_timesteps else f"num_inference_steps={len(timesteps)}"
+    return f'"a photo of a cat", {steps}, guidance_scale=0'
+
+
+def advice(card: Card, count: int, text: bool) -> str:
+    """What to know about the call."""
+    if not text:
+        return (
+            "`trust_remote_code=True` runs `pipeline.py`, a short file in this folder: read it first. The timesteps "
+            f"are the model's own; `generator` seeds the noise, `num_inference_steps` may be less than {count}."
+        )
+    if card.name_timesteps:
+        return (
+            "The timesteps must be named as above, with these numbers: they are not evenly spaced, so diffusers' "
+            "`LCMScheduler` can't find them, and refuses a call with `num_inference_steps` above 1."
+        )
+    return (
+        f"The timesteps need not be named: the scheduler in this folder takes them for `num_inference_steps={count}`. "
+        "Keep `LCMScheduler`, and keep guidance off."
+    )
+
+
+def metrics(made: Provenance) -> str:
+    """The run's own scores and the rows of an evaluation, as tables."""
+    parts = []
+    if made.scores:
+        where = "by the run itself, on the images that `evaluation` in the recipe says"
+        lines = [f"| {_named(name)} | {value:.4g} | {_interval(i)} |" for name, (value, i) in made.scores.items()]
+        head = "| metric | value | 95 % interval |\n|---|---|---|\n"
+        parts.append(f"Of step {made.step}, {where}:\n\n{head}" + "\n".join(lines))
+    if made.table:  # what is not a single value stays in results.json
+        last = made.table[-1]
+        names = [name for name, value in last.items() if value is not None and not isinstance(value, dict)]
+        head = f"| {' | '.join(map(_named, names))} |\n|{'---|' * len(names)}\n"
+        lines = [f"| {' | '.join(_cell(row, name) for name in names)} |" for row in made.table]
+        parts.append("By `fewstep evaluate`:\n\n" + head + "\n".join(lines))
+    return "\n\n".join([*parts, NOTES]) if parts else "None were computed. `fewstep evaluate` computes them."
+
+
+def _named(name: str) -> str:
+    """A column, with the way that is better."""
+    arrow = {"lower": " ↓", "higher": " ↑"}[METRICS[name].better] if name in METRICS else ""
+    return name.replace("_", " ") + arrow
+
+
+def _interval(interval: Interval) -> str:
+    return f"{interval[0]:.4g} to {interval[1]:.4g}" if interval else "–"
+
+
+def _cell(row: dict[str, Any], name: str) -> str:
+    """A value, with its interval where one is known."""
+    value, interval = row.get(name), (row.get("intervals") or {}).get(name)
+    text = "–" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{text} ({_interval(interval)})" if interval else text
+
+
+def license_text(made: Provenance) -> str:
+    """The field, and whose terms hold."""
+    if made.license == "other":
+        return f"`other`: the licence of the teacher, `{made.teacher}`, applies, and that of the training data."
+    return f"`{made.license}`, as said by who exported it; the terms of the teacher go on to apply."
