@@ -38,7 +38,7 @@ METRICS = {
         Metric("kid", "lower", head=None, digits=None),
         Metric("precision", "higher", "wilson", per_fake=True),
         Metric("recall", "higher", "wilson"),
-        Metric("accuracy", "higher", "wilson", needs="classes"),
+        Metric("accuracy", "higher", "wilson", per_fake=True, needs="classes"),
         Metric("prompt_accuracy", "higher", "wilson", needs="scenes", head="prompt"),
         Metric("two_objects", "higher", "wilson", needs="scenes", head="two"),
         Metric("diversity", "higher", needs="prompts"),

@@ -134,8 +134,8 @@ def test_a_checkpoint_is_chosen_and_its_scores_stand_in_the_card(run: Run, choic
     assert run(f"export student{choice} {tmp_path}/out --license mit")[0] == 0
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"| checkpoint | step {step} (critic updates) |" in card
-    assert f"| fid | {9 - step} | – |" in card
-    assert "| precision | 0.5 | 0.4691 to 0.5309 |" in card
+    assert f"| fid ↓ | {9 - step} | – |" in card
+    assert "| precision ↑ | 0.5 | 0.4691 to 0.5309 |" in card
     assert "license: mit" in card
     assert Path("student/recipe.yaml").read_text() in card
     facts = json.loads((tmp_path / "out" / "fewstep.json").read_text())["export"]

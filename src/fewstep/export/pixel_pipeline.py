@@ -20,7 +20,9 @@ class FewstepPixelPipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "unet"
 
-    def __init__(self, unet: UNet2DModel, timesteps: list | None = None, sigma_data: float = 0.5, num_classes: int = 0):
+    def __init__(
+        self, unet: UNet2DModel, timesteps: list[float] | None = None, sigma_data: float = 0.5, num_classes: int = 0
+    ):
         super().__init__()
         self.register_modules(unet=unet)
         self.register_to_config(timesteps=timesteps or [80.0], sigma_data=sigma_data, num_classes=num_classes)
@@ -35,7 +37,7 @@ class FewstepPixelPipeline(DiffusionPipeline):
         latents: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-    ) -> ImagePipelineOutput | tuple:
+    ) -> ImagePipelineOutput | tuple[object]:
         """Images of `class_labels` (one or a list; by default all in turn), `batch_size` of them (by default 1).
 
         x0_k = denoise(x_k, t_k);  x_{k+1} = x0_k + t_{k+1} eps, with fresh eps from `generator`
@@ -70,7 +72,7 @@ class FewstepPixelPipeline(DiffusionPipeline):
         variance = t**2 + data**2
         time = torch.full((len(x_t),), math.log(t) / 4, device=x_t.device)
         network_input = (x_t / variance**0.5).to(self.unet.dtype)
-        output = self.unet(network_input, time, class_labels=labels, return_dict=False)[0].to(x_t.dtype)
+        output: Tensor = self.unet(network_input, time, class_labels=labels, return_dict=False)[0].to(x_t.dtype)
         return data**2 / variance * x_t + t * data / variance**0.5 * output
 
     def choose_timesteps(self, num: int | None) -> list[float]:

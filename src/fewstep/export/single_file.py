@@ -93,7 +93,7 @@ def original_weights(model: LatentModel) -> Weights:
 
 def _is_second_version(model: LatentModel) -> bool:
     """SD 2.x has an OpenCLIP text encoder, which is told by its activation: OpenAI's CLIP has `quick_gelu`."""
-    return model.pipeline.text_encoder.config.hidden_act == "gelu"
+    return bool(model.pipeline.text_encoder.config.hidden_act == "gelu")
 
 
 def _renamed(network: nn.Module, state: Weights, prefix: str, places: Places, layers: Mapping[str, str]) -> Weights:

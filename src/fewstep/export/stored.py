@@ -42,9 +42,9 @@ class Stored:
 
     def check_numbers(self) -> None:
         """Raises UserError if one is not finite."""
-        if self.meta.is_floating_point() and self.meta.numel():
-            if not all(bound.isfinite() for bound in self.read().aminmax()):  # NaN if one is
-                raise not_whole(self.file, f"{self.name} holds numbers that are not finite")
+        full = self.meta.is_floating_point() and self.meta.numel()
+        if full and not all(bound.isfinite() for bound in self.read().aminmax()):  # NaN if one is
+            raise not_whole(self.file, f"{self.name} holds numbers that are not finite")
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def _plain(name: str) -> str:
 
 def _stored_tensors(folder: Path) -> dict[str, Stored]:
     """All of a part, by their names: of the files that are there, and of those that an index of shards names."""
-    files, found = set(folder.glob("*.safetensors")), {}
+    files, found = set(folder.glob("*.safetensors")), dict[str, Stored]()
     for index in folder.glob("*.safetensors.index*.json"):
         files |= {folder / name for name in read_json(index).get("weight_map", {}).values()}
     if not files:

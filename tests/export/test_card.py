@@ -7,16 +7,13 @@ import torch
 import yaml
 
 from fewstep.errors import UserError
-from fewstep.export.model_card import Card, model_card
-from fewstep.export.provenance import Provenance, Score, read_scores, read_table
-
-PIXELS = {"config": {"num_classes": 10, "sigma_data": 0.5}}
+from fewstep.export.card import Card, Provenance, model_card, read_scores, read_table
 
 
 def card(kind: str | list[str] = "StableDiffusionXLPipeline", dtype: torch.dtype = torch.float32, **changes) -> str:
     facts = {"teacher": "owner/model", "recipe": "kind: distill\nseed: 3\n", "timesteps": [999.0, 499.0]}
     facts |= {"guidance_scale": 8.0, "step": 7, "ema": "0.999"} | changes
-    return model_card(Card("my model", kind, dtype, False, PIXELS, "samples.png"), Provenance(**facts))
+    return model_card(Card("my model", kind, dtype, False, 10, "samples.png"), Provenance(**facts))
 
 
 def front(text: str) -> dict:
@@ -58,7 +55,7 @@ def test_it_says(fact: str) -> None:
 
 
 def test_metrics_have_their_intervals() -> None:
-    scores = [Score("fid", 1.25), Score("precision", 0.5, (0.4, 0.6))]
+    scores = {"fid": (1.25, None), "precision": (0.5, (0.4, 0.6))}
     student = {
         "model": "run",
         "fid": 1.5,
@@ -68,9 +65,9 @@ def test_metrics_have_their_intervals() -> None:
     }
     rows = [{"model": "real", "fid": 0.25, "intervals": None}, student]
     text = card(scores=scores, table=rows)
-    assert "| fid | 1.25 | – |" in text
-    assert "| precision | 0.5 | 0.4 to 0.6 |" in text
-    assert "| model | fid | nfe |" in text
+    assert "| fid ↓ | 1.25 | – |" in text
+    assert "| precision ↑ | 0.5 | 0.4 to 0.6 |" in text
+    assert "| model | fid ↓ | nfe |" in text
     assert "| real | 0.25 | – |" in text
     assert "| run | 1.5 (1.25 to 1.75) | 1 |" in text
 
