@@ -10,8 +10,9 @@ from torch import Tensor
 from fewstep.embedded.settings import AutoencoderConfig
 from fewstep.embedded.small_models import build_autoencoder
 from fewstep.errors import UserError
-from fewstep.models.autoencoder import Autoencoder, encode_images, load_autoencoder
+from fewstep.models.autoencoder import Autoencoder, load_autoencoder
 from fewstep.models.latent_model import LatentModel
+from fewstep.networks.codec import Codec
 from tiny_pipelines import TINY
 
 CONFIG = AutoencoderConfig(image_size=16, block_out_channels=[8, 16], norm_num_groups=4, latent_channels=3)
@@ -57,7 +58,7 @@ def test_a_saved_autoencoder_opens_here_and_in_diffusers(model: Autoencoder, tmp
     assert not again.vae.training
     assert again.latent_space == model.latent_space
     assert torch.equal(again.encode_images(pictures(), unit), model.encode_images(pictures(), unit))
-    assert torch.equal(encode_images(theirs.eval(), pictures(), unit), model.encode_images(pictures(), unit))
+    assert torch.equal(Codec(theirs.eval()).encode(pictures(), unit), model.encode_images(pictures(), unit))
 
 
 def test_another_autoencoder_has_another_latent_space(model: Autoencoder) -> None:

@@ -10,8 +10,9 @@ from diffusers import DDIMScheduler, LCMScheduler
 
 from fewstep.diffusion.denoiser import Guided
 from fewstep.diffusion.sampling import rollout
-from fewstep.models.latent_model import LatentModel, read_scheduler
+from fewstep.models.latent_model import LatentModel
 from fewstep.models.loading.pretrained import load
+from fewstep.networks.families.stable_diffusion import vp_schedule
 from tiny_pipelines import BETAS, TINY
 
 PROMPTS = ["a red cat", "a mat", "a prompt that is longer than the tokenizer's twenty tokens"]
@@ -71,7 +72,7 @@ def test_the_rollout_is_the_whole_pipeline_call_with_the_lcm_scheduler(pipeline,
 @pytest.mark.parametrize("zero_snr", [False, True])
 def test_every_prediction_type_and_zero_terminal_snr_are_diffusers_own(prediction: str, zero_snr: bool) -> None:
     scheduler = DDIMScheduler(**BETAS, prediction_type=prediction, rescale_betas_zero_snr=zero_snr, clip_sample=False)
-    schedule, parameterization = read_scheduler(scheduler)
+    schedule, parameterization = vp_schedule(scheduler.config)
     scheduler.set_timesteps(1000)
     x_t, output = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8)
     for t in (0, 399, 749, 998):

@@ -13,7 +13,7 @@ from fewstep.errors import UserError
 from fewstep.models.loading.pretrained import load
 from fewstep.models.pixel_model import PixelModel, build_unet
 from fewstep.models.settings import PixelModelConfig
-from fewstep.networks.adapters import PixelUNet
+from fewstep.networks.families.edm import PixelUNet
 
 X_T = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 SIGMA = torch.tensor([0.002, 1.0, 80.0])

@@ -13,7 +13,6 @@ from fewstep.commands.texts import NUM_GRID_PROMPTS, open_texts
 from fewstep.data.images import batch_indices
 from fewstep.data.pairs import Given, PairSet, load_pairs, write_pairs
 from fewstep.data.prompts import load_prompts
-from fewstep.diffusion.schedules import VP
 from fewstep.errors import Interrupted, UserError
 from fewstep.evaluation.lpips import load_lpips
 from fewstep.models.autoencoder import load_tiny_decoder
@@ -112,7 +111,7 @@ def _check(model: PixelModel | LatentModel, teacher: str, sampler: Sampler) -> N
     """Raises UserError if the teacher can't be sampled so."""
     if model.timesteps:
         raise UserError(f"--teacher {teacher}: is a few-step student; name its teacher")
-    if sampler.kind in MULTISTEP and not isinstance(model.denoiser.schedule, VP):
+    if sampler.kind in MULTISTEP and model.denoiser.schedule.betas is None:
         raise UserError(f"--sampler {sampler}: is for text-to-image teachers; take heun, euler or ddim")
     if sampler.guidance_scale != 1 and model.null_condition is None:
         raise UserError(f"--sampler {sampler}: the teacher has no null class to guide with; leave out the @")

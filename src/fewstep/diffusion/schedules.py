@@ -25,6 +25,10 @@ class NoiseSchedule(ABC):
     """
 
     levels: Tensor
+    kind: str
+    """Which samplers fit: "edm", "vp" or "flow"."""
+    betas: Tensor | None = None
+    """(T,) float64, for samplers that start from those, where there are any."""
     distributions: tuple[str, ...] = ("index",)
     """The named distributions of `NoiseLevels` whose draws are native times of this schedule."""
 
@@ -62,6 +66,7 @@ class NoiseSchedule(ABC):
 class EDM(NoiseSchedule):
     """alpha = 1, sigma = t: native time is the noise level itself (Karras et al. 2022, arXiv 2206.00364)."""
 
+    kind = "edm"
     distributions = ("index", "lognormal")
 
     def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0):
@@ -90,8 +95,12 @@ class EDM(NoiseSchedule):
 class VP(NoiseSchedule):
     """alpha = sqrt(abar_t), sigma = sqrt(1 - abar_t) at integer t = 0 .. T-1 (DDPM, Stable Diffusion, SDXL)."""
 
+    kind = "vp"
+
     def __init__(self, alphas_cumprod: Tensor):
         self.alphas_cumprod = alphas_cumprod.double()  # (T,)
+        before = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod[:-1]])
+        self.betas = 1 - self.alphas_cumprod / before  # beta_t = 1 - abar_t / abar_(t-1)
         self.levels = torch.arange(len(alphas_cumprod))
         self._by_device: dict[torch.device, Tensor] = {}
 
@@ -100,11 +109,6 @@ class VP(NoiseSchedule):
         """The schedule of SD 1.x, 2.x and SDXL: sqrt(beta) evenly spaced."""
         betas = torch.linspace(beta_start**0.5, beta_end**0.5, num_timesteps, dtype=torch.float64) ** 2
         return cls(torch.cumprod(1 - betas, dim=0))
-
-    @property
-    def betas(self) -> Tensor:
-        """beta_t = 1 - abar_t / abar_(t-1), (T,) float64, for samplers that start from those."""
-        return 1 - self.alphas_cumprod / torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod[:-1]])
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         if t.device not in self._by_device:
@@ -122,6 +126,7 @@ class VP(NoiseSchedule):
 class Flow(NoiseSchedule):
     """alpha = 1 - t, sigma = t for t in [0, 1] (rectified flow: SD3, FLUX, Sana); `shift` moves the levels to noise."""
 
+    kind = "flow"
     distributions = ("index", "logit_normal", "shifted")
 
     def __init__(self, shift: float = 1.0):

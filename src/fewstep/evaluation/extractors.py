@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from fewstep.data.images import ImageSet, batch_indices
 from fewstep.errors import UserError
 from fewstep.files import written_whole
-from fewstep.models.image_model import to_pixels
+from fewstep.networks.codec import to_pixels
 from fewstep.networks.fingerprint import fingerprint
 from fewstep.seeding import generator
 

@@ -12,9 +12,10 @@ from fewstep.embedded.small_models import SCHEDULE
 from fewstep.errors import UserError
 from fewstep.export.weights import planned, write_safetensors
 from fewstep.files import written_whole
-from fewstep.models.latent_model import LatentModel, read_scheduler
+from fewstep.models.latent_model import LatentModel
 from fewstep.models.loading.pipeline import library_class
 from fewstep.models.loading.single_file import TIMESTEPS, UNET, Weights
+from fewstep.networks.families.stable_diffusion import vp_schedule
 
 Places = dict[str, str]
 """Dotted starts of diffusers' names -> the original ones."""
@@ -179,7 +180,7 @@ def _flags(model: LatentModel) -> list[str]:
     if prediction == "sample":
         raise UserError("prediction_type sample: a single file can't say so; export the model as a diffusers folder")
     usual = library_class("DDIMScheduler")(**SCHEDULE, rescale_betas_zero_snr=zero_snr)
-    ours, theirs = (read_scheduler(scheduler)[0].alphas_cumprod for scheduler in (model.pipeline.scheduler, usual))
+    ours, theirs = (vp_schedule(scheduler.config)[0].alphas_cumprod for scheduler in (model.pipeline.scheduler, usual))
     if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=1e-4):
         raise UserError("noise schedule: not Stable Diffusion's, which readers of a single file take; export a folder")
     return ["v_pred"] * (prediction == "v_prediction") + ["ztsnr"] * zero_snr

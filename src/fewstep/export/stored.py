@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from fewstep.errors import UserError, brief
 from fewstep.export.weights import DTYPES
-from fewstep.models.image_model import DESCRIPTION, ImageModel
+from fewstep.models.image_model import DESCRIPTION
 from fewstep.models.loading.hub import PIPELINE
-from fewstep.models.loading.pipeline import PARTS, check_index, library_class
+from fewstep.models.loading.pipeline import check_index, library_class
 
-TRAINED = ImageModel.part  # that distillation trains
+TRAINED = "unet"  # that distillation trains
 PIXEL_INDEX = {TRAINED: ["diffusers", "UNet2DModel"]}
 
 
@@ -89,7 +89,7 @@ def open_stored(folder: Path, raw: tuple[Path, Mapping[str, Tensor]] | None = No
     description, index, names = read_json(folder / DESCRIPTION), PIXEL_INDEX, [TRAINED]
     if (folder / PIPELINE).is_file():
         index = read_json(folder / PIPELINE)
-        names = list(PARTS[check_index(folder, index)])
+        names = list(check_index(folder, index).parts)
     parts = {}
     for name in names:
         kind = library_class(index[name][1])

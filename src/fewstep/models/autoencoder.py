@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from fewstep.errors import UserError
-from fewstep.models.image_model import to_images, to_pixels, write_description
+from fewstep.models.image_model import write_description
 from fewstep.models.loading.pipeline import library_class
+from fewstep.models.loading.weights import check_finite, check_stored
+from fewstep.networks.codec import Codec, to_images
 from fewstep.networks.fingerprint import fingerprint
 
 if TYPE_CHECKING:
@@ -29,8 +32,7 @@ class Autoencoder:
     def __init__(self, vae: AutoencoderKL, image_size: int | None = None):
         self.vae = vae
         self.image_size: int = image_size or vae.config.sample_size
-        size = self.image_size // 2 ** (len(vae.config.block_out_channels) - 1)
-        self.shape: tuple[int, ...] = (vae.config.latent_channels, size, size)
+        self.shape: tuple[int, ...] = Codec(vae).shape(self.image_size)
         self.sampling_batch = 250
 
     @property
@@ -48,11 +50,11 @@ class Autoencoder:
     @property
     def latent_space(self) -> dict[str, Any]:
         """What latents on disk must agree in."""
-        return latent_space(self.vae, self.shape, self.image_size)
+        return latent_space(Codec(self.vae), self.image_size)
 
     def encode_images(self, images: Tensor, noise: Tensor) -> Tensor:
         """Latents of uint8 images (B, 3, R, R) by unit noise (B, C, h, w)."""
-        return encode_images(self.vae, images, noise)
+        return Codec(self.vae).encode(images, noise)
 
     @torch.no_grad()
     def reconstruct(self, pixels: Tensor) -> Tensor:
@@ -65,20 +67,13 @@ class Autoencoder:
         write_description(folder, {"family": "autoencoder"})
 
 
-def latent_space(vae: AutoencoderKL, shape: tuple[int, ...], image_size: int) -> dict[str, Any]:
+def latent_space(codec: Codec, image_size: int) -> dict[str, Any]:
     """What latents on disk must agree in: the autoencoder's fingerprint, their shape, the images' size."""
     return {
-        "autoencoder": fingerprint([vae], vae.config.scaling_factor),
-        "shape": list(shape),
+        "autoencoder": fingerprint([codec.vae], *codec.facts),
+        "shape": list(codec.shape(image_size)),
         "image_size": image_size,
     }
-
-
-@torch.no_grad()
-def encode_images(vae: AutoencoderKL, images: Tensor, noise: Tensor) -> Tensor:
-    """scale (mean + std noise) of the posterior of uint8 images: one sample, as the official preparation has it."""
-    posterior = vae.encode(to_pixels(images.to(vae.device)).to(vae.dtype)).latent_dist
-    return (posterior.mean.float() + posterior.std.float() * noise.to(vae.device)) * vae.config.scaling_factor
 
 
 def load_autoencoder(folder: Path) -> Autoencoder:
@@ -86,11 +81,14 @@ def load_autoencoder(folder: Path) -> Autoencoder:
 
     Raises UserError if it is not there, or is damaged.
     """
-    kind = library_class("AutoencoderKL")
+    kind, where = library_class("AutoencoderKL"), folder / "vae"
     try:
-        vae = kind.from_pretrained(folder / "vae", local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        for file in where.glob("*.safetensors"):
+            check_stored(file)
+        vae = kind.from_pretrained(where, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise UserError(f"{folder}: holds no readable autoencoder (vae/)") from error
+    check_finite(where, vae.state_dict().items())
     return Autoencoder(vae.eval())
 
 
@@ -109,4 +107,4 @@ def load_tiny_decoder(folder: Path, num_channels: int, device: torch.device) -> 
         found = f"{name} of {tiny.config.latent_channels} channels"
         raise UserError(f"regression.decoder: {folder}: a {found}, not an AutoencoderTiny of {num_channels}")
     tiny.eval().requires_grad_(False).to(device)
-    return lambda latents: tiny.decode(latents / tiny.config.scaling_factor, return_dict=False)[0]
+    return Codec(tiny).decode

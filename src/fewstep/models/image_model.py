@@ -15,6 +15,7 @@ import torch
 from torch import Generator, Tensor
 
 from fewstep.diffusion.denoiser import Condition, Denoiser
+from fewstep.networks.family import Family
 from fewstep.networks.fingerprint import fingerprint
 
 DESCRIPTION = "fewstep.json"
@@ -26,16 +27,6 @@ Asked = Sequence[str] | Sequence[int] | None
 def write_description(folder: Path, description: dict[str, Any]) -> None:
     """What fewstep needs to know of a model folder beside what diffusers keeps there."""
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
-
-
-def to_pixels(images: Tensor) -> Tensor:
-    """uint8 images -> floats in [-1, 1]."""
-    return images.float() / 127.5 - 1
-
-
-def to_images(pixels: Tensor) -> Tensor:
-    """Floats in [-1, 1] -> uint8 images, clipped and rounded."""
-    return ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 class ImageModel(ABC):
@@ -51,8 +42,14 @@ class ImageModel(ABC):
     num_classes: int = 0
     timesteps: list[float] | None
     """Of a few-step student; None for a teacher."""
-    part: str = "unet"
-    """What the adapter and the folder call the diffusers network."""
+    family: Family
+    image_size: int
+    """Height and width of its pictures in pixels."""
+
+    @property
+    def part(self) -> str:
+        """What the adapter and the folder call the diffusers network."""
+        return self.family.part
 
     @property
     def network(self) -> Any:
@@ -60,24 +57,20 @@ class ImageModel(ABC):
         return self.denoiser.network.get_submodule(self.part)
 
     @property
-    @abstractmethod
-    def image_size(self) -> int:
-        """Height and width of its pictures in pixels."""
-
-    @property
-    @abstractmethod
     def bottleneck(self) -> str:
         """Dotted name of the layer that the discriminator reads by default."""
+        return self.family.feature_layer(self.network)
 
     @property
     def time_embedding(self) -> str:
         """Dotted name of the layer that embeds native time."""
-        return f"{self.part}.time_embedding"
+        return self.family.time_layer
 
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
-        return next(self.denoiser.parameters()).device
+        parameter: Tensor = next(self.denoiser.parameters())
+        return parameter.device
 
     @property
     @abstractmethod

@@ -1,62 +1,53 @@
-"""Image models in the latent space of an autoencoder, conditioned on text: SD 1.x, 2.x and SDXL."""
-
-from __future__ import annotations  # the pipelines are imported only where one is loaded
+"""Image models in the latent space of an autoencoder, conditioned on text; made of a pipeline of diffusers."""
 
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Generator, Tensor, nn
 
 from fewstep.diffusion.denoiser import Condition, Denoiser
-from fewstep.diffusion.parameterizations import Parameterization, eps, v, x0
-from fewstep.diffusion.schedules import VP
-from fewstep.models.autoencoder import encode_images, latent_space
-from fewstep.models.image_model import Asked, ImageModel, to_images
-from fewstep.networks.adapters import TextUNet
-from fewstep.networks.text import SDText, SDXLText
+from fewstep.models.autoencoder import latent_space
+from fewstep.models.image_model import Asked, ImageModel
+from fewstep.networks.codec import Codec, to_images
+from fewstep.networks.families import FAMILIES
 
-if TYPE_CHECKING:
-    from diffusers import SchedulerMixin, StableDiffusionPipeline, StableDiffusionXLPipeline
-
-EMBEDDINGS = ("text", "pooled")
 Part = TypeVar("Part", bound=nn.Module)
-PARAMETERIZATIONS = {"epsilon": eps, "v_prediction": v, "sample": x0}
 
 
 class LatentModel(ImageModel):
-    """x0 is a latent (C, H, W): the autoencoder's sample times its scaling factor. Made of a diffusers pipeline."""
+    """x0 is a latent (C, h, w), as the family's codec makes it of the autoencoder's sample.
+
+    `image_size` is by default the pipeline's own. Raises UserError for what the pipeline's files say and its family
+    does not know.
+    """
 
     kind: Literal["text"] = "text"
     channels = 3
 
-    def __init__(
-        self, pipeline: StableDiffusionPipeline | StableDiffusionXLPipeline, timesteps: list[float] | None = None
-    ):
-        self.pipeline, self.timesteps = pipeline, timesteps
+    def __init__(self, pipeline: Any, timesteps: list[float] | None = None, image_size: int | None = None):
+        self.pipeline, self.timesteps, self.family = pipeline, timesteps, FAMILIES[type(pipeline).__name__]
+        self.family.check(pipeline)
         self.autoencoder = pipeline.vae.eval().requires_grad_(False)
-        size = pipeline.unet.config.sample_size
-        self.shape: tuple[int, ...] = (pipeline.unet.config.in_channels, size, size)
-        self.conditioner = make_conditioner(pipeline).eval().requires_grad_(False)
-        schedule, parameterization = read_scheduler(pipeline.scheduler)
-        self.denoiser = Denoiser(TextUNet(pipeline.unet).eval(), schedule, parameterization)
+        self.image_size = image_size or self.family.image_size(pipeline)
+        self.shape = self.codec.shape(self.image_size)
+        self.conditioner = self.family.conditioner(pipeline, self.image_size).eval().requires_grad_(False)
+        adapter = self.family.adapter(getattr(pipeline, self.part)).eval()
+        self.denoiser = Denoiser(adapter, *self.family.schedule(pipeline.scheduler.config))
 
     @property
-    def image_size(self) -> int:
-        """Height and width of the images in pixels."""
-        return self.shape[-1] * self.pipeline.vae_scale_factor
-
-    @property
-    def bottleneck(self) -> str:
-        """The middle of the UNet, as in the official system (spec, 1.4)."""
-        return "unet.mid_block"
+    def codec(self) -> Codec:
+        """Of the autoencoder as it is now: in the dtype and where it is used."""
+        codec: Codec = self.family.codec(self.autoencoder)
+        return codec
 
     @property
     def null_condition(self) -> Condition:
         with torch.no_grad():
-            return self._here(self.conditioner).null_condition()
+            null: Condition = self._here(self.conditioner).null_condition()
+        return null
 
     @property
     def fingerprint(self) -> str:
@@ -66,17 +57,21 @@ class LatentModel(ImageModel):
     @property
     def latent_space(self) -> dict[str, Any]:
         """What latents on disk must agree in: the autoencoder's fingerprint, their shape, the images' size."""
-        return latent_space(self.pipeline.vae, self.shape, self.image_size)  # as loaded, whatever a run encodes in
+        return latent_space(
+            self.family.codec(self.pipeline.vae), self.image_size
+        )  # as loaded, whatever a run encodes in
 
     @torch.no_grad()
     def text_condition(self, prompts: list[str]) -> Condition:
         """The condition of prompts, on the model's device."""
-        return self._here(self.conditioner)(prompts)
+        condition: Condition = self._here(self.conditioner)(prompts)
+        return condition
 
     def encode_condition(self, batch: dict[str, Any]) -> Condition:
-        """The condition of {"caption": [B strings]}, or of their embeddings {"text": ..., "pooled": ...}; else {}."""
-        if "text" in batch:
-            return self.conditioner.complete({k: batch[k].to(self.device) for k in EMBEDDINGS if k in batch})
+        """The condition of {"caption": [B strings]}, or of their embeddings {"text": ..., ...}; else {}."""
+        if kept := {name: batch[name].to(self.device) for name in self.conditioner.keeps if name in batch}:
+            condition: Condition = self.conditioner.complete(kept)
+            return condition
         return self.text_condition(batch["caption"]) if "caption" in batch else {}
 
     def draw_condition(self, given: Condition, num: int, draws: Generator) -> Condition:
@@ -85,7 +80,7 @@ class LatentModel(ImageModel):
 
     def drop_condition(self, condition: Condition, probability: float, draws: Generator) -> Condition:
         """The condition with this share of the samples replaced by the null condition."""
-        size = len(condition["text"])
+        size = len(next(iter(condition.values())))
         dropped = torch.rand(size, generator=draws, device=draws.device) < probability
         null = self.null_condition if probability else {}
         return condition | {
@@ -122,22 +117,24 @@ class LatentModel(ImageModel):
     def encode_x0(self, batch: dict[str, Any], draws: Generator) -> Tensor:
         """{"latent": (B, C, H, W)} as it is, or {"image": uint8 (B, 3, R, R)} encoded with noise from `draws`."""
         if "latent" in batch:
-            return batch["latent"].to(self.device).float()
+            latent: Tensor = batch["latent"].to(self.device)
+            return latent.float()
         noise = torch.randn(len(batch["image"]), *self.shape, generator=draws, device=draws.device)
         return self.encode_images(batch["image"], noise)
 
     def encode_images(self, images: Tensor, noise: Tensor) -> Tensor:
         """Latents of uint8 images (B, 3, R, R) by unit noise (B, C, h, w)."""
-        return encode_images(self._here(self.autoencoder), images, noise)
+        self._here(self.autoencoder)
+        return self.codec.encode(images, noise)
 
     @torch.no_grad()
     def decode(self, x0: Tensor) -> Tensor:
-        """x0 (B, C, H, W) -> uint8 images (B, 3, 8H, 8W) for SD and SDXL."""
+        """x0 (B, C, h, w) -> uint8 images (B, 3, H, W)."""
         return to_images(self.decode_pixels(x0))
 
     def decode_pixels(self, x0: Tensor) -> Tensor:
-        latents = (x0 / self.autoencoder.config.scaling_factor).to(self.autoencoder.dtype)
-        return self._here(self.autoencoder).decode(latents, return_dict=False)[0].float()
+        self._here(self.autoencoder)
+        return self.codec.decode(x0)
 
     def save_frozen(self, folder: Path) -> None:
         """Everything of the pipeline but the trained network."""
@@ -147,21 +144,4 @@ class LatentModel(ImageModel):
         self.pipeline.save_config(folder)
 
     def description(self) -> dict[str, Any]:
-        return {"family": "latent", "timesteps": self.timesteps}
-
-
-def make_conditioner(pipeline: StableDiffusionPipeline | StableDiffusionXLPipeline) -> SDText | SDXLText:
-    """The text conditioner of a pipeline's own tokenizers and encoders."""
-    if "text_encoder_2" in pipeline.components:
-        tokenizers = (pipeline.tokenizer, pipeline.tokenizer_2)
-        encoders = (pipeline.text_encoder, pipeline.text_encoder_2)
-        return SDXLText(tokenizers, encoders, pipeline.unet.config.sample_size * pipeline.vae_scale_factor)
-    return SDText(pipeline.tokenizer, pipeline.text_encoder)
-
-
-def read_scheduler(scheduler: SchedulerMixin) -> tuple[VP, Parameterization]:
-    """Schedule (with zero terminal SNR where the scheduler has it) and parameterization of any VP scheduler."""
-    from diffusers import DDIMScheduler
-
-    ddim = DDIMScheduler.from_config(scheduler.config)
-    return VP(ddim.alphas_cumprod), PARAMETERIZATIONS[ddim.config.prediction_type]
+        return {"family": "latent", "timesteps": self.timesteps, "image_size": self.image_size}

@@ -7,12 +7,10 @@ from diffusers import UNet2DModel
 from torch import Generator, Tensor
 
 from fewstep.diffusion.denoiser import Condition, Denoiser
-from fewstep.diffusion.parameterizations import edm
-from fewstep.diffusion.schedules import EDM
-from fewstep.models.image_model import Asked, ImageModel, to_images, to_pixels
+from fewstep.models.image_model import Asked, ImageModel
 from fewstep.models.settings import PixelModelConfig
-from fewstep.networks.adapters import PixelUNet
-from fewstep.networks.conditioning import ClassLabels
+from fewstep.networks.codec import to_images, to_pixels
+from fewstep.networks.families.edm import PIXELS
 
 
 def build_unet(config: PixelModelConfig) -> UNet2DModel:
@@ -48,22 +46,14 @@ class PixelModel(ImageModel):
     """
 
     kind: Literal["label"] = "label"
+    family = PIXELS
 
     def __init__(self, config: PixelModelConfig, unet: UNet2DModel, timesteps: list[float] | None = None):
         self.config, self.num_classes, self.channels = config, config.num_classes, config.channels
-        self.denoiser = Denoiser(PixelUNet(unet), EDM(config.sigma_min, config.sigma_max), edm(config.sigma_data))
-        self.conditioner = ClassLabels(config.num_classes, config.null_class)
-        self.shape: tuple[int, ...] = (config.channels, config.image_size, config.image_size)
-        self.timesteps = timesteps
-
-    @property
-    def image_size(self) -> int:
-        return self.config.image_size
-
-    @property
-    def bottleneck(self) -> str:
-        """The layer that the discriminator reads: the last encoder block, as in the official EDM runs (spec, 1.4)."""
-        return f"unet.down_blocks.{len(self.config.block_out_channels) - 1}"
+        self.image_size, self.timesteps = self.family.image_size(config), timesteps
+        self.denoiser = Denoiser(self.family.adapter(unet), *self.family.schedule(config))
+        self.conditioner = self.family.conditioner(config, self.image_size)
+        self.shape = (config.channels, config.image_size, config.image_size)
 
     @property
     def null_condition(self) -> Condition | None:

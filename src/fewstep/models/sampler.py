@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fewstep.diffusion.denoiser import Condition, Denoiser, Guided
 from fewstep.diffusion.sampling import ddim, heun, rollout
-from fewstep.diffusion.schedules import VP, broadcast
+from fewstep.diffusion.schedules import broadcast
 from fewstep.diffusion.timesteps import trailing_grid
 from fewstep.errors import UserError
 from fewstep.models.image_model import Asked, ImageModel
@@ -45,10 +45,10 @@ class Sampler:
 
 
 def default_sampler(model: ImageModel) -> Sampler:
-    """The student's own timesteps; for a teacher EDM's 18 Heun steps (35 calls), or 50 of DDIM on VP schedules."""
+    """The student's own timesteps; for a teacher EDM's 18 Heun steps (35 calls), or 50 of DDIM on other schedules."""
     if model.timesteps:
         return Sampler("student", len(model.timesteps))
-    return Sampler("ddim", 50) if isinstance(model.denoiser.schedule, VP) else Sampler("heun", 18)
+    return Sampler("heun", 18) if model.denoiser.schedule.kind == "edm" else Sampler("ddim", 50)
 
 
 def parse_sampler(text: str) -> Sampler:
@@ -104,7 +104,7 @@ def euler(denoiser: Denoiser | Guided, noise: Tensor, num_steps: int, condition:
     not from eps. Else from pure noise along Karras' levels (arXiv 2206.00364, algorithm 1, without its lines 6 to 8).
     """
     schedule = denoiser.schedule
-    if not isinstance(schedule, VP):
+    if schedule.kind != "vp":
         return ddim(denoiser, noise, schedule.ode_grid(num_steps).to(noise.device), condition)
     times = trailing_grid(num_steps, len(schedule.levels)).to(noise.device)
     return ddim(denoiser, broadcast(schedule.alpha_sigma(times[:1])[1], noise) * noise, times, condition)
@@ -119,7 +119,7 @@ def multistep(denoiser: Denoiser | Guided, noise: Tensor, sampler: Sampler, cond
     """
     import diffusers
 
-    if not isinstance(denoiser.schedule, VP):
+    if denoiser.schedule.betas is None:  # all that the schedulers know of noise
         raise UserError(f"sampler {sampler.kind}: is for text-to-image models; take ddim or heun")
     scheduler = getattr(diffusers, MULTISTEP[sampler.kind])(
         trained_betas=denoiser.schedule.betas.numpy(), prediction_type="sample", timestep_spacing="trailing"

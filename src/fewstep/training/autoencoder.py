@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fewstep.models.autoencoder import Autoencoder
-from fewstep.models.image_model import Asked, to_images, to_pixels
+from fewstep.models.image_model import Asked
+from fewstep.networks.codec import to_images, to_pixels
 from fewstep.seeding import generator
 from fewstep.training.method import Batch, Metrics
 from fewstep.training.optimization import Optimizer

@@ -1,10 +1,8 @@
-"""Diffusers pipelines of SD and SDXL out of a folder, or out of a single file and a folder with its configuration."""
-
-from __future__ import annotations  # diffusers is imported only where a pipeline is loaded
+"""Diffusers pipelines out of a folder, or out of a single file and a folder with its configuration."""
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,87 +10,77 @@ from torch import nn
 from fewstep.errors import UserError
 from fewstep.models.loading.hub import read_index
 from fewstep.models.loading.single_file import Weights, convert, parts_in, pipeline_name
-
-if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from fewstep.models.loading.weights import check_finite, check_names, check_stored, load_checked
+from fewstep.networks.families import FAMILIES
+from fewstep.networks.family import Family
 
 Changes = dict[str, Any]
 LIBRARIES = ("diffusers", "transformers")
-WEIGHTED = {
-    "unet": "UNet2DConditionModel",
-    "vae": "AutoencoderKL",
-    "text_encoder": "CLIPTextModel",
-    "text_encoder_2": "CLIPTextModelWithProjection",
-}
-PARTS = {  # what is needed of a pipeline; its safety checker and its image encoder are not
-    "StableDiffusionPipeline": ("unet", "vae", "scheduler", "text_encoder", "tokenizer"),
-    "StableDiffusionXLPipeline": (
-        *("unet", "vae", "scheduler", "text_encoder", "tokenizer"),
-        *("text_encoder_2", "tokenizer_2"),
-    ),
-}
 
 
-def check_index(source: object, index: dict[str, Any]) -> str:
-    """The pipeline's class; raises UserError if it is unsupported, has foreign code, or lacks a part."""
-    name = index["_class_name"]
-    if name not in PARTS:
-        raise UserError(f"{source}: a {name}, which is not supported; supported are {', '.join(PARTS)}")
-    entries = {part: index.get(part) or (None, None) for part in PARTS[name]}
+def check_index(source: object, index: dict[str, Any]) -> Family:
+    """The family of a pipeline; raises UserError if it is unsupported, has foreign code, or other parts."""
+    name = index.get("_class_name")
+    if name not in FAMILIES:
+        raise UserError(f"{source}: a {name}, which is not supported; supported are {', '.join(FAMILIES)}")
+    family = FAMILIES[name]
+    entries = {part: index.get(part) or (None, None) for part in family.parts}
     missing = [part for part, (library, _) in entries.items() if library is None]
     if missing:
         raise UserError(f"{source}: is without {', '.join(missing)}; the whole pipeline is needed")
     foreign = [f"{part} ({library})" for part, (library, _) in entries.items() if library not in LIBRARIES]
     if foreign:
         raise UserError(f"{source}: {', '.join(foreign)} is code from elsewhere, which is never run")
-    return name
+    for part, kind in family.weights.items():
+        if entries[part][1] != kind:
+            raise UserError(f"{source}: its {part} is of the class {entries[part][1]}; supported is {kind}")
+    return family
 
 
-def load_pipeline(folder: Path, changes: Changes) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
+def load_pipeline(folder: Path, changes: Changes) -> Any:
     """The pipeline in a diffusers folder, in float32, with these changes to its scheduler."""
-    name = check_index(folder, read_index(folder))
-    _check_subfolders(folder, name)
-    parts = {part: _from_folder(folder, part) for part in PARTS[name] if part in WEIGHTED}
-    return _assemble(folder, name, parts, changes)
+    family = check_index(folder, read_index(folder))
+    _check_subfolders(folder, family)
+    return _assemble(folder, family, {part: _from_folder(folder, part, family) for part in family.weights}, changes)
 
 
-def load_single_file(
-    path: Path, weights: Weights, config: Path, changes: Changes
-) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
+def load_single_file(path: Path, weights: Weights, config: Path, changes: Changes) -> Any:
     """The pipeline of a single file, in float32; its configuration, and the parts it lacks, come from `config`."""
-    name = check_index(config, read_index(config))
-    if name != pipeline_name(weights):
-        raise UserError(f"{path}: for a {pipeline_name(weights)}, but the configuration in {config} is a {name}'s")
-    _check_subfolders(config, name)
+    family = check_index(config, read_index(config))
+    if family.pipeline != pipeline_name(weights):
+        its = f"the configuration in {config} is a {family.pipeline}'s"
+        raise UserError(f"{path}: for a {pipeline_name(weights)}, but {its}")
+    _check_subfolders(config, family)
     there = parts_in(weights)
-    absent = [part for part in PARTS[name] if part in WEIGHTED and part not in there and not _files(config, part)]
+    absent = [part for part in family.weights if part not in there and not _files(config, part)]
     if absent:
         raise UserError(f"{path}: lacks {', '.join(absent)}, and {config} has no weights for that; name a whole folder")
     parts = {
-        part: _from_file(path, weights, config, part) if part in there else _from_folder(config, part)
-        for part in PARTS[name]
-        if part in WEIGHTED
+        part: _from_file(path, weights, config, part, family) if part in there else _from_folder(config, part, family)
+        for part in family.weights
     }
-    return _assemble(config, name, parts, changes)
+    return _assemble(config, family, parts, changes)
 
 
-def _check_subfolders(folder: Path, name: str) -> None:
-    missing = [part for part in PARTS[name] if not (folder / part).is_dir()]
+def _check_subfolders(folder: Path, family: Family) -> None:
+    missing = [part for part in family.parts if not (folder / part).is_dir()]
     if missing:
         raise UserError(f"{folder}: lacks the subfolder {', '.join(missing)}; the whole pipeline is needed")
 
 
-def _files(folder: Path, part: str) -> list[str]:
-    return [file.name for file in (folder / part).glob("*.safetensors")]
+def _files(folder: Path, part: str) -> list[Path]:
+    return sorted((folder / part).glob("*.safetensors"))
 
 
-def _from_folder(folder: Path, part: str) -> nn.Module:
+def _from_folder(folder: Path, part: str, family: Family) -> nn.Module:
     files = _files(folder, part)
     if not files:
         raise UserError(f"{folder}: {part} has no safetensors weights; other formats can run code, and are never read")
-    halves = all(".fp16" in file for file in files)  # also of shards: .fp16-00001-of-00002
-    low_memory = {"low_cpu_mem_usage": False} if WEIGHTED[part] in ("UNet2DConditionModel", "AutoencoderKL") else {}
-    model, information = library_class(WEIGHTED[part]).from_pretrained(
+    halves = all(".fp16" in file.name for file in files)  # also of shards: .fp16-00001-of-00002
+    read = [file for file in files if halves or ".fp16" not in file.name]
+    place = {name: file for file in read for name in check_stored(file)}
+    kind = library_class(family.weights[part])
+    model, information = kind.from_pretrained(
         str(folder),
         subfolder=part,
         variant="fp16" if halves else None,
@@ -100,40 +88,35 @@ def _from_folder(folder: Path, part: str) -> nn.Module:
         use_safetensors=True,
         local_files_only=True,
         output_loading_info=True,
-        **low_memory,
+        **({"low_cpu_mem_usage": False} if hasattr(kind, "from_config") else {}),  # those of diffusers
     )
-    _check_whole(f"{folder}: {part}", list(information["missing_keys"]))
-    return model
+    check_names(f"{folder}: {part}", information["missing_keys"], information["unexpected_keys"])
+    for name, tensor in model.state_dict().items():
+        check_finite(place.get(name, folder / part), [(name, tensor)])
+    network: nn.Module = model
+    return network
 
 
-def _from_file(path: Path, weights: Weights, config: Path, part: str) -> nn.Module:
-    kind = library_class(WEIGHTED[part])
+def _from_file(path: Path, weights: Weights, config: Path, part: str, family: Family) -> nn.Module:
+    kind = library_class(family.weights[part])
     settings = json.loads((config / part / "config.json").read_text())
-    model = kind.from_config(settings) if hasattr(kind, "from_config") else kind(kind.config_class(**settings))
+    model: nn.Module = (
+        kind.from_config(settings) if hasattr(kind, "from_config") else kind(kind.config_class(**settings))
+    )
     try:
-        missing, _ = model.load_state_dict(convert(weights, part, model), strict=False)
-    except RuntimeError as error:  # sizes, of which it would print every one
-        raise UserError(
-            f"{path}: its {part} has other sizes than the configuration in {config}; name one of its own family"
-        ) from error
-    _check_whole(f"{path}: {part}", missing)
+        load_checked(f"{path}: {part}", model, convert(weights, part, model))
+    except UserError as error:
+        raise UserError(f"{error}" + f" ({config} configures it)" * ("other sizes" in str(error))) from error
     return model
 
 
-def _check_whole(where: str, missing: list[str]) -> None:
-    """Both libraries would go on with random weights."""
-    if missing:
-        raise UserError(f"{where} lacks {len(missing)} tensors ({missing[0]}, ...); fetch the model again")
-
-
-def _assemble(
-    folder: Path, name: str, parts: dict[str, nn.Module], changes: Changes
-) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
+def _assemble(folder: Path, family: Family, parts: dict[str, nn.Module], changes: Changes) -> Any:
     """The pipeline of these parts, with the folder's scheduler and tokenizers."""
-    kind = library_class(name)
-    unwanted = set(kind._optional_components) - set(PARTS[name])
+    kind = library_class(family.pipeline)
+    unwanted = set(kind._optional_components) - set(family.parts)
     pipeline = kind.from_pretrained(str(folder), local_files_only=True, **parts, **dict.fromkeys(unwanted))
     if changes:  # DDIM's is the one scheduler that knows all of them
+        family.schedule(pipeline.scheduler.config)  # which refuses what is not its kind
         pipeline.scheduler = library_class("DDIMScheduler").from_config(pipeline.scheduler.config, **changes)
     return pipeline
 

@@ -9,12 +9,14 @@ from safetensors.torch import load_file
 
 from fewstep.errors import UserError, brief
 from fewstep.models.image_model import DESCRIPTION
-from fewstep.models.latent_model import PARAMETERIZATIONS, LatentModel
+from fewstep.models.latent_model import LatentModel
 from fewstep.models.loading import hub, single_file
 from fewstep.models.loading.hub import PIPELINE, read_index
-from fewstep.models.loading.pipeline import PARTS, WEIGHTED, check_index, load_pipeline, load_single_file
+from fewstep.models.loading.pipeline import check_index, load_pipeline, load_single_file
+from fewstep.models.loading.weights import check_stored, load_checked
 from fewstep.models.pixel_model import PixelModel, build_unet
 from fewstep.models.settings import PixelModelConfig
+from fewstep.networks.families.stable_diffusion import PARAMETERIZATIONS
 from fewstep.runtime.runs import find
 
 SUFFIX = ".safetensors"
@@ -51,8 +53,10 @@ def load(
         if path.is_file() or path.suffix in WEIGHT_SUFFIXES:
             return _load_file(path, config, prediction_type)
         return _load_folder(_local(path), prediction_type)
-    except UserError:
-        raise
+    except UserError as error:
+        if str(source) in str(error):
+            raise
+        raise UserError(f"{source}: {error}") from error  # of the family, which knows no files
     except Exception as error:  # a damaged file shows itself as almost any error
         raise UserError(
             f"{source}: the model is damaged ({brief(error)}); name another checkpoint's model folder"
@@ -63,8 +67,8 @@ def _local(path: Path) -> Path:
     """The folder itself, or what the hub has under its name."""
     if path.is_dir() or not hub.is_hub_id(path):
         return path
-    name = check_index(path, read_index(hub.fetch_index(str(path))))
-    return hub.fetch(str(path), PARTS[name], weights=[part for part in PARTS[name] if part in WEIGHTED])
+    family = check_index(path, read_index(hub.fetch_index(str(path))))
+    return hub.fetch(str(path), family.parts, family.weights)
 
 
 def _load_folder(folder: Path, prediction_type: str | None) -> PixelModel | LatentModel:
@@ -74,8 +78,8 @@ def _load_folder(folder: Path, prediction_type: str | None) -> PixelModel | Late
         )
     description = json.loads((folder / DESCRIPTION).read_text()) if (folder / DESCRIPTION).is_file() else {}
     if (folder / PIPELINE).is_file() and description.get("family") != "pixel":
-        changes = {"prediction_type": prediction_type} if prediction_type else {}
-        return LatentModel(load_pipeline(folder, changes), description.get("timesteps"))
+        pipeline = load_pipeline(folder, {"prediction_type": prediction_type} if prediction_type else {})
+        return LatentModel(pipeline, description.get("timesteps"), description.get("image_size"))
     if prediction_type:
         raise UserError(f"{folder}: a pixel model, which takes no prediction type")
     return _load_pixel_model(folder, description)
@@ -84,13 +88,24 @@ def _load_folder(folder: Path, prediction_type: str | None) -> PixelModel | Late
 def _load_pixel_model(folder: Path, description: dict[str, Any]) -> PixelModel:
     config = PixelModelConfig(**description["config"])
     timesteps = description["timesteps"] and [float(t) for t in description["timesteps"]]
-    unet = build_unet(config)
-    unet.load_state_dict(
-        {name: value for file in (folder / "unet").glob("*.safetensors") for name, value in load_file(file).items()}
-    )
+    unet, files = build_unet(config), sorted((folder / "unet").glob("*.safetensors"))
+    stored = json.loads((folder / "unet" / "config.json").read_text())
+    for name, value in unet.config.items():
+        if not name.startswith("_") and name in stored and _plain(stored[name]) != _plain(value):
+            raise UserError(
+                f"{folder}: unet/config.json says {name} {stored[name]}, {DESCRIPTION} {value}; they are of two models"
+            )
+    for file in files:
+        check_stored(file)
+    load_checked(folder / "unet", unet, {name: value for file in files for name, value in load_file(file).items()})
     model = PixelModel(config, unet, timesteps)
     model.denoiser.eval()
     return model
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it."""
+    return json.loads(json.dumps(value))
 
 
 def _load_file(path: Path, config: str | Path | None, prediction_type: str | None) -> LatentModel:
@@ -102,8 +117,7 @@ def _load_file(path: Path, config: str | Path | None, prediction_type: str | Non
             f"{path}: only {SUFFIX} files are read; others ({path.suffix}) can run code when they are opened{hint}"
         )
     weights = single_file.read(path)
-    changes = single_file.scheduler_changes(weights)
-    changes |= {"prediction_type": prediction_type} if prediction_type else {}
+    changes = single_file.scheduler_changes(path, weights, prediction_type)
     pipeline = load_single_file(path, weights, _configuration(path, weights, config), changes)
     model = LatentModel(pipeline, single_file.read_timesteps(path))
     if model.timesteps:
@@ -119,9 +133,8 @@ def _configuration(path: Path, weights: single_file.Weights, config: str | Path 
         return Path(config)
     name = str(config or single_file.base_model(weights))
     try:
-        parts = PARTS[check_index(name, read_index(hub.fetch_index(name)))]
-        absent = set(WEIGHTED) & set(parts) - set(single_file.parts_in(weights))
-        return hub.fetch(name, parts, weights=absent)
+        family = check_index(name, read_index(hub.fetch_index(name)))
+        return hub.fetch(name, family.parts, weights=set(family.weights) - set(single_file.parts_in(weights)))
     except UserError as error:
         raise UserError(
             f"{path}: needs the configuration of its family; name a diffusers folder of it with --config, in a recipe "

@@ -1,6 +1,7 @@
 """One safetensors file of an SD 1.x, SD 2.x or SDXL fine-tune, in the names of the original releases."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,16 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from fewstep.errors import UserError, brief
+from fewstep.models.loading.weights import check_names, check_stored
 
 Weights = dict[str, Tensor]
 UNET = "model.diffusion_model."
+HARMLESS = re.compile(  # averages and tables of training, flags, and what merges of the first version drag along
+    r"(^|\.)model_ema\.|^(v_pred|ztsnr|betas|logvar|lvlb_weights|scale_factor|denoiser\.sigmas|embedding_manager\..*)$|"
+    r"^(log_one_minus_|sqrt_one_minus_|sqrt_recip_|sqrt_recipm1_|sqrt_)?alphas_cumprod(_prev)?$|"
+    r"^posterior_(variance|log_variance_clipped|mean_coef[12])$|^first_stage_model\.loss\.|^(global_step|epoch)$"
+)
+PREDICTIONS = {"epsilon": "epsilon", "eps": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
 TIMESTEPS = "fewstep.timesteps"  # in the header of a student's file: JSON
 FAMILIES = "SD 1.x, SD 2.x and SDXL"
 OTHERS = {  # a piece of a name -> what holds such names
@@ -20,6 +28,7 @@ OTHERS = {  # a piece of a name -> what holds such names
     "joint_blocks.": "of the SD3 family",
     "double_stream_blocks.": "of the HiDream family",
     "control_model.": "a ControlNet",
+    "edm_": "an EDM model, on continuous noise levels",
     "mid_block.": "a part of a diffusers folder; name the whole folder",
 }
 PREFIXES = {  # of the parts in the file
@@ -34,12 +43,14 @@ PREFIXES = {  # of the parts in the file
 
 
 def read(path: Path) -> Weights:
-    """All tensors of the file; raises UserError unless it is whole and holds an SD or SDXL model."""
+    """All tensors of the file; raises UserError unless it is whole and holds an SD or SDXL model, and nothing else."""
     try:
+        names = check_stored(path)
+        _check_family(path, names)
         with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-            _check_family(path, names)
-            return {name: file.get_tensor(name) for name in names}
+            weights = {name: file.get_tensor(name) for name in names}
+        _check_taken(path, weights)
+        return weights
     except UserError:
         raise
     except Exception as error:  # a cut file, a pickle under this name, no file at all
@@ -54,7 +65,7 @@ def read_timesteps(path: Path) -> list[float] | None:
 
 
 def _check_family(path: Path, names: list[str]) -> None:
-    if f"{UNET}input_blocks.0.0.weight" not in names:
+    if f"{UNET}input_blocks.0.0.weight" not in names or any(name.startswith("edm_") for name in names):
         found = [text for piece, text in OTHERS.items() if any(piece in name.lower() for name in names)]
         what = found[0] if found else "without the UNet of a diffusion model"
         raise UserError(f"{path}: {what}; supported are whole models of {FAMILIES}")
@@ -79,24 +90,59 @@ def parts_in(weights: Weights) -> list[str]:
     return [part for part, prefix in prefixes.items() if any(name.startswith(prefix) for name in weights)]
 
 
-def scheduler_changes(weights: Weights) -> dict[str, Any]:
-    """What fine-tunes say by empty tensors: `v_pred`, v-prediction; `ztsnr`, zero terminal SNR."""
-    changes: dict[str, Any] = {"prediction_type": "v_prediction"} if "v_pred" in weights else {}
+def scheduler_changes(path: Path, weights: Weights, prediction_type: str | None) -> dict[str, Any]:
+    """What fine-tunes say of their scheduler: the prediction type in the header, and by empty tensors.
+
+    These are `v_pred`, v-prediction, and `ztsnr`, zero terminal SNR. The user's prediction type has the last word;
+    raises UserError where the file is of two minds without it.
+    """
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata() or {}
+    told = {header[key] for key in ("modelspec.prediction_type", "modelspec.predict_key") if header.get(key)}
+    said = {PREDICTIONS.get(each, each) for each in told} | ({"v_prediction"} if "v_pred" in weights else set())
+    if prediction_type:
+        said = {prediction_type}
+    if len(said) > 1 or not said <= {*PREDICTIONS.values(), "sample"}:
+        raise UserError(
+            f"{path}: says of its prediction type {' and '.join(sorted(said))}; choose epsilon or v_prediction "
+            "(--prediction-type, in a recipe teacher_prediction_type)"
+        )
+    changes: dict[str, Any] = {"prediction_type": said.pop()} if said else {}
     return changes | ({"rescale_betas_zero_snr": True} if "ztsnr" in weights else {})
 
 
+def _check_taken(path: Path, weights: Weights) -> None:
+    """Raises UserError for a tensor that is of no part."""
+    prefixes = tuple(PREFIXES[pipeline_name(weights)].values())
+    check_names(path, (), [name for name in weights if not name.startswith(prefixes) and not HARMLESS.search(name)])
+
+
 def convert(weights: Weights, part: str, model: nn.Module) -> Weights:
-    """The file's tensors of a part under the names of `model`, that part in diffusers."""
+    """The file's tensors of a part under the names of `model`, the part in diffusers; the rest as it is."""
     from diffusers.loaders import single_file_utils as diffusers
 
-    if part == "unet":
-        return diffusers.convert_ldm_unet_checkpoint(weights, model.config)
-    if part == "vae":
-        return diffusers.convert_ldm_vae_checkpoint(weights, model.config)
     stem = PREFIXES[pipeline_name(weights)][part]
-    if any(name.startswith(f"{stem}model.") for name in weights):
-        found = diffusers.convert_open_clip_checkpoint(model, weights, prefix=f"{stem}model.")
+    own = {name: tensor for name, tensor in weights.items() if name.startswith(stem) and not HARMLESS.search(name)}
+    if part == "unet":
+        found = diffusers.convert_ldm_unet_checkpoint(dict(own), model.config)
+    elif part == "vae":
+        found = diffusers.convert_ldm_vae_checkpoint(dict(own), model.config)
+    elif any(name.startswith(f"{stem}model.") for name in own):
+        found = diffusers.convert_open_clip_checkpoint(model, own, prefix=f"{stem}model.")
     else:
-        found = diffusers.convert_ldm_clip_checkpoint(weights, remove_prefix=f"{stem}transformer.")
-    wrapped = hasattr(model, "text_model")  # what transformers keeps flat has one word less in its names
-    return found if wrapped else {name.removeprefix("text_model."): tensor for name, tensor in found.items()}
+        found = diffusers.convert_ldm_clip_checkpoint(own, remove_prefix=f"{stem}transformer.")
+    if not hasattr(model, "text_model"):  # what transformers keeps flat has one word less in its names
+        found = {name.removeprefix("text_model."): tensor for name, tensor in found.items()}
+    return found | _left_over(own, found, getattr(model.config, "num_hidden_layers", 0))
+
+
+def _left_over(own: Weights, found: Weights, num_layers: int) -> Weights:
+    """What the conversion did not take, by its place in memory; OpenCLIP's layers behind the last are not meant."""
+    taken = {tensor.untyped_storage().data_ptr() for tensor in found.values()}
+    return {
+        name: tensor
+        for name, tensor in own.items()
+        if tensor.untyped_storage().data_ptr() not in taken
+        and ".in_proj_" not in name  # queries, keys and values in one, which are copied
+        and f".resblocks.{num_layers}." not in name
+    }

@@ -1,0 +1,215 @@
+"""Stable Diffusion 1.x and 2.x, and SDXL: a UNet on the latents of an autoencoder, conditioned on CLIP's text."""
+
+from __future__ import annotations  # transformers is imported only where a text model is loaded
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.diffusion.denoiser import Condition
+from fewstep.diffusion.parameterizations import Parameterization, eps, v, x0
+from fewstep.diffusion.schedules import VP
+from fewstep.errors import UserError
+from fewstep.networks.codec import Codec
+from fewstep.networks.family import Family, unet_map
+from fewstep.networks.text import TextConditioner, device_of, tokenize
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+PARAMETERIZATIONS = {"epsilon": eps, "v_prediction": v, "sample": x0}
+BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2")
+
+
+class TextUNet(nn.Module):
+    """A `UNet2DConditionModel` of the SD and SDXL family on integer times 0..999.
+
+    x (B, C, H, W), t (B,), condition {"text": (B, L, E)} and for SDXL "pooled" (B, P), "time_ids" (B, 6).
+    """
+
+    feature_map = staticmethod(unet_map)
+
+    def __init__(self, unet: UNet2DConditionModel):
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        dtype, added = self.unet.dtype, None
+        if "pooled" in condition:  # time_ids are pixels, which bfloat16 would round
+            added = {"text_embeds": condition["pooled"].to(dtype), "time_ids": condition["time_ids"]}
+        text = condition["text"].to(dtype)  # (B, L, E)
+        output: Tensor = self.unet(x.to(dtype), t, text, added_cond_kwargs=added, return_dict=False)[0]
+        return output  # (B, C, H, W)
+
+
+class SDText(TextConditioner):
+    """CLIP-L's last hidden state, {"text": (B, L, E)}; the null condition is the embedding of ""."""
+
+    keeps = ("text",)
+
+    def __init__(self, tokenizer: CLIPTokenizer, encoder: CLIPTextModel):
+        super().__init__((tokenizer,), (encoder,))
+
+    def embed(self, prompts: list[str]) -> Condition:
+        """{"text": (B, L, E)}."""
+        (encoder,) = self.encoders
+        return {"text": encoder(tokenize(self.tokenizers[0], prompts).to(device_of(encoder)))[0]}
+
+
+class SDXLText(TextConditioner):
+    """CLIP-L and OpenCLIP-bigG: {"text": (B, L, E), "pooled": (B, P), "time_ids": (B, 6)}.
+
+    `text` joins the penultimate hidden states, `pooled` is bigG's projected embedding, `time_ids` is SDXL's
+    micro-conditioning for whole square images, (R, R, 0, 0, R, R) with R the size in pixels (spec, 1.1). The null
+    condition is zeros, or with `zero_null` False the embedding of "".
+    """
+
+    keeps = ("text", "pooled")
+
+    def __init__(
+        self,
+        tokenizers: tuple[CLIPTokenizer, CLIPTokenizer],
+        encoders: tuple[CLIPTextModel, CLIPTextModelWithProjection],
+        image_size: int,
+        zero_null: bool = True,
+    ):
+        super().__init__(tokenizers, encoders)
+        self.image_size, self.zero_null = image_size, zero_null
+
+    def embed(self, prompts: list[str]) -> Condition:
+        """{"text": (B, L, E), "pooled": (B, P)}."""
+        hidden = []
+        for tokenizer, encoder in zip(self.tokenizers, self.encoders, strict=True):
+            output = encoder(tokenize(tokenizer, prompts).to(device_of(encoder)), output_hidden_states=True)
+            hidden.append(output.hidden_states[-2])  # (B, L, 768), then (B, L, 1280)
+        return {"text": torch.cat(hidden, dim=-1), "pooled": output[0]}
+
+    def complete(self, embeddings: Condition) -> Condition:
+        """Adds `time_ids`."""
+        size = float(self.image_size)
+        time_ids = torch.tensor([[size, size, 0, 0, size, size]], device=embeddings["text"].device)
+        return embeddings | {"time_ids": time_ids.repeat(len(embeddings["text"]), 1)}
+
+    def null_condition(self) -> Condition:
+        """(1, ...) tensors for guidance; without time_ids, which stay the condition's own."""
+        empty = self.embed([""])
+        return {key: torch.zeros_like(value) for key, value in empty.items()} if self.zero_null else empty
+
+
+def vp_schedule(config: Any) -> tuple[VP, Parameterization]:
+    """Schedule (with zero terminal SNR where the scheduler has it) and parameterization of any VP scheduler.
+
+    Raises UserError, naming the scheduler, for those of other kinds: EDM's, flow matching.
+    """
+    from diffusers import DDIMScheduler
+
+    name, betas = config.get("_class_name", "scheduler"), config.get("beta_schedule")
+    other = {  # that some classes can be told to be, and what they are then
+        "on continuous noise levels (timestep_type)": config.get("timestep_type") == "continuous",
+        "on noise levels of its own (sigma_min, sigma_max)": config.get("sigma_min") or config.get("sigma_max"),
+        "on flow sigmas (use_flow_sigmas)": config.get("use_flow_sigmas"),
+        "on betas of its own (snr_shift_scale)": config.get("snr_shift_scale") not in (None, 1.0),
+        f"on betas of another kind ({betas})": betas not in BETAS and config.get("trained_betas") is None,
+    }
+    if found := [what for what, true in other.items() if true]:
+        what = "without betas" if "beta_schedule" not in config else found[0]
+        raise UserError(f"scheduler: a {name} {what}; supported are schedules of betas, such as DDIMScheduler's")
+    if (prediction := config.get("prediction_type", "epsilon")) not in PARAMETERIZATIONS:
+        raise UserError(f"scheduler: prediction_type {prediction!r}; supported are {', '.join(PARAMETERIZATIONS)}")
+    ddim = DDIMScheduler.from_config(config)
+    return VP(ddim.alphas_cumprod), PARAMETERIZATIONS[prediction]
+
+
+def _check(pipeline: Any) -> None:
+    """Refuses UNets that take more than noise, time and text, and parts that don't fit each other."""
+    config, added = pipeline.unet.config, "text_time" if "text_encoder_2" in pipeline.components else None
+    channels = (config.in_channels, config.out_channels)
+    if channels != (pipeline.vae.config.latent_channels,) * 2:
+        what = (
+            " (inpainting and editing models take a picture, too)" if config.in_channels > config.out_channels else ""
+        )
+        raise UserError(
+            f"unet: takes {channels[0]} channels and gives {channels[1]}{what}, where the autoencoder has "
+            f"{pipeline.vae.config.latent_channels}; name a text-to-image model"
+        )
+    if config.time_cond_proj_dim is not None:
+        raise UserError(
+            "unet: takes the guidance scale as an input (time_cond_proj_dim), as students of LCM do; name the model "
+            "that it was made from"
+        )
+    for name, wanted in {
+        "addition_embed_type": added,
+        "class_embed_type": None,
+        "num_class_embeds": None,
+        "encoder_hid_dim_type": None,
+        "encoder_hid_dim": None,
+    }.items():
+        if config.get(name) != wanted:
+            raise UserError(f"unet: {name} is {config.get(name)!r}, not {wanted!r}; name a text-to-image model")
+
+
+def _image_size(default: int) -> Callable[[Any], int]:
+    """The UNet's `sample_size` in pixels; `default` where that is null."""
+
+    def of(pipeline: Any) -> int:
+        size = pipeline.unet.config.sample_size
+        if size is None:
+            return default
+        height, width = (size, size) if isinstance(size, int) else size
+        if height != width:
+            raise UserError(f"unet: its sample_size {list(size)} is not square; only square pictures are supported")
+        return int(height * pipeline.vae_scale_factor)
+
+    return of
+
+
+def _codec(*ignored: str) -> Callable[[Any], Codec]:
+    """The codec, without what the pipeline's call would leave out when it decodes: pictures would differ there."""
+
+    def of(vae: Any) -> Codec:
+        for name in ignored:
+            if vae.config.get(name):
+                raise UserError(f"vae: has a {name}, which this pipeline of diffusers leaves out when it decodes")
+        return Codec(vae)
+
+    return of
+
+
+SD = Family(
+    pipeline="StableDiffusionPipeline",
+    part="unet",
+    weights={"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"},
+    others=("scheduler", "tokenizer"),
+    check=_check,
+    adapter=TextUNet,
+    conditioner=lambda pipeline, image_size: SDText(pipeline.tokenizer, pipeline.text_encoder),
+    codec=_codec("shift_factor", "latents_mean", "latents_std"),
+    schedule=vp_schedule,
+    image_size=_image_size(512),
+    feature_layer=lambda unet: "unet.mid_block",  # as in the official system (spec, 1.4)
+    time_layer="unet.time_embedding",
+    no_guidance={"guidance_scale": 1.0},
+)
+SDXL = Family(
+    pipeline="StableDiffusionXLPipeline",
+    part="unet",
+    weights={**SD.weights, "text_encoder_2": "CLIPTextModelWithProjection"},
+    others=(*SD.others, "tokenizer_2"),
+    check=_check,
+    adapter=TextUNet,
+    conditioner=lambda pipeline, image_size: SDXLText(
+        (pipeline.tokenizer, pipeline.tokenizer_2),
+        (pipeline.text_encoder, pipeline.text_encoder_2),
+        image_size,
+        bool(pipeline.config.force_zeros_for_empty_prompt),
+    ),
+    codec=_codec("shift_factor"),
+    schedule=vp_schedule,
+    image_size=_image_size(1024),
+    feature_layer=SD.feature_layer,
+    time_layer=SD.time_layer,
+    no_guidance=SD.no_guidance,
+)
