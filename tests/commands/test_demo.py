@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fewstep.cli import main
+from command_line import fewstep, refused
 from fewstep.commands import demo as module
 from fewstep.metric_table import metrics_of
 
@@ -36,43 +36,24 @@ TEXT_ROWS = [
 ]
 
 
-def run_demo(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr("sys.argv", ["fewstep", "demo", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    return ended.value.code
-
-
-def test_the_demo_runs_writes_what_it_says_and_overwrites_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    small = ["--out", str(tmp_path / "demo"), "--set", "num_steps=2", "--set", "batch_size=4", "--num-samples", "100"]
-    assert run_demo(monkeypatch, *small) == 0
-    rows = json.loads((tmp_path / "demo" / "results.json").read_text())
-    assert [list(row) for row in rows] == [[*KEYS, "intervals"]] * len(ROWS)
-    assert all(row["intervals"]["fid"][0] < row["fid"] < row["intervals"]["fid"][1] for row in rows[1:])
-    assert [(row["model"], row["sampler"], row["nfe"]) for row in rows] == ROWS
-    page = (tmp_path / "demo" / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == len(ROWS) + 1  # a grid per row, and the curves
-    assert run_demo(monkeypatch, *small) == 2
-    assert "continue it with --resume" in capsys.readouterr().err
-
-
-def test_the_text_demo_runs_writes_what_it_says_and_overwrites_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+@pytest.mark.parametrize(
+    ("option", "keys", "expected"), [("", [*KEYS, "intervals"], ROWS), ("--text", TEXT_KEYS, TEXT_ROWS)]
+)
+def test_a_demo_runs_writes_what_it_says_and_overwrites_nothing(
+    option: str, keys: list[str], expected: list[tuple], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = module.SHAPES._replace(num_latents=64, samplers=("ddim:2@1.5", "unipc:2"))
     monkeypatch.setattr(module, "SHAPES", job)
-    small = ["--text", "--out", str(tmp_path / "demo"), "--set", "num_steps=2", "--set", "batch_size=4"]
-    assert run_demo(monkeypatch, *small, "--num-samples", "100") == 0
+    line = f"demo {option} --out {tmp_path}/demo --set num_steps=2 --set batch_size=4 --num-samples 100"
+    assert fewstep(line)[0] == 0
     rows = json.loads((tmp_path / "demo" / "results.json").read_text())
-    assert [list(row) for row in rows] == [TEXT_KEYS] * len(TEXT_ROWS)
-    assert [(row["model"], row["sampler"], row["nfe"]) for row in rows] == TEXT_ROWS
+    assert [list(row) for row in rows] == [keys] * len(expected)
+    assert all(row["intervals"]["fid"][0] < row["fid"] < row["intervals"]["fid"][1] for row in rows[1:])
+    assert [(row["model"], row["sampler"], row["nfe"]) for row in rows] == expected
     page = (tmp_path / "demo" / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == len(TEXT_ROWS) + 1  # a grid per row, and the curves
-    assert all(f"{model}, {sampler} (nfe {nfe})" in page for model, sampler, nfe in TEXT_ROWS[1:])
-    assert run_demo(monkeypatch, *small) == 2
-    assert "continue it with --resume" in capsys.readouterr().err
+    assert page.count("data:image/png;base64,") == len(rows) + 1  # a grid per row, and the curves
+    assert all(f"{model}, {sampler} (nfe {nfe})" in page for model, sampler, nfe in expected[1:])
+    refused(fewstep(line), "continue it with --resume")
 
 
 @pytest.mark.slow
@@ -94,8 +75,8 @@ def test_a_stopped_demo_stops_its_workers_too_and_says_one_line(tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_the_demo_reaches_its_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run_demo(monkeypatch, "--out", str(tmp_path / "demo")) == 0
+def test_the_demo_reaches_its_figures(tmp_path: Path) -> None:
+    assert fewstep(f"demo --out {tmp_path}/demo")[0] == 0
     rows = json.loads((tmp_path / "demo" / "results.json").read_text())
     by_sampler = {(row["model"], row["nfe"]): row for row in rows}
     teacher, one, four = (by_sampler[key] for key in (("digits-teacher", 35), ("digits-1step", 1), ("digits-4step", 4)))
@@ -108,8 +89,8 @@ def test_the_demo_reaches_its_figures(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.slow
-def test_the_text_demo_reaches_its_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run_demo(monkeypatch, "--text", "--out", str(tmp_path / "demo")) == 0
+def test_the_text_demo_reaches_its_figures(tmp_path: Path) -> None:
+    assert fewstep(f"demo --text --out {tmp_path}/demo")[0] == 0
     rows = json.loads((tmp_path / "demo" / "results.json").read_text())
     by_sampler = {(row["model"], row["sampler"]): row for row in rows}
     teacher = by_sampler["shapes-teacher", "ddim 50 @1.5"]

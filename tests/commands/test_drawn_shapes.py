@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fewstep.cli import main
+from command_line import Tell, fewstep, refused
 from fewstep.embedded import shapes
 from fewstep.embedded.shape_checker import ATTRIBUTES
 from fewstep.evaluation import judge as judges
@@ -25,13 +25,6 @@ VAE = f"{SMALL} --set model.block_out_channels=[8,8,16] --set model.norm_num_gro
 UNET = f"{SMALL} --set model.block_out_channels=[16,32] --set model.norm_num_groups=8 --set model.attention_head_dim=8"
 ON_LATENTS = "--set model.autoencoder=runs/vae --set data.source=latents"
 STUDENT = f"{SMALL} --set student_every=2 --set teacher=runs/teacher --set data.source=latents"
-
-
-def command(patch: pytest.MonkeyPatch, line: str) -> int:
-    patch.setattr("sys.argv", ["fewstep", *line.split()])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    return ended.value.code
 
 
 def shrink(patch: pytest.MonkeyPatch) -> None:
@@ -56,28 +49,14 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
             f"distill shapes-4step --out runs/student --set init_from=null {STUDENT}",
             f"teach digits-teacher --out runs/digits {SMALL}",
         ):
-            assert command(patch, line) == 0, line
+            assert fewstep(line)[0] == 0, line
     return folder
 
 
 @pytest.fixture
-def run(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
-    """Runs a command line in the work place; gives exit code and standard error."""
-    monkeypatch.chdir(workplace)
+def tell(tell: Tell, monkeypatch: pytest.MonkeyPatch) -> Tell:
     shrink(monkeypatch)
-
-    def answer(line: str) -> tuple[int, str]:
-        capsys.readouterr()
-        return command(monkeypatch, line), capsys.readouterr().err
-
-    return answer
-
-
-def refused(answer: tuple[int, str], *fragments: str) -> None:
-    code, error = answer
-    assert code == 2, error
-    assert error.count("\n") == 1, error
-    assert all(fragment in error for fragment in fragments), error
+    return tell
 
 
 def test_the_teacher_has_the_runs_autoencoder_and_its_latents(workplace: Path) -> None:
@@ -90,29 +69,29 @@ def test_the_teacher_has_the_runs_autoencoder_and_its_latents(workplace: Path) -
     assert any(each.get("count") == NUM_PICTURES and each.get("source") == "shapes" for each in described)
 
 
-def test_a_missing_autoencoder_is_trained_first(run, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_autoencoder_is_trained_first(tell: Tell, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipes = shutil.copytree(loading.FOLDER, workplace / "recipes", ignore=shutil.ignore_patterns("*.py*"))
     text = (recipes / "shapes-autoencoder.yaml").read_text().replace("num_steps: 3000", "num_steps: 2")
     text = text.replace("[16, 32, 64]", "[8, 8, 16]").replace("batch_size: 16", "batch_size: 4")
     (recipes / "shapes-autoencoder.yaml").write_text(text)
     monkeypatch.setattr(loading, "FOLDER", recipes)
-    assert run(f"teach shapes-teacher --out new/teacher {UNET}") == (0, "")
+    assert tell(f"teach shapes-teacher --out new/teacher {UNET}") == (0, "")
     trained = load_autoencoder(find(workplace / "new" / "shapes-autoencoder").folder)
     assert trained.vae.config.block_out_channels == [8, 8, 16]
     assert load(find(workplace / "new" / "teacher").folder).latent_space == trained.latent_space
 
 
 @pytest.mark.parametrize("what", ["student", "teacher --sampler unipc:2@1.5"])
-def test_a_prompt_is_sampled(run, workplace: Path, what: str) -> None:
-    assert run(f"sample runs/{what} --num 2 --prompt circle --out sampled.png --device cpu")[0] == 0
+def test_a_prompt_is_sampled(tell: Tell, workplace: Path, what: str) -> None:
+    assert tell(f"sample runs/{what} --num 2 --prompt circle --out sampled.png --device cpu")[0] == 0
     assert Image.open(workplace / "sampled.png").width > 2 * 32
 
 
-def test_the_scale_in_a_samplers_name_guides(run, workplace: Path) -> None:
+def test_the_scale_in_a_samplers_name_guides(tell: Tell, workplace: Path) -> None:
     line = "sample runs/teacher --prompt red --num 1 --device cpu"
     pictures = []
     for more in ("--sampler ddim:2", "--sampler ddim:2@5", "--sampler ddim:2 --guidance 5"):
-        assert run(f"{line} {more} --out guided.png")[0] == 0
+        assert tell(f"{line} {more} --out guided.png")[0] == 0
         pictures.append((workplace / "guided.png").read_bytes())
     assert pictures[1] == pictures[2]
     assert pictures[0] != pictures[1]
@@ -120,7 +99,7 @@ def test_the_scale_in_a_samplers_name_guides(run, workplace: Path) -> None:
 
 @pytest.mark.parametrize("num_prompts", [10, 40])
 def test_text_runs_are_judged_together(
-    run, workplace: Path, num_prompts: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    tell: Tell, workplace: Path, num_prompts: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """With four images of every prompt also by their diversity."""
     prompts = [
@@ -128,7 +107,7 @@ def test_text_runs_are_judged_together(
     ]
     monkeypatch.setattr(judges, "evaluation_prompts", lambda: prompts)
     line = "evaluate runs/teacher runs/student --num-samples 100 --sampler ddim:2 --sampler dpm++:2@1.5 --device cpu"
-    assert run(f"{line} --out {tmp_path}/judged")[0] == 0
+    assert tell(f"{line} --out {tmp_path}/judged")[0] == 0
     rows = json.loads((tmp_path / "judged" / "results.json").read_text())
     names = [(row["model"], row["sampler"], row["nfe"]) for row in rows]
     teachers = [("teacher", "ddim 2", 2), ("teacher", "dpm++ 2 @1.5", 4)]
@@ -156,10 +135,10 @@ class Brightness(torch.nn.Module):
         return images.float().mean(dim=(2, 3))
 
 
-def test_a_torchscript_file_judges_too(run, workplace: Path) -> None:
+def test_a_torchscript_file_judges_too(tell: Tell, workplace: Path) -> None:
     torch.jit.script(Brightness()).save(workplace / "brightness.pt")
     line = "evaluate runs/student --num-samples 100 --features brightness.pt --out bright --device cpu"
-    assert run(line)[0] == 0
+    assert tell(line)[0] == 0
     real, student = json.loads((workplace / "bright" / "results.json").read_text())
     assert student["fid"] > real["fid"]
     assert "in the features of brightness;" in (workplace / "bright" / "report.html").read_text()
@@ -179,6 +158,6 @@ def test_a_torchscript_file_judges_too(run, workplace: Path) -> None:
         ("data latents --model runs/digits --source shapes --out x", ["runs/digits", "no latents"]),
     ],
 )
-def test_what_does_not_fit_is_refused_in_one_line(run, workplace: Path, line: str, fragments: list[str]) -> None:
-    refused(run(line), *fragments)
+def test_what_does_not_fit_is_refused_in_one_line(tell: Tell, workplace: Path, line: str, fragments: list[str]) -> None:
+    refused(tell(line), *fragments)
     assert not (workplace / "x").exists()
