@@ -1,5 +1,6 @@
 """What only reads recipes or prints help is quick: it imports neither torch nor what is built on it."""
 
+import os
 import subprocess
 import sys
 
@@ -7,12 +8,6 @@ import pytest
 
 from fewstep.cli import app
 
-VERBS = [command.name or command.callback.__name__ for command in app.registered_commands]
-GROUPS = [
-    f"{group.name} {command.name or command.callback.__name__}"
-    for group in app.registered_groups
-    for command in group.typer_instance.registered_commands
-]
 PROBE = """
 import sys
 from fewstep.cli import main
@@ -22,22 +17,54 @@ finally:
     slow = {"torch", "diffusers", "transformers", "datasets", "sklearn", "scipy", "matplotlib"} & sys.modules.keys()
     print("imported:", *sorted(slow), file=sys.stderr)
 """
+VERBS = [command.name for command in app.registered_commands]
+BELOW = [
+    f"{group.name} {command.name}"
+    for group in app.registered_groups
+    for command in group.typer_instance.registered_commands
+]
+
+
+def answer(line: str) -> tuple[int, str, str]:
+    """Exit code and output of a process of its own, which must not have imported anything heavy; as wide as 80."""
+    environment = {**os.environ, "COLUMNS": "80"}
+    ended = subprocess.run(
+        [sys.executable, "-c", PROBE, *line.split()], capture_output=True, text=True, env=environment
+    )
+    *errors, imported = ended.stderr.splitlines()
+    assert imported == "imported:"
+    return ended.returncode, ended.stdout, "\n".join(errors)
+
+
+@pytest.mark.parametrize("verb", ["", *VERBS, *BELOW])
+def test_help_fits_a_terminal_and_shows_an_example(verb: str) -> None:
+    code, output, errors = answer(f"{verb} --help")
+    assert (code, errors) == (0, "")
+    lines = output.strip().splitlines()
+    assert len(lines) <= (24 if verb in ("", "demo", "teach", "distill", "recipes", "import edm") else 60)
+    assert max(map(len, lines)) <= 80
+    assert f"Example: fewstep {verb}".strip() in output
+    assert verb != "teach" or "runs/RECIPE" in output
+
+
+@pytest.mark.parametrize("line", ["recipes", "recipes show digits-4step", "recipes check digits-4step"])
+def test_recipes_are_shown(line: str) -> None:
+    code, output, errors = answer(line)
+    assert (code, errors) == (0, "")
+    assert "digits-4step" in output
 
 
 @pytest.mark.parametrize(
-    ("line", "code"),
+    ("line", "fragment"),
     [
-        ("--help", 0),
-        *((f"{verb} --help", 0) for verb in [*VERBS, *GROUPS]),
-        ("recipes", 0),
-        ("recipes show digits-4step", 0),
-        ("recipes check digits-4step", 0),
-        ("distill no-such-recipe", 2),
-        ("teach no-such-recipe", 2),
-        ("distill digits-1step --set no_such=1", 2),
+        ("distill digits-4stp", "did you mean 'digits-4step'?"),
+        ("teach no-such-recipe", "`fewstep recipes` lists them"),
+        ("distill digits-1step --set no_such=1", "no_such: unknown key"),
+        ("teach digits-1step", "is for `fewstep distill`"),
     ],
 )
-def test_the_answer_needs_no_heavy_import(line: str, code: int) -> None:
-    ended = subprocess.run([sys.executable, "-c", PROBE, *line.split()], capture_output=True, text=True, check=False)
-    assert ended.returncode == code, ended.stderr
-    assert ended.stderr.splitlines()[-1] == "imported:"
+def test_a_mistake_in_a_recipe_is_one_line_at_once(line: str, fragment: str) -> None:
+    code, output, error = answer(line)
+    assert (code, output) == (2, "")
+    assert fragment in error
+    assert "\n" not in error
