@@ -129,6 +129,10 @@ def test_a_stop_is_told_and_the_same_command_goes_on(run: Run, place: Path, monk
     assert (code, error) == (130, "fewstep: stopped; the same command goes on with parts\n")
     refused(run("fewstep distill recipe.yaml --out x --set data.source=parts"), "parts", "not all images are encoded")
     refused(run(f"{LATENTS} parts --seed 1"), "seed: 0 -> 1", "another --out")
+    whole = (place / "pictures" / "5.png").read_bytes()
+    Image.fromarray(pixels(7)[:15]).save(place / "pictures" / "5.png")
+    refused(run(f"{LATENTS} parts --batch-size 2"), "latents made otherwise (files: ", "another --out")
+    (place / "pictures" / "5.png").write_bytes(whole)
     assert run(f"{LATENTS} parts --batch-size 2")[0] == 0
     names = sorted(path.name for path in (place / "whole").iterdir())
     assert len(names) == 4

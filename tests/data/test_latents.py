@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,8 @@ def test_nothing_left_is_an_error(tmp_path: Path) -> None:
         ({"seed": 1}, "seed: 0 -> 1"),
         ({"settings": {"min_side": 512}}, "min_side: 1024 -> 512"),
         ({"space": SPACE | {"autoencoder": "b2"}}, "autoencoder: a1 -> b2"),
+        ({"images": replace(captioned(), captions=["caption"] * NUM)}, "captions: [0-9a-f]{16} -> [0-9a-f]{16}"),
+        ({"images": replace(captioned(), length=NUM - 1)}, "num_images: 11 -> 10"),
     ],
 )
 def test_changed_settings_are_refused(change: dict, message: str, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from fewstep.data.filters import Filter, load_filtered
 from fewstep.data.images import ImageSet
 from fewstep.data.latents import describe_dropped, write_latents
 from fewstep.data.settings import DataSettings
+from fewstep.data.tables import files_digest
 from fewstep.embedded.sources import open_captioned_images, origin
 from fewstep.errors import Interrupted, UserError
 from fewstep.models.autoencoder import Autoencoder, load_autoencoder
@@ -41,7 +42,8 @@ def latents(
     if not images.length:
         raise UserError(f"{source}: no image is left; {describe_dropped(dropped)}")
     columns = {"image_column": image_column, "caption_column": caption_column, "split": split}
-    settings = {"source": origin(source), **columns, **asdict(filter)}
+    files = {} if source == "shapes" else {"files": files_digest(Path(source))}
+    settings = {"source": origin(source), **files, **columns, **asdict(filter)}
     try:
         with progress_bar("encode images", images.length) as show:
             description = write_latents(

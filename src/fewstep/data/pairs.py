@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -115,43 +116,42 @@ def _save(path: Path, tensors: dict[str, Tensor], given: Given, plan: dict[str, 
 
 @dataclass(frozen=True)
 class PairSet:
-    """Pairs by index; `given` is in memory, the rest is read from memory-mapped files, a few rows at a time."""
+    """Pairs by index; `given` is in memory, the rest is read from memory-mapped files, a group of rows at a time."""
 
-    description: dict[str, Any]
+    plan: dict[str, Any]
     metadata: dict[Path, Any]
     given: Given
 
     @property
     def length(self) -> int:
-        return int(self.description["num_pairs"])
+        return int(self.plan["num_pairs"])
 
     def batch(self, indices: Tensor) -> dict[str, Any]:
         """{"noise", "x0": (B, C, H, W) float16}, and "caption": [B strings] or "label": (B,).
 
         Raises UserError if what is read is damaged.
         """
-        size, paths, tables = self.description["rows_per_group"], list(self.metadata), {}
-        places = [divmod(index, self.description["rows_per_file"]) for index in indices.tolist()]
-        for file, group in sorted({(file, row // size) for file, row in places}):
-            tables[file, group] = self._read(paths[file], group)
-        rows = [(tables[file, row // size], row % size) for file, row in places]
-        batch: dict[str, Any] = {
-            name: torch.from_numpy(np.stack([np.frombuffer(table[name][row], "<f2") for table, row in rows]))
-            for name in ("noise", "x0")
-        }
-        batch = {name: tensor.reshape(-1, *self.description["shape"]) for name, tensor in batch.items()}
+        read, size = cache(self._read), self.plan["rows_per_group"]
+        places = [divmod(index, self.plan["rows_per_file"]) for index in indices.tolist()]
+        rows = [[cells[row % size] for cells in read(file, row // size)] for file, row in places]
+        noise, x0 = (
+            torch.from_numpy(np.stack([np.frombuffer(cell, "<f2") for cell in cells]))
+            for cells in zip(*rows, strict=True)
+        )
+        shape = (-1, *self.plan["shape"])
+        batch: dict[str, Any] = {"noise": noise.reshape(shape), "x0": x0.reshape(shape)}
         if "prompt" in self.given:
             batch["caption"] = [self.given["prompt"][index] for index in indices.tolist()]
         if "label" in self.given:
             batch["label"] = torch.tensor([self.given["label"][index] for index in indices.tolist()])
         return batch
 
-    def _read(self, path: Path, group: int) -> dict[str, list[Any]]:
-        """The bytes of one group of rows."""
+    def _read(self, number: int, group: int) -> list[list[Any]]:
+        """The bytes of noise and x0 of one group of rows of file `number`."""
+        path = list(self.metadata)[number]
         with _damage(path):
-            file = _open(path, self.metadata[path])
-            columns = file.read_row_group(group, columns=["noise", "x0"])
-            return {name: [cell.as_buffer() for cell in columns[name]] for name in ("noise", "x0")}
+            columns = _open(path, self.metadata[path]).read_row_group(group, columns=["noise", "x0"])
+            return [[cell.as_buffer() for cell in columns[name]] for name in ("noise", "x0")]
 
 
 def load_pairs(folder: Path, teacher: str, sampler: str, shape: tuple[int, ...]) -> PairSet:

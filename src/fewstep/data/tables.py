@@ -1,5 +1,7 @@
 """Files with images as tables: image folders, parquet files, WebDataset tars, read by `datasets`; nothing is run."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -69,6 +71,14 @@ def _kind(path: Path) -> str:
     raise UserError(
         f"{path}: no images here; a source is a folder of images, a .zip, a .parquet file or a WebDataset .tar"
     )
+
+
+def files_digest(path: Path) -> str:
+    """16 hex digits of the names and sizes of a source's files, as far as they hold images."""
+    suffixes = {*IMAGE_SUFFIXES, *SHARD_SUFFIXES.values()}
+    files = [path] if path.is_file() else sorted(each for each in path.rglob("*") if each.suffix.lower() in suffixes)
+    told = [[file.relative_to(path.parent).as_posix(), file.stat().st_size] for file in files]
+    return hashlib.blake2b(json.dumps(told).encode(), digest_size=8).hexdigest()
 
 
 def find_column(table: Any, wanted: str | None, usual: tuple[str, ...], field: str, path: Path) -> str:
