@@ -1,6 +1,5 @@
 """EDM's zips: read as EDM's own loader reads them, lazily, and told in one line where they are wrong."""
 
-import io
 import json
 import zipfile
 from pathlib import Path
@@ -13,8 +12,8 @@ from torch import Tensor
 
 from fewstep.data import images as module
 from fewstep.data.edm_zip import is_edm_set, open_edm_set
-from fewstep.data.images import load_captioned, load_images
 from fewstep.errors import UserError
+from image_sets import captioned, encoded, load, write_edm_zip
 
 NUM, SIZE = 5, 6
 
@@ -24,9 +23,7 @@ def array(index: int) -> np.ndarray:
 
 
 def png(index: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(array(index)).save(buffer, "PNG")
-    return buffer.getvalue()
+    return encoded(Image.fromarray(array(index)))
 
 
 def name(index: int) -> str:
@@ -36,15 +33,9 @@ def name(index: int) -> str:
 PAIRS = [[name(index), index % 2] for index in range(NUM)]
 
 
-def write(path: Path, labels: object = PAIRS, extra: dict[str, bytes] | None = None, **options: object) -> Path:
-    """A zip as dataset_tool writes it: dataset.json behind the images, all of it stored."""
-    with zipfile.ZipFile(path, "w", **options) as archive:  # type: ignore[call-overload]
-        for index in range(NUM):
-            archive.writestr(name(index), png(index))
-        for other, content in (extra or {}).items():
-            archive.writestr(other, content)
-        archive.writestr("dataset.json", labels if isinstance(labels, bytes) else json.dumps({"labels": labels}))
-    return path
+def write(path: Path, labels: object = PAIRS, extra: dict[str, bytes] | None = None, compression: int = 0) -> Path:
+    images = {name(index): png(index) for index in range(NUM)}
+    return write_edm_zip(path, {**images, **(extra or {})}, labels, (compression,))
 
 
 def edms_loader(path: Path) -> tuple[Tensor, list[int]]:
@@ -65,7 +56,7 @@ def test_images_and_labels_are_those_of_edms_loader(
         monkeypatch.setattr(module, "MAX_BYTES_IN_MEMORY", 0)
     shuffled = [PAIRS[index] for index in (3, 1, 4, 0, 2)]
     path = write(tmp_path / "set.zip", shuffled, {"readme.txt": b"no image"}, compression=compression)
-    images, (pixels, labels) = load_images(str(path), SIZE, 3, num_classes=2), edms_loader(path)
+    images, (pixels, labels) = load(path, SIZE, 3, num_classes=2), edms_loader(path)
     batch = images.batch(torch.tensor([4, 0, 0, 3]))
     assert torch.equal(batch["image"], pixels[[4, 0, 0, 3]])
     assert batch["label"].tolist() == [labels[index] for index in (4, 0, 0, 3)]
@@ -96,7 +87,7 @@ def test_images_of_a_zip_stay_in_it_until_they_are_asked_for(tmp_path: Path) -> 
     cells = stored.cells([0, 4])
     assert [(cell["bytes"], cell["path"]) for cell in cells] == [(png(index), name(index)) for index in (0, 4)]
     with pytest.raises(UserError, match=r"set\.zip, row 3 \(00001/img00000003\.png\): not a readable 8-bit image"):
-        load_images(str(path), SIZE, 3)
+        load(path, SIZE, 3)
 
 
 def test_an_entry_that_cannot_be_unpacked_is_named(tmp_path: Path) -> None:
@@ -108,7 +99,7 @@ def test_an_entry_that_cannot_be_unpacked_is_named(tmp_path: Path) -> None:
     content[begin : begin + entry.compress_size] = b"\xff" * entry.compress_size
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"row 1 \(00000/img00000001\.png\): not a readable"):
-        load_images(str(path), SIZE, 3)
+        load(path, SIZE, 3)
 
 
 def test_an_empty_image_is_not_looked_for_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,25 +108,23 @@ def test_an_empty_image_is_not_looked_for_on_the_disk(tmp_path: Path, monkeypatc
     (tmp_path / "secret.png").write_bytes(png(0))
     path = write(tmp_path / "set.zip", None, {"secret.png": b""})
     with pytest.raises(UserError, match=r"row 5 \(secret\.png\): not a readable"):
-        load_images("set.zip", SIZE, 3)
+        load("set.zip", SIZE, 3)
     assert [cell["bytes"] for cell in open_edm_set(path).cells([NUM])] == [b""]
 
 
 def test_labels_may_be_null_for_a_model_without_classes(tmp_path: Path) -> None:
     path = write(tmp_path / "set.zip", labels=None)
-    images = load_images(str(path), SIZE, 3)
+    images = load(path, SIZE, 3)
     assert list(images.batch(torch.tensor([1]))) == ["image"]
     with pytest.raises(UserError, match=r"set\.zip: its dataset\.json has no labels, but the model has 2 classes"):
-        load_images(str(path), SIZE, 3, num_classes=2)
+        load(path, SIZE, 3, num_classes=2)
 
 
 def test_images_of_another_size_are_cut_and_resized_as_all_are(tmp_path: Path) -> None:
     wide = Image.new("RGB", (3 * SIZE, SIZE), (200, 0, 0))
     wide.paste((0, 90, 0), (SIZE, 0, 2 * SIZE, SIZE))
-    buffer = io.BytesIO()
-    wide.save(buffer, "PNG")
-    path = write(tmp_path / "set.zip", None, {"99999/wide.png": buffer.getvalue()})
-    pixels = load_images(str(path), SIZE, 3).fetch(torch.tensor([NUM]))
+    path = write(tmp_path / "set.zip", None, {"99999/wide.png": encoded(wide)})
+    pixels = load(path, SIZE, 3).fetch(torch.tensor([NUM]))
     assert torch.equal(pixels, torch.tensor([0, 90, 0], dtype=torch.uint8).reshape(1, 3, 1, 1).expand(1, 3, SIZE, SIZE))
 
 
@@ -146,13 +135,13 @@ def test_a_folder_is_edms_where_it_has_a_dataset_json(tmp_path: Path) -> None:
     assert not is_edm_set(tmp_path)
     (tmp_path / "dataset.json").write_text(json.dumps({"labels": PAIRS}))
     assert is_edm_set(tmp_path)
-    images = load_images(str(tmp_path), SIZE, 3, num_classes=2)
+    images = load(tmp_path, SIZE, 3, num_classes=2)
     assert images.labels is not None
     assert images.labels.tolist() == [label for _, label in PAIRS]
     assert torch.equal(images.fetch(torch.tensor([2]))[0].permute(1, 2, 0), torch.from_numpy(array(2)))
     (tmp_path / name(4)).unlink()
     with pytest.raises(UserError, match=rf"{name(4)} is missing, one of 1 images that its dataset\.json names"):
-        load_images(str(tmp_path), SIZE, 3, num_classes=2)
+        load(tmp_path, SIZE, 3, num_classes=2)
 
 
 # --- what is wrong ---------------------------------------------------------------------------------------------------
@@ -184,7 +173,7 @@ FORM = 'its dataset.json must hold {"labels": [[name, class], ...]}, or null the
 )
 def test_labels_that_do_not_fit_are_told_in_one_line(tmp_path: Path, labels: object, wanted: str) -> None:
     with pytest.raises(UserError) as refused:
-        load_images(str(write(tmp_path / "set.zip", labels)), SIZE, 3, num_classes=2)
+        load(write(tmp_path / "set.zip", labels), SIZE, 3, num_classes=2)
     assert str(refused.value).startswith(f"{tmp_path}/set.zip: {wanted}")
     assert "\n" not in str(refused.value)
 
@@ -198,7 +187,7 @@ def test_a_zip_without_dataset_json_or_without_images_says_so(tmp_path: Path) ->
             for each, data in content.items():
                 archive.writestr(each, data)
         with pytest.raises(UserError, match=wanted):
-            load_images(str(tmp_path / "set.zip"), SIZE, 3)
+            load(tmp_path / "set.zip", SIZE, 3)
 
 
 @pytest.mark.parametrize("damage", ["text", "empty", "half", "tail", "index", "description"])
@@ -218,15 +207,15 @@ def test_a_file_that_is_no_whole_zip_is_told_in_one_line(tmp_path: Path, damage:
         }[damage]
     )
     with pytest.raises(UserError, match=rf"^{path}: can't be read as a zip \([^\n]+\) \(data\.source\)$"):
-        load_images(str(path), SIZE, 3)
+        load(path, SIZE, 3)
 
 
 def test_compressions_that_dataset_tool_has_not_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "set.zip", compression=zipfile.ZIP_BZIP2)
     with pytest.raises(UserError, match=r"00000/img00000000\.png is encrypted or compressed; zip the images as they"):
-        load_images(str(path), SIZE, 3)
+        load(path, SIZE, 3)
 
 
 def test_a_zip_has_no_captions(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"set\.zip: a zip holds images with classes.* captions come from another"):
-        load_captioned(str(write(tmp_path / "set.zip")), SIZE)
+        captioned(write(tmp_path / "set.zip"), SIZE)

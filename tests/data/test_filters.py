@@ -1,8 +1,5 @@
 """The paper's filters: which images of a captioned source are left, and what is said of the others."""
 
-import io
-import json
-import tarfile
 from pathlib import Path
 
 import datasets
@@ -12,20 +9,15 @@ from PIL import Image
 
 from fewstep.data.filters import Filter, load_filtered
 from fewstep.data.images import Unusable
+from fewstep.data.settings import DataSettings
 from fewstep.errors import UserError
+from image_sets import encoded, write_tar
 
 SIDES = [(20, 30), (16, 40), (15, 15), (64, 16)]
 
 
-@pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
 def png(index: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", SIDES[index], (index, 0, 0)).save(buffer, "PNG")
-    return buffer.getvalue()
+    return encoded(Image.new("RGB", SIDES[index], (index, 0, 0)))
 
 
 def source(folder: Path, **columns: list) -> str:
@@ -37,7 +29,7 @@ def source(folder: Path, **columns: list) -> str:
 
 def left(path: str, filter: Filter) -> tuple[list[int], dict[str, int]]:
     """The images that can be used, by their colour, and what was dropped before."""
-    images, dropped = load_filtered(path, 8, filter)
+    images, dropped = load_filtered(DataSettings(source=path), 8, filter)
     usable = []
     for index in range(images.length):
         try:
@@ -57,7 +49,7 @@ def test_the_smaller_side_of_the_stored_image_counts(tmp_path: Path) -> None:
     path = source(tmp_path)
     assert left(path, Filter(min_side=16))[0] == [0, 1, 3]
     assert left(path, Filter(min_side=17))[0] == [0]
-    images, _ = load_filtered(path, 8, Filter(min_side=17))
+    images, _ = load_filtered(DataSettings(source=path), 8, Filter(min_side=17))
     with pytest.raises(Unusable, match="row 1: smaller than 17 pixels") as caught:
         images.fetch(torch.tensor([1]))
     assert caught.value.reason == "smaller than 17 pixels"
@@ -97,13 +89,16 @@ def test_an_image_is_counted_for_its_first_reason_only(tmp_path: Path) -> None:
 
 
 def test_a_field_of_the_json_in_a_webdataset(tmp_path: Path) -> None:
-    with tarfile.open(tmp_path / "set.tar", "w") as tar:
-        for index in range(4):
-            content = {"png": png(index), "txt": b"caption %d" % index, "json": json.dumps({"punsafe": index}).encode()}
-            for suffix, text in content.items():
-                member = tarfile.TarInfo(f"{index}.{suffix}")
-                member.size = len(text)
-                tar.addfile(member, io.BytesIO(text))
+    members = {
+        f"{index}.{suffix}": content
+        for index in range(4)
+        for suffix, content in (
+            ("png", png(index)),
+            ("txt", b"caption %d" % index),
+            ("json", b'{"punsafe": %d}' % index),
+        )
+    }
+    write_tar(tmp_path / "set.tar", members)
     assert left(str(tmp_path / "set.tar"), Filter(unsafe_column="json.punsafe", max_unsafe=1.5))[0] == [0, 1]
 
 
@@ -117,7 +112,7 @@ def test_a_field_of_the_json_in_a_webdataset(tmp_path: Path) -> None:
 )
 def test_a_column_that_is_no_filter_is_refused(filter: Filter, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
-        load_filtered(source(tmp_path), 8, filter)
+        load_filtered(DataSettings(source=source(tmp_path)), 8, filter)
 
 
 def test_a_score_without_its_column_is_refused() -> None:

@@ -1,9 +1,9 @@
 """Image sets: every kind of file gives the same pixels, and every rank and step its own part of a shuffled epoch."""
 
-import io
 import json
 import tarfile
 import zipfile
+from itertools import chain
 from pathlib import Path
 
 import datasets
@@ -14,22 +14,17 @@ from PIL import Image
 from torch import Tensor
 
 from fewstep.data import images as module
-from fewstep.data.images import ImageSet, batch_indices, load_images
+from fewstep.data.images import ImageSet, batch_indices
 from fewstep.data.settings import DataSettings
 from fewstep.embedded.digits import digits
 from fewstep.embedded.sources import open_images
 from fewstep.errors import UserError
 from fewstep.models.settings import PixelModelConfig
+from image_sets import encoded, load, write_edm_zip, write_tar
 
 SHARED = Path(__file__).parents[2] / ".." / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="no shared data here")
 NUM, CLASSES = 7, 3
-
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`datasets` keeps what it converts in the test's own folder."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 def picture(index: int, width: int = 13, height: int = 10) -> Image.Image:
@@ -39,9 +34,7 @@ def picture(index: int, width: int = 13, height: int = 10) -> Image.Image:
 
 
 def png(index: int) -> bytes:
-    buffer = io.BytesIO()
-    picture(index).save(buffer, "PNG")
-    return buffer.getvalue()
+    return encoded(picture(index))
 
 
 def reference(index: int, size: int, mode: str) -> Tensor:
@@ -87,49 +80,40 @@ def write_shards(folder: Path) -> Path:
     return folder
 
 
-def write_tar(path: Path) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for index in range(NUM):
-            for name, content in ((f"{index:03d}.png", png(index)), (f"{index:03d}.cls", b"%d" % (index % CLASSES))):
-                member = tarfile.TarInfo(name)
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
-    return path
-
-
-def described() -> str:
-    """EDM's dataset.json, in another order than that of the names."""
-    return json.dumps({"labels": [[edm_name(index), index % CLASSES] for index in reversed(range(NUM))]})
+def write_webdataset(path: Path) -> Path:
+    pairs = [((f"{i:03d}.png", png(i)), (f"{i:03d}.cls", b"%d" % (i % CLASSES))) for i in range(NUM)]
+    return write_tar(path, dict(chain(*pairs)))
 
 
 def edm_name(index: int) -> str:
     return f"{index // 4:05d}/img{index:08d}.png"
 
 
-def write_edm_zip(path: Path) -> Path:
-    with zipfile.ZipFile(path, "w") as archive:
-        for index in reversed(range(NUM)):
-            archive.writestr(edm_name(index), png(index), [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED][index % 2])
-        archive.writestr("dataset.json", described())
-    return path
+BACKWARDS = [[edm_name(index), index % CLASSES] for index in reversed(range(NUM))]
+
+
+def write_zip(path: Path) -> Path:
+    """In another order than that of the names, as is the dataset.json."""
+    images = {edm_name(index): png(index) for index in reversed(range(NUM))}
+    return write_edm_zip(path, images, BACKWARDS, (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))
 
 
 def write_edm_folder(folder: Path) -> Path:
     for index in range(NUM):
         (folder / edm_name(index)).parent.mkdir(parents=True, exist_ok=True)
         (folder / edm_name(index)).write_bytes(png(index))
-    (folder / "dataset.json").write_text(described())
+    (folder / "dataset.json").write_text(json.dumps({"labels": BACKWARDS}))
     return folder
 
 
 WRITERS = {
-    "edm.zip": (write_edm_zip, list(range(NUM))),
+    "edm.zip": (write_zip, list(range(NUM))),
     "edm": (write_edm_folder, list(range(NUM))),
     "folder": (write_class_folders, sorted(range(NUM), key=lambda i: (i % CLASSES, i))),
     "flat": (write_flat, list(range(NUM))),
     "set.parquet": (write_parquet, list(range(NUM))),
     "shards": (write_shards, list(range(NUM))),
-    "set.tar": (write_tar, list(range(NUM))),
+    "set.tar": (write_webdataset, list(range(NUM))),
 }
 
 
@@ -156,7 +140,7 @@ def test_the_digits_are_scikit_learns_in_eight_bits() -> None:
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
 def test_every_kind_of_file_gives_pils_pixels(name: str, channels: int, mode: str, tmp_path: Path) -> None:
     write, order = WRITERS[name]
-    images = load_images(str(write(tmp_path / name)), 6, channels)
+    images = load(write(tmp_path / name), 6, channels)
     assert images.labels is None
     assert torch.equal(everything(images), torch.stack([reference(index, 6, mode) for index in order]))
 
@@ -164,16 +148,16 @@ def test_every_kind_of_file_gives_pils_pixels(name: str, channels: int, mode: st
 @pytest.mark.parametrize("name", [name for name in WRITERS if name != "flat"])
 def test_every_kind_of_file_gives_its_labels(name: str, tmp_path: Path) -> None:
     write, order = WRITERS[name]
-    images = load_images(str(write(tmp_path / name)), 6, 1, num_classes=CLASSES)
+    images = load(write(tmp_path / name), 6, 1, num_classes=CLASSES)
     assert images.labels is not None
     assert images.labels.dtype == torch.int64
     assert images.labels.tolist() == [index % CLASSES for index in order]
 
 
 def test_a_zip_a_folder_and_parquet_of_the_same_pictures_give_the_same_batches(tmp_path: Path) -> None:
-    sources = [write_edm_zip(tmp_path / "edm.zip"), write_edm_folder(tmp_path / "edm"), tmp_path / "set.parquet"]
+    sources = [write_zip(tmp_path / "edm.zip"), write_edm_folder(tmp_path / "edm"), tmp_path / "set.parquet"]
     write_parquet(tmp_path / "set.parquet")
-    first, *others = (load_images(str(source), 6, 3, CLASSES) for source in sources)
+    first, *others = (load(source, 6, 3, CLASSES) for source in sources)
     for step in range(3):
         batch = first.batch(batch_indices(NUM, 4, step, seed=0))
         for other in others:
@@ -183,14 +167,14 @@ def test_a_zip_a_folder_and_parquet_of_the_same_pictures_give_the_same_batches(t
 
 
 def test_a_batch_has_the_labels_of_its_images(tmp_path: Path) -> None:
-    images = load_images(str(write_parquet(tmp_path / "set.parquet")), 6, 3, num_classes=CLASSES)
+    images = load(write_parquet(tmp_path / "set.parquet"), 6, 3, num_classes=CLASSES)
     batch = images.batch(torch.tensor([5, 0]))
     assert batch["label"].tolist() == [5 % CLASSES, 0]
     assert torch.equal(batch["image"], torch.stack([reference(5, 6, "RGB"), reference(0, 6, "RGB")]))
 
 
 def test_a_set_read_without_classes_has_batches_without_labels(tmp_path: Path) -> None:
-    images = load_images(str(write_parquet(tmp_path / "set.parquet")), 6, 3)
+    images = load(write_parquet(tmp_path / "set.parquet"), 6, 3)
     assert list(images.batch(torch.tensor([0]))) == ["image"]
     assert list(open_images(DataSettings(source="digits"), PixelModelConfig()).batch(torch.tensor([0]))) == ["image"]
 
@@ -200,9 +184,9 @@ def test_reading_at_every_access_gives_the_same_bytes_as_memory(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = str(WRITERS[name][0](tmp_path / name))
-    kept = load_images(source, 6, 3)
+    kept = load(source, 6, 3)
     monkeypatch.setattr(module, "MAX_BYTES_IN_MEMORY", 0)
-    read = load_images(source, 6, 3)
+    read = load(source, 6, 3)
     indices = torch.tensor([4, 1, 1, 6])
     assert torch.equal(kept.fetch(indices), read.fetch(indices))
 
@@ -210,9 +194,9 @@ def test_reading_at_every_access_gives_the_same_bytes_as_memory(
 def test_only_a_set_over_the_limit_is_read_at_every_access(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_flat(tmp_path / "flat")
     monkeypatch.setattr(module, "MAX_BYTES_IN_MEMORY", NUM * 3 * 6**2)
-    kept = load_images(str(folder), 6, 3)
+    kept = load(folder, 6, 3)
     monkeypatch.setattr(module, "MAX_BYTES_IN_MEMORY", NUM * 3 * 6**2 - 1)
-    read = load_images(str(folder), 6, 3)
+    read = load(folder, 6, 3)
     for path in folder.glob("*.png"):
         path.write_bytes(b"gone")
     assert torch.equal(kept.fetch(torch.tensor([2])), reference(2, 6, "RGB")[None])
@@ -225,7 +209,7 @@ def test_resizing_is_by_the_shorter_side_and_keeps_the_centre(tmp_path: Path) ->
     wide[:, 8:16] = 200
     wide[:4, 8:16] = 100
     Image.fromarray(wide).save(tmp_path / "wide.png")
-    pixels = everything(load_images(str(tmp_path), 8, 1))
+    pixels = everything(load(tmp_path, 8, 1))
     assert pixels[0, 0].tolist() == [[100] * 8] * 4 + [[200] * 8] * 4
 
 
@@ -234,8 +218,8 @@ def test_grey_pictures_become_rgb_and_back(tmp_path: Path) -> None:
     folder.mkdir()
     Image.new("L", (4, 4), 77).save(folder / "a.png")
     Image.new("RGB", (4, 4), (255, 0, 0)).save(folder / "b.png")
-    assert everything(load_images(str(folder), 4, 3))[0].unique().tolist() == [77]
-    assert everything(load_images(str(folder), 4, 1))[1].unique().tolist() == [76]  # 0.299 of red
+    assert everything(load(folder, 4, 3))[0].unique().tolist() == [77]
+    assert everything(load(folder, 4, 1))[1].unique().tolist() == [76]  # 0.299 of red
 
 
 # --- the recipe's columns and splits ---------------------------------------------------------------------------------
@@ -244,7 +228,7 @@ def test_grey_pictures_become_rgb_and_back(tmp_path: Path) -> None:
 def test_the_columns_are_those_of_the_recipe(tmp_path: Path) -> None:
     both = table("scan", "digit").add_column("label", [0] * NUM).add_column("image", ["text"] * NUM)
     both.to_parquet(tmp_path / "set.parquet")
-    images = load_images(str(tmp_path / "set.parquet"), 6, 3, CLASSES, image_column="scan", label_column="digit")
+    images = load(tmp_path / "set.parquet", 6, 3, CLASSES, image_column="scan", label_column="digit")
     assert torch.equal(images.fetch(torch.tensor([3])), reference(3, 6, "RGB")[None])
     assert images.labels is not None
     assert images.labels.tolist() == [index % CLASSES for index in range(NUM)]
@@ -256,7 +240,7 @@ def test_shards_named_by_split_are_kept_apart(tmp_path: Path) -> None:
     table(stop=4).to_parquet(folder / "train-0.parquet")
     table(start=4).to_parquet(folder / "test-0.parquet")
     (folder / "train-info.json").write_text("not data")
-    train, test = (load_images(str(folder), 6, 3, split=split) for split in ("train", "test"))
+    train, test = (load(folder, 6, 3, split=split) for split in ("train", "test"))
     assert torch.equal(everything(train), torch.stack([reference(index, 6, "RGB") for index in range(4)]))
     assert torch.equal(everything(test), torch.stack([reference(index, 6, "RGB") for index in range(4, NUM)]))
 
@@ -264,17 +248,17 @@ def test_shards_named_by_split_are_kept_apart(tmp_path: Path) -> None:
 def test_a_class_without_pictures_is_refused(tmp_path: Path) -> None:
     datasets.Dataset.from_dict({"image": [png(0)] * 2, "label": [0, 2]}).to_parquet(tmp_path / "set.parquet")
     with pytest.raises(UserError, match=r"has 2 classes, numbered 0 to 2, but the model has 3, numbered 0 to 2"):
-        load_images(str(tmp_path / "set.parquet"), 6, 3, num_classes=3)
+        load(tmp_path / "set.parquet", 6, 3, num_classes=3)
 
 
 def test_an_empty_cell_is_named_by_its_row(tmp_path: Path) -> None:
     datasets.Dataset.from_dict({"image": [png(0), None]}).to_parquet(tmp_path / "set.parquet")
     with pytest.raises(UserError, match=r"set\.parquet, row 1: not a readable 8-bit image"):
-        load_images(str(tmp_path / "set.parquet"), 6, 3)
+        load(tmp_path / "set.parquet", 6, 3)
 
 
 def test_reading_prints_nothing_into_a_pipe(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    load_images(str(write_parquet(tmp_path / "set.parquet")), 6, 3)
+    load(write_parquet(tmp_path / "set.parquet"), 6, 3)
     assert capfd.readouterr() == ("", "")
 
 
@@ -284,7 +268,7 @@ def test_reading_prints_nothing_into_a_pipe(tmp_path: Path, capfd: pytest.Captur
 @needs_shared
 def test_fashion_mnist_loads_pixel_by_pixel() -> None:
     path = SHARED / "fashion_mnist_test.parquet"
-    images = load_images(str(path), 28, 1, num_classes=10)
+    images = load(path, 28, 1, num_classes=10)
     assert images.labels is not None
     assert (images.length, images.labels.bincount().tolist()) == (10000, [1000] * 10)
     cells = datasets.Dataset.from_parquet(str(path)).cast_column("image", datasets.Image())
@@ -295,7 +279,7 @@ def test_fashion_mnist_loads_pixel_by_pixel() -> None:
 @needs_shared
 def test_a_webdataset_of_captioned_tiles_loads_pixel_by_pixel() -> None:
     path = SHARED / "crawl_tiles32.tar"
-    images = load_images(str(path), 32, 3)
+    images = load(path, 32, 3)
     with tarfile.open(path) as tar:
         names = [name for name in tar.getnames() if name.endswith(".png")]
         assert images.length == len(names)
@@ -358,5 +342,5 @@ def test_a_photo_is_turned_as_its_camera_says(tmp_path: Path) -> None:
     orientation = Image.Exif()
     orientation[0x0112] = 6  # stored lying on its left side
     Image.fromarray(np.rot90(upright).copy()).save(tmp_path / "photo.png", exif=orientation)
-    image = load_images(str(tmp_path), 20, 3).fetch(torch.tensor([0]))[0]
+    image = load(tmp_path, 20, 3).fetch(torch.tensor([0]))[0]
     assert torch.equal(image, torch.from_numpy(upright).permute(2, 0, 1))

@@ -1,9 +1,6 @@
 """What is found at a source is told in one line, by headers, and a smaller model is refused unless it is asked for."""
 
-import io
-import json
-import tarfile
-import zipfile
+from collections import ChainMap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,17 +9,15 @@ import pytest
 from PIL import Image
 
 from fewstep.data import stored as module
-from fewstep.data.images import load_captioned, load_images
 from fewstep.errors import UserError
+from image_sets import captioned, encoded, load, write_edm_zip, write_tar
 
 SIDES = [(40, 30), (40, 30), (32, 64), (33, 33)]
 NAMES = ["cat", "dog"]
 
 
 def png(index: int, mode: str = "RGB") -> bytes:
-    buffer = io.BytesIO()
-    Image.new(mode, SIDES[index]).save(buffer, "PNG")
-    return buffer.getvalue()
+    return encoded(Image.new(mode, SIDES[index]))
 
 
 def folder(path: Path) -> None:
@@ -38,18 +33,12 @@ def parquet(path: Path) -> None:
 
 
 def tar(path: Path) -> None:
-    with tarfile.open(path, "w") as archive:
-        for index in range(4):
-            for suffix, content in (("png", png(index)), ("cls", b"%d" % (index % 2))):
-                member = tarfile.TarInfo(f"{index}.{suffix}")
-                member.size = len(content)
-                archive.addfile(member, io.BytesIO(content))
+    pairs = ({f"{index}.png": png(index), f"{index}.cls": b"%d" % (index % 2)} for index in range(4))
+    write_tar(path, dict(ChainMap(*pairs)))
 
 
 def edm_zip(path: Path) -> None:
-    with zipfile.ZipFile(path, "w") as archive:
-        [archive.writestr(f"{index}.png", png(index)) for index in range(4)]
-        archive.writestr("dataset.json", json.dumps({"labels": [[f"{index}.png", index % 2] for index in range(4)]}))
+    write_edm_zip(path, {f"{i}.png": png(i) for i in range(4)}, [[f"{i}.png", i % 2] for i in range(4)])
 
 
 NAMED, NUMBERED = "2 classes: 0 cat (2), 1 dog (2)", "2 classes: 0 (2), 1 (2)"
@@ -59,11 +48,6 @@ KINDS = {
     "set.tar": (tar, NUMBERED, ""),
     "set.zip": (edm_zip, NUMBERED, ""),
 }
-
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(params=KINDS)
@@ -78,9 +62,9 @@ def test_number_sizes_colours_and_classes_are_told_and_what_is_done(source: tupl
     path, classes, unused = source
     found = f"{path}: 4 RGB images, 33x33 to 32x64, mostly 40x30"
     done = "resized and cropped to 16x16"
-    assert load_images(path, 16, 3, 2, shrink=True).found == f"{found}; {classes}; {done}"
-    assert load_images(path, 16, 1, shrink=True).found == f"{found}{unused}; {done}, made grey"
-    assert load_images(path, 16, 3, 2).found is None
+    assert load(path, 16, 3, 2, shrink=True).found == f"{found}; {classes}; {done}"
+    assert load(path, 16, 1, shrink=True).found == f"{found}{unused}; {done}, made grey"
+    assert load(path, 16, 3, 2).found is None
 
 
 def test_a_smaller_model_is_refused_before_anything_is_decoded(
@@ -90,9 +74,9 @@ def test_a_smaller_model_is_refused_before_anything_is_decoded(
     with pytest.raises(
         UserError, match=r"images of 33x33 to 32x64, mostly 40x30 would be shrunk to 16x16;.*model.image_size=16"
     ):
-        load_images(source[0], 16, 3, 2, shrink=False)
+        load(source[0], 16, 3, 2, shrink=False)
     with pytest.raises(UserError, match=r"has 2 classes, numbered 0 to 1.*, but the model has 3"):
-        load_images(source[0], 16, 3, 3, shrink=True)
+        load(source[0], 16, 3, 3, shrink=True)
 
 
 @pytest.mark.parametrize(
@@ -114,17 +98,17 @@ def test_what_is_done_is_no_more_than_needed(
     size: int, channels: int, draw: Callable[[int], bytes], told: str, tmp_path: Path
 ) -> None:
     [(tmp_path / f"{index}.png").write_bytes(draw(index)) for index in range(3)]
-    assert load_images(str(tmp_path), size, channels, shrink=False).found == f"{tmp_path}: 3 {told}"
+    assert load(tmp_path, size, channels, shrink=False).found == f"{tmp_path}: 3 {told}"
 
 
 def test_the_shorter_side_of_most_decides(tmp_path: Path) -> None:
     for index, sides in enumerate([(16, 90), (16, 16), (200, 200)]):
         Image.new("L", sides).save(tmp_path / f"{index}.png")
-    assert "mostly" in str(load_images(str(tmp_path), 16, 1, shrink=False).found)
+    assert "mostly" in str(load(tmp_path, 16, 1, shrink=False).found)
     Image.new("L", (17, 90)).save(tmp_path / "3.png")
     Image.new("L", (17, 90)).save(tmp_path / "4.png")
     with pytest.raises(UserError, match=r"16x16 to 200x200, mostly 17x90 would be shrunk.*image_size=16"):
-        load_images(str(tmp_path), 16, 1, shrink=False)
+        load(tmp_path, 16, 1, shrink=False)
 
 
 def test_a_look_is_at_a_bounded_number_and_passes_over_what_is_broken(
@@ -135,26 +119,26 @@ def test_a_look_is_at_a_bounded_number_and_passes_over_what_is_broken(
     monkeypatch.setattr(module, "open_cell", lambda cell: opened.append(cell) or whole(cell))
     for index in range(7):
         Image.new("L", (8 + index, 8)).save(tmp_path / f"{index}.png")
-    told = load_images(str(tmp_path), 8, 1, shrink=False).found
+    told = load(tmp_path, 8, 1, shrink=False).found
     assert told == f"{tmp_path}: 7 grey images, 8x8 to 14x8, mostly 8x8 (3 looked at); cropped to 8x8"
     assert [Path(cell["path"]).name for cell in opened] == ["0.png", "3.png", "6.png"]
     (tmp_path / "3.png").write_bytes(b"broken")
     with pytest.raises(UserError, match=r"3\.png"):
-        load_images(str(tmp_path), 8, 1, shrink=False)
+        load(tmp_path, 8, 1, shrink=False)
 
 
 def test_many_classes_are_told_by_the_first_and_the_last(tmp_path: Path) -> None:
     for index in range(12):
         (tmp_path / f"class{index:02d}").mkdir()
         Image.new("L", (8, 8)).save(tmp_path / f"class{index:02d}" / "a.png")
-    told = load_images(str(tmp_path), 8, 1, 12, shrink=False).found
+    told = load(tmp_path, 8, 1, 12, shrink=False).found
     assert "; 12 classes: 0 class00 (1), 1 class01 (1), 2 class02 (1), ..., 11 class11 (1); taken" in str(told)
     with pytest.raises(UserError, match=r"numbered 0 to 11 \(class00, class01, class02, class03, class04, ...\), but"):
-        load_images(str(tmp_path), 8, 1, 3)
+        load(tmp_path, 8, 1, 3)
 
 
 def test_captions_are_told(tmp_path: Path) -> None:
     Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
     (tmp_path / "metadata.csv").write_text("file_name,text\na.png,a cat\n")
-    told = load_captioned(str(tmp_path), 16, shrink=True).found
+    told = captioned(tmp_path, 16, shrink=True).found
     assert told == f"{tmp_path}: 1 RGB images with captions, 20x20; resized to 16x16"

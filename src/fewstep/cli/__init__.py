@@ -138,18 +138,13 @@ def edm(given: options.ImportEdm) -> None:
 def latents(given: options.Latents) -> None:
     """Encode captioned images once, as latents that `data.source` takes."""
     from fewstep.commands.data import latents
-    from fewstep.data.filters import Filter
 
-    columns = (given.image_column, given.caption_column, given.split)
-    kept = Filter(given.min_side, given.unsafe_column, given.max_unsafe, given.aesthetic_column, given.min_aesthetic)
-    latents(given.model, given.source, given.out, kept, *columns, given.batch_size, given.seed, given.device)
+    latents(given)
 
 
 @verb(data, "data pairs --teacher sdxl --num 10000 --sampler euler:50@8 --prompts p.txt --out pairs")
 def pairs(given: options.Pairs) -> None:
     """Draw pairs of noise and image by a teacher's sampler; under torchrun every rank makes its share."""
-    from fewstep.commands.pairs import Conditions, pairs
+    from fewstep.commands.pairs import pairs
 
-    conditions = Conditions(given.prompts, given.prompt_column, given.classes)
-    drawn = (given.teacher, given.num, given.sampler, given.out, conditions, given.seed, given.batch_size)
-    pairs(*drawn, given.device, given.precision, given.teacher_config)
+    pairs(given)

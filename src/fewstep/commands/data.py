@@ -1,8 +1,9 @@
 """`fewstep data`: prepares data for text-to-image runs."""
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
+from fewstep.commands.options import Latents
 from fewstep.commands.runs import check_writable, pick_device
 from fewstep.data.filters import Filter, load_filtered
 from fewstep.data.images import ImageSet
@@ -19,46 +20,26 @@ from fewstep.runtime.runs import find
 from fewstep.runtime.tracking import progress_bar
 
 
-def latents(
-    model_path: Path,
-    source: str,
-    out: Path,
-    filter: Filter,
-    image_column: str | None,
-    caption_column: str | None,
-    split: str,
-    batch_size: int,
-    seed: int,
-    device: str,
-) -> None:
-    """Encodes the images of `source` that pass the filter into the folder `out`, or goes on with it; prints the counts.
+def latents(given: Latents) -> None:
+    """Encodes the images that pass the filter into a folder, or goes on with it; prints the counts.
 
     What can't be read and what has no caption is left out and counted.
     """
-    check_writable(out)
-    model = open_encoder(model_path)
-    model.to(pick_device(device))
-    images, dropped = _open_source(source, model.image_size, filter, image_column, caption_column, split)
+    check_writable(given.out)
+    model = open_encoder(given.model)
+    model.to(pick_device(given.device))
+    filter = Filter(**{field.name: getattr(given, field.name) for field in fields(Filter)})
+    columns = {name: getattr(given, name) for name in ("image_column", "caption_column", "split")}
+    images, dropped, files = _open_source(DataSettings(source=given.source, **columns), model.image_size, filter)
     if not images.length:
-        raise UserError(f"{source}: no image is left; {describe_dropped(dropped)}")
-    columns = {"image_column": image_column, "caption_column": caption_column, "split": split}
-    files = {} if source == "shapes" else {"files": files_digest(Path(source))}
-    settings = {"source": origin(source), **files, **columns, **asdict(filter)}
+        raise UserError(f"{given.source}: no image is left; {describe_dropped(dropped)}")
+    settings = {"source": origin(given.source), **files, **columns, **asdict(filter)}
+    made = (images, model.encode_images, model.latent_space, given.out, given.seed, settings, dropped)
     try:
         with progress_bar("encode images", images.length) as show:
-            description = write_latents(
-                images,
-                model.encode_images,
-                model.latent_space,
-                out,
-                seed,
-                settings,
-                dropped,
-                batch_size,
-                lambda done: show(done, {}),
-            )
+            description = write_latents(*made, given.batch_size, lambda done: show(done, {}))
     except KeyboardInterrupt:
-        raise Interrupted(f"stopped; the same command goes on with {out}") from None
+        raise Interrupted(f"stopped; the same command goes on with {given.out}") from None
     total = images.length + sum(dropped.values())
     print(f"kept {description['count']:,} of {total:,} images; {describe_dropped(description['dropped'])}")
 
@@ -73,10 +54,8 @@ def open_encoder(path: Path) -> Autoencoder:
     return Autoencoder(model.autoencoder, model.image_size)
 
 
-def _open_source(
-    source: str, size: int, filter: Filter, image_column: str | None, caption_column: str | None, split: str
-) -> tuple[ImageSet, dict[str, int]]:
-    """The images that pass the filter, and how many were dropped for which reason; all of the embedded shapes pass."""
-    if source == "shapes":
-        return open_captioned_images(DataSettings(source=source), size), {}
-    return load_filtered(source, size, filter, image_column, caption_column, split)
+def _open_source(data: DataSettings, size: int, filter: Filter) -> tuple[ImageSet, dict[str, int], dict[str, str]]:
+    """The images that pass the filter, how many were dropped for which reason, and a digest of the files."""
+    if data.source == "shapes":  # all of which pass
+        return open_captioned_images(data, size), {}, {}
+    return *load_filtered(data, size, filter), {"files": files_digest(Path(data.required))}

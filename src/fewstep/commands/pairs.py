@@ -2,12 +2,12 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from fewstep.commands.options import Pairs
 from fewstep.commands.runs import check_writable, pick_device
 from fewstep.commands.texts import NUM_GRID_PROMPTS, open_texts
 from fewstep.data.images import batch_indices
@@ -29,70 +29,50 @@ from fewstep.training.pair_loss import PairLoss
 from fewstep.training.settings import RegressionSettings
 
 
-@dataclass(frozen=True)
-class Conditions:
-    """What the command line says of prompts and classes."""
-
-    prompts: str | None
-    column: str | None
-    classes: str
-
-    def given(self, model: PixelModel | LatentModel, num: int, seed: int) -> Given:
-        """The prompts in turn, or the classes; raises UserError where they are not of the teacher's kind."""
-        if model.kind == "text":
-            if self.prompts is None:
-                raise UserError("--prompts: a text-to-image teacher needs a file of prompts")
-            prompts = load_prompts(self.prompts, self.column)
-            return {"prompt": [prompts[index % len(prompts)] for index in range(num)]}
-        if self.prompts is not None:
-            raise UserError("--prompts: the teacher takes no text")
-        if self.classes not in ("turn", "uniform"):
-            raise UserError(f"--classes {self.classes!r}: write turn or uniform")
-        uniform = model.conditioner.draw(num, generator(seed, "pair classes")).get("label")
-        labels = model.conditioner.labels(num) if self.classes == "turn" else uniform
-        return {"label": labels.tolist()} if uniform is not None and labels is not None else {}
-
-
-def pairs(
-    teacher: str,
-    num: int,
-    sampler_text: str,
-    out: Path,
-    conditions: Conditions,
-    seed: int,
-    batch_size: int | None,
-    device: str,
-    precision: str,
-    teacher_config: str | None,
-) -> None:
-    """Draws this rank's share of `num` pairs into the folder `out`, or goes on with it; prints what is there."""
+def pairs(given: Pairs) -> None:
+    """Draws this rank's share of pairs into a folder, or goes on with it; prints what is there."""
+    out, num = given.out, given.num
     check_writable(out)
-    sampler, rank, num_ranks = parse_sampler(sampler_text), _environment("RANK", 0), _environment("WORLD_SIZE", 1)
-    if precision not in INFERENCE_DTYPES:
-        raise UserError(f"--precision {precision!r}: write {', '.join(INFERENCE_DTYPES)}")
-    model = open_model(teacher, teacher_config)
-    _check(model, teacher, sampler)
-    given = conditions.given(model, num, seed)
+    sampler, rank, num_ranks = parse_sampler(given.sampler), _environment("RANK", 0), _environment("WORLD_SIZE", 1)
+    if given.precision not in INFERENCE_DTYPES:
+        raise UserError(f"--precision {given.precision!r}: write {', '.join(INFERENCE_DTYPES)}")
+    model = open_model(given.teacher, given.teacher_config)
+    _check(model, given.teacher, sampler)
+    conditions = _conditions(given, model)
     plan = {
         "teacher": model.fingerprint,
         "sampler": str(sampler),
         "schedule": type(model.denoiser.schedule).__name__,
-        "precision": precision,
+        "precision": given.precision,
         "shape": list(model.shape),
-        "seed": seed,
+        "seed": given.seed,
         "num_pairs": num,
     }
-    _prepare(model, INFERENCE_DTYPES[precision], pick_device(device))
-    batch_size = batch_size or model.sampling_batch
+    _prepare(model, INFERENCE_DTYPES[given.precision], pick_device(given.device))
+    made = (drawer(model, sampler), conditions, plan, out, given.batch_size or model.sampling_batch, rank, num_ranks)
     quiet = None if rank == 0 else lambda done, metrics: None
     try:
         with progress_bar("draw pairs", -(-num // num_ranks), quiet) as show:
-            missing = write_pairs(
-                drawer(model, sampler), given, plan, out, batch_size, rank, num_ranks, lambda done: show(done, {})
-            )
+            missing = write_pairs(*made, lambda done: show(done, {}))
     except KeyboardInterrupt:
         raise Interrupted(f"stopped; the same command goes on with {out}") from None
     print(f"{out}: {num:,} pairs" if not missing else f"{out}: done; {missing} files of other ranks are not there yet")
+
+
+def _conditions(given: Pairs, model: PixelModel | LatentModel) -> Given:
+    """The prompts in turn, or the classes; raises UserError where they are not of the teacher's kind."""
+    if model.kind == "text":
+        if given.prompts is None:
+            raise UserError("--prompts: a text-to-image teacher needs a file of prompts")
+        prompts = load_prompts(given.prompts, given.prompt_column)
+        return {"prompt": [prompts[index % len(prompts)] for index in range(given.num)]}
+    if given.prompts is not None:
+        raise UserError("--prompts: the teacher takes no text")
+    if given.classes not in ("turn", "uniform"):
+        raise UserError(f"--classes {given.classes!r}: write turn or uniform")
+    uniform = model.conditioner.draw(given.num, generator(given.seed, "pair classes")).get("label")
+    labels = model.conditioner.labels(given.num) if given.classes == "turn" else uniform
+    return {"label": labels.tolist()} if uniform is not None and labels is not None else {}
 
 
 def drawer(model: PixelModel | LatentModel, sampler: Sampler) -> Callable[[Tensor, Given], Tensor]:

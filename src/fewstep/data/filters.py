@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.data.images import ImageSet, pictures
+from fewstep.data.settings import DataSettings
 from fewstep.data.tables import open_table, read_captions
 from fewstep.errors import UserError
 
@@ -31,22 +32,15 @@ class Filter:
             raise UserError("aesthetic-column and min-aesthetic: give both or neither")
 
 
-def load_filtered(
-    source: str,
-    size: int,
-    filter: Filter,
-    image_column: str | None = None,
-    caption_column: str | None = None,
-    split: str = "train",
-) -> tuple[ImageSet, dict[str, int]]:
+def load_filtered(data: DataSettings, size: int, filter: Filter) -> tuple[ImageSet, dict[str, int]]:
     """The captioned RGB images that pass the filters on columns, and how many were dropped for which reason.
 
     Those that can't be read or are too small show themselves where they are fetched, by Unusable. Nothing is kept in
     memory. Raises UserError for whatever is wrong with the source or its columns.
     """
-    path = Path(source)
-    table, image_column = open_table(path, split, image_column)
-    captions = read_captions(table, caption_column, path)
+    path = Path(data.required)
+    table, image_column = open_table(data)
+    captions = read_captions(table, data.caption_column, path)
     drop = {"without a caption": [caption is None for caption in captions]}
     if filter.unsafe_column:
         drop["unsafe"] = [_is_unsafe(cell, filter, path) for cell in _cells(table, filter.unsafe_column, path)]

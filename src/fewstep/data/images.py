@@ -14,6 +14,7 @@ from rich.progress import track
 from torch import Tensor
 
 from fewstep.data.edm_zip import is_edm_set, open_edm_set
+from fewstep.data.settings import DataSettings
 from fewstep.data.stored import BROKEN, Stored, describe, open_cell
 from fewstep.data.tables import open_table, read_captions, read_labels
 from fewstep.errors import UserError
@@ -52,32 +53,25 @@ class ImageSet:
 
 
 def load_images(
-    source: str,
-    size: int,
-    channels: int,
-    num_classes: int = 0,
-    image_column: str | None = None,
-    label_column: str | None = None,
-    split: str = "train",
-    shrink: bool | None = None,
+    data: DataSettings, size: int, channels: int, num_classes: int = 0, shrink: bool | None = None
 ) -> ImageSet:
-    """The image set at `source`: an image folder, an EDM zip, a parquet file, a tar, or a folder of these.
+    """The images of files: an image folder, an EDM zip, a parquet file, a tar, or a folder of these.
 
     Images become grey (`channels` 1) or RGB (3), resized by their shorter side and centre-cropped to `size` pixels.
     Labels are read only when `num_classes` > 0. With `shrink`, the set says what was found; False refuses images that
     are larger than `size`. Raises UserError for whatever is wrong with the files.
     """
-    path = Path(source)
+    path = Path(data.required)
     if is_edm_set(path):
         stored = open_edm_set(path)
         if num_classes and stored.labels is None:
             raise UserError(f"{path}: its dataset.json has no labels, but the model has {num_classes} classes")
     else:
-        table, image_column = open_table(path, split, image_column)
-        labels, names = read_labels(table, label_column, path, num_classes > 0)
+        table, image_column = open_table(data)
+        labels, names = read_labels(table, data.label_column, path, num_classes > 0)
         stored = Stored(_cells(table, image_column), len(table), labels, names)
-    labels = labels_of_classes(stored.labels, num_classes, source, stored.class_names)
-    return _opened(replace(stored, labels=labels), source, size, channels, shrink)
+    labels = labels_of_classes(stored.labels, num_classes, data.required, stored.class_names)
+    return _opened(replace(stored, labels=labels), data.required, size, channels, shrink)
 
 
 def labels_of_classes(
@@ -96,25 +90,18 @@ def labels_of_classes(
     return labels
 
 
-def load_captioned(
-    source: str,
-    size: int,
-    image_column: str | None = None,
-    caption_column: str | None = None,
-    split: str = "train",
-    shrink: bool | None = None,
-) -> ImageSet:
+def load_captioned(data: DataSettings, size: int, shrink: bool | None = None) -> ImageSet:
     """RGB images with a caption each, from the files that `load_images` reads; a folder has them in metadata.csv.
 
     `shrink` as there. Raises UserError for whatever is wrong with the files, and where captions are missing.
     """
-    table, image_column = open_table(Path(source), split, image_column)
-    found = read_captions(table, caption_column, Path(source))
+    table, image_column = open_table(data)
+    found = read_captions(table, data.caption_column, Path(data.required))
     captions = [caption for caption in found if caption is not None]
     if len(captions) < len(found):
-        raise UserError(f"{source}: no caption for {len(found) - len(captions)} of {len(found)} images")
+        raise UserError(f"{data.source}: no caption for {len(found) - len(captions)} of {len(found)} images")
     stored = Stored(_cells(table, image_column), len(table), captions=captions)
-    return _opened(stored, source, size, 3, shrink)
+    return _opened(stored, data.required, size, 3, shrink)
 
 
 def _opened(stored: Stored, source: str, size: int, channels: int, shrink: bool | None) -> ImageSet:

@@ -2,6 +2,7 @@
 
 from pydantic import Field
 
+from fewstep.errors import UserError
 from fewstep.settings import Settings
 
 
@@ -20,6 +21,13 @@ class DataSettings(Settings):
     """Column of the class indices; by default the first of label, labels, class, cls."""
     caption_column: str | None = None
     """Column of the captions, for text-to-image; by default the first of caption, text, txt, prompt."""
+
+    @property
+    def required(self) -> str:
+        """The source; raises UserError if it is null."""
+        if self.source is None:
+            raise UserError("data.source: null will do only for text-to-image with prompts and without GAN")
+        return self.source
 
 
 class PromptSettings(Settings):

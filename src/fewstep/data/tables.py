@@ -9,18 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.data.settings import DataSettings
 from fewstep.errors import UserError
 
 SHARD_SUFFIXES = {"parquet": ".parquet", "webdataset": ".tar"}
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
-def open_table(path: Path, split: str, image_column: str | None) -> tuple[Any, str]:
+def open_table(data: DataSettings) -> tuple[Any, str]:
     """The table with its images as undecoded bytes, and the name of their column."""
     from datasets import Image as ImageFeature
 
-    table = _open(path, split)
-    image_column = find_column(table, image_column, ("image", "png", "jpg", "jpeg", "webp"), "image_column", path)
+    path = Path(data.required)
+    table = _open(path, data.split)
+    image_column = find_column(table, data.image_column, ("image", "png", "jpg", "jpeg", "webp"), "image_column", path)
     try:
         return table.cast_column(image_column, ImageFeature(decode=False)), image_column
     except (ValueError, TypeError, NotImplementedError) as error:  # pyarrow's errors are all one of these

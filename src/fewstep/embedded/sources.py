@@ -17,21 +17,20 @@ from fewstep.models.settings import PixelModelConfig
 
 def open_images(data: DataSettings, model: PixelModelConfig, shrink: bool | None = None) -> ImageSet:
     """The recipe's images, in the model's size, colours and classes; `shrink` as for `load_images`."""
-    source, size = required_source(data), model.image_size
-    if source == "digits":
-        if (model.channels, size) != (1, 8):
-            raise UserError(f"data.source: the digits are 1x8x8, the model wants {model.channels}x{size}x{size}")
-        images = digits()
-        return replace(images, labels=labels_of_classes(images.labels, model.num_classes, source))
-    columns = (data.image_column, data.label_column, data.split)
-    return load_images(source, size, model.channels, model.num_classes, *columns, shrink)
+    size = model.image_size
+    if data.source != "digits":
+        return load_images(data, size, model.channels, model.num_classes, shrink)
+    if (model.channels, size) != (1, 8):
+        raise UserError(f"data.source: the digits are 1x8x8, the model wants {model.channels}x{size}x{size}")
+    images = digits()
+    return replace(images, labels=labels_of_classes(images.labels, model.num_classes, "digits"))
 
 
 def open_captioned(
     data: DataSettings, model: LatentModel | Autoencoder, shrink: bool | None = None
 ) -> ImageSet | LatentSet:
     """The recipe's images with captions, in the model's size, or their latents; `shrink` as for `load_captioned`."""
-    if is_latents(source := Path(required_source(data))):
+    if is_latents(source := Path(data.required)):
         return load_latents(source, model.latent_space)
     return open_captioned_images(data, model.image_size, shrink)
 
@@ -41,18 +40,15 @@ def open_captioned_images(data: DataSettings, size: int, shrink: bool | None = N
 
     Of these, what could not be read or was too small for the latents shows itself where it is fetched, by Unusable.
     """
-    source, made = required_source(data), None
-    if is_latents(Path(source)):
-        made = read_description(Path(source))
-        source = made["source"]
-    if source == "shapes":
+    made = read_description(Path(data.required)) if is_latents(Path(data.required)) else None
+    if "shapes" in (data.source, made and made["source"]):
         if size != shapes.IMAGE_SIZE:
             raise UserError(f"data.source: the shapes have {shapes.IMAGE_SIZE} pixels, the model {size}")
         return shapes.shapes()
     if made:
-        kept = Filter(**{field.name: made[field.name] for field in fields(Filter)})
-        return load_filtered(source, size, kept, made["image_column"], made["caption_column"], made["split"])[0]
-    return load_captioned(source, size, data.image_column, data.caption_column, data.split, shrink)
+        data = DataSettings(**{name: made[name] for name in ("source", "image_column", "caption_column", "split")})
+        return load_filtered(data, size, Filter(**{field.name: made[field.name] for field in fields(Filter)}))[0]
+    return load_captioned(data, size, shrink)
 
 
 def origin(source: str) -> str:
@@ -60,10 +56,3 @@ def origin(source: str) -> str:
     if is_latents(Path(source)):
         source = read_description(Path(source))["source"]
     return source if source in ("digits", "shapes") else str(Path(source).absolute())
-
-
-def required_source(data: DataSettings) -> str:
-    """`data.source`; raises UserError if it is null."""
-    if data.source is None:
-        raise UserError("data.source: null will do only for text-to-image with prompts and without GAN")
-    return data.source
