@@ -12,6 +12,7 @@ import pytest
 from command_line import fewstep, refused
 from fewstep.commands import demo as module
 from fewstep.metric_table import metrics_of
+from fewstep.runtime.checkpoint import newest_whole
 
 KEYS = ["model", "sampler", "nfe", *metrics_of("features", "classes", "clock")]
 ROWS = [
@@ -57,21 +58,23 @@ def test_a_demo_runs_writes_what_it_says_and_overwrites_nothing(
 
 
 @pytest.mark.slow
-def test_a_stopped_demo_stops_its_workers_too_and_says_one_line(tmp_path: Path) -> None:
-    command = "from fewstep.cli import main; main()"
-    arguments = ["demo", "--out", str(tmp_path), "--set", "num_steps=100000", "--set", "batch_size=4"]
-    with subprocess.Popen(
-        [sys.executable, "-c", command, *arguments], stderr=subprocess.PIPE, text=True, start_new_session=True
-    ) as running:
-        metrics = tmp_path / "digits-teacher" / "metrics.jsonl"
-        while not (metrics.exists() and metrics.stat().st_size) and running.poll() is None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_or_killed_demo_stops_its_workers_too_and_can_be_resumed(tmp_path: Path, number: int) -> None:
+    command = [sys.executable, "-c", "from fewstep.cli import main; main()", "demo", "--out", str(tmp_path)]
+    command += ["--set", "num_steps=100000", "--set", "batch_size=4"]
+    run = tmp_path / "digits-teacher"
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as running:
+        while not ((run / "metrics.jsonl").exists() and (run / "metrics.jsonl").stat().st_size):
+            assert running.poll() is None
             time.sleep(0.1)
-        running.send_signal(signal.SIGINT)  # to the first process alone, as `kill -INT` and containers do
-        _, errors = running.communicate(timeout=60)
-    assert running.returncode == 130
-    assert errors.splitlines()[-1] == "fewstep: stopped; continue with --resume"
+        running.send_signal(number)  # to the first process alone, as `kill` and containers do
+        _, errors = running.communicate(timeout=60)  # which the workers hold open
+    assert running.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 130)
+    if number != signal.SIGKILL:
+        assert errors == "fewstep: stopped; continue with --resume\n"
     assert "Traceback" not in errors
-    assert list((tmp_path / "digits-teacher" / "checkpoints").glob("[0-9]*"))
+    assert not (run / ".lock").exists()
+    assert newest_whole(run)
 
 
 @pytest.mark.slow

@@ -1,8 +1,10 @@
 """metrics.jsonl holds means and can be rewound; a progress bar stays out of pipes; Ctrl-C waits for the step's end."""
 
 import json
+import math
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -56,11 +58,19 @@ def test_the_file_is_appended_to(metrics: Metrics) -> None:
     assert [line["step"] for line in read_metrics(metrics.path)] == [1, 2]
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_metric_that_is_not_finite_ends_the_run_and_is_named(metrics: Metrics, value: float) -> None:
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_metric_that_is_not_finite_ends_the_run_is_named_and_stands_in_the_file_as_null(
+    metrics: Metrics, value: float
+) -> None:
     add(metrics, fine=1.0, gan_loss=value)
     with pytest.raises(UserError, match="step 8: gan_loss is not finite; lower the learning rate"):
         metrics.write(8)
+    line = '{"step": 8, "fine": 1.0, "gan_loss": null}\n'
+    assert metrics.path.read_text() == line
+    assert math.isnan(read_metrics(metrics.path)[0]["gan_loss"])
+    metrics.path.write_text(line.replace("null", "NaN"))  # of an earlier version
+    rewind(metrics.path, 8)
+    assert metrics.path.read_text() == line
 
 
 def test_rewinding_drops_what_is_behind_the_step(metrics: Metrics) -> None:
@@ -136,6 +146,21 @@ def test_a_second_ctrl_c_acts_at_once() -> None:
                 signal.raise_signal(signal.SIGINT)
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_a_signal_between_the_two_handlers_is_only_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    install, numbers = signal.signal, []
+
+    def install_slowly(number: int, handler: Any) -> Any:
+        previous = install(number, handler)
+        numbers.append(number)
+        if len(numbers) == 1:
+            signal.raise_signal(number)
+        return previous
+
+    monkeypatch.setattr(signal, "signal", install_slowly)
+    with stop_request() as requested:
+        assert requested()
 
 
 def fail(stopped: bool) -> None:

@@ -131,7 +131,7 @@ def load_state(checkpoint: Path, lazy: bool = False) -> dict[str, Any]:
     """
     path = checkpoint / "state.pt"
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=lazy)
+        return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=lazy))
     except Exception as error:  # a truncated file shows itself as almost any error
         raise UserError(
             f"{path}: the checkpoint can't be read; remove {checkpoint} to fall back on the one before it"

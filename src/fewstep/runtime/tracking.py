@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -22,24 +23,37 @@ Report = Callable[[int, dict[str, float]], None]
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The lines of metrics.jsonl or evaluations.jsonl; [] if there is none. A last line torn by a kill is left out."""
+    """The lines of metrics.jsonl or evaluations.jsonl; [] if there is none. A last line torn by a kill is left out.
+
+    null, for a number that was not finite, is read as NaN.
+    """
     try:
         lines = path.read_text().splitlines() if path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("}")]
+        read = [json.loads(line) for line in lines if line.endswith("}")]
+        return [{name: math.nan if value is None else value for name, value in line.items()} for line in read]
     except ValueError as error:  # neither UTF-8 nor JSON
         raise UserError(f"{path}: can't be read; remove it, which loses the run's curves and nothing else") from error
 
 
+def to_line(values: dict[str, float]) -> str:
+    """One line of JSON, which knows no NaN and no infinity: they are null."""
+    finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+    return json.dumps(finite, allow_nan=False) + "\n"
+
+
 def write_line(path: Path, step: int, values: dict[str, float]) -> None:
     """Appends {"step": step, **values}."""
-    with path.open("a") as file:
-        file.write(json.dumps({"step": step, **values}) + "\n")
+    try:
+        with path.open("a") as file:
+            file.write(to_line({"step": step, **values}))
+    except OSError as error:
+        raise UserError(f"{path}: can't be written ({error})") from error
 
 
 def rewind(path: Path, step: int) -> None:
     """Drops the lines behind `step`, before a resumed run writes them again."""
     kept = [line for line in read_metrics(path) if line["step"] <= step]
-    write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+    write_text(path, "".join(to_line(line) for line in kept))
 
 
 class Metrics:
@@ -69,10 +83,10 @@ class Metrics:
             )
         return means
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         return {"sums": self.sums, "counts": self.counts}
 
-    def load_state_dict(self, state: dict, device: torch.device) -> None:
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         self.sums = {name: value.to(device) for name, value in state["sums"].items()}
         self.counts = dict(state["counts"])
 
@@ -117,15 +131,16 @@ def progress_bar(title: str, total: int, report: Report | None = None) -> Iterat
 def stop_request() -> Iterator[Callable[[], bool]]:
     """Inside, Ctrl-C and SIGTERM only set a flag, so that a step is never left half-done; a second one acts at once."""
     requested: list[int] = []
-    signals = (signal.SIGINT, signal.SIGTERM)
+    previous = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
 
     def handle(number: int, frame: FrameType | None) -> None:
         requested.append(number)
         for each, handler in previous.items():
             signal.signal(each, handler)
 
-    previous = {each: signal.signal(each, handle) for each in signals}
     try:
+        for each in previous:
+            signal.signal(each, handle)
         yield lambda: bool(requested)
     finally:
         for each, handler in previous.items():

@@ -1,22 +1,26 @@
 """Tasks that share the machine: a pool of processes that report to one display and stop together."""
 
 import multiprocessing
+import os
 import queue
 import signal
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
 
-from fewstep.errors import Interrupted
-from fewstep.runtime.tracking import first_metric, progress_columns
+from fewstep.errors import Interrupted, UserError
+from fewstep.runtime.tracking import first_metric, progress_columns, stop_request
 
 NUM_PROCESSES = 2
 _messages: Any = None  # in a worker: the queue on which it reports
 _stopping: Any = None  # in a worker: the event that tells it to end its task
+_orphaned = threading.Event()  # in a worker: set when the process that started it is gone
 
 
 class Task(NamedTuple):
@@ -25,7 +29,7 @@ class Task(NamedTuple):
     title: str
     total: int
     function: Callable[..., Any]
-    arguments: tuple
+    arguments: tuple[Any, ...]
     threads: int = 1
 
 
@@ -37,11 +41,12 @@ class TaskRunner:
 
     def __call__(self, tasks: Sequence[Task]) -> list[Any]:
         """The results, in the order of the tasks."""
-        futures = [self.pool.submit(_run_task, index, task) for index, task in enumerate(tasks)]
+        with stop_request() as stop_requested:  # a start is never left half-done
+            futures = self._submit(tasks)
         try:
+            if stop_requested():
+                raise KeyboardInterrupt
             self._show(tasks, futures)
-        except KeyboardInterrupt:
-            raise Interrupted("stopped; continue with --resume") from None
         finally:
             if not all(future.done() for future in futures):  # stopped, or one has failed
                 self.stopping.set()
@@ -49,7 +54,15 @@ class TaskRunner:
                     future.cancel()
         return [future.result() for future in futures]
 
-    def _show(self, tasks: Sequence[Task], futures: list[Future]) -> None:
+    def _submit(self, tasks: Sequence[Task]) -> list[Future[Any]]:
+        """Starts processes that inherit a blocked Ctrl-C, which must not meet them before they know what it means."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        try:
+            return [self.pool.submit(_run_task, index, task) for index, task in enumerate(tasks)]
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+
+    def _show(self, tasks: Sequence[Task], futures: list[Future[Any]]) -> None:
         """Shows what the workers report until every task has ended or one has failed."""
         done = [0] * len(tasks)
         with progress_columns() as progress:
@@ -70,17 +83,36 @@ class TaskRunner:
 
 @contextmanager
 def task_runner() -> Iterator[TaskRunner]:
-    """A runner on a pool of `NUM_PROCESSES` fresh processes."""
+    """A runner on a pool of `NUM_PROCESSES` fresh processes; Ctrl-C and SIGTERM end it when its tasks have ended."""
     context = multiprocessing.get_context("spawn")
     messages, stopping = context.Queue(), context.Event()
-    with ProcessPoolExecutor(NUM_PROCESSES, context, _start_worker, (messages, stopping)) as pool:
-        yield TaskRunner(pool, messages, stopping)
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with ProcessPoolExecutor(NUM_PROCESSES, context, _start_worker, (messages, stopping)) as pool:
+            yield TaskRunner(pool, messages, stopping)
+    except KeyboardInterrupt:
+        raise Interrupted("stopped; continue with --resume") from None
+    except BrokenProcessPool as error:
+        raise UserError("a worker process was killed, or ran out of memory; continue with --resume") from error
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _start_worker(messages: Any, stopping: Any) -> None:
     global _messages, _stopping
     _messages, _stopping = messages, stopping
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the first one stops the others
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+    threading.Thread(target=_watch_parent, daemon=True).start()
+
+
+def _watch_parent() -> None:
+    """Asks this process to end when the one that started it is gone, however it ended."""
+    parent = multiprocessing.parent_process()
+    if parent:
+        parent.join()
+        _orphaned.set()
+        os.kill(os.getpid(), signal.SIGTERM)  # a run writes a checkpoint first, anything else ends at once
 
 
 def _run_task(index: int, task: Task) -> Any:
@@ -91,4 +123,9 @@ def _run_task(index: int, task: Task) -> Any:
             raise Interrupted("stopped")
         _messages.put((index, done, first_metric(metrics)))
 
-    return task.function(*task.arguments, report)
+    try:
+        report(0, {})
+        return task.function(*task.arguments, report)
+    finally:
+        if _orphaned.is_set():  # nobody is there to take a result, or to give another task
+            os._exit(1)

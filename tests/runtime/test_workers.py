@@ -1,0 +1,136 @@
+"""However the process that started them ends, workers end too, behind a checkpoint."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from fewstep.errors import UserError
+from fewstep.files import folder_lock
+
+SCRIPT = """
+import os, sys, time
+from pathlib import Path
+from fewstep.errors import Interrupted, UserError
+from fewstep.files import folder_lock
+from fewstep.runtime.tracking import stop_request
+from fewstep.runtime.workers import Task, task_runner
+
+def work(folder, report):
+    with folder_lock(folder), stop_request() as stop_requested:
+        (folder / "begun").touch()
+        try:
+            while not stop_requested():
+                time.sleep(0.01)
+                report(1, {})
+        finally:
+            (folder / "checkpoint").touch()
+
+def die(folder, report):
+    os._exit(1)
+
+if __name__ == "__main__":
+    function = die if sys.argv[2] == "die" else work
+    tasks = [Task(name, 2, function, (Path(sys.argv[1]) / name,)) for name in "ab"]
+    try:
+        with task_runner() as run:
+            print("starting", flush=True)
+            run(tasks)
+    except UserError as error:
+        print(f"fewstep: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+"""
+Start = Callable[[str], subprocess.Popen]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts two workers on a task; they lead a group of processes of their own."""
+    started: list[subprocess.Popen] = []
+
+    def run(task: str = "work") -> subprocess.Popen:
+        (tmp_path / "script.py").write_text(SCRIPT)
+        command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path), task]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen(command, start_new_session=True, **pipes))
+        assert started[-1].stdout.readline() == "starting\n"
+        return started[-1]
+
+    yield run
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def is_free(folder: Path) -> bool:
+    """Whether no process holds its lock any more."""
+    try:
+        with folder_lock(folder):
+            return True
+    except UserError:
+        return False
+
+
+def kill_group(process: subprocess.Popen, number: int) -> None:
+    os.killpg(process.pid, number)
+
+
+@pytest.mark.parametrize(
+    ("send", "number"),
+    [
+        (subprocess.Popen.send_signal, signal.SIGTERM),
+        pytest.param(kill_group, signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param(subprocess.Popen.send_signal, signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param(kill_group, signal.SIGINT, marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_ends_the_workers_behind_a_checkpoint_in_one_line(
+    start: Start, tmp_path: Path, send: Callable, number: int
+) -> None:
+    process = start("work")
+    wait_for(lambda: all((tmp_path / name / "begun").exists() for name in "ab"))
+    send(process, number)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, "fewstep: stopped; continue with --resume\n")
+    assert all((tmp_path / name / "checkpoint").exists() and is_free(tmp_path / name) for name in "ab")
+
+
+def test_workers_of_a_killed_process_end_behind_a_checkpoint(start: Start, tmp_path: Path) -> None:
+    process = start("work")
+    wait_for(lambda: all((tmp_path / name / "begun").exists() for name in "ab"))
+    process.kill()
+    process.wait()
+    wait_for(lambda: all(is_free(tmp_path / name) for name in "ab"), 5)
+    assert all((tmp_path / name / "checkpoint").exists() for name in "ab")
+    with pytest.raises(ProcessLookupError):  # idle workers are gone, too
+        wait_for(lambda: os.killpg(process.pid, 0) is not None, 5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [0.0, 0.02, 0.1, 0.5, 1.5])
+def test_ctrl_c_while_workers_import_is_one_line(start: Start, seconds: float) -> None:
+    process = start("work")
+    time.sleep(seconds)
+    kill_group(process, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, "fewstep: stopped; continue with --resume\n")
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_is_one_line(start: Start) -> None:
+    process = start("die")
+    _, errors = process.communicate(timeout=60)
+    wanted = "fewstep: a worker process was killed, or ran out of memory; continue with --resume\n"
+    assert (process.returncode, errors) == (2, wanted)
