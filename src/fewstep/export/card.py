@@ -27,9 +27,9 @@ TAGS = {
 CARD = """---
 {front}---
 
-# {name}
+# {card.name}
 
-A {what} model that draws in {steps}, distilled from `{teacher}` by DMD2.
+A {what} model that draws in {steps}, distilled from `{made.teacher}` by DMD2.
 {picture}
 ## Use
 
@@ -49,15 +49,15 @@ picture.save("picture.png")
 
 | | |
 |---|---|
-| teacher | `{teacher}` |
+| teacher | `{made.teacher}` |
 | method | DMD2 ([arXiv 2405.14867](https://arxiv.org/abs/2405.14867)) |
 | timesteps | {timesteps} |
 | guidance (CFG) of the student | {own_guidance} |
 | guidance (CFG) of the teacher, in training | {guidance} |
 | sampler | {sampler} |
-| checkpoint | step {step} (critic updates) |
+| checkpoint | step {made.step} (critic updates) |
 | weights | {weights}; {dtype} |
-| made by | fewstep {version} |
+| made by | fewstep {made.version} |
 
 ## Metrics
 
@@ -75,7 +75,7 @@ prompt. It has what its teacher has of biases and gaps, and less variety than it
 ## Recipe
 
 ```yaml
-{recipe}```
+{made.recipe}```
 """
 NOTES = (
     "Arrows say which way is better. Intervals are of 95 %: Wilson's of shares; a jackknife's over the generated "
@@ -109,19 +109,9 @@ class Provenance:
     def metadata(self) -> dict[str, str]:
         """Strings by name, for safetensors headers and `fewstep.json`."""
         scores = {name: {"value": value, "interval": interval} for name, (value, interval) in self.scores.items()}
-        facts = {
-            "version": self.version,
-            "teacher": self.teacher,
-            "recipe": self.recipe,
-            "timesteps": json.dumps(self.timesteps),
-            "teacher_guidance_scale": f"{self.guidance_scale:g}",
-            "guidance_scale": "none: pass 0 or 1",
-            "sampler": SAMPLER,
-            "step": str(self.step),
-            "ema": self.ema,
-            "license": self.license,
-            "scores": json.dumps(scores),
-        }
+        facts = {name: str(getattr(self, name)) for name in ("version", "teacher", "recipe", "step", "ema", "license")}
+        facts |= {"timesteps": json.dumps(self.timesteps), "teacher_guidance_scale": f"{self.guidance_scale:g}"}
+        facts |= {"guidance_scale": "none: pass 0 or 1", "sampler": SAMPLER, "scores": json.dumps(scores)}
         return {f"fewstep.{name}": fact for name, fact in facts.items()}
 
 
@@ -170,27 +160,29 @@ class Card:
 def model_card(card: Card, made: Provenance) -> str:
     """The whole text."""
     text, count = isinstance(card.kind, str), len(made.timesteps)
+    times = f"timesteps={[int(t) for t in made.timesteps]}" if card.name_timesteps else f"num_inference_steps={count}"
+    terms = f"`{made.license}`, as said by who exported it; the terms of the teacher go on to apply."
+    if made.license == "other":
+        terms = f"`other`: the licence of the teacher, `{made.teacher}`, applies, and that of the training data."
+    pixel_call = "class_labels=[0]" if card.num_classes else ""
     return CARD.format(
+        card=card,
+        made=made,
         front=yaml.safe_dump(front_matter(card, made, text), sort_keys=False),
-        name=card.name,
         what="text-to-image" if text else "pixel",
         steps=f"{count} step{'s' if count > 1 else ''}",
         picture=f"\n![samples]({card.picture})\n" if card.picture else "",
         opening=json.dumps(card.name) + VARIANTS[card.dtype] + ("" if text else ", trust_remote_code=True"),
-        call=_text_call(card, made) if text else "class_labels=[0]" if card.num_classes else "",
+        call=f'"a photo of a cat", {times}, guidance_scale=0' if text else pixel_call,
         advice=advice(card, count, text),
-        teacher=made.teacher,
         timesteps=", ".join(f"{t:g}" for t in made.timesteps),
         own_guidance="none: pass `guidance_scale=0`" if text else "none",
         guidance="none" if made.guidance_scale == 1 else f"{made.guidance_scale:g}",
         sampler=SAMPLER,
-        step=made.step,
         weights="as trained" if made.ema == "raw" else f"averaged, EMA {made.ema}",
         dtype=str(card.dtype).removeprefix("torch."),
-        version=made.version,
         metrics=metrics(made),
-        license=license_text(made),
-        recipe=made.recipe,
+        license=terms,
     )
 
 
@@ -203,12 +195,6 @@ def front_matter(card: Card, made: Provenance, text: bool) -> dict[str, Any]:
         "pipeline_tag": "text-to-image" if text else "unconditional-image-generation",
         "tags": [*TAGS.get(str(card.kind), []), "fewstep", "dmd2", "distillation", "few-step"],
     }
-
-
-def _text_call(card: Card, made: Provenance) -> str:
-    timesteps = [int(t) for t in made.timesteps]
-    steps = f"timesteps={timesteps}" if card.name_timesteps else f"num_inference_steps={len(timesteps)}"
-    return f'"a photo of a cat", {steps}, guidance_scale=0'
 
 
 def advice(card: Card, count: int, text: bool) -> str:
@@ -261,10 +247,3 @@ def _cell(row: dict[str, Any], name: str) -> str:
     value, interval = row.get(name), (row.get("intervals") or {}).get(name)
     text = "–" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
     return f"{text} ({_interval(interval)})" if interval else text
-
-
-def license_text(made: Provenance) -> str:
-    """The field, and whose terms hold."""
-    if made.license == "other":
-        return f"`other`: the licence of the teacher, `{made.teacher}`, applies, and that of the training data."
-    return f"`{made.license}`, as said by who exported it; the terms of the teacher go on to apply."

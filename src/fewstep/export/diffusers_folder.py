@@ -6,7 +6,6 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -130,31 +129,22 @@ def _pixel_index(stored: StoredModel, folder: Path) -> tuple[dict[str, Any], boo
     """Writes the pipeline's class; gives what it is made of, and that no call need name the timesteps."""
     import diffusers
 
-    source = files("fewstep.export") / "pixel_pipeline.py"
-    (folder / f"{PIXEL_PIPELINE}.py").write_text(source.read_text())
-    index = {
-        "_class_name": [PIXEL_PIPELINE, "FewstepPixelPipeline"],
-        "_diffusers_version": diffusers.__version__,
-        **stored.index,
-        "timesteps": stored.description["timesteps"],
-        **{key: stored.description["config"][key] for key in ("sigma_data", "num_classes")},
-    }
-    return index, False
-
-
-def is_export(folder: Path) -> bool:
-    """Whether `write_diffusers_folder` wrote it."""
-    try:
-        return EXPORT in json.loads((folder / DESCRIPTION).read_text())
-    except (OSError, ValueError, TypeError):
-        return False
+    shutil.copyfile(Path(__file__).with_name("pixel_pipeline.py"), folder / f"{PIXEL_PIPELINE}.py")
+    made_of = {"_class_name": [PIXEL_PIPELINE, "FewstepPixelPipeline"], "_diffusers_version": diffusers.__version__}
+    config, timesteps = stored.description["config"], stored.description["timesteps"]
+    settings = {"timesteps": timesteps, "sigma_data": config["sigma_data"], "num_classes": config["num_classes"]}
+    return made_of | stored.index | settings, False
 
 
 def check_folder(out: Path, overwrite: bool) -> None:
     """Raises UserError if an export can't take the place `out`: of nothing, of an empty folder, or of an export."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
-    if not is_export(out):
+    try:
+        is_export = EXPORT in json.loads((out / DESCRIPTION).read_text())
+    except (OSError, ValueError, TypeError):
+        is_export = False
+    if not is_export:
         raise UserError(f"{out}: exists already and is no export, so it is never replaced; choose another place")
     if not overwrite:
         raise UserError(f"{out}: exists already; replace it with --overwrite, or choose another place")

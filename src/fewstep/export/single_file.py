@@ -47,22 +47,11 @@ VAE_ENDS = {
     "mid_block.attentions.0": "mid.attn_1",
     "mid_block.resnets.1": "mid.block_2",
 }
-VAE_LAYERS = {
-    "conv_shortcut": "nin_shortcut",
-    "group_norm": "norm",
-    "to_q": "q",
-    "to_k": "k",
-    "to_v": "v",
-    "to_out.0": "proj_out",
-}
+VAE_LAYERS = {"conv_shortcut": "nin_shortcut", "group_norm": "norm", "to_out.0": "proj_out"}
+VAE_LAYERS |= {f"to_{letter}": letter for letter in "qkv"}
 OPENCLIP_ENDS = {"embeddings.token_embedding": "token_embedding", "final_layer_norm": "ln_final"}
-OPENCLIP_LAYERS = {
-    "layer_norm1": "ln_1",
-    "self_attn": "attn",
-    "layer_norm2": "ln_2",
-    "mlp.fc1": "mlp.c_fc",
-    "mlp.fc2": "mlp.c_proj",
-}
+OPENCLIP_LAYERS = {"layer_norm1": "ln_1", "self_attn": "attn", "layer_norm2": "ln_2"}
+OPENCLIP_LAYERS |= {"mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
 
 
 def write_single_file(model: LatentModel, path: Path, metadata: dict[str, str], dtype: torch.dtype) -> None:
@@ -82,14 +71,15 @@ def write_single_file(model: LatentModel, path: Path, metadata: dict[str, str], 
 def original_weights(model: LatentModel) -> Weights:
     """The model's tensors, in place, under their names in the original releases."""
     pipeline = model.pipeline
+    first = _text_state(pipeline.text_encoder)  # OpenAI's CLIP keeps its names
     weights = _renamed(model.network, model.network.state_dict(), UNET, _unet_places(model.network), UNET_LAYERS)
     weights |= _vae(pipeline.vae)
     if "text_encoder_2" in pipeline.components:
-        weights |= _clip(pipeline.text_encoder, "conditioner.embedders.0.transformer.text_model.")
+        weights |= _prefixed("conditioner.embedders.0.transformer.text_model.", first)
         return weights | _openclip(pipeline.text_encoder_2, "conditioner.embedders.1.model.")
     if _is_second_version(model):
         return weights | _openclip(pipeline.text_encoder, "cond_stage_model.model.")
-    return weights | _clip(pipeline.text_encoder, "cond_stage_model.transformer.text_model.")
+    return weights | _prefixed("cond_stage_model.transformer.text_model.", first)
 
 
 def _is_second_version(model: LatentModel) -> bool:
@@ -147,9 +137,8 @@ def _vae(vae: Any) -> Weights:
     return {name: t[:, :, None, None] if ".attn_1." in name and t.ndim == 2 else t for name, t in weights.items()}
 
 
-def _clip(encoder: nn.Module, prefix: str) -> Weights:
-    """OpenAI's CLIP, which keeps the names of transformers."""
-    return {prefix + name: tensor for name, tensor in _text_state(encoder).items()}
+def _prefixed(prefix: str, weights: Weights) -> Weights:
+    return {prefix + name: tensor for name, tensor in weights.items()}
 
 
 def _text_state(encoder: nn.Module) -> Weights:
@@ -169,8 +158,7 @@ def _openclip(encoder: Any, prefix: str) -> Weights:
     places = OPENCLIP_ENDS | {
         f"encoder.layers.{index}": f"transformer.resblocks.{index}" for index in range(encoder.config.num_hidden_layers)
     }
-    ends = {prefix + name: tensor for name, tensor in ends.items()}
-    return ends | _renamed(encoder, state, prefix, places, OPENCLIP_LAYERS)
+    return _prefixed(prefix, ends) | _renamed(encoder, state, prefix, places, OPENCLIP_LAYERS)
 
 
 def _flags(model: LatentModel) -> list[str]:
