@@ -1,6 +1,8 @@
 """The design's floors: imports go down only, never sideways; files and functions stay short."""
 
 import ast
+import tokenize
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -63,14 +65,68 @@ def test_lengths(path: Path) -> None:
             assert node.end_lineno - node.lineno + 1 < 60, node.name
 
 
-def test_most_functions_are_near_ten_lines() -> None:
-    lengths = [
-        node.end_lineno - node.lineno + 1
-        for path in FILES
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.FunctionDef)
-    ]
-    assert sorted(lengths)[len(lengths) // 2] <= 12
+def functions() -> Iterator[int]:
+    """The lengths of all functions."""
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                yield node.end_lineno - node.lineno + 1
+
+
+def test_most_functions_are_near_eight_lines() -> None:
+    lengths = sorted(functions())
+    assert lengths[len(lengths) // 2] <= 10
+    assert lengths[len(lengths) * 9 // 10] <= 25
+
+
+def test_there_is_at_most_one_tiny_module_in_a_folder() -> None:
+    rooms = [path for path in FILES if path.parent != SOURCE and path.name != "__init__.py"]
+    tiny = [path.parent for path in rooms if path.read_text().count("\n") < 25]
+    assert len(tiny) == len(set(tiny)), tiny
+
+
+@pytest.mark.skip(reason="does not hold yet")
+def test_no_verb_imports_a_verb_but_demo() -> None:
+    shared = {"options", "runs", "demo"}
+    verbs = {path.stem: path for path in (SOURCE / "commands").glob("[a-z]*.py") if path.stem not in shared}
+    for name, path in verbs.items():
+        used = {
+            each.split(".")[2] for each in imports(ast.parse(path.read_text())) if each.startswith("fewstep.commands.")
+        }
+        assert not used & verbs.keys() - {name}, path
+
+
+def test_nobody_above_asks_for_the_class_of_a_model_a_schedule_or_a_family() -> None:
+    classes = {"ImageModel", "PixelModel", "LatentModel", "NoiseSchedule", "EDM", "VP", "Flow", "Family"}
+    for path in FILES:
+        if FLOOR[folder_of(path)] <= FLOOR["models"]:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("isinstance", "issubclass"):
+                asked = {each.id for each in ast.walk(node.args[1]) if isinstance(each, ast.Name)}
+                assert not asked & classes, f"{path}: {ast.unparse(node)}"
+
+
+@pytest.mark.skip(reason="does not hold yet")
+def test_reasons_stand_at_the_lines_where_a_reader_would_ask() -> None:
+    """8 to 15 comments per 100 lines of code in the core."""
+    for folder in ("diffusion", "networks", "training"):
+        comments = code = 0
+        for path in (SOURCE / folder).rglob("*.py"):
+            with path.open("rb") as file:
+                tokens = list(tokenize.tokenize(file.readline))
+            comments += sum(token.type == tokenize.COMMENT for token in tokens)
+            docstrings = {
+                line
+                for node in ast.walk(ast.parse(path.read_text()))
+                if isinstance(node, ast.Expr)
+                and isinstance(node.value, ast.Constant)
+                and isinstance(node.value.value, str)
+                for line in range(node.lineno, node.end_lineno + 1)
+            }
+            skipped = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.ENCODING, tokenize.ENDMARKER)
+            code += len({token.start[0] for token in tokens if token.type not in skipped} - docstrings)
+        assert 0.08 <= comments / code <= 0.15, f"{folder}: {comments} comments on {code} lines"
 
 
 def test_vocabulary() -> None:

@@ -1,1 +1,1 @@
-"""Floor 4: one file per verb; each composes the floors below."""
+"""Floor 6: one file per verb; each composes the floors below."""

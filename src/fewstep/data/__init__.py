@@ -1,1 +1,1 @@
-"""Floor 1: real images, and the order in which training sees them."""
+"""Floor 1: real images, and what is computed of them once and kept."""

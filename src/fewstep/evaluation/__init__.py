@@ -1,1 +1,1 @@
-"""Floor 2: generating images to be judged, judging them, and the report."""
+"""Floor 4: what generated images are judged by, and the report."""

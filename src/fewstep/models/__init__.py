@@ -1,1 +1,1 @@
-"""Floor 3: image models, what surrounds their denoisers, and how they are sampled."""
+"""Floor 2: image models, what surrounds their denoisers, and how they are sampled."""

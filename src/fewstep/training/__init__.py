@@ -1,1 +1,1 @@
-"""Floor 2: the training loop and the methods that it runs."""
+"""Floor 4: the training loop and the methods that it runs."""
