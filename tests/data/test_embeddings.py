@@ -1,8 +1,5 @@
 """Embeddings on disk: each text once, never half a file, nothing beyond the limit or the room."""
 
-import shutil
-import threading
-from collections import namedtuple
 from pathlib import Path
 
 import pytest
@@ -73,32 +70,6 @@ def test_other_texts_or_encoders_have_files_of_their_own(other: dict, tmp_path: 
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_what_is_stopped_goes_on_where_whole_files_end(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        keep(tmp_path, Embed(dies=9))
-    (folder,) = tmp_path.iterdir()
-    assert sorted(path.name for path in folder.iterdir()) == ["00000.safetensors", "00001.safetensors"]
-    embed = Embed()
-    keep(tmp_path, embed)
-    assert embed.asked == TEXTS[8:]
-
-
-def test_of_runs_that_ask_at_once_one_embeds_and_the_others_wait(tmp_path: Path) -> None:
-    embed, barrier, found = Embed(), threading.Barrier(3), []
-
-    def run() -> None:
-        barrier.wait()
-        found.append(keep(tmp_path, embed).fetch(torch.arange(11))["pooled"])
-
-    threads = [threading.Thread(target=run) for _ in range(3)]
-    [thread.start() for thread in threads]
-    [thread.join() for thread in threads]
-    assert embed.asked == TEXTS
-    assert len(found) == 3
-    assert all(torch.equal(rows, torch.stack([Embed.of(text, "pooled") for text in TEXTS])) for rows in found)
-    assert sorted(path.suffix for path in tmp_path.rglob("*.*")) == [".safetensors"] * 3
-
-
 def test_the_limit_is_on_the_whole_list_and_leaves_nothing(tmp_path: Path) -> None:
     embed = Embed()
     assert cached_embeddings(TEXTS, embed, "f", tmp_path / "new", max_gb=(11 * BYTES - 1) / 1e9) is None
@@ -106,28 +77,6 @@ def test_the_limit_is_on_the_whole_list_and_leaves_nothing(tmp_path: Path) -> No
     assert embed.asked == []
     assert not (tmp_path / "new").exists()
     assert keep(tmp_path / "new", embed, max_gb=11 * BYTES / 1e9).length == 11
-
-
-def test_a_full_disk_is_told_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    free = namedtuple("free", "free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: free(11 * BYTES - 1))
-    embed = Embed()
-    with pytest.raises(UserError, match=r"embeddings\.folder, or set embeddings\.max_gb=0"):
-        keep(tmp_path / "new", embed)
-    assert embed.asked == []
-    assert not (tmp_path / "new").exists()
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: free(11 * BYTES))
-    keep(tmp_path / "new", embed)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: free(0))
-    keep(tmp_path / "new", embed)  # what is there needs no room
-
-
-@pytest.mark.parametrize("damage", [b"", b"\x00" * 30])
-def test_a_damaged_file_is_named(damage: bytes, tmp_path: Path) -> None:
-    keep(tmp_path, Embed())
-    next(tmp_path.rglob("00001.safetensors")).write_bytes(damage)
-    with pytest.raises(UserError, match=r"00001\.safetensors: missing or damaged; remove it"):
-        keep(tmp_path, Embed())
 
 
 def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:

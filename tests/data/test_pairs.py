@@ -1,11 +1,8 @@
 """Pairs on disk: a function of (seed, pair) whatever batches, stops and ranks; and only those that are asked for."""
 
-import errno
-import json
 import os
 import re
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -45,18 +42,6 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def dying(after: int, error: BaseException) -> Callable[[Tensor, Given], Tensor]:
-    """A sampler that dies at its call number `after`."""
-    calls = iter(range(after))
-
-    def sampler(noise: Tensor, given: Given) -> Tensor:
-        if next(calls, None) is None:
-            raise error
-        return draw(noise, given)
-
-    return sampler
-
-
 def load(folder: Path) -> module.PairSet:
     return load_pairs(folder, "a1", "euler:50@8", tuple(SHAPE))
 
@@ -92,31 +77,6 @@ def test_other_programs_read_it_as_documented(tmp_path: Path) -> None:
     dataset = datasets.load_dataset("parquet", data_files=paths, cache_dir=str(tmp_path / "cache"), split="train")
     assert np.array_equal(np.frombuffer(dataset[10]["noise"], "<f2"), expected(10)[0].flatten().numpy())
     assert dataset["prompt"][:] == PROMPTS["prompt"]
-
-
-@pytest.mark.parametrize("after", range(6))
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("out of memory")], ids=["stopped", "broken"])
-def test_a_stopped_job_goes_on_to_the_same_bytes(after: int, error: BaseException, tmp_path: Path) -> None:
-    write_pairs(draw, PROMPTS, PLAN, tmp_path / "whole", batch_size=2)
-    with pytest.raises(type(error)):
-        write_pairs(dying(after, error), PROMPTS, PLAN, tmp_path / "parts", batch_size=2)
-    with pytest.raises(
-        UserError, match=rf"{3 - after // 2} of 3 files are not there yet; run the same `fewstep data pai"
-    ):
-        load(tmp_path / "parts")
-    (tmp_path / "parts" / ".00002.parquet.1234.tmp").write_bytes(b"torn")
-    finished: list[int] = []
-    write_pairs(draw, PROMPTS, PLAN, tmp_path / "parts", batch_size=2, report=finished.append)
-    assert files(tmp_path / "parts") == files(tmp_path / "whole")
-    assert finished == sorted(finished)
-    assert finished[-1] == NUM
-
-
-def test_a_finished_folder_is_not_drawn_again(tmp_path: Path) -> None:
-    write_pairs(draw, PROMPTS, PLAN, tmp_path)
-    before = files(tmp_path)
-    assert write_pairs(dying(0, AssertionError()), PROMPTS, PLAN, tmp_path) == 0
-    assert files(tmp_path) == before
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3, 5])
@@ -163,31 +123,6 @@ def test_ranks_that_start_at_once_do_no_harm(tmp_path: Path) -> None:
     assert files(tmp_path / "many") == files(tmp_path / "one")
 
 
-@pytest.mark.parametrize(
-    ("change", "given", "message"),
-    [
-        ({"seed": 1}, PROMPTS, "seed: 5 -> 1"),
-        ({"sampler": "ddim:4"}, PROMPTS, "sampler: euler:50@8 -> ddim:4"),
-        ({"teacher": "b2"}, PROMPTS, "teacher: a1 -> b2"),
-        ({"num_pairs": 4}, PROMPTS, "num_pairs: 11 -> 4"),
-        ({}, {"prompt": ["prompt 1"] * NUM}, "conditions: prompt .* -> prompt"),
-    ],
-)
-def test_a_folder_made_otherwise_is_refused(change: dict, given: Given, message: str, tmp_path: Path) -> None:
-    write_pairs(draw, PROMPTS, PLAN, tmp_path)
-    before = files(tmp_path)
-    with pytest.raises(UserError, match=f"holds pairs made otherwise .*{message}.*another --out"):
-        write_pairs(draw, given, PLAN | change, tmp_path)
-    assert files(tmp_path) == before
-
-
-def test_a_folder_of_other_files_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(UserError, match="holds other files"):
-        write_pairs(draw, PROMPTS, PLAN, tmp_path)
-    assert list(files(tmp_path)) == ["thesis.tex"]
-
-
 @pytest.mark.parametrize("value", [float("nan"), 1e9])
 def test_what_float16_can_not_hold_is_an_error(value: float, tmp_path: Path) -> None:
     def broken(noise: Tensor, given: Given) -> Tensor:
@@ -197,23 +132,6 @@ def test_what_float16_can_not_hold_is_an_error(value: float, tmp_path: Path) -> 
 
     with pytest.raises(UserError, match=r"pair 6: .*not finite; give another --precision"):
         write_pairs(broken, PROMPTS, PLAN, tmp_path)
-    assert list(files(tmp_path)) == ["00000.parquet", "pairs.json"]
-
-
-def test_a_full_disk_is_told_and_leaves_nothing_torn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pyarrow import parquet
-
-    whole = parquet.write_table
-
-    def full(table, path: Path, **options) -> None:
-        if "00001" in str(path):
-            Path(path).write_bytes(b"half")
-            raise OSError(errno.ENOSPC, "No space left on device")
-        whole(table, path, **options)
-
-    monkeypatch.setattr(parquet, "write_table", full)
-    with pytest.raises(UserError, match=r"00001\.parquet: can't be written .*No space left on device"):
-        write_pairs(draw, PROMPTS, PLAN, tmp_path)
     assert list(files(tmp_path)) == ["00000.parquet", "pairs.json"]
 
 
@@ -229,20 +147,6 @@ def test_pairs_of_something_else_are_refused(asked: tuple, message: str, tmp_pat
     write_pairs(draw, PROMPTS, PLAN, tmp_path)
     with pytest.raises(UserError, match=message):
         load_pairs(tmp_path, *asked)
-
-
-@pytest.mark.parametrize("keep", [0, 5, 300, -1])
-def test_a_damaged_file_is_named_and_made_anew(keep: int, tmp_path: Path) -> None:
-    write_pairs(draw, PROMPTS, PLAN, tmp_path)
-    before, path = files(tmp_path), tmp_path / "00001.parquet"
-    path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(
-        UserError, match=r"00001\.parquet: damaged; remove it and run the same `fewstep data pairs` aga"
-    ):
-        load(tmp_path)
-    path.unlink()
-    write_pairs(draw, PROMPTS, PLAN, tmp_path)
-    assert files(tmp_path) == before
 
 
 def test_a_file_in_place_of_another_is_damage(tmp_path: Path) -> None:
@@ -272,18 +176,3 @@ def test_a_folder_without_or_with_a_damaged_description_is_told(tmp_path: Path) 
     (tmp_path / "pairs.json").write_text('{"teacher": ')
     with pytest.raises(UserError, match=r"pairs\.json: can't be read"):
         load(tmp_path)
-
-
-def test_rows_are_mapped_and_read_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    plan = PLAN | {"shape": [8, 512, 512], "num_pairs": 6}  # 8 MB a pair
-    write_pairs(lambda noise, given: noise, {}, plan, tmp_path, batch_size=2)
-    assert json.loads((tmp_path / "pairs.json").read_text())["rows_per_group"] == 1
-
-    def resident() -> float:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
-
-    before = resident()
-    pairs = load_pairs(tmp_path, "a1", "euler:50@8", (8, 512, 512))
-    assert torch.equal(pairs.batch(torch.tensor([3]))["noise"], pairs.batch(torch.tensor([3]))["x0"])
-    assert resident() - before < 40
