@@ -12,9 +12,11 @@ from fewstep.diffusion.denoiser import Condition, Denoiser, Guided
 from fewstep.diffusion.parameterizations import eps
 from fewstep.diffusion.sampling import rollout
 from fewstep.diffusion.schedules import VP
+from fewstep.seeding import Draws
 from fewstep.training.dmd2 import DMD2
 from fewstep.training.roles import make_roles
 from fewstep.training.settings import DMD2Settings
+from steps import whole
 
 BATCH = 4
 
@@ -55,10 +57,10 @@ class LatentModel:
     def encode_condition(self, batch: dict[str, Tensor]) -> Condition:
         return {key: batch[key] for key in ("text", "pooled", "time_ids")}
 
-    def encode_x0(self, batch: dict[str, Tensor], draws: torch.Generator) -> Tensor:
+    def encode_x0(self, batch: dict[str, Tensor], draws: Draws) -> Tensor:
         return batch["latent"]
 
-    def draw_condition(self, real: Condition, num: int, draws: torch.Generator) -> Condition:
+    def draw_condition(self, real: Condition, draws: Draws) -> Condition:
         return real
 
     def conditions(self, indices: range, asked: None = None) -> Condition:
@@ -89,7 +91,7 @@ def test_four_step_distillation_of_an_sdxl_shaped_teacher_with_guidance(
     before = [p.detach().clone() for p in roles.student.parameters()]
     teacher = [p.detach().clone() for p in roles.teacher.parameters()]
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):  # precision is put on from outside
-        metrics = [method.step(captioned_latents(seed=step), step) for step in range(8)]
+        metrics = [method.step(whole(captioned_latents(seed=step), BATCH), step) for step in range(8)]
     assert all(torch.isfinite(value) for line in metrics for value in line.values())
     assert {"dm_loss", "gan_loss", "student_grad_norm"} <= set(metrics[0])
     assert not {"dm_loss", "gan_loss", "student_grad_norm"} & set(metrics[1])

@@ -1,13 +1,46 @@
-"""Randomness as a function of (seed, purpose, step, rank), so that resuming is exact and ranks need not talk."""
+"""Randomness as a function of (seed, purpose, step), so that resuming is exact and parts of a batch need not talk."""
 
 import hashlib
+from collections.abc import Callable
+from functools import partial
 
 import torch
+from torch import Generator, Tensor
 
 
-def generator(
-    seed: int, purpose: str, step: int = 0, rank: int = 0, device: torch.device | str = "cpu"
-) -> torch.Generator:
-    """A generator for one purpose at one step; leave `rank` at 0 for what all ranks must draw alike."""
-    digest = hashlib.blake2b(f"{seed}/{purpose}/{step}/{rank}".encode(), digest_size=8).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)
+def generator(seed: int, purpose: str, step: int = 0, device: torch.device | str = "cpu") -> Generator:
+    """A generator for one purpose at one step."""
+    digest = hashlib.blake2b(f"{seed}/{purpose}/{step}/0".encode(), digest_size=8).digest()
+    return Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+class Draws:
+    """The random numbers of a batch of `total` samples, of which `rows` are kept.
+
+    Whoever computes some rows of a batch draws the numbers of all of it and keeps its own, so that a sample's numbers
+    do not depend on how the batch is divided.
+    """
+
+    def __init__(self, generator: Generator, rows: range, total: int):
+        self.generator, self.rows, self.total, self.device = generator, rows, total, generator.device
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def randn(self, *shape: int, before: tuple[int, ...] = ()) -> Tensor:
+        """Unit noise (*before, rows, *shape)."""
+        return self._mine(torch.randn, before, shape)
+
+    def rand(self, *shape: int) -> Tensor:
+        """Uniform in [0, 1), (rows, *shape)."""
+        return self._mine(torch.rand, (), shape)
+
+    def randint(self, low: int, high: int, *shape: int) -> Tensor:
+        """Uniform integers low .. high-1, (rows, *shape) int64."""
+        return self._mine(partial(torch.randint, low, high), (), shape)
+
+    def _mine(self, draw: Callable[..., Tensor], before: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+        whole = draw((*before, self.total, *shape), generator=self.generator, device=self.device)
+        if len(self.rows) == self.total:
+            return whole
+        return whole.narrow(len(before), self.rows.start, len(self.rows)).clone()  # a view would keep all of it alive

@@ -13,7 +13,6 @@ from PIL import Image
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from command_line import Run, refused
-from fewstep.commands.texts import open_texts
 from fewstep.data import latents as latents_module
 from fewstep.data.images import batch_indices
 from fewstep.data.latents import load_latents
@@ -25,7 +24,8 @@ from fewstep.models.latent_model import LatentModel
 from fewstep.models.loading.pretrained import load
 from fewstep.runtime.runs import find
 from fewstep.seeding import generator
-from fewstep.training.dmd2 import DMD2
+from fewstep.training.batches import open_texts
+from fewstep.training.dmd2 import DMD2, Fakes
 from tiny_pipelines import TINY
 
 RECIPE = """
@@ -68,7 +68,7 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
     """The batches that training steps get."""
     seen: list[dict] = []
     step = DMD2.step
-    monkeypatch.setattr(DMD2, "step", lambda self, batch, number: seen.append(batch) or step(self, batch, number))
+    monkeypatch.setattr(DMD2, "step", lambda self, parts, number: seen.append(parts[0][1]) or step(self, parts, number))
     return seen
 
 
@@ -232,13 +232,13 @@ def test_the_student_draws_for_prompts_and_the_critic_sees_captions(run: Run, pl
 
 def test_the_condition_of_fakes_is_that_of_the_prompts(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple] = []
-    update = DMD2.update_critic
+    update = DMD2.critic_gradients
 
-    def spy(self: DMD2, fake, condition, real, real_condition, draws):
-        seen.append((condition["text"], real_condition["text"]))
-        return update(self, fake, condition, real, real_condition, draws)
+    def spy(self: DMD2, fakes: Fakes, weight: float):
+        seen.append((fakes.condition["text"], fakes.real_condition["text"]))
+        return update(self, fakes, weight)
 
-    monkeypatch.setattr(DMD2, "update_critic", spy)
+    monkeypatch.setattr(DMD2, "critic_gradients", spy)
     assert run("fewstep distill recipe.yaml --out x --set prompts.source=prompts.txt")[0] == 0
     model = load(place / "teacher")
     for step, (fake, real) in enumerate(seen):

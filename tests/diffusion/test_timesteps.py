@@ -1,6 +1,7 @@
 """Where to train: distributions; where to step: grids."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -18,38 +19,35 @@ from fewstep.diffusion.timesteps import (
     trailing_grid,
     uniform_level,
 )
+from steps import draws
 
 NUM = 200_000
 
 
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
 @pytest.mark.parametrize(("mean", "std"), [(-1.2, 1.2), (0.5, 0.7)])
 def test_lognormal_sigma_has_the_asked_moments(mean, std):
-    log_sigma = lognormal_sigma(NUM, generator(), mean, std).log()
+    log_sigma = lognormal_sigma(draws(NUM), mean, std).log()
     assert log_sigma.mean().item() == pytest.approx(mean, abs=0.015)
     assert log_sigma.std().item() == pytest.approx(std, abs=0.015)
 
 
 def test_lognormal_sigma_defaults_to_edms_training_distribution():
     """P_mean = -1.2, P_std = 1.2 (arXiv 2206.00364, table 1): half of all levels are under exp(-1.2)."""
-    sigma = lognormal_sigma(NUM, generator())
+    sigma = lognormal_sigma(draws(NUM))
     assert (sigma < math.exp(-1.2)).float().mean().item() == pytest.approx(0.5, abs=0.005)
     assert (sigma < math.exp(0)).float().mean().item() == pytest.approx(0.8413, abs=0.005)
 
 
 @pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (1.0, 0.5)])
 def test_logit_normal_has_the_asked_moments(mean, std):
-    logit = torch.logit(logit_normal(NUM, generator(), mean, std).double())
+    logit = torch.logit(logit_normal(draws(NUM), mean, std).double())
     assert logit.mean().item() == pytest.approx(mean, abs=0.015)
     assert logit.std().item() == pytest.approx(std, abs=0.015)
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_shifted_uniform_is_uniform_before_the_shift(shift):
-    t = shifted_uniform(NUM, generator(), shift)
+    t = shifted_uniform(draws(NUM), shift)
     uniform = t / (shift - (shift - 1) * t)  # the inverse of the shift
     quantiles = torch.quantile(uniform, torch.tensor([0.1, 0.5, 0.9]))
     assert quantiles.tolist() == pytest.approx([0.1, 0.5, 0.9], abs=0.01)
@@ -57,19 +55,19 @@ def test_shifted_uniform_is_uniform_before_the_shift(shift):
 
 @pytest.mark.parametrize(("low", "high"), [(0, 999), (20, 980), (399, 399)])
 def test_uniform_level_stays_in_its_range_and_reaches_both_ends(low, high):
-    t = uniform_level(NUM, generator(), torch.arange(1000), low, high)
+    t = uniform_level(draws(NUM), torch.arange(1000), low, high)
     assert (t.min().item(), t.max().item()) == (low, high)
 
 
 def test_uniform_level_draws_every_level_equally_often():
-    counts = torch.bincount(uniform_level(NUM, generator(), torch.arange(10), 2, 9), minlength=10)
+    counts = torch.bincount(uniform_level(draws(NUM), torch.arange(10), 2, 9), minlength=10)
     assert counts[:2].tolist() == [0, 0]
     assert counts[2:].tolist() == pytest.approx([NUM / 8] * 8, rel=0.03)
 
 
 def test_uniform_level_is_uniform_over_karras_indices_for_edm():
     """Half of all draws are under sigma = 2.5 (spec, 1.3), far from uniform in sigma."""
-    sigma = uniform_level(NUM, generator(), EDM().levels)
+    sigma = uniform_level(draws(NUM), EDM().levels)
     assert (sigma < 2.5265).float().mean().item() == pytest.approx(0.5, abs=0.005)
     assert set(sigma.unique().tolist()) == set(EDM().levels.tolist())
 
@@ -77,23 +75,23 @@ def test_uniform_level_is_uniform_over_karras_indices_for_edm():
 @pytest.mark.parametrize(
     "draw",
     [
-        lambda g: lognormal_sigma(8, g),
-        lambda g: logit_normal(8, g),
-        lambda g: shifted_uniform(8, g, 3.0),
-        lambda g: uniform_level(8, g, torch.arange(1000)),
+        lognormal_sigma,
+        logit_normal,
+        partial(shifted_uniform, shift=3.0),
+        partial(uniform_level, levels=torch.arange(1000)),
     ],
     ids=["lognormal_sigma", "logit_normal", "shifted_uniform", "uniform_level"],
 )
 def test_times_are_a_function_of_the_generator_alone(draw):
     torch.manual_seed(98)
-    first = draw(generator(1))
+    first = draw(draws(8, seed=1))
     torch.manual_seed(99)
-    assert torch.equal(draw(generator(1)), first)
-    assert not torch.equal(draw(generator(2)), first)
+    assert torch.equal(draw(draws(8, seed=1)), first)
+    assert not torch.equal(draw(draws(8, seed=2)), first)
 
 
 def test_times_differ_within_a_batch():
-    assert len(lognormal_sigma(8, generator()).unique()) == 8
+    assert len(lognormal_sigma(draws(8)).unique()) == 8
 
 
 @pytest.mark.parametrize("num", [1, 2, 3, 4, 5, 6, 7, 8, 16])

@@ -13,6 +13,7 @@ from fewstep.diffusion.sampling import rollout
 from fewstep.models.latent_model import LatentModel
 from fewstep.models.loading.pretrained import load
 from fewstep.networks.families.stable_diffusion import vp_schedule
+from steps import draws
 from tiny_pipelines import BETAS, TINY
 
 PROMPTS = ["a red cat", "a mat", "a prompt that is longer than the tokenizer's twenty tokens"]
@@ -82,12 +83,12 @@ def test_every_prediction_type_and_zero_terminal_snr_are_diffusers_own(predictio
 
 
 def test_latents_and_pictures_are_the_autoencoders(pipeline) -> None:
-    model, draws = LatentModel(pipeline), torch.Generator
+    model = LatentModel(pipeline)
     images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
-    ours = model.encode_x0({"image": images}, draws().manual_seed(1))
+    ours = model.encode_x0({"image": images}, draws(2, seed=1))
     pixels = pipeline.image_processor.preprocess(images.float() / 255)
     with torch.no_grad():
-        theirs = pipeline.vae.encode(pixels).latent_dist.sample(draws().manual_seed(1))
+        theirs = pipeline.vae.encode(pixels).latent_dist.sample(draws(2, seed=1).generator)
         decoded = pipeline.vae.decode(theirs).sample
     torch.testing.assert_close(ours, theirs * pipeline.vae.config.scaling_factor)
     expected = pipeline.image_processor.postprocess(decoded, output_type="pt") * 255
@@ -108,13 +109,13 @@ def test_a_saved_student_is_a_pipeline_folder_that_loads_again(pipeline, tmp_pat
 
 
 def test_dropping_replaces_whole_samples_by_the_null_condition(pipeline) -> None:
-    model, draws = LatentModel(pipeline), torch.Generator().manual_seed(0)
+    model, numbers = LatentModel(pipeline), draws(200)
     condition = model.text_condition(["a"] * 200)
-    dropped = model.drop_condition(condition, 0.25, draws)
+    dropped = model.drop_condition(condition, 0.25, numbers)
     is_null = (dropped["text"] == model.null_condition["text"]).flatten(1).all(dim=1)
     assert 25 < is_null.sum() < 75
     assert torch.equal(dropped["text"][~is_null], condition["text"][~is_null])
-    assert model.drop_condition(condition, 0.0, draws)["text"] is condition["text"]
+    assert model.drop_condition(condition, 0.0, numbers)["text"] is condition["text"]
 
 
 def test_embeddings_make_the_condition_that_their_captions_make(pipeline) -> None:
@@ -143,7 +144,7 @@ def test_latents_in_a_batch_are_x0_as_they_are(pipeline) -> None:
     model = LatentModel(pipeline)
     model.autoencoder.encode = None
     latents = torch.randn(2, 4, 8, 8).half()
-    x0 = model.encode_x0({"latent": latents}, torch.Generator())
+    x0 = model.encode_x0({"latent": latents}, draws(len(latents)))
     assert x0.dtype == torch.float32
     assert torch.equal(x0, latents.float())
 
@@ -207,7 +208,7 @@ def test_text_encoders_and_autoencoder_are_on_the_device_only_from_use_to_releas
     _ = model.null_condition
     assert len(moves) == 1
     model.decode(torch.zeros(1, 4, 8, 8, device="meta"))
-    model.encode_x0({"image": torch.zeros(1, 3, 16, 16)}, torch.Generator())
+    model.encode_x0({"image": torch.zeros(1, 3, 16, 16)}, draws(1))
     assert moves[1:] == [("autoencoder", "meta")]
     model.release()
     assert sorted(moves[2:]) == [("autoencoder", "cpu"), ("conditioner", "cpu")]

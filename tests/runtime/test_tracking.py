@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fewstep.errors import UserError
-from fewstep.runtime.tracking import Metrics, progress_bar, read_metrics, rewind, stop_request
+from fewstep.runtime.tracking import Metrics, progress_bar, read_metrics, rewind, stop_request, write_line
 
 
 @pytest.fixture
@@ -59,12 +59,18 @@ def test_the_file_is_appended_to(metrics: Metrics) -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_metric_that_is_not_finite_ends_the_run_is_named_and_stands_in_the_file_as_null(
+def test_what_is_not_finite_is_left_out_of_the_means_and_counts_are_sums_if_there_are_any(
     metrics: Metrics, value: float
 ) -> None:
-    add(metrics, fine=1.0, gan_loss=value)
-    with pytest.raises(UserError, match="step 8: gan_loss is not finite; lower the learning rate"):
-        metrics.write(8)
+    add(metrics, fine=1.0, gan_loss=value, dm_loss=value, skipped_updates=1.0, not_finite_data=0.0)
+    add(metrics, fine=3.0, gan_loss=4.0, dm_loss=value, skipped_updates=2.0, not_finite_data=0.0)
+    assert metrics.write(8) == {"fine": 2.0, "gan_loss": 4.0, "skipped_updates": 3.0}
+    assert read_metrics(metrics.path) == [{"step": 8, "fine": 2.0, "gan_loss": 4.0, "skipped_updates": 3.0}]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_stands_in_a_file_as_null(metrics: Metrics, value: float) -> None:
+    write_line(metrics.path, 8, {"fine": 1.0, "gan_loss": value})
     line = '{"step": 8, "fine": 1.0, "gan_loss": null}\n'
     assert metrics.path.read_text() == line
     assert math.isnan(read_metrics(metrics.path)[0]["gan_loss"])

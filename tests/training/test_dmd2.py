@@ -11,9 +11,12 @@ from torch import Tensor, nn
 
 from fewstep.diffusion.sampling import rollout
 from fewstep.models.pixel_model import PixelModel
-from fewstep.training.dmd2 import DMD2
+from fewstep.seeding import Draws
+from fewstep.training.dmd2 import DMD2, Fakes
+from fewstep.training.method import Metrics, of_parts
 from fewstep.training.roles import make_roles
 from fewstep.training.settings import DMD2Settings
+from steps import draws, whole
 
 BATCH = 6
 
@@ -34,18 +37,22 @@ def make(model: PixelModel, num_steps: int = 20, guidance_scale: float = 1.0, **
     return DMD2(settings, model, make_roles(model, guidance_scale, num_stops=num_stops), num_steps, BATCH, seed=0)
 
 
-def real_batch(step: int = 0) -> dict[str, Tensor]:
-    draws = torch.Generator().manual_seed(step)
-    return {
-        "image": torch.randint(0, 256, (BATCH, 1, 8, 8), generator=draws, dtype=torch.uint8),
-        "label": torch.randint(0, 3, (BATCH,), generator=draws),
-    }
+def real_batch(step: int = 0) -> list[tuple[range, dict[str, Tensor]]]:
+    drawn = torch.Generator().manual_seed(step)
+    image = torch.randint(0, 256, (BATCH, 1, 8, 8), generator=drawn, dtype=torch.uint8)
+    return whole({"image": image, "label": torch.randint(0, 3, (BATCH,), generator=drawn)}, BATCH)
 
 
-def real_data(method: DMD2) -> tuple[Tensor | None, dict[str, Tensor]]:
-    batch = real_batch()
-    real = method.model.encode_x0(batch, torch.Generator()) if method.gan else None
-    return real, method.model.encode_condition(batch)
+def update_student(method: DMD2, fake: Tensor, condition: dict[str, Tensor], numbers: Draws) -> Metrics:
+    found = of_parts([method.student_gradients(fake, condition, numbers, {})])
+    return method.update_student(found, torch.tensor(True))
+
+
+def update_critic(method: DMD2, fake: Tensor, condition: dict[str, Tensor], numbers: Draws) -> None:
+    ((_, batch),) = real_batch()
+    real = method.model.encode_x0(batch, numbers) if method.gan else None
+    method.critic_gradients(Fakes(numbers, fake, condition, real, method.model.encode_condition(batch)))
+    method.critic_optimizer.step(torch.tensor(True))
 
 
 def weights(*modules: nn.Module) -> list[Tensor]:
@@ -67,18 +74,18 @@ def recorded_calls(module: nn.Module) -> Iterator[list[tuple[Tensor, Tensor, Ten
     handle.remove()
 
 
-def student_fake(method: DMD2, grad: bool) -> tuple[Tensor, dict[str, Tensor], torch.Generator]:
-    draws = torch.Generator().manual_seed(0)
-    condition = method.model.conditioner.draw(BATCH, draws)
-    noise = method.randn((1, BATCH, 1, 8, 8), draws)
-    return rollout(method.student, noise, method.timesteps, condition, 0, grad=grad), condition, draws
+def student_fake(method: DMD2, grad: bool) -> tuple[Tensor, dict[str, Tensor], Draws]:
+    numbers = draws(BATCH)
+    condition = method.model.conditioner.draw(numbers)
+    noise = numbers.randn(1, 8, 8, before=(1,))
+    return rollout(method.student, noise, method.timesteps, condition, 0, grad=grad), condition, numbers
 
 
 def test_the_students_update_leaves_critic_head_and_teacher_bit_for_bit(tiny_model: PixelModel) -> None:
     method = make(tiny_model)
     others = (method.critic, method.discriminator, method.teacher)
     before, student_before = weights(*others), weights(method.student)
-    method.update_student(*student_fake(method, grad=True))
+    update_student(method, *student_fake(method, grad=True))
     assert changed(student_before, weights(method.student))
     assert not changed(before, weights(*others))
     assert all(p.grad is None for module in others for p in module.parameters())
@@ -88,8 +95,7 @@ def test_the_critics_update_leaves_student_and_teacher_bit_for_bit(tiny_model: P
     method = make(tiny_model)
     before, critic_before = weights(method.student, method.teacher), weights(method.critic)
     head_before = weights(method.discriminator)
-    fake, condition, draws = student_fake(method, grad=False)
-    method.update_critic(fake, condition, *real_data(method), draws)
+    update_critic(method, *student_fake(method, grad=False))
     assert changed(critic_before, weights(method.critic))
     assert changed(head_before, weights(method.discriminator))
     assert not changed(before, weights(method.student, method.teacher))
@@ -134,7 +140,7 @@ def test_only_the_last_call_of_a_students_turn_carries_gradient(tiny_model: Pixe
         assert [grad for *_, grad in calls] == expected
 
 
-def test_all_stops_are_drawn_alike_on_every_rank(tiny_model: PixelModel) -> None:
+def test_stops_are_a_function_of_the_step_and_equally_likely(tiny_model: PixelModel) -> None:
     first, second = make(tiny_model), make(tiny_model)
     stops = [first.draw_stop(step) for step in range(300)]
     assert stops == [second.draw_stop(step) for step in reversed(range(300))][::-1]
@@ -167,11 +173,8 @@ def test_no_pass_is_thrown_away(tiny_model: PixelModel, case: str) -> None:
             recorded_calls(critic) as whole,
             recorded_calls(critic.network) as all_,
         ):
-            fake, condition, draws = student_fake(method, grad=turn == "student")
-            if turn == "student":
-                method.update_student(fake, condition, draws)
-            else:
-                method.update_critic(fake, condition, *real_data(method), draws)
+            update = update_student if turn == "student" else update_critic
+            update(method, *student_fake(method, grad=turn == "student"))
         return len(teacher), len(whole), len(all_) - len(whole)
 
     assert passes("student") == in_student_turn
@@ -183,8 +186,7 @@ def test_shared_terms_see_one_noised_sample_and_independent_ones_do_not(tiny_mod
         gan = {"student_weight": 0.1, "critic_weight": 0.1, "independent_noise": independent}
         method = make(tiny_model, gan=gan)
         with recorded_calls(method.critic.network) as calls:
-            fake, condition, draws = student_fake(method, grad=False)
-            method.update_critic(fake, condition, *real_data(method), draws)
+            update_critic(method, *student_fake(method, grad=False))
         times = [t for _, t, _, _ in calls]
         assert all(torch.equal(times[0], t) for t in times) != independent
 
@@ -193,13 +195,13 @@ def test_the_students_gradients_are_the_closed_forms(tiny_model: PixelModel) -> 
     """DM: (critic - teacher) / mean|fake - teacher| / (B D). GAN: autograd's, through a hook of the test's own."""
     method = make(tiny_model)
     method.critic.load_state_dict({k: v + 0.05 * torch.randn_like(v) for k, v in method.critic.state_dict().items()})
-    fake, condition, draws = student_fake(method, grad=False)
+    fake, condition, numbers = student_fake(method, grad=False)
     fake.requires_grad_()
-    state = draws.get_state()
-    losses = method.student_losses(fake, condition, draws)
-    dm, gan = (torch.autograd.grad(losses[name], fake)[0] for name in ("dm", "gan"))
-    draws.set_state(state)
-    x_t, t = method.noised(fake, method.student_levels, draws)
+    state = numbers.generator.get_state()
+    terms = method.student_losses(fake, condition, numbers)
+    dm, gan = (torch.autograd.grad(terms[name].loss.mean(), fake)[0] for name in ("dm", "gan"))
+    numbers.generator.set_state(state)
+    x_t, t = method.noised(fake, method.student_levels, numbers)
     captured = []
     layer = method.critic.network.get_submodule(method.feature_layer)
     handle = layer.register_forward_hook(lambda m, args, output: captured.append(output[0]))
@@ -216,29 +218,28 @@ def test_the_student_moves_along_the_weighted_sum(tiny_model: PixelModel) -> Non
     """With plain gradient descent in place of AdamW the parameters move by -J^T (w_dm g_dm + w_gan g_gan)."""
     method = make(tiny_model, dm={"weight": 0.7}, gan={"student_weight": 50.0, "critic_weight": 0.1})
     parameters = list(method.student.parameters())
-    fake, condition, draws = student_fake(method, grad=True)
-    state = draws.get_state()
-    losses = method.student_losses(fake, condition, draws)
-    weighted = 0.7 * losses["dm"] + 50 * losses["gan"]
+    fake, condition, numbers = student_fake(method, grad=True)
+    state = numbers.generator.get_state()
+    terms = method.student_losses(fake, condition, numbers)
+    assert {name: term.weight for name, term in terms.items()} == {"dm": 0.7, "gan": 50}
+    weighted = 0.7 * terms["dm"].loss.mean() + 50 * terms["gan"].loss.mean()
     expected = torch.autograd.grad(weighted, parameters, retain_graph=True)
-    draws.set_state(state)
-    received: list[Tensor] = []
-    method.student_optimizer.step = lambda: received.extend(p.grad.clone() for p in parameters)
-    method.update_student(fake, condition, draws)
-    for gradient, wanted in zip(received, expected, strict=True):
-        assert (gradient - wanted).norm() <= 1e-4 * wanted.norm()
+    numbers.generator.set_state(state)
+    method.student_gradients(fake, condition, numbers, {})
+    for parameter, wanted in zip(parameters, expected, strict=True):
+        assert (parameter.grad - wanted).norm() <= 1e-4 * wanted.norm()
 
 
 def test_logged_gradient_norms_are_those_at_the_image(tiny_model: PixelModel) -> None:
     method = make(tiny_model, gan={"student_weight": 0.3, "critic_weight": 0.1})
-    fake, condition, draws = student_fake(method, grad=True)
-    state = draws.get_state()
+    fake, condition, numbers = student_fake(method, grad=True)
+    state = numbers.generator.get_state()
     expected = {
-        name: torch.autograd.grad(loss, fake, retain_graph=True)[0].norm()
-        for name, loss in method.student_losses(fake, condition, draws).items()
+        name: torch.autograd.grad(term.loss.mean(), fake, retain_graph=True)[0].norm()
+        for name, term in method.student_losses(fake, condition, numbers).items()
     }
-    draws.set_state(state)
-    metrics = method.update_student(fake, condition, draws)
+    numbers.generator.set_state(state)
+    metrics = update_student(method, fake, condition, numbers)
     for name, norm in expected.items():
         torch.testing.assert_close(metrics[f"{name}_image_grad_norm"], norm)
 
@@ -246,7 +247,7 @@ def test_logged_gradient_norms_are_those_at_the_image(tiny_model: PixelModel) ->
 def test_guidance_reaches_the_teacher_alone(tiny_model: PixelModel) -> None:
     method = make(tiny_model, guidance_scale=3.0)
     with recorded_calls(method.teacher.denoiser) as teacher, recorded_calls(method.critic) as critic:
-        method.update_student(*student_fake(method, grad=True))
+        update_student(method, *student_fake(method, grad=True))
     assert [len(call[0]) for call in teacher] == [2 * BATCH]
     assert [len(call[0]) for call in critic] == [BATCH]
 

@@ -13,9 +13,11 @@ from fewstep.diffusion.parameterizations import edm, x0
 from fewstep.diffusion.sampling import rollout
 from fewstep.diffusion.schedules import EDM
 from fewstep.diffusion.timesteps import lognormal_sigma
+from fewstep.seeding import Draws
 from fewstep.training.dmd2 import DMD2
 from fewstep.training.roles import Roles
 from fewstep.training.settings import DMD2Settings
+from steps import draws, whole
 
 NUM_MODES, MODE_STD, SIGMA_MAX, BATCH = 8, 0.1, 20.0, 256
 ANGLES = 2 * math.pi * torch.arange(NUM_MODES) / NUM_MODES
@@ -60,10 +62,10 @@ class PlaneModel:
     def encode_condition(self, batch: dict[str, Tensor]) -> dict:
         return {}
 
-    def draw_condition(self, real: dict, num: int, draws: torch.Generator) -> dict:
+    def draw_condition(self, real: dict, draws: Draws) -> dict:
         return {}
 
-    def encode_x0(self, batch: dict[str, Tensor], draws: torch.Generator) -> Tensor:
+    def encode_x0(self, batch: dict[str, Tensor], draws: Draws) -> Tensor:
         return batch["point"]
 
 
@@ -78,11 +80,11 @@ def pretrained() -> Denoiser:
     """A rough denoiser of the ring: where student and critic start, as a user's would from the teacher."""
     torch.manual_seed(0)
     denoiser = Denoiser(Perceptron(), EDM(sigma_max=SIGMA_MAX), edm(0.7))
-    optimizer, draws = torch.optim.AdamW(denoiser.parameters(), 2e-3), torch.Generator().manual_seed(0)
+    optimizer, numbers = torch.optim.AdamW(denoiser.parameters(), 2e-3), draws(BATCH)
     for step in range(600):
-        points, t = draw_ring(BATCH, step), lognormal_sigma(BATCH, draws, -1.0, 1.4)
-        x_t = denoiser.schedule.add_noise(points, torch.randn(BATCH, 2, generator=draws), t)
-        denoising_loss(denoiser(x_t, t, {}), points, denoiser.coefficients(t)[1]).backward()
+        points, t = draw_ring(BATCH, step), lognormal_sigma(numbers, -1.0, 1.4)
+        x_t = denoiser.schedule.add_noise(points, numbers.randn(2), t)
+        denoising_loss(denoiser(x_t, t, {}), points, denoiser.coefficients(t)[1]).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
     return denoiser
@@ -108,7 +110,7 @@ def distilled_points(pretrained: Denoiser, timesteps: list[float], num_steps: in
     noise = torch.randn(len(timesteps), 4000, 2, generator=torch.Generator().manual_seed(7))
     before = rollout(student, noise, method.timesteps, {}, stop=len(timesteps) - 1).detach()
     for step in range(num_steps):
-        method.step({"point": draw_ring(BATCH, 10_000 + step)}, step)
+        method.step(whole({"point": draw_ring(BATCH, 10_000 + step)}, BATCH), step)
     with method.ema.applied():
         return before, rollout(student, noise, method.timesteps, {}, stop=len(timesteps) - 1).detach()
 

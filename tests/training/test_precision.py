@@ -9,9 +9,12 @@ from torch import Tensor, nn
 
 from fewstep.models.latent_model import LatentModel
 from fewstep.models.loading.pretrained import load
+from fewstep.runtime.tracking import is_count
 from fewstep.training.dmd2 import DMD2
+from fewstep.training.method import Term
 from fewstep.training.roles import make_roles
 from fewstep.training.settings import DMD2Settings
+from steps import draws, whole
 from tiny_pipelines import TINY
 
 BATCH = 3
@@ -64,8 +67,8 @@ def test_nothing_runs_in_full_precision_but_the_head(model: LatentModel) -> None
     seen = recorded({**networks, **encoders, "head": method.discriminator})
     for students in (True, False):
         step = long_turn(method, students)
-        metrics = method.step(captioned(step), step)
-        assert all(value.dtype == torch.float32 for value in metrics.values())
+        metrics = method.step(whole(captioned(step), BATCH), step)
+        assert all(value.dtype == torch.float32 for name, value in metrics.items() if not is_count(name))
         assert ("dm_loss" in metrics) == students
     head = seen.pop("head")
     assert set().union(*head.values()) == {torch.float32}
@@ -84,14 +87,14 @@ def test_in_float32_nothing_is_lowered(model: LatentModel) -> None:
     method = make(model, torch.float32)
     seen = recorded({"all": nn.ModuleList([method.teacher, method.student, method.critic, model.autoencoder])})
     step = long_turn(method, True)
-    method.step(captioned(step), step)
+    method.step(whole(captioned(step), BATCH), step)
     assert set().union(*seen["all"].values()) == {torch.float32}
 
 
 def test_master_weights_averages_and_what_is_trained_stay_in_float32(model: LatentModel) -> None:
     method = make(model, torch.bfloat16)
     for step in range(2):
-        method.step(captioned(step), step)
+        method.step(whole(captioned(step), BATCH), step)
     assert {p.dtype for p in method.teacher.parameters()} == {torch.bfloat16}
     trained = [*method.student.parameters(), *method.critic.parameters(), *method.discriminator.parameters()]
     moments = [v for state in method.critic_optimizer.adamw.state.values() for v in state.values()]
@@ -99,19 +102,20 @@ def test_master_weights_averages_and_what_is_trained_stay_in_float32(model: Late
 
 
 def test_noisy_samples_predictions_and_gradients_at_the_image_are_float32(model: LatentModel) -> None:
-    method, dtypes = make(model, torch.bfloat16), {model.encode_x0(captioned(), torch.Generator()).dtype}
+    method, dtypes = make(model, torch.bfloat16), {model.encode_x0(captioned(), draws(BATCH)).dtype}
     for denoiser in (method.teacher, method.student):
         denoiser.register_forward_hook(lambda m, args, x0: dtypes.update({args[0].dtype, x0.dtype}))
     losses = method.student_losses
 
-    def watched(fake: Tensor, *args: object) -> dict[str, Tensor]:
+    def watched(fake: Tensor, *args: object) -> dict[str, Term]:
         found = losses(fake, *args)
-        dtypes.update(torch.autograd.grad(loss, fake, retain_graph=True)[0].dtype for loss in found.values())
+        for term in found.values():
+            dtypes.add(torch.autograd.grad(term.loss.mean(), fake, retain_graph=True)[0].dtype)
         return found
 
     method.student_losses = watched
     step = long_turn(method, True)
-    method.step(captioned(step), step)
+    method.step(whole(captioned(step), BATCH), step)
     assert dtypes == {torch.float32}
 
 
@@ -147,9 +151,11 @@ def test_gradients_are_those_of_float32_up_to_rounding(tmp_path: Path, role: str
         module = getattr(method, role)
         optimizer = getattr(method, f"{role}_optimizer")
         update = optimizer.step
-        optimizer.step = lambda m=module, r=received, u=update: r.extend(p.grad.clone() for p in m.parameters()) or u()
+        optimizer.step = lambda f, m=module, r=received, u=update: (
+            r.extend(p.grad.clone() for p in m.parameters()) or u(f)
+        )
         step = long_turn(method, True)
-        method.step(captioned(), step)
+        method.step(whole(captioned(), BATCH), step)
         gradients[dtype] = received
     for ours, exact in zip(gradients[torch.bfloat16], gradients[torch.float32], strict=True):
         assert bool(ours.norm()) == bool(exact.norm())

@@ -14,11 +14,11 @@ from fewstep.models.latent_model import LatentModel
 from fewstep.models.pixel_model import PixelModel
 from fewstep.models.sampler import default_sampler, sample
 from fewstep.runtime.ema import EMA
-from fewstep.seeding import generator
+from fewstep.seeding import Draws, generator
 from fewstep.training.dmd2 import DMD2
 from fewstep.training.roles import make_roles
-from fewstep.training.settings import DMD2Settings, NoiseLevels, TeacherSettings
-from fewstep.training.teacher import TeacherTraining
+from fewstep.training.settings import DMD2Settings
+from steps import draws, whole
 from tiny_pipelines import TINY
 
 BATCH = 5
@@ -30,7 +30,7 @@ def latent_model(tmp_path: Path) -> LatentModel:
     return LatentModel(TINY["sdxl"](tmp_path / "vocabularies"))
 
 
-def make(model: ImageModel, guidance_scale: float = 1.0, rank: int = 0, **settings) -> DMD2:
+def make(model: ImageModel, guidance_scale: float = 1.0, **settings) -> DMD2:
     torch.manual_seed(0)
     settings = DMD2Settings(
         **{
@@ -42,7 +42,7 @@ def make(model: ImageModel, guidance_scale: float = 1.0, rank: int = 0, **settin
     )
     num_stops = settings.student.num_timesteps if settings.critic.condition_on_stop else 0
     roles = make_roles(model, guidance_scale, num_stops=num_stops)
-    return DMD2(settings, model, roles, 20, BATCH, seed=0, rank=rank)
+    return DMD2(settings, model, roles, 20, BATCH, seed=0)
 
 
 def batch() -> dict:
@@ -82,18 +82,13 @@ def test_the_parameter_gradient_of_distribution_matching_is_the_closed_form(late
     condition = latent_model.text_condition(CAPTIONS)
     noise = torch.randn(4, BATCH, *latent_model.shape, dtype=torch.float64)
     fake = rollout(method.student, noise, method.timesteps, condition, stop, grad=True)
-    draws = torch.Generator().manual_seed(1)
-    state = draws.get_state()
-    received: list[Tensor] = []
-    method.student_optimizer.step = lambda: (
-        received.extend(p.grad for p in method.student.parameters()) or torch.ones(())
-    )
+    numbers = draws(BATCH, seed=1)
     again = rollout(method.student, noise, method.timesteps, condition, stop, grad=True)
-    method.update_student(again, condition, draws)
+    method.student_gradients(again, condition, numbers, {})
+    received = [p.grad for p in method.student.parameters()]
 
-    draws.set_state(state)
-    t = torch.randint(20, 981, (BATCH,), generator=draws)
-    eps = torch.randn(fake.shape, generator=draws)
+    numbers = draws(BATCH, seed=1)
+    t, eps = numbers.randint(20, 981), numbers.randn(*fake.shape[1:])
     abar = latent_model.denoiser.schedule.alphas_cumprod[t].reshape(-1, 1, 1, 1)
     with torch.no_grad():
         x_t = abar.sqrt() * fake + (1 - abar).sqrt() * eps
@@ -124,37 +119,12 @@ def test_training_feeds_the_student_what_sampling_feeds_it(latent_model: LatentM
     with recorded_inputs(method.student.network) as inference:
         sample(student, default_sampler(student), noise, latent_model.text_condition(CAPTIONS))
     with recorded_inputs(method.student.network) as training:
-        method.step(batch(), step)
+        method.step(whole(batch(), BATCH), step)
     assert (len(inference), len(training)) == (4, stop + 1)
     for (x, t, condition), (other_x, other_t, other) in zip(training, inference[: stop + 1], strict=True):
         assert torch.equal(x, other_x)
         assert torch.equal(t, other_t)
         assert all(torch.equal(condition[name], other[name]) for name in other)
-
-
-def test_ranks_agree_on_the_stop_and_on_nothing_else(latent_model: LatentModel) -> None:
-    methods = [make(latent_model, rank=rank) for rank in range(2)]
-    for step in range(6):
-        inputs = []
-        for method in methods:
-            with recorded_inputs(method.student.network) as calls:
-                method.step(batch(), step)
-            inputs.append(calls)
-        first, second = inputs
-        assert len(first) == len(second)  # the same stop
-        correlation = torch.corrcoef(torch.stack([first[0][0].flatten(), second[0][0].flatten()]))[0, 1]
-        assert abs(correlation) < 0.1
-    assert len({method.draw_stop(step) for step in range(6)}) > 1
-
-
-def test_the_ranks_of_a_teachers_training_draw_their_own_noise(tiny_model: PixelModel) -> None:
-    inputs = []
-    for rank in range(2):
-        method = TeacherTraining(TeacherSettings(noise=NoiseLevels()), tiny_model, 10, seed=0, rank=rank)
-        with recorded_inputs(method.denoiser.network) as calls:
-            method.step({"image": torch.zeros(BATCH, 1, 8, 8).byte(), "label": torch.zeros(BATCH).long()}, 0)
-        inputs.append(calls[0])
-    assert not torch.equal(inputs[0][1], inputs[1][1])
 
 
 def real_batch(model: ImageModel) -> dict:
@@ -184,7 +154,7 @@ def test_without_backward_simulation_the_student_sees_noised_reals(
             recorded_inputs(method.student) as student,
             recorded_inputs(method.critic) as critic,
         ):
-            method.step(real_batch(model), step)
+            method.step(whole(real_batch(model), BATCH), step)
         ((x_t, t, condition),) = student
         stops = (t[:, None] == method.timesteps).long().argmax(dim=1)
         assert torch.equal(method.timesteps[stops], t)
@@ -207,12 +177,12 @@ def test_a_one_step_student_without_backward_simulation_starts_from_pure_noise(l
     student = {"num_timesteps": 1, "timesteps": [399], "backward_simulation": False}
     method = make(latent_model, student=student)
     with recorded_inputs(method.student) as calls:
-        method.step(batch(), 0)
+        method.step(whole(batch(), BATCH), 0)
     ((x_t, t, _),) = calls
-    draws = generator(0, "dmd2", 0)
-    method.model.encode_x0(batch(), draws)
-    torch.randint(1, (BATCH,), generator=draws)
-    assert torch.equal(x_t, torch.randn(x_t.shape, generator=draws))
+    numbers = Draws(generator(0, "dmd2", 0), range(BATCH), BATCH)
+    method.model.encode_x0(batch(), numbers)
+    numbers.randint(0, 1)
+    assert torch.equal(x_t, numbers.randn(*x_t.shape[1:]))
     assert t.tolist() == [399] * BATCH
 
 
@@ -220,6 +190,6 @@ def test_the_students_turn_of_the_ablation_alone_carries_gradient(tiny_model: Pi
     method = make(tiny_model, student={"num_timesteps": 4, "backward_simulation": False, "optimizer": {"lr": 1e-3}})
     for step in range(4):
         before = [p.detach().clone() for p in method.student.parameters()]
-        metrics = method.step(real_batch(tiny_model), step)
+        metrics = method.step(whole(real_batch(tiny_model), BATCH), step)
         moved = any(not torch.equal(a, b) for a, b in zip(before, method.student.parameters(), strict=True))
         assert moved == (step % 2 == 0) == ("dm_loss" in metrics)

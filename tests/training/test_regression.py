@@ -41,6 +41,10 @@ def pairs_of(model: PixelModel) -> dict[str, Tensor]:
     return {"noise": noise, "x0": end.half(), "label": label}
 
 
+def in_one(batch: dict) -> list[tuple[range, dict]]:
+    return [(range(NUM), batch)]
+
+
 def regression(model: PixelModel, num_steps: int = 20, **student: object) -> Regression:
     settings = RegressSettings(student={"optimizer": {"lr": 2e-3}, "ema_decay": 0, **student}, regression=PAIRS)
     denoiser = trainable(copy.deepcopy(model.denoiser).requires_grad_(True), torch.float32)
@@ -57,8 +61,8 @@ def test_the_loss_is_the_squared_error_of_what_the_student_makes_of_pure_noise(t
 
 def test_the_student_learns_the_ends_of_the_teachers_ode(tiny_model: PixelModel) -> None:
     batch, method = pairs_of(tiny_model), regression(tiny_model, 60, optimizer={"lr": 5e-3})
-    before = method.step(batch, 0)["regression_loss"].item()
-    [method.step(batch, step) for step in range(1, 60)]
+    before = method.step(in_one(batch), 0)["regression_loss"].item()
+    [method.step(in_one(batch), step) for step in range(1, 60)]
     x0 = rollout(method.student, batch["noise"].float()[None], method.timesteps, {"label": batch["label"]}, stop=0)
     assert (x0 - batch["x0"]).square().mean().item() < 0.005 * before
 
@@ -86,7 +90,10 @@ def test_it_falls_to_what_least_squares_allows() -> None:
     optimizer = {"lr": 0.03, "decay": "linear", "decay_start": 0.5, "weight_decay": 0, "clip_norm": 1e9}
     settings = RegressSettings(student={"optimizer": optimizer, "ema_decay": 0}, regression=PAIRS)
     method = Regression(settings, model, student, PairLoss(model), 400)
-    losses = [method.step({"noise": noise, "x0": target}, step)["regression_loss"].item() for step in range(400)]
+    losses = [
+        method.step([(range(40), {"noise": noise, "x0": target})], step)["regression_loss"].item()
+        for step in range(400)
+    ]
     assert losses[0] > 1.5 * floor
     assert floor * 0.9999 < losses[-1] < floor * 1.001
 
@@ -94,10 +101,10 @@ def test_it_falls_to_what_least_squares_allows() -> None:
 def test_the_state_holds_what_goes_on_bit_for_bit(tiny_model: PixelModel) -> None:
     batch = pairs_of(tiny_model)
     whole, first, second = (regression(tiny_model, ema_decay=0.5) for _ in range(3))
-    [whole.step(batch, step) for step in range(4)]
-    [first.step(batch, step) for step in range(2)]
+    [whole.step(in_one(batch), step) for step in range(4)]
+    [first.step(in_one(batch), step) for step in range(2)]
     second.load_state_dict(copy.deepcopy(first.state_dict()))
-    [second.step(batch, step) for step in (2, 3)]
+    [second.step(in_one(batch), step) for step in (2, 3)]
     assert first.state_dict().keys() == {"student", "ema", "student_optimizer"}
     for ours, theirs in zip(whole.student.parameters(), second.student.parameters(), strict=True):
         assert torch.equal(ours, theirs)
@@ -108,7 +115,7 @@ def test_the_state_holds_what_goes_on_bit_for_bit(tiny_model: PixelModel) -> Non
 
 def test_what_is_saved_is_the_averaged_student_with_its_timestep(tiny_model: PixelModel, tmp_path: Path) -> None:
     batch, method = pairs_of(tiny_model), regression(tiny_model, ema_decay=0.5)
-    [method.step(batch, step) for step in range(3)]
+    [method.step(in_one(batch), step) for step in range(3)]
     method.save_model(tmp_path)
     saved = load(tmp_path)
     assert saved.timesteps == [80.0]
@@ -214,12 +221,12 @@ def student_gradients(method: DMD2, batch: dict, monkeypatch: pytest.MonkeyPatch
     found: list[Tensor] = []
     step = method.student_optimizer.step
 
-    def caught() -> Tensor:
+    def caught(finite: Tensor) -> tuple[Tensor, Tensor]:
         found.extend(p.grad.detach().clone() for p in method.student.parameters())
-        return step()
+        return step(finite)
 
     monkeypatch.setattr(method.student_optimizer, "step", caught)
-    return found, method.step(batch, 0)
+    return found, method.step(in_one(batch), 0)
 
 
 def test_the_students_gradient_is_the_sum_of_its_parts(tiny_model: PixelModel, monkeypatch: pytest.MonkeyPatch) -> None:

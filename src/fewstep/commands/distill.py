@@ -1,18 +1,17 @@
 """`fewstep distill`: distils a teacher into a few-step student."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
 import torch
 
 from fewstep.commands.judging import make_evaluation
-from fewstep.commands.pairs import open_pair_loss, open_pairs, pair_batches
-from fewstep.commands.runs import check_target, image_batches, pick_device, start_run, tell_found
+from fewstep.commands.pairs import open_pair_loss, open_pairs
+from fewstep.commands.runs import check_target, pick_device, start_run, tell_found
 from fewstep.commands.teach import check_source, finished_run
-from fewstep.commands.texts import text_batches
 from fewstep.data.pairs import PairSet
-from fewstep.embedded.sources import open_images
+from fewstep.data.prompts import load_prompts
+from fewstep.embedded.sources import open_captioned, open_images
 from fewstep.errors import UserError
 from fewstep.models.image_model import Asked
 from fewstep.models.latent_model import LatentModel
@@ -24,6 +23,7 @@ from fewstep.recipes.schema import RegressRecipe, StudentRecipe
 from fewstep.runtime.checkpoint import checkpoints
 from fewstep.runtime.runs import find, run_folder
 from fewstep.runtime.tracking import Report
+from fewstep.training.batches import BatchAt, image_batches, pair_batches, text_batches
 from fewstep.training.dmd2 import DMD2
 from fewstep.training.initialization import start_from
 from fewstep.training.method import Batch
@@ -67,23 +67,32 @@ def _make_method(
 
 def open_batches(
     recipe: StudentRecipe, model: PixelModel | LatentModel, runs: Path, pairs: PairSet | None
-) -> tuple[Callable[[int], Batch], Asked]:
+) -> tuple[BatchAt, Asked]:
     """The batch of every step, and what grids show; the run lies in the folder `runs`."""
-    pairs_at, asked = pair_batches(recipe, model, pairs, runs) if pairs else (None, None)
+    paired = pair_batches(model, pairs, recipe, recipe.embeddings, runs) if pairs else None
     if isinstance(recipe, RegressRecipe):
-        return cast(Callable[[int], Batch], pairs_at), asked
+        return cast(tuple[BatchAt, Asked], paired)
+    real = recipe.gan.student_weight > 0 or not recipe.student.backward_simulation
+    asked: Asked = None
     if model.kind == "text":
-        batch_at, asked = text_batches(recipe, model, runs)
+        wanted = load_prompts(recipe.prompts.source, recipe.prompts.column) if recipe.prompts else []
+        images = open_captioned(recipe.data, model, shrink=True) if real or not wanted else None
+        tell_found(images)
+        batch_at, asked = text_batches(model, images, wanted, real, recipe, recipe.embeddings, runs)
     elif recipe.prompts:
         raise UserError("prompts: the teacher takes no text")
     else:
         images = open_images(recipe.data, model.config, shrink=True)
         tell_found(images)
-        real = recipe.gan.student_weight > 0 or not recipe.student.backward_simulation
-        batch_at = image_batches(images, recipe) if real else lambda step: {}  # fakes have classes of their own
-    if pairs_at is None:
+        batch_at = image_batches(images, recipe) if real else lambda step, rows: {}  # fakes have classes of their own
+    if paired is None:
         return batch_at, asked
-    return (lambda step: batch_at(step) | ({} if step % recipe.student_every else {"pair": pairs_at(step)})), asked
+
+    def with_pairs(step: int, rows: range) -> Batch:
+        pair = {} if step % recipe.student_every else {"pair": paired[0](step, rows)}
+        return batch_at(step, rows) | pair
+
+    return with_pairs, asked
 
 
 def initialize(roles: Roles, source: str, runs: Path) -> None:

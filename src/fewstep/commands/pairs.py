@@ -9,8 +9,6 @@ from torch import Tensor
 
 from fewstep.commands.options import Pairs
 from fewstep.commands.runs import check_writable, pick_device
-from fewstep.commands.texts import NUM_GRID_PROMPTS, open_texts
-from fewstep.data.images import batch_indices
 from fewstep.data.pairs import Given, PairSet, load_pairs, write_pairs
 from fewstep.data.prompts import load_prompts
 from fewstep.errors import Interrupted, UserError
@@ -23,8 +21,7 @@ from fewstep.models.sampler import MULTISTEP, Sampler, parse_sampler, sample
 from fewstep.networks.precision import INFERENCE_DTYPES
 from fewstep.recipes.schema import DistillRecipe, StudentRecipe
 from fewstep.runtime.tracking import progress_bar
-from fewstep.seeding import generator
-from fewstep.training.method import Batch
+from fewstep.seeding import Draws, generator
 from fewstep.training.pair_loss import PairLoss
 from fewstep.training.settings import RegressionSettings
 
@@ -70,7 +67,9 @@ def _conditions(given: Pairs, model: PixelModel | LatentModel) -> Given:
         raise UserError("--prompts: the teacher takes no text")
     if given.classes not in ("turn", "uniform"):
         raise UserError(f"--classes {given.classes!r}: write turn or uniform")
-    uniform = model.conditioner.draw(given.num, generator(given.seed, "pair classes")).get("label")
+    uniform = model.conditioner.draw(Draws(generator(given.seed, "pair classes"), range(given.num), given.num)).get(
+        "label"
+    )
     labels = model.conditioner.labels(given.num) if given.classes == "turn" else uniform
     return {"label": labels.tolist()} if uniform is not None and labels is not None else {}
 
@@ -140,19 +139,3 @@ def open_pair_loss(settings: RegressionSettings, model: PixelModel | LatentModel
         return PairLoss(model)
     lpips = load_lpips(settings.lpips, settings.lpips_size, model.device, model.channels, model.image_size)
     return PairLoss(model, lpips, decode)
-
-
-def pair_batches(
-    recipe: StudentRecipe, model: PixelModel | LatentModel, pairs: PairSet, runs: Path
-) -> tuple[Callable[[int], Batch], list[str] | None]:
-    """The pairs of every step, with the embeddings of their prompts, kept as `text_batches` does; prompts for grids."""
-    texts, prompts = None, pairs.given.get("prompt")
-    if model.kind == "text":
-        folder = Path(recipe.embeddings.folder or runs / "embeddings")
-        texts = open_texts(prompts, "prompts of pairs", model.conditioner, recipe.embeddings, folder)
-
-    def batch_at(step: int) -> Batch:
-        indices = batch_indices(pairs.length, recipe.batch_size, step, recipe.seed, purpose="pairs")
-        return pairs.batch(indices) | (texts.batch(indices) if texts else {})
-
-    return batch_at, prompts and prompts[:NUM_GRID_PROMPTS]

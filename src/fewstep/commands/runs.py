@@ -1,12 +1,11 @@
 """Run folders as the verbs use them: start or resume one, find the model in one."""
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from fewstep.data.images import ImageSet, batch_indices
+from fewstep.data.images import ImageSet
 from fewstep.data.latents import LatentSet
 from fewstep.errors import UserError
 from fewstep.files import folder_lock, write_text
@@ -15,8 +14,9 @@ from fewstep.recipes.loading import differences, dump, read_run_recipe
 from fewstep.recipes.schema import AnyRecipe
 from fewstep.runtime.checkpoint import RECIPE, check_run
 from fewstep.runtime.tracking import Report, progress_bar
+from fewstep.training.batches import BatchAt
 from fewstep.training.loop import Evaluate, train
-from fewstep.training.method import Batch, Method
+from fewstep.training.method import Method
 
 
 def pick_device(device: str) -> torch.device:
@@ -60,21 +60,16 @@ def tell_found(images: ImageSet | LatentSet | None) -> None:
         print(images.found)
 
 
-def image_batches(images: ImageSet, recipe: AnyRecipe) -> Callable[[int], Batch]:
-    """The batch of every step: real images with their labels."""
-    return lambda step: images.batch(batch_indices(images.length, recipe.batch_size, step, recipe.seed))
-
-
 def start_run(
     method: Method,
-    batch_at: Callable[[int], Batch],
+    batch_at: BatchAt,
     evaluate: Evaluate | None,
     run: Path,
     recipe: AnyRecipe,
     report: Report | None,
     asked: Asked = None,
 ) -> None:
-    """Makes the run folder and trains on `batch_at(step)`; `report` replaces the progress bar, `asked` is for grids.
+    """Makes the run folder and trains on `batch_at`; `report` replaces the progress bar, `asked` is for grids.
 
     Raises UserError if another process trains there, or has meanwhile begun another recipe's run.
     """
@@ -82,4 +77,4 @@ def start_run(
         check_target(run, recipe, resume=True)
         if not (run / RECIPE).exists():
             write_text(run / RECIPE, dump(recipe))
-        train(method, batch_at, run, recipe, recipe.seed, show, evaluate, asked)
+        train(method, batch_at, run, recipe, show, evaluate, asked)

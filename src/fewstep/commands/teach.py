@@ -1,13 +1,11 @@
 """`fewstep teach`: trains from scratch, a teacher on pixels or on latents with captions, or the autoencoder of one."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from fewstep.commands.judging import make_evaluation
-from fewstep.commands.runs import check_target, image_batches, pick_device, start_run, tell_found
-from fewstep.commands.texts import text_batches
+from fewstep.commands.runs import check_target, pick_device, start_run, tell_found
 from fewstep.embedded.small_models import build_autoencoder, build_pipeline
 from fewstep.embedded.sources import open_captioned, open_captioned_images, open_images, origin
 from fewstep.errors import Interrupted, UserError
@@ -27,12 +25,13 @@ from fewstep.runtime.checkpoint import RECIPE, checkpoint_steps
 from fewstep.runtime.runs import find
 from fewstep.runtime.tracking import Report
 from fewstep.training.autoencoder import AutoencoderTraining
+from fewstep.training.batches import BatchAt, image_batches, text_batches
 from fewstep.training.loop import Evaluate
-from fewstep.training.method import Batch, Method
+from fewstep.training.method import Method
 from fewstep.training.teacher import TeacherTraining
 
 VOCABULARY_CAPTIONS = 10_000  # that a tokenizer is trained on, where the recipe names none
-Job = tuple[Method, Callable[[int], Batch], Evaluate | None]
+Job = tuple[Method, BatchAt, Evaluate | None]
 """What is trained, on which batch at a step, and how it is judged on the way."""
 
 
@@ -53,7 +52,7 @@ def _pixel_teacher(recipe: TeachRecipe, device: torch.device, run: Path) -> Job:
     images = open_images(recipe.data, recipe.model, shrink=recipe.gives("model.image_size"))
     torch.manual_seed(recipe.seed)
     model = PixelModel(recipe.model, build_unet(recipe.model).to(device))
-    method = TeacherTraining(recipe, model, recipe.num_steps, recipe.seed)
+    method = TeacherTraining(recipe, model, recipe.num_steps, recipe.batch_size, recipe.seed)
     evaluate = make_evaluation(recipe, model, run)
     tell_found(images)
     return method, image_batches(images, recipe), evaluate
@@ -68,8 +67,8 @@ def _text_teacher(recipe: TeachTextRecipe, device: torch.device, run: Path) -> t
     torch.manual_seed(recipe.seed)
     model = LatentModel(build_pipeline(recipe.model, autoencoder.vae, captions[:VOCABULARY_CAPTIONS]))
     model.to(device)
-    method = TeacherTraining(recipe, model, recipe.num_steps, recipe.seed)
-    batch_at, asked = text_batches(recipe, model, run.parent, images)
+    method = TeacherTraining(recipe, model, recipe.num_steps, recipe.batch_size, recipe.seed)
+    batch_at, asked = text_batches(model, images, [], True, recipe, recipe.embeddings, run.parent)
     evaluate = make_evaluation(recipe, model, run)
     tell_found(images)
     return (method, batch_at, evaluate), asked
@@ -80,7 +79,8 @@ def _autoencoder(recipe: AutoencoderRecipe, device: torch.device) -> Job:
     torch.manual_seed(recipe.seed)
     model = Autoencoder(build_autoencoder(recipe.model).to(device))
     tell_found(images)
-    return AutoencoderTraining(recipe, model, recipe.num_steps, recipe.seed), image_batches(images, recipe), None
+    method = AutoencoderTraining(recipe, model, recipe.num_steps, recipe.batch_size, recipe.seed)
+    return method, image_batches(images, recipe), None
 
 
 def check_source(recipe: AnyRecipe, field: str, name: str, runs: Path) -> None:

@@ -16,6 +16,16 @@ from fewstep.diffusion.schedules import broadcast
 MIN_DISTANCE = 1e-5
 
 
+def finite_samples(x: Tensor) -> Tensor:
+    """Which samples of x (B, ...) are finite throughout; (B,) bool."""
+    return x.isfinite().flatten(1).all(1)
+
+
+def without_samples(x: Tensor, kept: Tensor) -> Tensor:
+    """x (B, ...) with zeros in place of the samples that are not `kept` (B,)."""
+    return torch.where(kept.reshape(-1, *(1,) * (x.ndim - 1)), x, 0)
+
+
 def denoising_loss(x0_hat: Tensor, x0: Tensor, c_out: Tensor) -> Tensor:
     """mean ((x0_hat - x0) / c_out)^2, the MSE of what the network itself predicts; x0_hat, x0 (B, ...), c_out (B,).
 
@@ -28,11 +38,14 @@ def dmd_loss(fake: Tensor, teacher_x0: Tensor, critic_x0: Tensor) -> Tensor:
     """Distribution matching (DMD2, equation 1): a loss whose gradient at `fake` is g / (B D), all (B, ...).
 
     g = (critic_x0 - teacher_x0) / mean|fake - teacher_x0|, the mean per sample. The value, mean g^2 / 2, measures
-    no progress. Where fake equals the teacher's prediction g is bounded, and zero where teacher equals critic.
+    no progress. Where fake equals the teacher's prediction g is bounded, and zero where teacher equals critic. Samples
+    whose g is not finite are left out: their g is zero.
     """
     with torch.no_grad():
-        distance = (fake - teacher_x0).abs().flatten(1).mean(1).clamp_min(MIN_DISTANCE)
-        target = fake - (critic_x0 - teacher_x0) / broadcast(distance, fake)
+        distance = (fake - teacher_x0).abs().flatten(1).mean(1).clamp_min(MIN_DISTANCE)  # (B,)
+        g = (critic_x0 - teacher_x0) / broadcast(distance, fake)  # (B, ...)
+        # One broken sample of the teacher's would make every weight of the student NaN.
+        target = fake - without_samples(g, finite_samples(g))
     return (fake - target).square().mean() / 2
 
 

@@ -1,32 +1,33 @@
 """Where to train (random native times) and where to step (decreasing grids of native times)."""
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
+
+from fewstep.seeding import Draws
 
 
-def lognormal_sigma(num: int, generator: Generator, mean: float = -1.2, std: float = 1.2) -> Tensor:
-    """EDM's training noise levels, ln(sigma) ~ N(mean, std^2); (num,) (arXiv 2206.00364, table 1)."""
-    return (torch.randn(num, generator=generator, device=generator.device) * std + mean).exp()
+def lognormal_sigma(draws: Draws, mean: float = -1.2, std: float = 1.2) -> Tensor:
+    """EDM's training noise levels, ln(sigma) ~ N(mean, std^2); (B,) (arXiv 2206.00364, table 1)."""
+    return (draws.randn() * std + mean).exp()
 
 
-def uniform_level(num: int, generator: Generator, levels: Tensor, min_index: int = 0, max_index: int = 999) -> Tensor:
-    """Uniform over levels[min_index .. max_index], both included; (num,).
+def uniform_level(draws: Draws, levels: Tensor, min_index: int = 0, max_index: int = 999) -> Tensor:
+    """Uniform over levels[min_index .. max_index], both included; (B,).
 
     `levels` are a schedule's: integer times for VP, 1,000 Karras noise levels for EDM. DMD2 trains the student in
-    [20, 980] and the critic in [0, 999] (spec, 1.2 and 1.3). `levels` lie on the generator's device.
+    [20, 980] and the critic in [0, 999] (spec, 1.2 and 1.3). `levels` lie on the device of `draws`.
     """
-    index = torch.randint(min_index, max_index + 1, (num,), generator=generator, device=generator.device)
-    return levels[index]
+    return levels[draws.randint(min_index, max_index + 1)]
 
 
-def logit_normal(num: int, generator: Generator, mean: float = 0.0, std: float = 1.0) -> Tensor:
-    """Flow times, logit(t) ~ N(mean, std^2); (num,) (SD3, arXiv 2403.03206, equation 19)."""
-    return torch.sigmoid(torch.randn(num, generator=generator, device=generator.device) * std + mean)
+def logit_normal(draws: Draws, mean: float = 0.0, std: float = 1.0) -> Tensor:
+    """Flow times, logit(t) ~ N(mean, std^2); (B,) (SD3, arXiv 2403.03206, equation 19)."""
+    return torch.sigmoid(draws.randn() * std + mean)
 
 
-def shifted_uniform(num: int, generator: Generator, shift: float = 1.0) -> Tensor:
-    """Uniform flow times moved towards noise; (num,)."""
-    return shift_time(torch.rand(num, generator=generator, device=generator.device), shift)
+def shifted_uniform(draws: Draws, shift: float = 1.0) -> Tensor:
+    """Uniform flow times moved towards noise; (B,)."""
+    return shift_time(draws.rand(), shift)
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:

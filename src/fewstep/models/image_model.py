@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from fewstep.diffusion.denoiser import Condition, Denoiser
 from fewstep.networks.family import Family
 from fewstep.networks.fingerprint import fingerprint
+from fewstep.seeding import Draws
 
 DESCRIPTION = "fewstep.json"
 NUMBERS_PER_BATCH = 2**18
@@ -85,11 +86,11 @@ class ImageModel(ABC):
         """
 
     @abstractmethod
-    def draw_condition(self, given: Condition, num: int, draws: Generator) -> Condition:
-        """What `num` fakes are drawn for: random classes, or the prompts or captions given."""
+    def draw_condition(self, given: Condition, draws: Draws) -> Condition:
+        """What fakes are drawn for: random classes, or the prompts or captions given."""
 
     @abstractmethod
-    def drop_condition(self, condition: Condition, probability: float, draws: Generator) -> Condition:
+    def drop_condition(self, condition: Condition, probability: float, draws: Draws) -> Condition:
         """The condition with this share of the samples replaced by the null condition."""
 
     @abstractmethod
@@ -97,7 +98,7 @@ class ImageModel(ABC):
         """The condition of a batch of real data, on the model's device."""
 
     @abstractmethod
-    def encode_x0(self, batch: dict[str, Any], draws: Generator) -> Tensor:
+    def encode_x0(self, batch: dict[str, Any], draws: Draws) -> Tensor:
         """x0 of a batch of real data, on the model's device; an autoencoder that draws its latents uses `draws`."""
 
     @abstractmethod

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from fewstep.diffusion.denoiser import Condition, Denoiser
 from fewstep.models.autoencoder import latent_space
 from fewstep.models.image_model import Asked, ImageModel
 from fewstep.networks.codec import Codec, to_images
 from fewstep.networks.families import FAMILIES
+from fewstep.seeding import Draws
 
 Part = TypeVar("Part", bound=nn.Module)
 
@@ -74,14 +75,13 @@ class LatentModel(ImageModel):
             return condition
         return self.text_condition(batch["caption"]) if "caption" in batch else {}
 
-    def draw_condition(self, given: Condition, num: int, draws: Generator) -> Condition:
-        """The `num` prompts, or captions of the real images, as the released 4-step SDXL run had it (spec, 1.5)."""
+    def draw_condition(self, given: Condition, draws: Draws) -> Condition:
+        """The prompts, or captions of the real images, as the released 4-step SDXL run had it (spec, 1.5)."""
         return dict(given)
 
-    def drop_condition(self, condition: Condition, probability: float, draws: Generator) -> Condition:
+    def drop_condition(self, condition: Condition, probability: float, draws: Draws) -> Condition:
         """The condition with this share of the samples replaced by the null condition."""
-        size = len(next(iter(condition.values())))
-        dropped = torch.rand(size, generator=draws, device=draws.device) < probability
+        dropped = draws.rand() < probability  # (B,)
         null = self.null_condition if probability else {}
         return condition | {
             key: torch.where(dropped.reshape(-1, *(1,) * (value.ndim - 1)), value, condition[key])
@@ -114,13 +114,12 @@ class LatentModel(ImageModel):
         rows = torch.tensor([number[prompt] for prompt in prompts], device=self.device)
         return {key: value[rows] for key, value in self.text_condition(list(number)).items()}
 
-    def encode_x0(self, batch: dict[str, Any], draws: Generator) -> Tensor:
+    def encode_x0(self, batch: dict[str, Any], draws: Draws) -> Tensor:
         """{"latent": (B, C, H, W)} as it is, or {"image": uint8 (B, 3, R, R)} encoded with noise from `draws`."""
         if "latent" in batch:
             latent: Tensor = batch["latent"].to(self.device)
             return latent.float()
-        noise = torch.randn(len(batch["image"]), *self.shape, generator=draws, device=draws.device)
-        return self.encode_images(batch["image"], noise)
+        return self.encode_images(batch["image"], draws.randn(*self.shape))
 
     def encode_images(self, images: Tensor, noise: Tensor) -> Tensor:
         """Latents of uint8 images (B, 3, R, R) by unit noise (B, C, h, w)."""

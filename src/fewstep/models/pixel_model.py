@@ -4,13 +4,14 @@ from typing import Any, Literal
 
 import torch
 from diffusers import UNet2DModel
-from torch import Generator, Tensor
+from torch import Tensor
 
 from fewstep.diffusion.denoiser import Condition, Denoiser
 from fewstep.models.image_model import Asked, ImageModel
 from fewstep.models.settings import PixelModelConfig
 from fewstep.networks.codec import to_images, to_pixels
 from fewstep.networks.families.edm import PIXELS
+from fewstep.seeding import Draws
 
 
 def build_unet(config: PixelModelConfig) -> UNet2DModel:
@@ -60,11 +61,11 @@ class PixelModel(ImageModel):
         null = self.conditioner.null_condition
         return null and {key: value.to(self.device) for key, value in null.items()}
 
-    def draw_condition(self, given: Condition, num: int, draws: Generator) -> Condition:
+    def draw_condition(self, given: Condition, draws: Draws) -> Condition:
         """Uniform over the classes, whatever is given."""
-        return self.conditioner.draw(num, draws)
+        return self.conditioner.draw(draws)
 
-    def drop_condition(self, condition: Condition, probability: float, draws: Generator) -> Condition:
+    def drop_condition(self, condition: Condition, probability: float, draws: Draws) -> Condition:
         """The condition with this share of the labels replaced by the null class."""
         return self.conditioner.dropout(condition, probability, draws)
 
@@ -78,7 +79,7 @@ class PixelModel(ImageModel):
         """The condition of real data {"label": (B,)}, on the model's device."""
         return self.conditioner.encode(batch["label"].to(self.device)) if "label" in batch else {}
 
-    def encode_x0(self, batch: dict[str, Any], draws: Generator) -> Tensor:
+    def encode_x0(self, batch: dict[str, Any], draws: Draws) -> Tensor:
         """x0 of real data {"image": uint8 (B, C, H, W)}, on the model's device."""
         return to_pixels(batch["image"].to(self.device))
 

@@ -1,9 +1,10 @@
 """Conditioners: from what a data set or a user gives to a dict of batch-first tensors, opaque to the floors above."""
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from fewstep.diffusion.denoiser import Condition
+from fewstep.seeding import Draws
 
 
 class ClassLabels:
@@ -19,19 +20,16 @@ class ClassLabels:
     def encode(self, labels: Tensor) -> Condition:
         return {"label": labels} if self.num_classes else {}
 
-    def draw(self, num: int, generator: Generator) -> Condition:
-        """`num` conditions to draw fakes for: uniform over the classes, as the official system does for ImageNet."""
-        labels = torch.randint(max(self.num_classes, 1), (num,), generator=generator, device=generator.device)
-        return self.encode(labels)
+    def draw(self, draws: Draws) -> Condition:
+        """Conditions to draw fakes for: uniform over the classes, as the official system does for ImageNet."""
+        return self.encode(draws.randint(0, max(self.num_classes, 1)))
 
     def labels(self, num: int) -> Tensor:
         """`num` labels with every class equally often: 0, 1, 2, ... for evaluation and grids."""
         return torch.arange(num) % max(self.num_classes, 1)
 
-    def dropout(self, condition: Condition, probability: float, generator: Generator) -> Condition:
+    def dropout(self, condition: Condition, probability: float, draws: Draws) -> Condition:
         """Replaces labels by the null class with this probability: what a teacher needs to be guided later."""
         if not probability or not self.num_classes:
             return condition
-        labels = condition["label"]
-        dropped = torch.rand(len(labels), generator=generator, device=generator.device) < probability
-        return {"label": torch.where(dropped, self.num_classes, labels)}
+        return {"label": torch.where(draws.rand() < probability, self.num_classes, condition["label"])}

@@ -15,8 +15,6 @@ class RunSettings(LoopSettings):
 
     description: str = ""
     """One line for `fewstep recipes`."""
-    seed: int = Field(0, ge=0)
-    """Everything random in a run is a function of this, the step and the rank."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes a GPU if there is one."""
     data: DataSettings = DataSettings()

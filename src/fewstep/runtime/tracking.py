@@ -56,39 +56,46 @@ def rewind(path: Path, step: int) -> None:
     write_text(path, "".join(to_line(line) for line in kept))
 
 
+def is_count(name: str) -> bool:
+    """Whether a metric is a count, of skipped updates or of samples that were not finite: summed, and told if not 0."""
+    return name.startswith(("skipped_", "not_finite_"))
+
+
 class Metrics:
-    """Means since the last line of metrics.jsonl, summed on the device: numbers reach the host only in `write`."""
+    """Means since the last line of metrics.jsonl, summed on the device: numbers reach the host only in `write`.
+
+    Values that are not finite are left out, for the updates that they belong to are skipped.
+    """
 
     def __init__(self, path: Path):
         self.path = path
         self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}
+        self.counts: dict[str, Tensor] = {}
 
     def add(self, metrics: dict[str, Tensor]) -> None:
         """Takes in the 0-d tensors of one step."""
         for name, value in metrics.items():
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
-            self.counts[name] = self.counts.get(name, 0) + 1
+            finite = value.isfinite()
+            self.sums[name] = self.sums.get(name, 0) + value.where(finite, 0)
+            self.counts[name] = self.counts.get(name, 0) + finite
 
     def write(self, step: int) -> dict[str, float]:
-        """Appends one line with the means; raises UserError if any is not finite, for then the run is lost."""
-        values = torch.stack([self.sums[name].float() / count for name, count in self.counts.items()]).tolist()
-        means = dict(zip(self.counts, values, strict=True))
+        """Appends one line with the means, and those counts that are not zero."""
+        sums = [
+            total.float() if is_count(name) else total.float() / self.counts[name] for name, total in self.sums.items()
+        ]
+        values = dict(zip(self.sums, torch.stack(sums).tolist(), strict=True)) if sums else {}
         self.sums, self.counts = {}, {}
-        write_line(self.path, step, means)
-        broken = [name for name, value in means.items() if not math.isfinite(value)]
-        if broken:
-            raise UserError(
-                f"step {step}: {', '.join(broken)} is not finite; lower the learning rate or the GAN weights"
-            )
-        return means
+        line = {name: value for name, value in values.items() if math.isfinite(value) and (value or not is_count(name))}
+        write_line(self.path, step, line)
+        return line
 
     def state_dict(self) -> dict[str, Any]:
         return {"sums": self.sums, "counts": self.counts}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         self.sums = {name: value.to(device) for name, value in state["sums"].items()}
-        self.counts = dict(state["counts"])
+        self.counts = {name: torch.as_tensor(count, device=device) for name, count in state["counts"].items()}
 
 
 def progress_columns() -> Progress:

@@ -11,8 +11,8 @@ from torch import Tensor
 from fewstep.models.autoencoder import Autoencoder
 from fewstep.models.image_model import Asked
 from fewstep.networks.codec import to_images, to_pixels
-from fewstep.seeding import generator
-from fewstep.training.method import Batch, Metrics
+from fewstep.seeding import Draws, generator
+from fewstep.training.method import Batch, Metrics, Part, can_learn, count_broken, of_parts
 from fewstep.training.optimization import Optimizer
 from fewstep.training.settings import AutoencoderSettings
 
@@ -24,30 +24,40 @@ class AutoencoderTraining:
     other_emas: Sequence[str] = ()
     VARIANCE_DECAY = 0.99  # of the running variance of the latents
 
-    def __init__(self, settings: AutoencoderSettings, model: Autoencoder, num_steps: int, seed: int):
-        self.settings, self.model, self.seed = settings, model, seed
+    def __init__(self, settings: AutoencoderSettings, model: Autoencoder, num_steps: int, batch_size: int, seed: int):
+        self.settings, self.model, self.batch_size, self.seed = settings, model, batch_size, seed
         model.vae.train()
         self.optimizer = Optimizer(model.vae.parameters(), settings.optimizer, num_steps)
         self.variance = torch.ones((), device=model.device)
 
-    def step(self, batch: Batch, step: int) -> Metrics:
-        """One update; returns the losses and the gradient norm before clipping."""
-        draws = generator(self.seed, "autoencoder", step, device=self.model.device)
-        pixels = to_pixels(batch["image"].to(self.model.device))
-        self.shown = pixels
+    def step(self, parts: Sequence[Part], step: int) -> Metrics:
+        """One update; gives the losses and the gradient norm before clipping."""
+        halves = [self._gradients(rows, batch, step, 1 / len(parts)) for rows, batch in parts]
+        found, variance = (
+            of_parts([metrics for _, metrics in halves]),
+            torch.cat([latent for latent, _ in halves]).var(),
+        )
+        norm, skipped = self.optimizer.step(can_learn(found, parts))
+        # The scaling factor is saved with the weights: what an update is skipped for must not enter it either.
+        self.variance = self.variance.lerp(torch.where(skipped > 0, self.variance, variance), 1 - self.VARIANCE_DECAY)
+        self.shown = parts[0][1]["image"]
+        return found | {"grad_norm": norm, "skipped_autoencoder": skipped}
+
+    def _gradients(self, rows: range, batch: Batch, step: int, weight: float) -> tuple[Tensor, Metrics]:
+        draws = Draws(generator(self.seed, "autoencoder", step, self.model.device), rows, self.batch_size)
+        pixels = to_pixels(batch["image"].to(self.model.device))  # (B, 3, H, W)
         posterior = self.model.vae.encode(pixels).latent_dist
-        latent = posterior.sample(draws)
+        latent = posterior.mean + posterior.std * draws.randn(*posterior.mean.shape[1:])  # (B, C, h, w)
         error = self.model.vae.decode(latent).sample - pixels
         kl = (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean() / 2
         squared, absolute = error.square().mean(), error.abs().mean()
-        (squared + self.settings.l1_weight * absolute + self.settings.kl_weight * kl).backward()
-        self.variance = self.variance.lerp(latent.detach().var(), 1 - self.VARIANCE_DECAY)
+        (weight * (squared + self.settings.l1_weight * absolute + self.settings.kl_weight * kl)).backward()
         metrics = {"squared_error": squared.detach(), "absolute_error": absolute.detach(), "kl": kl.detach()}
-        return metrics | {"grad_norm": self.optimizer.step()}
+        return latent.detach(), metrics | count_broken(autoencoder=error.detach())
 
     def sample(self, noise: Tensor, first: int = 0, asked: Asked = None) -> Tensor:
         """uint8 pictures of the last batch and what became of them in turn; `noise` only says how many."""
-        pixels = self.shown[first // 2 : (first + noise.shape[1]) // 2]
+        pixels = to_pixels(self.shown[first // 2 : (first + noise.shape[1]) // 2].to(self.model.device))
         self.model.vae.eval()
         restored = self.model.reconstruct(pixels)
         self.model.vae.train()

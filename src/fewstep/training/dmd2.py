@@ -1,26 +1,47 @@
 """DMD2: distribution matching with a two time-scale critic, a GAN on it, and backward simulation (arXiv 2405.14867)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from fewstep.diffusion.denoiser import Condition
-from fewstep.diffusion.losses import denoising_loss, dmd_loss, gan_critic_loss, gan_student_loss
+from fewstep.diffusion.losses import (
+    denoising_loss,
+    dmd_loss,
+    finite_samples,
+    gan_critic_loss,
+    gan_student_loss,
+    without_samples,
+)
 from fewstep.diffusion.sampling import rollout
 from fewstep.models.image_model import ImageModel
 from fewstep.networks.features import features, x0_and_features
 from fewstep.runtime.ema import EMA
-from fewstep.seeding import generator
-from fewstep.training.method import Batch, Metrics
+from fewstep.seeding import Draws, generator
+from fewstep.training.method import Batch, Metrics, Part, Term, can_learn, count_broken, of_parts
 from fewstep.training.noise_levels import NoiseLevelSampler, level_sampler
 from fewstep.training.optimization import Optimizer
 from fewstep.training.pair_loss import PairLoss
 from fewstep.training.roles import Roles
 from fewstep.training.settings import DMD2Settings
 from fewstep.training.student import StudentMethod, student_timesteps
+
+SQUARED = "_image_grad_norm"  # what parts give the share of the square of
+
+
+@dataclass
+class Fakes:
+    """A part of a step's batch between the student's update and the critic's: constants, all of them (B, ...)."""
+
+    draws: Draws
+    fake: Tensor
+    condition: Condition
+    real: Tensor | None
+    real_condition: Condition
 
 
 class DMD2(StudentMethod):
@@ -36,11 +57,10 @@ class DMD2(StudentMethod):
         num_steps: int,
         batch_size: int,
         seed: int,
-        rank: int = 0,
         pair_loss: PairLoss | None = None,
     ):
         self.pair_loss = pair_loss
-        self.settings, self.model, self.batch_size, self.seed, self.rank = settings, model, batch_size, seed, rank
+        self.settings, self.model, self.batch_size, self.seed = settings, model, batch_size, seed
         self.teacher, self.student, self.critic = roles.teacher, roles.student, roles.critic
         self.discriminator, self.feature_layer = roles.discriminator, roles.feature_layer
         self.schedule = roles.student.schedule
@@ -57,78 +77,100 @@ class DMD2(StudentMethod):
     def gan(self) -> bool:
         return self.settings.gan.student_weight > 0
 
-    def step(self, batch: Batch, step: int) -> Metrics:
-        """Makes fakes, updates the student if it is its turn, then the critic on the same fakes."""
-        student_turn = step % self.settings.student_every == 0
-        draws = generator(self.seed, "dmd2", step, self.rank, self.model.device)
+    def step(self, parts: Sequence[Part], step: int) -> Metrics:
+        """Makes fakes, updates the student if it is its turn, then the critic on the same fakes.
+
+        Two loops over the parts: all fakes are of the student before its update, as they are in one piece.
+        """
+        students_turn, weight = step % self.settings.student_every == 0, 1 / len(parts)
+        halves = [self._fakes_of(part, step, students_turn, weight) for part in parts]
+        metrics = of_parts([found for _, found in halves])
+        if students_turn:
+            metrics = self.update_student(metrics, can_learn(metrics, parts))
+        found = of_parts([self.critic_gradients(fakes, weight) for fakes, _ in halves])
+        norm, skipped = self.critic_optimizer.step(can_learn(found, parts))
+        return metrics | found | {"critic_grad_norm": norm, "skipped_critic": skipped}
+
+    def _fakes_of(self, part: Part, step: int, students_turn: bool, weight: float) -> tuple[Fakes, Metrics]:
+        """Fakes of one part; in the student's turn adds their share of its gradients, which `weight` is of."""
+        rows, batch = part
+        draws = Draws(generator(self.seed, "dmd2", step, self.model.device), rows, self.batch_size)
         real, real_condition = None, self.model.encode_condition(batch)
         if self.settings.student.backward_simulation:
             given = self.model.encode_condition(batch["prompt"]) if "prompt" in batch else real_condition
-            fake, condition, stops = self.simulated_fake(given, self.draw_stop(step), draws, student_turn)
+            fake, condition, stops = self.simulated_fake(given, self.draw_stop(step), draws, students_turn)
         else:
             real, condition = self.model.encode_x0(batch, draws), real_condition
-            fake, stops = self.fake_of_real(real, condition, draws, student_turn)
+            # A broken image must not reach the student: its x0 would be one, too, and with it all gradients.
+            fake, stops = self.fake_of_real(
+                without_samples(real, finite_samples(real)), condition, draws, students_turn
+            )
         if self.settings.critic.condition_on_stop:
             condition, real_condition = condition | {"stop": stops}, real_condition | {"stop": stops}
-        metrics = self.update_student(fake, condition, draws, batch.get("pair")) if student_turn else {}
+        metrics = self.student_gradients(fake, condition, draws, batch, weight) if students_turn else {}
         if not self.gan:
             real = None
         elif real is None:
             real = self.model.encode_x0(batch, draws)
-        return metrics | self.update_critic(fake.detach(), condition, real, real_condition, draws)
+        return Fakes(draws, fake.detach(), condition, real, real_condition), metrics
 
-    def simulated_fake(
-        self, real_condition: Condition, stop: int, draws: Generator, grad: bool
-    ) -> tuple[Tensor, Condition, Tensor]:
+    def simulated_fake(self, given: Condition, stop: int, draws: Draws, grad: bool) -> tuple[Tensor, Condition, Tensor]:
         """The student's x0 behind its own rollout up to `stop`, its condition, and the stop of each sample (B,)."""
-        noise = self.randn((stop + 1, self.batch_size, *self.model.shape), draws)
-        condition = self.model.draw_condition(real_condition, self.batch_size, draws)
+        noise = draws.randn(*self.model.shape, before=(stop + 1,))  # (stop + 1, B, C, H, W)
+        condition = self.model.draw_condition(given, draws)
         fake = rollout(self.student, noise, self.timesteps, condition, stop, grad=grad)
-        return fake, condition, torch.full((self.batch_size,), stop, device=draws.device)
+        return fake, condition, torch.full((len(draws),), stop, device=draws.device)
 
-    def fake_of_real(self, real: Tensor, condition: Condition, draws: Generator, grad: bool) -> tuple[Tensor, Tensor]:
+    def fake_of_real(self, real: Tensor, condition: Condition, draws: Draws, grad: bool) -> tuple[Tensor, Tensor]:
         """The student's x0 of noised real data, each at a random one of its timesteps, and which one (B,)."""
-        stops = torch.randint(len(self.timesteps), (len(real),), generator=draws, device=draws.device)
-        eps, t = self.randn(real.shape, draws), self.timesteps[stops]
+        stops = draws.randint(0, len(self.timesteps))
+        eps, t = draws.randn(*real.shape[1:]), self.timesteps[stops]
         noised, pure = self.schedule.add_noise(real, eps, t), self.schedule.pure_noise(eps)
         x_t = torch.where(stops.reshape(-1, *(1,) * (real.ndim - 1)) == 0, pure, noised)
         with torch.set_grad_enabled(grad):
             return self.student(x_t, t, condition), stops
 
     def draw_stop(self, step: int) -> int:
-        """The index of the timestep that this step trains: one for the whole batch, alike on all ranks (spec, 1.5)."""
+        """The index of the timestep that this step trains: one for the whole batch (spec, 1.5)."""
+        # Drawn on the CPU: it decides what is run, and the host must not wait for the device to know it.
         return int(torch.randint(len(self.timesteps), (), generator=generator(self.seed, "stop", step)))
 
-    def update_student(
-        self, fake: Tensor, condition: Condition, draws: Generator, pairs: Batch | None = None
-    ) -> Metrics:
-        """Moves the student along the gradients of its losses at `fake`, which carries its graph, and on `pairs`.
+    # --- the student -------------------------------------------------------------------------------------------------
 
-        Gradients are asked for at the image and nowhere else, so critic, discriminator and teacher get none.
-        """
-        losses = self.student_losses(fake, condition, draws)
-        weights = {"dm": self.settings.dm.weight, "gan": self.settings.gan.student_weight}
-        gradients = {name: torch.autograd.grad(loss, fake)[0] for name, loss in losses.items()}
-        fake.backward(sum(weights[name] * gradient for name, gradient in gradients.items()))
-        metrics = self.regress(pairs) if pairs else {}
-        metrics |= {"student_grad_norm": self.student_optimizer.step()}
+    def update_student(self, metrics: Metrics, finite: Tensor) -> Metrics:
+        """One update along the gradients that the parts have added, with the metrics of all of them."""
+        norm, skipped = self.student_optimizer.step(finite)
         self.ema.update()
-        for name, loss in losses.items():
-            metrics |= {f"{name}_loss": loss.detach(), f"{name}_image_grad_norm": gradients[name].norm()}
+        norms = {name: value.sqrt() for name, value in metrics.items() if name.endswith(SQUARED)}
+        return {"student_grad_norm": norm, **metrics, **norms, "skipped_student": skipped}
+
+    def student_gradients(
+        self, fake: Tensor, condition: Condition, draws: Draws, batch: Batch, weight: float = 1.0
+    ) -> Metrics:
+        """Adds the gradients of the student's losses at `fake`, which carries its graph, and of its other terms.
+
+        Gradients are asked for at the image and nowhere else, so critic, discriminator and teacher get none. The norms
+        at the image are given as their squares' share of the whole batch's.
+        """
+        terms = self.student_losses(fake, condition, draws)
+        gradients = {name: torch.autograd.grad(term.loss.mean(), fake)[0] for name, term in terms.items()}
+        fake.backward(sum(weight * term.weight * gradients[name] for name, term in terms.items()))
+        extra = {name: term_of(batch) for name, term_of in self.extra_terms(batch).items()}
+        for term in extra.values():
+            (weight * term.weight * term.loss.mean()).backward()
+        metrics: Metrics = {}
+        for name, term in (terms | extra).items():
+            metrics |= {f"{name}_loss": term.loss.detach().mean(), **term.counts}
+            if name in gradients:
+                # A part's loss is the mean over its own samples, so its gradient is 1 / weight times the batch's.
+                metrics[f"{name}{SQUARED}"] = weight * gradients[name].norm().square()
         return metrics
 
-    def regress(self, pairs: Batch) -> Metrics:
-        """Adds the gradient of the loss on a batch of pairs to the student's."""
-        assert self.pair_loss is not None
-        loss = self.pair_loss(self.student, self.timesteps, pairs)
-        (self.settings.regression_weight * loss).backward()
-        return {"regression_loss": loss.detach()}
-
-    def student_losses(self, fake: Tensor, condition: Condition, draws: Generator) -> dict[str, Tensor]:
-        """The losses that are on, unweighted; without independent noise one pass of the critic serves both."""
+    def student_losses(self, fake: Tensor, condition: Condition, draws: Draws) -> dict[str, Term]:
+        """The losses at the image that are on; without independent noise one pass of the critic serves both."""
         dm = self.settings.dm.weight > 0
         shared = dm and self.gan and not self.settings.gan.independent_noise
-        losses = {}
+        terms: dict[str, Term] = {}
         if dm:
             x_t, t = self.noised(fake, self.student_levels, draws)
             with torch.no_grad():
@@ -138,55 +180,65 @@ class DMD2(StudentMethod):
             else:
                 with torch.no_grad():
                     critic_x0 = self.critic(x_t, t, condition)
-            losses["dm"] = dmd_loss(fake, teacher_x0, critic_x0)
+            terms["dm"] = Term(
+                dmd_loss(fake, teacher_x0, critic_x0), self.settings.dm.weight, count_broken(teacher=teacher_x0)
+            )
         if self.gan:
             if not shared:
                 fake_features = self.noised_features(fake, condition, draws)
-            losses["gan"] = gan_student_loss(self.discriminator(fake_features))
-        return losses
+            loss = gan_student_loss(self.discriminator(fake_features))
+            terms["gan"] = Term(loss, self.settings.gan.student_weight)
+        return terms
 
-    def update_critic(
-        self, fake: Tensor, condition: Condition, real: Tensor | None, real_condition: Condition, draws: Generator
-    ) -> Metrics:
-        """One update of critic and discriminator on constants; the critic has neither guidance nor dropout.
+    def extra_terms(self, batch: Batch) -> Mapping[str, Callable[[Batch], Term]]:
+        """Further losses of the student, which call it themselves, on what the batch has for them."""
+        return {"regression": self.regression} if "pair" in batch else {}
 
-        `real` is None without the GAN.
-        """
+    def regression(self, batch: Batch) -> Term:
+        """The distance from the teacher's own images of a batch of noises."""
+        assert self.pair_loss is not None
+        return Term(self.pair_loss(self.student, self.timesteps, batch["pair"]), self.settings.regression_weight)
+
+    # --- the critic --------------------------------------------------------------------------------------------------
+
+    def critic_gradients(self, fakes: Fakes, weight: float = 1.0) -> Metrics:
+        """Adds the gradients of critic and discriminator on constants; the critic has neither guidance nor dropout."""
+        fake, draws = fakes.fake, fakes.draws
         x_t, t = self.noised(fake, self.critic_levels, draws)
         shared = self.gan and not self.settings.gan.independent_noise
         if shared:
-            x0_hat, fake_features = self.x0_and_features(x_t, t, condition)
+            x0_hat, fake_features = self.x0_and_features(x_t, t, fakes.condition)
         else:
-            x0_hat = self.critic(x_t, t, condition)
-        loss = denoising_loss(x0_hat, fake, self.critic.coefficients(t)[1])
-        metrics = {"denoising_loss": loss.detach()}
-        if real is not None:
+            x0_hat = self.critic(x_t, t, fakes.condition)
+        loss = denoising_loss(x0_hat, fake, self.critic.coefficients(t)[1]).mean()
+        metrics = {"denoising_loss": loss.detach(), **count_broken(student=fake, critic=x0_hat.detach())}
+        if fakes.real is not None:
             if not shared:
-                fake_features = self.noised_features(fake, condition, draws)
-            real_features = self.noised_features(real, real_condition, draws, t if shared else None)
-            fake_logits, real_logits = self.discriminator(fake_features), self.discriminator(real_features)
-            gan_loss = gan_critic_loss(fake_logits, real_logits)
+                fake_features = self.noised_features(fake, fakes.condition, draws)
+            usable = finite_samples(fakes.real)
+            real = without_samples(fakes.real, usable)
+            real_features = self.noised_features(real, fakes.real_condition, draws, t if shared else None)
+            fake_logits, real_logits = self.discriminator(fake_features), self.discriminator(real_features)  # (B,)
+            real_logits = torch.where(usable, real_logits, real_logits.detach())  # nothing is learned from the others
+            gan_loss = gan_critic_loss(fake_logits, real_logits).mean()
             loss = loss + self.settings.gan.critic_weight * gan_loss
             metrics |= {"gan_critic_loss": gan_loss.detach(), "logit_gap": (real_logits - fake_logits).mean().detach()}
-        loss.backward()
-        return metrics | {"critic_grad_norm": self.critic_optimizer.step()}
+            metrics |= count_broken(data=fakes.real)
+        (weight * loss).backward()
+        return metrics
 
     def x0_and_features(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """The critic's x0 prediction and the discriminator's features, from one pass."""
         return x0_and_features(self.critic, self.feature_layer, *args, **kwargs)
 
-    def noised_features(self, x0: Tensor, condition: Condition, draws: Generator, t: Tensor | None = None) -> Tensor:
+    def noised_features(self, x0: Tensor, condition: Condition, draws: Draws, t: Tensor | None = None) -> Tensor:
         """The discriminator's features of x0, freshly noised to t (by default random levels of the critic)."""
         x_t, t = self.noised(x0, self.critic_levels, draws, t)
         return features(self.critic, self.feature_layer, x_t, t, condition)
 
     def noised(
-        self, x0: Tensor, levels: NoiseLevelSampler, draws: Generator, t: Tensor | None = None
+        self, x0: Tensor, levels: NoiseLevelSampler, draws: Draws, t: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """x_t with fresh noise, and its t: random from `levels`, or given."""
-        t = levels(len(x0), draws) if t is None else t
-        return self.schedule.add_noise(x0, self.randn(x0.shape, draws), t), t
-
-    @staticmethod
-    def randn(shape: Sequence[int], draws: Generator) -> Tensor:
-        return torch.randn(shape, generator=draws, device=draws.device)
+        t = levels(draws) if t is None else t
+        return self.schedule.add_noise(x0, draws.randn(*x0.shape[1:]), t), t

@@ -23,7 +23,9 @@ from fewstep.runtime.checkpoint import (
 from fewstep.runtime.runs import best_steps
 from fewstep.runtime.tracking import Metrics, Report, read_metrics, rewind, stop_request, write_line
 from fewstep.seeding import generator
-from fewstep.training.method import Batch, Method
+from fewstep.training.batches import BatchAt, parts_ahead
+from fewstep.training.guard import Guard, check_finite
+from fewstep.training.method import Method
 from fewstep.training.settings import LoopSettings
 
 GRID_COLUMNS = 10
@@ -33,33 +35,34 @@ Evaluate = Callable[[Method], dict[str, float]]
 
 def train(
     method: Method,
-    batch_at: Callable[[int], Batch],
+    batch_at: BatchAt,
     run: Path,
     settings: LoopSettings,
-    seed: int,
     report: Report,
     evaluate: Evaluate | None = None,
     asked: Asked = None,
 ) -> None:
     """Runs `method` from the run's newest checkpoint, or from the start, to `num_steps`.
 
-    `batch_at(step)` gives the batch of a step; `evaluate`, if there is one, judges every `evaluation.every` steps and
-    at the end, and every judged step gets a checkpoint. `asked` is what grids show. Raises Interrupted, behind a
-    checkpoint, if the user stops it.
+    `batch_at(step, rows)` gives rows of the batch of a step; `evaluate`, if there is one, judges every
+    `evaluation.every` steps and at the end, and every judged step gets a checkpoint. `asked` is what grids show. Raises
+    Interrupted, behind a checkpoint, if the user stops it, and UserError if too many updates are skipped.
     """
-    metrics = Metrics(run / METRICS)
-    start = _resume(method, metrics, run)
+    metrics, guard = Metrics(run / METRICS), Guard(settings.max_skipped)
+    start, num_steps = _resume(method, metrics, run), settings.num_steps
     shape = (method.num_noises, settings.grid_images, *method.model.shape)
-    noise = torch.randn(shape, generator=generator(seed, "grid"))
+    noise = torch.randn(shape, generator=generator(settings.seed, "grid"))
     (run / "samples").mkdir(exist_ok=True)
-    every = settings.evaluation.every or settings.num_steps
-    with stop_request() as stop_requested:
-        for step in range(start, settings.num_steps):
-            metrics.add(method.step(batch_at(step), step))
-            done = step + 1
-            last = done == settings.num_steps
-            shown = metrics.write(done) if done % settings.log_every == 0 or last else {}
+    every = settings.evaluation.every or num_steps
+    with stop_request() as stop_requested, parts_ahead(batch_at, settings, start, method.model.device) as parts:
+        for done, part in enumerate(parts, start + 1):
+            metrics.add(guard.add(method.step(part, done - 1)))
+            last = done == num_steps
             judged = evaluate is not None and (done % every == 0 or last)
+            logged = done % settings.log_every == 0 or last
+            if logged or judged or done % settings.max_skipped == 0:  # else the host does not wait for the device
+                guard.check(done)
+            shown = metrics.write(done) if logged else {}
             if evaluate is not None and judged:
                 scores = evaluate(method)
                 write_line(run / EVALUATIONS, done, scores)
@@ -70,11 +73,19 @@ def train(
                 save_png(sample_grid(method, noise, asked), run / "samples" / f"{step_name(done)}.png")
                 method.model.release()
             if done % settings.checkpoint_every == 0 or last or stopped or judged:
-                state = {"method": method.state_dict(), "metrics": metrics.state_dict()}
-                best = best_steps(read_metrics(run / EVALUATIONS)).values()
-                save_checkpoint(run, done, state, partial(method.save_model, frozen=run / FROZEN), best)
+                guard.check(done)
+                _save(method, metrics, run, done)
             if stopped and not last:
-                raise Interrupted(f"stopped at step {done} of {settings.num_steps}; continue with --resume --out {run}")
+                raise Interrupted(f"stopped at step {done} of {num_steps}; continue with --resume --out {run}")
+
+
+def _save(method: Method, metrics: Metrics, run: Path, step: int) -> None:
+    """A checkpoint of finite numbers."""
+    state = method.state_dict()
+    check_finite(state, step)
+    best = best_steps(read_metrics(run / EVALUATIONS)).values()
+    save_model = partial(method.save_model, frozen=run / FROZEN)
+    save_checkpoint(run, step, {"method": state, "metrics": metrics.state_dict()}, save_model, best)
 
 
 def sample_grid(method: Method, noise: Tensor, asked: Asked = None) -> Image:

@@ -2,17 +2,49 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from fewstep.diffusion.losses import finite_samples
 from fewstep.models.image_model import Asked
+from fewstep.runtime.tracking import is_count
 
 Batch = dict[str, Any]
 """What an image model encodes; under "prompt" what fakes are drawn for, where that is not the real data's condition."""
+Part = tuple[range, Batch]
+"""Rows of a step's batch, by their numbers, and what lies in them."""
 Metrics = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Term:
+    """A loss of a step, one number per sample (B,), and its weight in the sum; `counts` are metrics that it has."""
+
+    loss: Tensor
+    weight: float
+    counts: Metrics = field(default_factory=dict)
+
+
+def of_parts(found: Sequence[Metrics]) -> Metrics:
+    """The metrics of a step out of those of its equal parts: means, but sums of what is a count."""
+    stacked = {name: torch.stack([metrics[name] for metrics in found]) for name in found[0]}  # (parts,)
+    return {name: values.sum() if is_count(name) else values.mean() for name, values in stacked.items()}
+
+
+def can_learn(metrics: Metrics, parts: Sequence[Part]) -> Tensor:
+    """Whether the losses are finite, and no source of samples is broken in all of them; () bool, on the device."""
+    finite = torch.stack([value for name, value in metrics.items() if not is_count(name)]).isfinite()
+    num_samples = sum(len(rows) for rows, _ in parts)
+    return torch.stack([finite.all(), *(metrics[name] < num_samples for name in metrics if is_count(name))]).all()
+
+
+def count_broken(**samples: Tensor) -> Metrics:
+    """How many of the samples (B, ...) of each source are not finite, for a `Guard`."""
+    return {f"not_finite_{source}": (~finite_samples(x)).sum() for source, x in samples.items()}
 
 
 class TrainedModel(Protocol):
@@ -30,7 +62,7 @@ class TrainedModel(Protocol):
 
 
 class Method(Protocol):
-    """A training algorithm: one `step` per batch; everything random in it is a function of (seed, step, rank)."""
+    """A training algorithm: one `step` per batch; everything random in it is a function of (seed, step)."""
 
     @property
     def model(self) -> TrainedModel:
@@ -40,8 +72,12 @@ class Method(Protocol):
     def num_noises(self) -> int:
         """How many noises per image `sample` wants: K for a student, 1 for a teacher."""
 
-    def step(self, batch: Batch, step: int) -> Metrics:
-        """One update; returns 0-d tensors, which only the loop turns into numbers, and only when it logs."""
+    def step(self, parts: Sequence[Part], step: int) -> Metrics:
+        """One update on a batch in equal parts, whose numbers do not depend on how many they are.
+
+        Gives 0-d tensors, which only the loop turns into numbers, and only when it logs: losses and norms, and counts
+        (`is_count`): `skipped_NAME` of an update, `not_finite_SOURCE` of samples.
+        """
 
     def sample(self, noise: Tensor, first: int = 0, asked: Asked = None) -> Tensor:
         """uint8 images (B, C, H, W) number `first` and on from noise (K, B, ...), with the averaged weights.

@@ -4,18 +4,19 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from fewstep.diffusion import timesteps
 from fewstep.diffusion.schedules import NoiseSchedule
 from fewstep.errors import UserError
+from fewstep.seeding import Draws
 from fewstep.training.settings import NoiseLevels
 
-NoiseLevelSampler = Callable[[int, Generator], Tensor]
+NoiseLevelSampler = Callable[[Draws], Tensor]
 
 
 def level_sampler(noise: NoiseLevels, schedule: NoiseSchedule, device: torch.device) -> NoiseLevelSampler:
-    """A function (num, generator) -> native times (num,), for generators on `device`.
+    """A function from draws on `device` to native times (B,).
 
     Raises UserError if the schedule has no such times.
     """

@@ -1,7 +1,8 @@
-"""One optimizer with its schedule and its clipping."""
+"""One optimizer with its schedule and its clipping; what is not finite never reaches the weights."""
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,17 +36,25 @@ class Optimizer:
             self.adamw, lambda update: learning_rate_factor(update, num_updates, settings)
         )
 
-    def step(self) -> Tensor:
-        """Clips, updates, clears the gradients; returns the gradient norm before clipping."""
+    def step(self, finite: Tensor) -> tuple[Tensor, Tensor]:
+        """Clips, updates, clears the gradients; gives the gradient norm before clipping, and 1 if it was skipped, or 0.
+
+        An update is skipped if its losses are not `finite` () or the norm is not. Weights, moments and AdamW's count of
+        updates, on which its correction of the moments depends, stay as they were then; the rate goes on, for it is a
+        function of the run's progress.
+        """
         norm = nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
+        skipped = (~(norm.isfinite() & finite)).float()
+        # The fused kernel looks at `found_inf` on the device, as for a gradient scaler: the host need not know.
+        self.adamw.grad_scale, self.adamw.found_inf = None, skipped  # type: ignore[attr-defined]
         self.adamw.step()
         self.schedule.step()
         self.adamw.zero_grad()
-        return norm
+        return norm, skipped
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         return {"adamw": self.adamw.state_dict(), "schedule": self.schedule.state_dict()}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.adamw.load_state_dict(state["adamw"])
         self.schedule.load_state_dict(state["schedule"])

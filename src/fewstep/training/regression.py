@@ -1,10 +1,12 @@
 """Regression of a one-step student on pairs of its teacher, the start of one-step SDXL (DMD2, 5.2; spec, 1.7)."""
 
+from collections.abc import Sequence
+
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.models.image_model import ImageModel
 from fewstep.networks.blocks import checkpoint_blocks
 from fewstep.runtime.ema import EMA
-from fewstep.training.method import Batch, Metrics
+from fewstep.training.method import Batch, Metrics, Part, can_learn, count_broken, of_parts
 from fewstep.training.optimization import Optimizer
 from fewstep.training.pair_loss import PairLoss
 from fewstep.training.settings import RegressSettings
@@ -26,10 +28,14 @@ class Regression(StudentMethod):
         self.student_optimizer = Optimizer(student.parameters(), settings.student.optimizer, num_steps)
         self.ema = EMA(student, settings.student.ema_decay)
 
-    def step(self, batch: Batch, step: int) -> Metrics:
+    def step(self, parts: Sequence[Part], step: int) -> Metrics:
         """One update; nothing in it is random."""
-        loss = self.loss(self.student, self.timesteps, batch)
-        loss.backward()
-        grad_norm = self.student_optimizer.step()
+        found = of_parts([self._gradients(batch, 1 / len(parts)) for _, batch in parts])
+        norm, skipped = self.student_optimizer.step(can_learn(found, parts))
         self.ema.update()
-        return {"regression_loss": loss.detach(), "student_grad_norm": grad_norm}
+        return found | {"student_grad_norm": norm, "skipped_student": skipped}
+
+    def _gradients(self, batch: Batch, weight: float) -> Metrics:
+        loss = self.loss(self.student, self.timesteps, batch).mean()
+        (weight * loss).backward()
+        return {"regression_loss": loss.detach(), **count_broken(data=batch["x0"])}

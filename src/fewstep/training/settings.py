@@ -72,8 +72,14 @@ class LoopSettings(Settings):
 
     num_steps: int = Field(1000, ge=1)
     """Steps; for distillation these are critic updates, as in the paper's counts."""
+    seed: int = Field(0, ge=0)
+    """Everything random in a run is a function of this and the step."""
     batch_size: int = Field(64, ge=1)
     """Samples per step."""
+    accumulate: int = Field(1, ge=1)
+    """Parts that a batch is computed in, one after the other, for want of memory; the numbers are those of one."""
+    max_skipped: int = Field(20, ge=1)
+    """Updates in a row that may be skipped because a loss or a gradient is not finite, before the run ends."""
     log_every: int = Field(50, ge=1)
     """Steps per line of metrics.jsonl."""
     sample_every: int = Field(1000, ge=1)
@@ -84,6 +90,12 @@ class LoopSettings(Settings):
     """Steps per checkpoint; the newest two are kept, and those that are the best by a metric of `evaluation`."""
     evaluation: EvaluationSettings = EvaluationSettings()
     """Judging on the way; `init_from: RUN@best-fid` starts from what it found best."""
+
+    @model_validator(mode="after")
+    def _parts_are_equal(self) -> Self:
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"accumulate: {self.accumulate} parts don't divide batch_size {self.batch_size}")
+        return self
 
 
 class TeacherSettings(Settings):

@@ -5,15 +5,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fewstep.diffusion.losses import denoising_loss
 from fewstep.diffusion.sampling import heun
 from fewstep.models.image_model import Asked, ImageModel
 from fewstep.runtime.ema import EMA
-from fewstep.seeding import generator
-from fewstep.training.method import Batch, Metrics
+from fewstep.seeding import Draws, generator
+from fewstep.training.method import Batch, Metrics, Part, can_learn, count_broken, of_parts
 from fewstep.training.noise_levels import level_sampler
 from fewstep.training.optimization import Optimizer
 from fewstep.training.settings import TeacherSettings
@@ -26,26 +25,29 @@ class TeacherTraining:
     other_emas: Sequence[str] = ()
     NUM_SAMPLER_STEPS = 18  # Heun, 35 calls: for the sample grids
 
-    def __init__(self, settings: TeacherSettings, model: ImageModel, num_steps: int, seed: int, rank: int = 0):
-        self.settings, self.model, self.seed, self.rank = settings, model, seed, rank
+    def __init__(self, settings: TeacherSettings, model: ImageModel, num_steps: int, batch_size: int, seed: int):
+        self.settings, self.model, self.batch_size, self.seed = settings, model, batch_size, seed
         self.denoiser = model.denoiser.train()
         self.optimizer = Optimizer(self.denoiser.parameters(), settings.optimizer, num_steps)
         self.ema = EMA(self.denoiser, settings.ema_decay)
         self.draw_levels = level_sampler(settings.noise, self.denoiser.schedule, model.device)
 
-    def step(self, batch: Batch, step: int) -> Metrics:
-        """One update; returns the loss and the gradient norm before clipping."""
-        draws = generator(self.seed, "teacher", step, self.rank, self.model.device)
+    def step(self, parts: Sequence[Part], step: int) -> Metrics:
+        """One update; gives the loss and the gradient norm before clipping."""
+        found = of_parts([self._gradients(rows, batch, step, 1 / len(parts)) for rows, batch in parts])
+        norm, skipped = self.optimizer.step(can_learn(found, parts))
+        self.ema.update()
+        return found | {"grad_norm": norm, "skipped_network": skipped}
+
+    def _gradients(self, rows: range, batch: Batch, step: int, weight: float) -> Metrics:
+        draws = Draws(generator(self.seed, "teacher", step, self.model.device), rows, self.batch_size)
         x0, condition = self.model.encode_x0(batch, draws), self.model.encode_condition(batch)
         condition = self.model.drop_condition(condition, self.settings.class_dropout, draws)
-        t = self.draw_levels(len(x0), draws)
-        eps = torch.randn(x0.shape, generator=draws, device=draws.device)
-        x0_hat = self.denoiser(self.denoiser.schedule.add_noise(x0, eps, t), t, condition)
-        loss = denoising_loss(x0_hat, x0, self.denoiser.coefficients(t)[1])
-        loss.backward()
-        grad_norm = self.optimizer.step()
-        self.ema.update()
-        return {"denoising_loss": loss.detach(), "grad_norm": grad_norm}
+        t, eps = self.draw_levels(draws), draws.randn(*x0.shape[1:])
+        x0_hat = self.denoiser(self.denoiser.schedule.add_noise(x0, eps, t), t, condition)  # (B, C, H, W)
+        loss = denoising_loss(x0_hat, x0, self.denoiser.coefficients(t)[1]).mean()
+        (weight * loss).backward()
+        return {"denoising_loss": loss.detach(), **count_broken(data=x0, network=x0_hat.detach())}
 
     def sample(self, noise: Tensor, first: int = 0, asked: Asked = None) -> Tensor:
         """uint8 images number `first` and on from noise (1, B, ...) with the averaged weights."""

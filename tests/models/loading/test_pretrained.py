@@ -19,6 +19,7 @@ from fewstep.models.loading.hub import is_hub_id
 from fewstep.models.loading.pretrained import load
 from fewstep.models.loading.single_file import base_model, convert
 from single_files import original_unet, original_weights, write_single_file
+from steps import draws
 from tiny_pipelines import BETAS, TINY
 
 KINDS = {"sd": ("sd", False), "sd2": ("sd", True), "sdxl": ("sdxl", False)}
@@ -56,14 +57,14 @@ def sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def outputs(model: LatentModel) -> dict[str, Tensor]:
     """What a model makes of fixed inputs: x0 predictions, conditions, latents and pictures."""
-    draws = torch.Generator().manual_seed(0)
-    x_t, t = torch.randn(2, 4, 8, 8, generator=draws), torch.tensor([20, 700])
-    images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8, generator=draws)
+    numbers = draws(2)
+    x_t, t = numbers.randn(4, 8, 8), torch.tensor([20, 700])
+    images = numbers.randint(0, 256, 3, 16, 16).to(torch.uint8)
     condition = model.text_condition(PROMPTS)
     with torch.no_grad():
         x0 = model.denoiser(x_t, t, condition)
     null = {f"null {name}": tensor for name, tensor in model.null_condition.items()}
-    latents = model.encode_x0({"image": images}, draws)
+    latents = model.encode_x0({"image": images}, numbers)
     return {"x0": x0, "latents": latents, "pictures": model.decode(x0).float(), **condition, **null}
 
 

@@ -1,0 +1,77 @@
+"""What is not finite is counted on the device, and ends a run before it is lost or saved."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.errors import UserError
+from fewstep.training.method import Metrics
+
+SOURCES = {  # in the order of cause and effect
+    "data": ("the data", "look for broken files where `data` says"),
+    "network": ("the network's predictions", "lower optimizer.lr"),
+    "teacher": ("the teacher's predictions", "try precision=float32, or another teacher"),
+    "student": ("the student's samples", "lower student.optimizer.lr"),
+    "critic": ("the critic's predictions", "lower critic.optimizer.lr, or the GAN weights"),
+    "autoencoder": ("the autoencoder's pictures", "lower optimizer.lr"),
+}
+
+
+class Guard:
+    """Ends a run of whose updates `max_skipped` in a row were skipped; the host reads the counts in `check` alone."""
+
+    def __init__(self, max_skipped: int):
+        self.max_skipped = max_skipped
+        self.in_a_row: dict[str, Tensor] = {}
+        self.longest: dict[str, Tensor] = {}
+        """By what is updated: skipped updates up to now, and the most that there ever were."""
+        self.broken: dict[str, Tensor] = {}
+        """Samples that were not finite, by their source, since the last check that found all well."""
+
+    def add(self, metrics: Metrics) -> Metrics:
+        """Takes in one step; gives its metrics with all skipped updates under one name."""
+        skipped = {name: value for name, value in metrics.items() if name.startswith("skipped_")}
+        for name, value in skipped.items():
+            self.in_a_row[name] = (self.in_a_row.get(name, 0) + 1) * value
+            self.longest[name] = torch.maximum(self.in_a_row[name], self.longest.get(name, self.in_a_row[name]))
+        for name, value in metrics.items():
+            if name.startswith("not_finite_"):
+                self.broken[name] = self.broken.get(name, 0) + value
+        rest = {name: value for name, value in metrics.items() if name not in skipped}
+        return rest | {"skipped_updates": torch.stack(list(skipped.values())).sum()} if skipped else rest
+
+    def check(self, step: int) -> None:
+        """Raises UserError, which names what was not finite, if too many updates in a row were skipped."""
+        if not self.longest:
+            return
+        counts = {**self.longest, **{f"now {name}": value for name, value in self.in_a_row.items()}, **self.broken}
+        found = dict(zip(counts, torch.stack([value.float() for value in counts.values()]).tolist(), strict=True))
+        worst = max(self.longest, key=lambda name: found[name])
+        if found[worst] >= self.max_skipped:
+            broken = [source for source in SOURCES if found.get(f"not_finite_{source}")]
+            source = broken[0] if broken else worst.removeprefix("skipped_")
+            what, advice = SOURCES[source]
+            what = f"{what} were" if broken else f"the gradient of the {source} was"
+            raise UserError(
+                f"step {step}: {what} not finite; {self.max_skipped} updates in a row were skipped (max_skipped): "
+                f"{advice}; the newest checkpoint is whole"
+            )
+        if not any(found[f"now {name}"] for name in self.in_a_row):
+            self.broken = {}
+
+
+def check_finite(state: dict[str, Any], step: int) -> None:
+    """Raises UserError if a number of a method's state is not finite, before it is saved."""
+    finite = {name: torch.stack([x.isfinite().all().cpu() for x in _tensors(part)]) for name, part in state.items()}
+    broken = [name for name, each in finite.items() if not each.all()]
+    if broken:
+        advice = "lower the learning rate or the GAN weights, and go on from the newest checkpoint, which is whole"
+        raise UserError(f"step {step}: {broken[0]} is not finite and was not saved; {advice}")
+
+
+def _tensors(state: Any) -> list[Tensor]:
+    if isinstance(state, Tensor):
+        return [state]
+    values = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else []
+    return [tensor for value in values for tensor in _tensors(value)] or [torch.zeros(())]

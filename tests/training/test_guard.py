@@ -1,0 +1,325 @@
+"""What is not finite never reaches the weights: it is left out or skipped, counted, named, and ends the run in time."""
+
+import copy
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fewstep.commands.distill import distill
+from fewstep.commands.teach import teach
+from fewstep.errors import Interrupted, UserError
+from fewstep.models.pixel_model import PixelModel
+from fewstep.recipes.loading import load_recipe
+from fewstep.runtime.checkpoint import checkpoints, load_state
+from fewstep.runtime.tracking import read_metrics
+from fewstep.training.dmd2 import DMD2
+from fewstep.training.guard import Guard
+from fewstep.training.optimization import Optimizer
+from fewstep.training.roles import make_roles
+from fewstep.training.settings import DMD2Settings, OptimizerSettings
+from steps import in_parts, whole
+
+BATCH, NAN = 4, float("nan")
+BROKEN = pytest.mark.parametrize("value", [NAN, float("inf"), -float("inf")])
+
+
+def flat(state: object) -> list[Tensor]:
+    if isinstance(state, Tensor):
+        return [state]
+    values = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else []
+    return [tensor for value in values for tensor in flat(value)]
+
+
+# --- the optimizer ---------------------------------------------------------------------------------------------------
+
+
+@BROKEN
+@pytest.mark.parametrize("where", ["gradient", "loss"])
+def test_an_update_that_is_not_finite_leaves_no_trace_but_in_the_rate(value: float, where: str) -> None:
+    settings = OptimizerSettings(lr=1e-2, decay="linear", clip_norm=1.0)
+    first, second = (nn.Parameter(torch.arange(3.0)) for _ in range(2))
+    ours, theirs = Optimizer([first], settings, 10), Optimizer([second], settings, 10)
+
+    def update(optimizer: Optimizer, parameter: nn.Parameter, gradient: Tensor, finite: bool = True) -> float:
+        parameter.grad = gradient.clone()
+        return optimizer.step(torch.tensor(finite))[1].item()
+
+    good, other = torch.tensor([0.1, -2.0, 3.0]), torch.tensor([1.0, 1.0, -0.5])
+    assert update(ours, first, good) == update(theirs, second, good) == 0
+    bad = torch.tensor([0.1, value, 1.0]) if where == "gradient" else good
+    assert update(ours, first, bad, finite=where == "gradient") == 1
+    assert torch.equal(first, second)
+    assert first.grad is None
+    theirs.schedule.step()  # the rate is a function of the run's progress
+    for _ in range(2):
+        assert update(ours, first, other) == update(theirs, second, other) == 0
+    assert torch.equal(first, second)
+    assert all(torch.equal(a, b) for a, b in zip(flat(ours.state_dict()), flat(theirs.state_dict()), strict=True))
+    assert ours.adamw.state[first]["step"] == 3
+    assert ours.schedule.last_epoch == 4
+
+
+# --- the methods -----------------------------------------------------------------------------------------------------
+
+
+def make(model: PixelModel, independent: bool = False) -> DMD2:
+    torch.manual_seed(1)
+    model = copy.deepcopy(model)
+    settings = DMD2Settings(
+        student_every=2,
+        student={"num_timesteps": 1, "optimizer": {"lr": 1e-3, "clip_norm": 1e9}, "ema_decay": 0.5},
+        critic={"optimizer": {"lr": 1e-3, "clip_norm": 1e9}},
+        gan={"student_weight": 0.1, "critic_weight": 0.1, "independent_noise": independent},
+    )
+    return DMD2(settings, model, make_roles(model), 20, BATCH, seed=0)
+
+
+def batch(model: PixelModel) -> dict[str, Tensor]:
+    images = torch.randint(0, 256, (BATCH, *model.shape), generator=torch.Generator().manual_seed(0))
+    return {"image": images.to(torch.uint8), "label": torch.arange(BATCH) % 3}
+
+
+def break_samples(module: nn.Module, rows: slice, value: float) -> None:
+    """Puts the value into one place of these samples of whatever the module gives."""
+
+    def hook(m: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        output = output.clone()
+        output[rows, ..., 0, 0] = value
+        return output
+
+    module.register_forward_hook(hook)
+
+
+def weights(module: nn.Module) -> list[Tensor]:
+    return [p.detach().clone() for p in module.parameters()]
+
+
+def equal(first: list[Tensor], second: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@BROKEN
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_one_broken_sample_of_the_teachers_is_left_out(tiny_model: PixelModel, value: float, parts: int) -> None:
+    method, other = make(tiny_model), make(tiny_model)
+    for moved, p in zip(method.critic.parameters(), other.critic.parameters(), strict=True):
+        p.data = moved.data.add_(0.02 * torch.randn_like(p)).clone()  # a critic that has moved away from the teacher
+    before = weights(method.student)
+    break_samples(method.teacher, slice(1, 2) if parts < 4 else slice(0, 0), value)
+    metrics = method.step(in_parts(batch(tiny_model), BATCH, parts), 0)
+    assert metrics["not_finite_teacher"] == (parts if parts < 4 else 0)
+    assert metrics["skipped_student"] == metrics["skipped_critic"] == 0
+    assert all(value.isfinite() for value in metrics.values())
+    assert all(p.isfinite().all() for p in method.student.parameters())
+    assert not equal(before, weights(method.student))
+    other.step(in_parts(batch(tiny_model), BATCH, parts), 0)
+    assert equal(weights(other.student), weights(method.student)) == (parts == 4)
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_where_every_sample_of_the_teachers_is_broken_the_students_update_is_skipped(
+    tiny_model: PixelModel, parts: int
+) -> None:
+    method = make(tiny_model)
+    before, averages = weights(method.student), [x.clone() for x in method.ema.averages_of().values()]
+    critic = weights(method.critic)
+    break_samples(method.teacher, slice(None), NAN)
+    metrics = method.step(in_parts(batch(tiny_model), BATCH, parts), 0)
+    assert (metrics["skipped_student"], metrics["skipped_critic"]) == (1, 0)
+    assert equal(before, weights(method.student))
+    assert equal(averages, list(method.ema.averages_of().values()))
+    assert not equal(critic, weights(method.critic))
+
+
+@BROKEN
+def test_a_broken_prediction_of_the_critics_is_left_out_by_the_student_and_skipped_by_the_critic(
+    tiny_model: PixelModel, value: float
+) -> None:
+    method = make(tiny_model)
+    student, critic, head = (weights(each) for each in (method.student, method.critic, method.discriminator))
+    break_samples(method.critic, slice(1, 2), value)
+    metrics = method.step(whole(batch(tiny_model), BATCH), 0)
+    assert (metrics["skipped_student"], metrics["skipped_critic"]) == (0, 1)
+    assert metrics["not_finite_critic"] == 1
+    assert not equal(student, weights(method.student))
+    assert all(p.isfinite().all() for p in method.student.parameters())
+    assert equal(critic + head, weights(method.critic) + weights(method.discriminator))
+
+
+@BROKEN
+@pytest.mark.parametrize("independent", [False, True])
+def test_the_gan_learns_nothing_from_a_broken_image_and_the_same_from_the_others(
+    tiny_model: PixelModel, value: float, independent: bool
+) -> None:
+    """Its gradients are those of the reals' loss over the other three, of four."""
+    found = []
+    for broken in (True, False):
+        method = make(tiny_model, independent)
+        encode = method.model.encode_x0
+
+        def encoded(data, draws, encode=encode, broken=broken) -> Tensor:
+            real = encode(data, draws)
+            real[2, 0, 3, 3] = value if broken else 0.0
+            return real
+
+        method.model.encode_x0 = encoded
+        if not broken:  # the third sample's logit is a constant
+            discriminate, calls = method.discriminator.forward, []
+
+            def forward(features: Tensor, discriminate=discriminate, calls=calls) -> Tensor:
+                calls.append(logits := discriminate(features))
+                kept = torch.arange(BATCH) != 2
+                return torch.where(kept, logits, logits.detach()) if len(calls) == 2 else logits
+
+            method.discriminator.forward = forward
+        received: list[Tensor] = []
+        step = method.critic_optimizer.step
+
+        def caught(finite: Tensor, method=method, received=received, step=step) -> tuple[Tensor, Tensor]:
+            received.extend(p.grad.clone() for p in method.critic_optimizer.parameters)
+            return step(finite)
+
+        method.critic_optimizer.step = caught
+        metrics = method.step(whole(batch(tiny_model), BATCH), 1)
+        assert metrics["not_finite_data"] == broken
+        assert metrics["skipped_critic"] == 0
+        found.append(received)
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.isfinite().all()
+        assert (ours - theirs).norm() <= 1e-6 * theirs.norm()
+
+
+# --- the guard -------------------------------------------------------------------------------------------------------
+
+
+def fed(steps: list[dict[str, float]], max_skipped: int = 3) -> Guard:
+    guard = Guard(max_skipped)
+    for metrics in steps:
+        guard.add({name: torch.tensor(float(value)) for name, value in metrics.items()})
+    return guard
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        (["teacher"], "the teacher's predictions were not finite; 3 updates in a row .* try precision=float32"),
+        (["critic", "student"], "the student's samples were not finite; .* lower student.optimizer.lr"),
+        (["critic"], "the critic's predictions were not finite; .* lower critic.optimizer.lr"),
+        (["teacher", "data"], "the data were not finite; .* look for broken files"),
+        ([], "the gradient of the student was not finite"),
+    ],
+)
+def test_the_message_names_the_first_cause(broken: list[str], said: str) -> None:
+    bad = {"skipped_student": 1, **{f"not_finite_{source}": 2 for source in broken}}
+    with pytest.raises(UserError, match=f"^step 9: {said}.*the newest checkpoint is whole$"):
+        fed([bad] * 3).check(9)
+
+
+def test_only_updates_in_a_row_end_a_run_and_of_one_optimizer() -> None:
+    bad, good = {"skipped_student": 1, "skipped_critic": 0}, {"skipped_student": 0, "skipped_critic": 1}
+    fed([bad, bad, good, good, bad, bad]).check(6)
+    between = {"skipped_critic": 0}  # not the student's turn
+    with pytest.raises(UserError, match="the gradient of the student"):
+        fed([bad, between, bad, between, bad]).check(5)
+    with pytest.raises(UserError, match="the gradient of the student"):  # whenever the host looks
+        fed([bad, bad, bad, good]).check(4)
+    recovered = fed([{"skipped_student": 1, "not_finite_data": 1}, {"skipped_student": 0}])
+    recovered.check(2)
+    for _ in range(3):
+        recovered.add({"skipped_student": torch.tensor(1.0)})
+    with pytest.raises(UserError, match="the gradient of the student"):  # not the data, which were well again
+        recovered.check(5)
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
+
+TINY = ["batch_size=8", "log_every=50", "sample_every=100", "checkpoint_every=2", "num_steps=12", "device=cpu"]
+SMALL = ["model.block_out_channels=[8, 8]", "model.norm_num_groups=4"]
+
+
+@pytest.fixture(scope="module")
+def teacher_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "teacher"
+    teach(load_recipe("digits-teacher", [*TINY, *SMALL, "num_steps=2"]), run, report=lambda *_: None)
+    return run
+
+
+def start(
+    kind: str, run: Path, teacher_run: Path, *overrides: str, resume: bool = False, report=lambda *_: None
+) -> None:
+    names = {"distill": "digits-4step", "teach": "digits-teacher", "autoencoder": "shapes-autoencoder"}
+    given = {"distill": [f"teacher={teacher_run}", "student_every=2"], "teach": SMALL}.get(kind, [])
+    recipe = load_recipe(names[kind], [*TINY, *given, *overrides])
+    (distill if kind == "distill" else teach)(recipe, run, resume=resume, report=report)
+
+
+def break_gradients(monkeypatch: pytest.MonkeyPatch, first: int, last: int = 10**9) -> None:
+    """Of every optimizer's updates number `first` to `last`."""
+    update = Optimizer.step
+
+    def step(self: Optimizer, finite: Tensor) -> tuple[Tensor, Tensor]:
+        if first <= self.schedule.last_epoch <= last:
+            self.parameters[0].grad.view(-1)[0] = NAN
+        return update(self, finite)
+
+    monkeypatch.setattr(Optimizer, "step", step)
+
+
+def assert_finite(run: Path) -> None:
+    for checkpoint in checkpoints(run):
+        assert all(tensor.isfinite().all() for tensor in flat(load_state(checkpoint)))
+
+
+KINDS = pytest.mark.parametrize("kind", ["teach", "distill", "autoencoder"])
+
+
+@KINDS
+def test_a_run_that_diverges_between_log_lines_ends_with_good_checkpoints(
+    kind: str, teacher_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        break_gradients(patch, first=4)
+        with pytest.raises(UserError, match=r"^step 8: .* 4 updates in a row were skipped \(max_skipped\)"):
+            start(kind, tmp_path / "run", teacher_run, "max_skipped=4")
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["00000004", "00000006"]
+    assert_finite(tmp_path / "run")
+    start(kind, tmp_path / "run", teacher_run, "max_skipped=4", resume=True)  # what broke it is gone
+    assert_finite(tmp_path / "run")
+
+
+@KINDS
+def test_ctrl_c_between_log_lines_saves_what_is_finite(
+    kind: str, teacher_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(step: int, metrics: dict[str, float]) -> None:
+        if step == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    break_gradients(monkeypatch, first=5)
+    with pytest.raises(Interrupted, match="stopped at step 7"):
+        start(kind, tmp_path / "run", teacher_run, report=interrupt)
+    assert checkpoints(tmp_path / "run")[-1].name == "00000007"
+    assert_finite(tmp_path / "run")
+
+
+def test_a_run_goes_on_behind_skipped_updates_and_tells_them(
+    teacher_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    break_gradients(monkeypatch, first=4, last=6)
+    start("teach", tmp_path / "run", teacher_run, "log_every=6")
+    first, second = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert first["skipped_updates"] == 2
+    assert second["skipped_updates"] == 1
+    assert all(value == value for line in (first, second) for value in line.values())  # no NaN among the means
+    assert_finite(tmp_path / "run")
+
+
+def test_weights_that_overflow_are_not_saved(teacher_run: Path, tmp_path: Path) -> None:
+    """One update can be finite and what it makes of the weights not."""
+    with pytest.raises(UserError, match=r"^step 2: (denoiser|ema) is not finite and was not saved; lower the learning"):
+        start("teach", tmp_path / "run", teacher_run, "optimizer.lr=1e39", "optimizer.warmup_steps=0")
+    assert checkpoints(tmp_path / "run") == []

@@ -1,0 +1,143 @@
+"""A batch in parts is the same batch: draws, gradients, metrics, weights."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from fewstep.embedded.settings import AutoencoderConfig
+from fewstep.embedded.small_models import build_autoencoder
+from fewstep.errors import UserError
+from fewstep.models.autoencoder import Autoencoder
+from fewstep.models.pixel_model import PixelModel
+from fewstep.recipes.loading import load_recipe
+from fewstep.runtime.tracking import is_count
+from fewstep.seeding import Draws, generator
+from fewstep.training.autoencoder import AutoencoderTraining
+from fewstep.training.dmd2 import DMD2
+from fewstep.training.pair_loss import PairLoss
+from fewstep.training.regression import Regression
+from fewstep.training.roles import make_roles
+from fewstep.training.settings import AutoencoderSettings, DMD2Settings, RegressSettings, TeacherSettings
+from fewstep.training.teacher import TeacherTraining
+from steps import in_parts
+
+NUM = 6
+PAIRS = {"pairs": "somewhere", "sampler": "heun:5"}
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda draws: draws.randn(),
+        lambda draws: draws.randn(2, 5),
+        lambda draws: draws.randn(3, before=(4,)).transpose(0, 1),
+        lambda draws: draws.rand(7),
+        lambda draws: draws.randint(3, 90, 2),
+    ],
+)
+def test_the_rows_of_any_division_are_the_whole(size: int, draw: Callable[[Draws], Tensor]) -> None:
+    whole = Draws(generator(0, "test"), range(NUM), NUM)
+    expected = [draw(whole), draw(whole)]  # also of the numbers behind
+    rows = [range(first, min(first + size, NUM)) for first in range(0, NUM, size)]
+    parts = [Draws(generator(0, "test"), each, NUM) for each in rows]
+    found = [torch.cat([draw(part) for part in parts]) for _ in range(2)]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+    assert [len(part) for part in parts] == [len(each) for each in rows]
+
+
+def test_they_are_as_they_say() -> None:
+    draws = Draws(generator(0, "test"), range(1000, 3000), 40_000)
+    assert draws.randn(3, before=(2,)).shape == (2, 2000, 3)
+    assert draws.rand(2, 1).shape == (2000, 2, 1)
+    integers = draws.randint(3, 7)
+    assert (integers.dtype, integers.shape) == (torch.int64, (2000,))
+    assert torch.bincount(integers).tolist() == pytest.approx([0, 0, 0, 500, 500, 500, 500], rel=0.2)
+
+
+SLOW = {"lr": 1e-3, "eps": 1e-3}  # AdamW divides by the gradient's size: without it, rounding of nothing becomes a step
+
+
+def dmd2(model: PixelModel, **settings: object) -> DMD2:
+    settings = {
+        "student_every": 2,
+        "student": {"num_timesteps": 3, "optimizer": SLOW},
+        "critic": {"optimizer": SLOW, "condition_on_stop": True},
+        "gan": {"student_weight": 0.1, "critic_weight": 0.1},
+        **settings,
+    }
+    torch.manual_seed(1)
+    roles = make_roles(model, 2.0, num_stops=3)
+    return DMD2(DMD2Settings(**settings), model, roles, 20, NUM, seed=0, pair_loss=PairLoss(model))
+
+
+def regression(model: PixelModel) -> Regression:
+    settings = RegressSettings(student={"optimizer": SLOW}, regression=PAIRS)
+    return Regression(settings, model, model.denoiser.requires_grad_(True), PairLoss(model), 20)
+
+
+def teacher(model: PixelModel) -> TeacherTraining:
+    return TeacherTraining(TeacherSettings(class_dropout=0.5, optimizer=SLOW), model, 20, NUM, seed=0)
+
+
+def autoencoder(model: PixelModel) -> AutoencoderTraining:
+    torch.manual_seed(0)
+    model = Autoencoder(build_autoencoder(AutoencoderConfig(block_out_channels=[8, 16], norm_num_groups=4)))
+    return AutoencoderTraining(AutoencoderSettings(optimizer=SLOW), model, 20, NUM, seed=0)
+
+
+METHODS: dict[str, Callable] = {
+    "dmd2": dmd2,
+    "dmd2, independent": lambda model: dmd2(
+        model, gan={"student_weight": 0.1, "critic_weight": 0.1, "independent_noise": True}
+    ),
+    "dmd2, without simulation": lambda model: dmd2(
+        model, student={"num_timesteps": 3, "optimizer": SLOW, "backward_simulation": False}
+    ),
+    "dmd2, pairs": lambda model: dmd2(model, regression_weight=0.5, regression=PAIRS),
+    "regression": regression,
+    "teacher": teacher,
+    "autoencoder": autoencoder,
+}
+
+
+def batch(name: str, model: PixelModel, step: int) -> dict:
+    draws = torch.Generator().manual_seed(step)
+    shape = (3, 64, 64) if name == "autoencoder" else model.shape
+    images = torch.randint(0, 256, (NUM, *shape), generator=draws, dtype=torch.uint8)
+    label = torch.randint(0, 3, (NUM,), generator=draws)
+    pairs = {key: torch.randn(NUM, *model.shape, generator=draws) for key in ("noise", "x0")} | {"label": label}
+    if name == "regression":
+        return pairs
+    return {"image": images, "label": label} | ({"pair": pairs} if "pairs" in name and step % 2 == 0 else {})
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("parts", [2, 6])
+def test_weights_and_metrics_are_those_of_one_piece(tiny_model: PixelModel, name: str, parts: int) -> None:
+    found = []
+    for num in (1, parts):
+        method = METHODS[name](copy.deepcopy(tiny_model))
+        lines = [method.step(in_parts(batch(name, tiny_model, step), NUM, num), step) for step in range(3)]
+        state = method.state_dict()
+        networks = [state[part] for part in ("student", "critic", "discriminator", "denoiser", "vae") if part in state]
+        found.append((lines, networks, method))
+    (lines, networks, method), (other_lines, other_networks, other) = found
+    for ours, theirs in zip(networks, other_networks, strict=True):
+        ours, theirs = (torch.cat([value.flatten() for value in each.values()]) for each in (ours, theirs))
+        assert (ours - theirs).norm() <= 1e-6 * ours.norm()
+    for ours, theirs in zip(lines, other_lines, strict=True):
+        assert ours.keys() == theirs.keys()
+        for key, value in ours.items():
+            assert theirs[key].item() == pytest.approx(value.item(), rel=2e-4, abs=1e-6), key
+            assert not (is_count(key) and value)
+    if name == "autoencoder":
+        torch.testing.assert_close(method.variance, other.variance)
+
+
+def test_parts_that_do_not_divide_the_batch_are_refused_at_the_door() -> None:
+    with pytest.raises(UserError, match="accumulate: 3 parts don't divide batch_size 64"):
+        load_recipe("digits-1step", ["batch_size=64", "accumulate=3"])
