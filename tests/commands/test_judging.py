@@ -10,6 +10,8 @@ import torch
 from fewstep.commands.distill import distill
 from fewstep.commands.evaluate import evaluate
 from fewstep.commands.teach import teach
+from fewstep.errors import UserError
+from fewstep.evaluation import reference
 from fewstep.evaluation.extractors import train_classifier
 from fewstep.metric_table import metrics_of
 from fewstep.models.loading.pretrained import open_model
@@ -46,6 +48,41 @@ def test_the_numbers_are_those_of_evaluate(runs: Path, tmp_path: Path, monkeypat
         assert lines[0] != lines[1]
         assert lines[-1] == pytest.approx({metric: rows[name][metric] for metric in lines[-1]}, rel=1e-6)
         assert lines[-1].keys() == {*metrics_of("features", "classes")}
+
+
+def test_images_that_are_not_finite_are_told_with_model_and_step_and_nothing_is_written(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fewstep.models.sampler.sample", lambda model, sampler, noise, condition: noise[0] / 0)
+    monkeypatch.setattr("fewstep.commands.evaluate.images_per_second", lambda *args: 1.0)
+    with pytest.raises(UserError, match=r"^student, step 4: images 0 to 99 are not finite; take another checkpoint"):
+        evaluate([runs / "student"], tmp_path / "out", None, 100, 5000, [], 0, "cpu")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_reals_are_gathered_once_and_again_for_another_network_or_number(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The runs judged themselves: `evaluate` finds what they kept."""
+    monkeypatch.setattr("fewstep.commands.evaluate.images_per_second", lambda *args: 1.0)
+    (kept,) = runs.glob("reference-digits-*.safetensors")
+    before = kept.stat().st_mtime_ns
+    gathered: list[str] = []
+    real = reference.labelled_batches
+    monkeypatch.setattr(reference, "labelled_batches", lambda images, num: gathered.append(num) or real(images, num))
+
+    def floor(num_real: int) -> dict[str, float]:
+        evaluate([runs / "student"], tmp_path, None, 100, num_real, [], 0, "cpu")
+        return json.loads((tmp_path / "results.json").read_text())[0]
+
+    whole = floor(50_000)
+    assert (gathered, kept.stat().st_mtime_ns) == ([], before)
+    assert floor(500) != whole
+    assert floor(500) != whole
+    assert gathered == [500]
+    kept.write_bytes(kept.read_bytes()[:100])  # damaged: it is made again
+    assert floor(50_000) == whole
+    assert gathered == [500, 1797]
 
 
 def test_the_classifier_is_kept_where_evaluate_looks_for_it(runs: Path) -> None:

@@ -13,11 +13,11 @@ from fewstep.evaluation.gathering import GRID_IMAGES
 from fewstep.evaluation.judge import Judge, describe, make_judge
 from fewstep.evaluation.report import Row
 from fewstep.models.image_model import ImageModel
-from fewstep.models.loading.pretrained import open_averages
-from fewstep.models.sampler import default_sampler, generate_batches, images_per_second, parse_sampler
+from fewstep.models.loading.pretrained import is_loadable, open_averages
+from fewstep.models.sampler import Sampler, default_sampler, generate_batches, images_per_second, parse_sampler
 from fewstep.recipes.loading import read_run_recipe
 from fewstep.runtime.checkpoint import METRICS, RECIPE, check_run
-from fewstep.runtime.runs import run_folder
+from fewstep.runtime.runs import find, run_folder
 from fewstep.runtime.tracking import progress_bar, read_metrics
 
 
@@ -44,24 +44,34 @@ def evaluate(
     averages = [open_averages(run) for run in runs]
     firsts = [of[""] for of in averages]
     _check_alike(runs, firsts)
-    models = {f"{name}{ema}": model for name, of in zip(names, averages, strict=True) for ema, model in of.items()}
+    steps = ["" if is_loadable(run) else f", step {find(run).step}" for run in runs]
+    models = [
+        (f"{name}{ema}", step, model)
+        for name, step, of in zip(names, steps, averages, strict=True)
+        for ema, model in of.items()
+    ]
     firsts[0].to(on_device)  # where the judge's network goes, too
     judge = make_judge(recipe.data, firsts[0], features, folders[0].parent, num_samples, num_real)
     rows = [judge.floor]
-    for name, model in models.items():
+    for name, step, model in models:
         model.to(on_device)
         for sampler in [default_sampler(model)] if model.timesteps or not asked else asked:
-            if sampler.guidance_scale != 1 and model.null_condition is None:
-                raise UserError(f"--sampler: {name} has no null class to guide with; leave out the @ and its scale")
-            speed = images_per_second(model, sampler)
-            with progress_bar(f"{name} {describe(sampler)}", num_samples) as show:
-                images = generate_batches(
-                    model, sampler, range(num_samples), seed, judge.asked, report=lambda done, show=show: show(done, {})
-                )
-                rows.append(judge.row(name, sampler, images, num_samples, speed))
+            rows.append(_row(judge, name, step, model, sampler, num_samples, seed))
         model.to(torch.device("cpu"))  # networks of several models need not fit at once
     curves = {name: read_metrics(run / METRICS) for name, run in zip(names, folders, strict=True)}
     publish(rows, curves, out, f"fewstep: {', '.join(names)}", judge)
+
+
+def _row(judge: Judge, name: str, step: str, model: ImageModel, sampler: Sampler, num: int, seed: int) -> Row:
+    """`step` is for errors."""
+    if sampler.guidance_scale != 1 and model.null_condition is None:
+        raise UserError(f"--sampler: {name} has no null class to guide with; leave out the @ and its scale")
+    speed = images_per_second(model, sampler)
+    with progress_bar(f"{name} {describe(sampler)}", num) as show:
+        images = generate_batches(
+            *(model, sampler, range(num), seed, judge.asked), report=lambda done: show(done, {}), name=name + step
+        )
+        return judge.row(name, sampler, images, num, speed)
 
 
 def _check_alike(runs: Sequence[str | Path], models: Sequence[ImageModel]) -> None:

@@ -28,7 +28,7 @@ def make_evaluation(
     def scores(method: Method, ema: str | None) -> dict[str, float]:
         with method.averaged_model(ema) as averaged:
             sampler = default_sampler(averaged)
-            images = generate_batches(averaged, sampler, range(num), asked=judge.asked)
+            images = generate_batches(averaged, sampler, range(num), asked=judge.asked, name=run.name)
             row, prefix = judge.row(run.name, sampler, images, num, intervals=False), f"ema{ema}_" if ema else ""
         return {f"{prefix}{name}": value for name, value in row.values.items()}
 

@@ -128,8 +128,7 @@ def _class_judge(data: DataSettings, model: ImageModel, features: str | None, fo
     extractor: Any = network or classifier
     num = min(num_real, images.length)
     path = reference.place(folder, "reference", data, reference.identity(images, data), extractor.identity, num)
-    batches = reference.labelled_batches(images, num)
-    real = reference.kept(path, lambda: gather(batches, extractor, num, "data.source"))
+    real = reference.kept(path, lambda: gather(reference.labelled_batches(images, num), extractor, num, "data.source"))
     real = replace(real, pictures=_grid_of_classes(images, model.num_classes))
     floor = floor_row(real, frozenset())
     if classifier is None:

@@ -13,7 +13,7 @@ from fewstep.diffusion.sampling import ddim, heun, rollout
 from fewstep.diffusion.schedules import broadcast
 from fewstep.diffusion.timesteps import trailing_grid
 from fewstep.errors import UserError
-from fewstep.models.image_model import Asked, ImageModel
+from fewstep.models.image_model import Asked, ImageModel, to_images
 from fewstep.seeding import generator
 
 SAMPLERS = ("ddim", "heun", "euler", "dpm++", "unipc")  # of teachers
@@ -140,19 +140,25 @@ def generate_batches(
     asked: Asked = None,
     batch_size: int | None = None,
     report: Callable[[int], None] = lambda done: None,
+    name: str = "the model",
 ) -> Iterator[Tensor]:
     """uint8 images (B, C, H, W) number indices[0] .. indices[-1] of a seed, one batch after the other, on the CPU.
 
     Image i is of `asked[i % len(asked)]`, prompts or class numbers. `report` is called with the count of finished ones.
+    Raises UserError, with the model's `name`, where they are not finite, which uint8 would hide.
     """
     batch_size = batch_size or model.sampling_batch
     for first in range(indices.start, indices.stop, batch_size):
         part = range(first, min(first + batch_size, indices.stop))
         with torch.no_grad():
             noise = draw_noise(model, sampler.num_noises, part.start, part.stop, seed)
-            images = model.decode(sample(model, sampler, noise, model.conditions(part, asked))).cpu()
+            pixels = model.decode_pixels(sample(model, sampler, noise, model.conditions(part, asked)))
+        if not pixels.isfinite().all():
+            raise UserError(
+                f"{name}: images {part[0]} to {part[-1]} are not finite; take another checkpoint or float32"
+            )
         report(part.stop - indices.start)
-        yield images
+        yield to_images(pixels).cpu()
 
 
 def generate(model: ImageModel, sampler: Sampler, indices: range, *args: Any, **kwargs: Any) -> Tensor:
