@@ -441,7 +441,7 @@ def test_features_that_are_no_torchscript_are_refused(refused: Refused, features
 def test_a_damaged_classifier_is_named(refused: Refused) -> None:
     damaged = classifier_path(DataSettings(), Path())
     damaged.write_bytes(b"garbage")
-    refused("evaluate student", f"{damaged}: not a classifier of fewstep; remove it")
+    refused("evaluate student", f"{damaged}: not a classifier of these images; remove it")
 
 
 def test_runs_of_different_images_are_not_judged_together(refused: Refused) -> None:

@@ -3,12 +3,14 @@
 import json
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from fewstep.commands.distill import distill
 from fewstep.commands.evaluate import evaluate
+from fewstep.commands.options import Evaluate
 from fewstep.commands.teach import teach
 from fewstep.errors import UserError
 from fewstep.evaluation import reference
@@ -29,18 +31,23 @@ def quiet(step: int, metrics: dict[str, float]) -> None:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("place") / "runs"
     with pytest.MonkeyPatch.context() as patch:  # a worse classifier will do
-        patch.setattr("fewstep.evaluation.judge.train_classifier", partial(train_classifier, num_steps=30))
+        patch.setattr("fewstep.evaluation.extractors.train_classifier", partial(train_classifier, num_steps=30))
         teach(load_recipe("digits-teacher", [*TINY, *JUDGING]), folder / "teacher", report=quiet)
     settings = [*TINY, *JUDGING, f"teacher={folder / 'teacher'}", "student_every=2"]
     distill(load_recipe("digits-4step", settings), folder / "student", report=quiet)
     return folder
 
 
-def test_the_numbers_are_those_of_evaluate(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def judged(runs: Path, out: Path, *names: str, **more: Any) -> None:
+    """`fewstep evaluate`, without the time to measure speed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fewstep.commands.evaluate.images_per_second", lambda *args: 1.0)
+        evaluate(Evaluate(runs=[f"{runs}/{name}" for name in names], out=out, num_samples=100, device="cpu", **more))
+
+
+def test_the_numbers_are_those_of_evaluate(runs: Path, tmp_path: Path) -> None:
     """The same noise, classes, features and averaged weights, of a teacher and of a student."""
-    monkeypatch.setattr("fewstep.commands.evaluate.images_per_second", lambda *args: 1.0)
-    arguments = {"features": "classifier", "num_samples": 100, "num_real": 5000, "samplers": ["heun:18"], "seed": 0}
-    evaluate([runs / "teacher", runs / "student"], tmp_path, device="cpu", **arguments)
+    judged(runs, tmp_path, "teacher", "student", samplers=["heun:18"])
     rows = {row["model"]: row for row in json.loads((tmp_path / "results.json").read_text())}
     for name in ("teacher", "student"):
         lines = [json.loads(line) for line in (runs / name / "evaluations.jsonl").read_text().splitlines()]
@@ -54,9 +61,8 @@ def test_images_that_are_not_finite_are_told_with_model_and_step_and_nothing_is_
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fewstep.models.sampler.sample", lambda model, sampler, noise, condition: noise[0] / 0)
-    monkeypatch.setattr("fewstep.commands.evaluate.images_per_second", lambda *args: 1.0)
     with pytest.raises(UserError, match=r"^student, step 4: images 0 to 99 are not finite; take another checkpoint"):
-        evaluate([runs / "student"], tmp_path / "out", None, 100, 5000, [], 0, "cpu")
+        judged(runs, tmp_path / "out", "student")
     assert not (tmp_path / "out").exists()
 
 
@@ -64,7 +70,6 @@ def test_the_reals_are_gathered_once_and_again_for_another_network_or_number(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The runs judged themselves: `evaluate` finds what they kept."""
-    monkeypatch.setattr("fewstep.commands.evaluate.images_per_second", lambda *args: 1.0)
     (kept,) = runs.glob("reference-digits-*.safetensors")
     before = kept.stat().st_mtime_ns
     gathered: list[str] = []
@@ -72,7 +77,7 @@ def test_the_reals_are_gathered_once_and_again_for_another_network_or_number(
     monkeypatch.setattr(reference, "labelled_batches", lambda images, num: gathered.append(num) or real(images, num))
 
     def floor(num_real: int) -> dict[str, float]:
-        evaluate([runs / "student"], tmp_path, None, 100, num_real, [], 0, "cpu")
+        judged(runs, tmp_path, "student", num_real=num_real)
         return json.loads((tmp_path / "results.json").read_text())[0]
 
     whole = floor(50_000)

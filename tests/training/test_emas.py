@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fewstep.commands.distill import distill
 from fewstep.commands.evaluate import evaluate
+from fewstep.commands.options import Evaluate
 from fewstep.commands.teach import teach
 from fewstep.errors import Interrupted, UserError
 from fewstep.metric_table import metrics_of
@@ -168,7 +169,8 @@ def test_evaluate_has_a_row_for_each_with_the_numbers_of_the_run(
 ) -> None:
     monkeypatch.setattr("fewstep.commands.evaluate.images_per_second", lambda *args: 1.0)
     features = str(place / "features.pt")
-    evaluate([f"{place}/whole@8", place / "teacher"], tmp_path, features, 60, 5000, ["ddim:2"], 0, "cpu")
+    runs = [f"{place}/whole@8", f"{place}/teacher"]
+    evaluate(Evaluate(runs=runs, out=tmp_path, features=features, num_samples=60, samplers=["ddim:2"], device="cpu"))
     rows = {row["model"]: row for row in json.loads((tmp_path / "results.json").read_text())}
     assert list(rows) == ["real", "whole@8", "whole@8 ema0", "whole@8 ema0.05", "teacher"]
     line = read_metrics(place / "whole" / "evaluations.jsonl")[1]

@@ -111,7 +111,7 @@ def evaluate(given: options.Evaluate) -> None:
     """Judge runs side by side: FID with its noise floor, precision, recall, accuracy, speed."""
     from fewstep.commands.evaluate import evaluate
 
-    evaluate(**vars(given))
+    evaluate(given)
 
 
 @verb(app, "export runs/sdxl-4step --to diffusers sdxl-4step --license openrail++")

@@ -23,8 +23,8 @@ from fewstep.data.latents import write_latents
 from fewstep.data.settings import DataSettings
 from fewstep.embedded.sources import open_captioned_images, open_images
 from fewstep.errors import Interrupted
-from fewstep.evaluation.extractors import CLASSIFIER_STEPS
-from fewstep.evaluation.judge import MAX_REAL, Judge, classifier_path, make_judge, open_classifier
+from fewstep.evaluation.extractors import CLASSIFIER_STEPS, open_classifier
+from fewstep.evaluation.judge import MAX_REAL, Judge, classifier_path, make_judge
 from fewstep.models.loading.pretrained import open_model
 from fewstep.models.sampler import Sampler, default_sampler, generate, images_per_second, parse_sampler
 from fewstep.recipes.loading import load_recipe

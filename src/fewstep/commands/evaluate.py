@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from fewstep.commands.options import Evaluate
 from fewstep.commands.runs import check_writable, pick_device
 from fewstep.errors import UserError
 from fewstep.evaluation import report
@@ -21,60 +22,47 @@ from fewstep.runtime.runs import find, run_folder
 from fewstep.runtime.tracking import progress_bar, read_metrics
 
 
-def evaluate(
-    runs: Sequence[str | Path],
-    out: Path,
-    features: str | None,
-    num_samples: int,
-    num_real: int,
-    samplers: Sequence[str],
-    seed: int,
-    device: str,
-) -> None:
+def evaluate(given: Evaluate) -> None:
     """Judges runs (RUN, RUN@STEP or RUN@best-METRIC) against the first one's data; writes results.json and report.html.
 
     Every average of a run has a row.
     """
-    folders = [run_folder(run) for run in runs]
+    folders = [run_folder(run) for run in given.runs]
     check_run(folders[0])
-    check_writable(out)
-    asked, on_device = [parse_sampler(text) for text in samplers], pick_device(device)
+    check_writable(given.out)
+    asked, device = [parse_sampler(text) for text in given.samplers], pick_device(given.device)
     recipe = read_run_recipe(folders[0] / RECIPE)
-    names = [Path(run).name if len({Path(other).name for other in runs}) == len(runs) else str(run) for run in runs]
-    averages = [open_averages(run) for run in runs]
+    distinct = len({Path(run).name for run in given.runs}) == len(given.runs)
+    names = [Path(run).name if distinct else run for run in given.runs]
+    averages = [open_averages(run) for run in given.runs]
     firsts = [of[""] for of in averages]
-    _check_alike(runs, firsts)
-    steps = ["" if is_loadable(run) else f", step {find(run).step}" for run in runs]
-    models = [
-        (f"{name}{ema}", step, model)
-        for name, step, of in zip(names, steps, averages, strict=True)
-        for ema, model in of.items()
-    ]
-    firsts[0].to(on_device)  # where the judge's network goes, too
-    judge = make_judge(recipe.data, firsts[0], features, folders[0].parent, num_samples, num_real)
+    _check_alike(given.runs, firsts)
+    firsts[0].to(device)  # where the judge's network goes, too
+    judge = make_judge(recipe.data, firsts[0], given.features, folders[0].parent, given.num_samples, given.num_real)
     rows = [judge.floor]
-    for name, step, model in models:
-        model.to(on_device)
-        for sampler in [default_sampler(model)] if model.timesteps or not asked else asked:
-            rows.append(_row(judge, name, step, model, sampler, num_samples, seed))
-        model.to(torch.device("cpu"))  # networks of several models need not fit at once
+    for run, name, of in zip(given.runs, names, averages, strict=True):
+        step = "" if is_loadable(run) else f", step {find(run).step}"
+        for ema, model in of.items():
+            model.to(device)
+            for sampler in [default_sampler(model)] if model.timesteps or not asked else asked:
+                rows.append(_row(judge, f"{name}{ema}", step, model, sampler, given))
+            model.to(torch.device("cpu"))  # networks of several models need not fit at once
     curves = {name: read_metrics(run / METRICS) for name, run in zip(names, folders, strict=True)}
-    publish(rows, curves, out, f"fewstep: {', '.join(names)}", judge)
+    publish(rows, curves, given.out, f"fewstep: {', '.join(names)}", judge)
 
 
-def _row(judge: Judge, name: str, step: str, model: ImageModel, sampler: Sampler, num: int, seed: int) -> Row:
+def _row(judge: Judge, name: str, step: str, model: ImageModel, sampler: Sampler, given: Evaluate) -> Row:
     """`step` is for errors."""
     if sampler.guidance_scale != 1 and model.null_condition is None:
         raise UserError(f"--sampler: {name} has no null class to guide with; leave out the @ and its scale")
-    speed = images_per_second(model, sampler)
+    num, speed = given.num_samples, images_per_second(model, sampler)
     with progress_bar(f"{name} {describe(sampler)}", num) as show:
-        images = generate_batches(
-            *(model, sampler, range(num), seed, judge.asked), report=lambda done: show(done, {}), name=name + step
-        )
+        asked = (range(num), given.seed, judge.asked)
+        images = generate_batches(model, sampler, *asked, report=lambda done: show(done, {}), name=f"{name}{step}")
         return judge.row(name, sampler, images, num, speed)
 
 
-def _check_alike(runs: Sequence[str | Path], models: Sequence[ImageModel]) -> None:
+def _check_alike(runs: Sequence[str], models: Sequence[ImageModel]) -> None:
     """Raises UserError unless all models make the images and the classes of the first."""
     made = [(*model.shape, model.num_classes if model.kind == "label" else model.kind) for model in models]
     for run, other in zip(runs, made, strict=True):

@@ -11,11 +11,12 @@ from fewstep.embedded import shapes
 from fewstep.embedded.digits import digits
 from fewstep.errors import UserError
 from fewstep.models.autoencoder import Autoencoder
+from fewstep.models.image_model import ImageModel
 from fewstep.models.latent_model import LatentModel
 from fewstep.models.settings import PixelModelConfig
 
 
-def open_images(data: DataSettings, model: PixelModelConfig, shrink: bool | None = None) -> ImageSet:
+def open_images(data: DataSettings, model: PixelModelConfig | ImageModel, shrink: bool | None = None) -> ImageSet:
     """The recipe's images, in the model's size, colours and classes; `shrink` as for `load_images`."""
     size = model.image_size
     if data.source != "digits":

@@ -1,8 +1,6 @@
 """Feature networks: any TorchScript file by path, or a small classifier trained on the data's own labels."""
 
 import hashlib
-import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,8 +12,11 @@ from torch.nn.functional import cross_entropy
 from fewstep.data.images import ImageSet, batch_indices
 from fewstep.errors import UserError
 from fewstep.files import written_whole
+from fewstep.models.image_model import ImageModel
+from fewstep.models.settings import PixelModelConfig
 from fewstep.networks.codec import to_pixels
 from fewstep.networks.fingerprint import fingerprint
+from fewstep.runtime.tracking import Report, progress_bar
 from fewstep.seeding import generator
 
 CLASSIFIER_STEPS = 600
@@ -63,7 +64,7 @@ class TorchScriptExtractor:
     def features(self, images: Tensor) -> Tensor:
         shape = (len(images), 3, *images.shape[2:])
         try:
-            found = self.network(images.to(self.device).expand(-1, 3, -1, -1), **self.options).flatten(1)
+            found: Tensor = self.network(images.to(self.device).expand(-1, 3, -1, -1), **self.options).flatten(1)
         except (RuntimeError, AttributeError) as error:
             raise UserError(
                 f"{self.path}: must take uint8 images {shape} and give features (B, D) (--features)"
@@ -91,7 +92,7 @@ class AutoencoderExtractor:
 
     def features(self, images: Tensor) -> Tensor:
         pixels = to_pixels(images.to(self.autoencoder.device)).to(self.autoencoder.dtype)
-        means = self.autoencoder.encode(pixels).latent_dist.mode()
+        means: Tensor = self.autoencoder.encode(pixels).latent_dist.mode()
         if means[0].numel() > self.MAX_FEATURES:
             raise UserError(
                 f"--features: the autoencoder's {means[0].numel():,} numbers per image are too many for a FID; give a "
@@ -103,29 +104,31 @@ class AutoencoderExtractor:
 class Classifier(nn.Module):
     """A small convolutional classifier; its features are what feeds the last layer, (B, 64)."""
 
+    name = "classifier"
+    held_out_accuracy: Tensor
+    """The share of images, other than those of its training, that it recognises."""
+
     def __init__(self, channels: int, num_classes: int):
         super().__init__()
-        self.name = "classifier"
         self.channels, self.num_classes = channels, num_classes
-        self.held_out_accuracy = 0.0
+        self.register_buffer("held_out_accuracy", torch.tensor(0.0, dtype=torch.float64))
         widths = (32, 64, 64)
         layers: list[nn.Module] = []
         for index, width in enumerate(widths):
-            layers += [
-                nn.Conv2d(channels, width, 3, padding=1, stride=1 + (index > 0)),
-                nn.BatchNorm2d(width),
-                nn.SiLU(),
-            ]
+            conv = nn.Conv2d(channels, width, 3, padding=1, stride=1 + (index > 0))
+            layers += [conv, nn.BatchNorm2d(width), nn.SiLU()]
             channels = width
         self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.head = nn.Linear(channels, num_classes)
 
     def features(self, images: Tensor) -> Tensor:
-        return self.body(to_pixels(images))
+        found: Tensor = self.body(to_pixels(images))
+        return found
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, num_classes) of uint8 images (B, C, H, W)."""
-        return self.head(self.features(images))
+        logits: Tensor = self.head(self.features(images))
+        return logits
 
     @property
     def identity(self) -> str:
@@ -137,12 +140,6 @@ class Classifier(nn.Module):
             found = self(images).argmax(1).tolist()
         return [{"accuracy": label == i % self.num_classes} for i, label in zip(numbers, found, strict=True)]
 
-    def accuracy(self, images: Tensor, labels: Tensor) -> float:
-        """Share of images that are recognised as their label."""
-        with torch.no_grad():
-            hits = [self(i).argmax(1) == label for i, label in zip(images.split(500), labels.split(500), strict=True)]
-        return torch.cat(hits).double().mean().item()
-
 
 def train_classifier(
     images: ImageSet,
@@ -150,7 +147,7 @@ def train_classifier(
     num_classes: int,
     num_steps: int = CLASSIFIER_STEPS,
     seed: int = 0,
-    report: Callable[[int, dict[str, float]], None] = lambda step, metrics: None,
+    report: Report = lambda step, metrics: None,
 ) -> Classifier:
     """Trains on 85 % of a labelled set with noise and shifts, and measures `held_out_accuracy` on the rest."""
     order = torch.randperm(images.length, generator=generator(seed, "classifier split"))
@@ -169,8 +166,11 @@ def train_classifier(
         optimizer.zero_grad()
         report(step + 1, {})
     network.eval()
-    test = images.batch(held_out)
-    network.held_out_accuracy = network.accuracy(test["image"], test["label"])
+    hits = 0
+    for part in held_out.split(500):
+        batch = images.batch(part)
+        hits += int((network(batch["image"]).argmax(1) == batch["label"]).sum())
+    network.held_out_accuracy.fill_(hits / len(held_out))
     return network
 
 
@@ -181,27 +181,21 @@ def _augmented(images: Tensor, draws: torch.Generator) -> Tensor:
     return torch.roll(images, (shift_y, shift_x), dims=(2, 3)).float() + noise
 
 
-def save_classifier(network: Classifier, path: Path) -> None:
-    """Weights as safetensors, with the shape and the held-out accuracy in the metadata; whole or not at all."""
-    description = {
-        "channels": network.channels,
-        "num_classes": network.num_classes,
-        "held_out_accuracy": network.held_out_accuracy,
-    }
-    with written_whole(path) as temporary:
-        save_file(network.state_dict(), temporary, metadata={"fewstep": json.dumps(description)})
+def open_classifier(
+    images: ImageSet, model: ImageModel | PixelModelConfig, path: Path, report: Report | None = None
+) -> Classifier:
+    """The classifier at `path`; trained on the images and kept there if there is none.
 
-
-def load_classifier(path: Path) -> Classifier:
-    """What `save_classifier` wrote; raises UserError if it is not that."""
-    from safetensors import safe_open
-
+    Raises UserError if the file is damaged or of other images.
+    """
+    if not path.exists():
+        with progress_bar("classifier", CLASSIFIER_STEPS, report) as show:
+            trained = train_classifier(images, model.channels, model.num_classes, report=show)
+        with written_whole(path) as temporary:
+            save_file(trained.state_dict(), temporary)
+    network = Classifier(model.channels, model.num_classes)
     try:
-        with safe_open(path, "pt") as file:
-            description = json.loads(file.metadata()["fewstep"])
-        network = Classifier(description["channels"], description["num_classes"])
         network.load_state_dict(load_file(path))
     except Exception as error:  # a damaged file shows itself as almost any error
-        raise UserError(f"{path}: not a classifier of fewstep; remove it to train it again") from error
-    network.held_out_accuracy = description["held_out_accuracy"]
+        raise UserError(f"{path}: not a classifier of these images; remove it to train it again") from error
     return network.eval()

@@ -63,7 +63,8 @@ class Sums:
     def root(self) -> Tensor:
         """The symmetric root of the covariance, (D, D)."""
         values, vectors = torch.linalg.eigh(self.covariance)
-        return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+        root: Tensor = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+        return root
 
 
 @dataclass(frozen=True)

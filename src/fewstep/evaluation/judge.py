@@ -15,14 +15,10 @@ from fewstep.embedded.sources import open_captioned_images, open_images
 from fewstep.errors import UserError
 from fewstep.evaluation import reference
 from fewstep.evaluation.extractors import (
-    CLASSIFIER_STEPS,
     AutoencoderExtractor,
-    Classifier,
     Extractor,
     TorchScriptExtractor,
-    load_classifier,
-    save_classifier,
-    train_classifier,
+    open_classifier,
 )
 from fewstep.evaluation.gathering import GRID_IMAGES, Check, Gathered, gather
 from fewstep.evaluation.metrics import measure
@@ -30,8 +26,6 @@ from fewstep.evaluation.reference import evaluation_prompts
 from fewstep.evaluation.report import Row, sample_grid
 from fewstep.models.image_model import ImageModel
 from fewstep.models.sampler import Sampler
-from fewstep.models.settings import PixelModelConfig
-from fewstep.runtime.tracking import Report, progress_bar
 
 MAX_REAL = 50_000  # precision and recall compare all pairs
 MIN_CAPTIONED = 10  # images, for halves with the neighbours that precision looks at
@@ -133,7 +127,7 @@ def _class_judge(data: DataSettings, model: ImageModel, features: str | None, fo
     floor = floor_row(real, frozenset())
     if classifier is None:
         return Judge(extractor, real, lambda images, numbers: [], frozenset({"features"}), floor)
-    floor.values["accuracy"] = classifier.held_out_accuracy
+    floor.values["accuracy"] = classifier.held_out_accuracy.item()
     return Judge(extractor, real, classifier.check, frozenset({"features", "classes"}), floor)
 
 
@@ -204,19 +198,6 @@ def check_scenes(prompts: Sequence[str]) -> Check:
         return [{kind: all(a.values())} | {f"{kind}.{name}": a[name] for name in a} for kind, a in answers]
 
     return check
-
-
-def open_classifier(
-    images: ImageSet, model: ImageModel | PixelModelConfig, path: Path, report: Report | None = None
-) -> Classifier:
-    """The classifier at `path`; trained on the images and kept there if there is none."""
-    if not path.exists():
-        with progress_bar("classifier", CLASSIFIER_STEPS, report) as show:
-            save_classifier(train_classifier(images, model.channels, model.num_classes, report=show), path)
-    classifier = load_classifier(path)
-    if (classifier.channels, classifier.num_classes) != (model.channels, model.num_classes):
-        raise UserError(f"{path}: a classifier of other images; remove it to train one on these")
-    return classifier
 
 
 def classifier_path(data: DataSettings, folder: Path) -> Path:

@@ -27,7 +27,8 @@ def load_lpips(source: str, size: int | None, device: torch.device, channels: in
     def distance(first: Tensor, second: Tensor) -> Tensor:
         both = (pixels.float().expand(-1, 3, -1, -1) for pixels in (first, second))
         resized = (interpolate(x, (size, size), mode="bilinear") if size else x for x in both)
-        return network(*resized).flatten(1).mean(1) if source == PACKAGE else network(*resized)
+        found: Tensor = network(*resized)
+        return found.flatten(1).mean(1) if source == PACKAGE else found
 
     _check(distance, source, torch.zeros(2, channels, image_size, image_size, device=device))
     return distance
@@ -35,7 +36,8 @@ def load_lpips(source: str, size: int | None, device: torch.device, channels: in
 
 def _from_file(path: Path) -> nn.Module:
     try:
-        return torch.jit.load(str(path), map_location="cpu")
+        network: nn.Module = torch.jit.load(str(path), map_location="cpu")
+        return network
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(f"regression.lpips: {path}: not a readable TorchScript file, nor `{PACKAGE}`") from error
 

@@ -74,7 +74,7 @@ def fid(real: Gathered, fake: Gathered) -> float:
     ours, theirs = real.sums, fake.sums
     shared = torch.linalg.eigvalsh(ours.root @ theirs.covariance @ ours.root).clamp_min(0).sqrt().sum()
     trace = ours.covariance.trace() + theirs.covariance.trace() - 2 * shared
-    return ((ours.mean - theirs.mean).square().sum() + trace).item()
+    return float((ours.mean - theirs.mean).square().sum() + trace)
 
 
 @metric
@@ -123,8 +123,8 @@ def inside(points: Tensor, manifold: Tensor, neighbours: int = NEIGHBOURS, chunk
     radii = torch.cat(
         [torch.cdist(part, manifold).kthvalue(neighbours + 1, dim=1).values for part in manifold.split(chunk)]
     )
-    hits = sum(int((torch.cdist(part, manifold) <= radii).any(dim=1).sum()) for part in points.split(chunk))
-    return Share(hits, len(points))
+    hits = [(torch.cdist(part, manifold) <= radii).any(dim=1) for part in points.split(chunk)]
+    return Share(int(torch.cat(hits).sum()), len(points))
 
 
 @metric
