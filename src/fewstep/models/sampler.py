@@ -13,7 +13,8 @@ from fewstep.diffusion.sampling import ddim, heun, rollout
 from fewstep.diffusion.schedules import broadcast
 from fewstep.diffusion.timesteps import trailing_grid
 from fewstep.errors import UserError
-from fewstep.models.image_model import Asked, ImageModel, to_images
+from fewstep.models.image_model import Asked, ImageModel
+from fewstep.networks.codec import to_images
 from fewstep.seeding import generator
 
 SAMPLERS = ("ddim", "heun", "euler", "dpm++", "unipc")  # of teachers
