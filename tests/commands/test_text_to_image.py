@@ -15,7 +15,7 @@ from PIL import Image
 
 from command_line import Tell, refused
 from fake_hub import fake_hub, point_to
-from fewstep.metric_table import lower_is_better
+from fewstep.metric_table import lower_is_better, metrics_of
 from fewstep.models.latent_model import LatentModel
 from fewstep.models.loading.pretrained import load
 from fewstep.models.sampler import draw_noise
@@ -131,10 +131,10 @@ def test_the_two_stages_of_sd_with_judging_on_the_way(tell: Tell, workplace: Pat
     assert tell(f"fewstep distill sd15-1step --out {first} {long} --set student.optimizer.lr=1e-2") == (0, "")
     lines = [json.loads(line) for line in (first / "evaluations.jsonl").read_text().splitlines()]
     assert [(line["step"], line.keys() - {"step"}) for line in lines] == [
-        (step, {"fid", "precision", "recall"}) for step in (2, 4, 6)
+        (step, {*metrics_of("features")}) for step in (2, 4, 6)
     ]
     assert len({line["fid"] for line in lines}) == 3
-    kept = {line["step"] for name in ("fid", "precision", "recall") for line in [best(lines, name)]} | {4, 6}
+    kept = {line["step"] for name in metrics_of("features") for line in [best(lines, name)]} | {4, 6}
     assert {int(path.name) for path in (first / "checkpoints").iterdir()} == kept
     step = {"": 6, "@best-fid": best(lines, "fid")["step"], "@2": 2}[choice]
     if step not in kept:
