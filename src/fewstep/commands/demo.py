@@ -111,7 +111,7 @@ def demo(order: Demo) -> None:
 
 
 def train_students(
-    run: TaskRunner, job: Job, out: Path, recipes: Recipes, prompts: list[str], num: int
+    run: TaskRunner, job: Job, out: Path, recipes: Recipes, prompts: Sequence[str], num: int
 ) -> dict[Source, Tensor]:
     """Trains the students of a job and draws `num` images of every row of its table, the teacher's meanwhile."""
     ranges = [range(start, min(start + CHUNK, num)) for start in range(0, num, CHUNK)]
@@ -200,6 +200,6 @@ def _encode(job: Job, out: Path, report: Report) -> None:
     )
 
 
-def _generate(run: Path, sampler: Sampler, indices: range, prompts: list[str], report: Report) -> Tensor:
+def _generate(run: Path, sampler: Sampler, indices: range, prompts: Sequence[str], report: Report) -> Tensor:
     model = open_model(run)
     return generate(model, sampler, indices, asked=prompts or None, report=lambda done: report(done, {}))

@@ -14,11 +14,9 @@ from fewstep.commands.options import Sample
 from fewstep.commands.runs import check_writable, pick_device
 from fewstep.data.prompts import load_prompts
 from fewstep.errors import UserError
-from fewstep.models.image_model import Asked
-from fewstep.models.latent_model import LatentModel
+from fewstep.models.image_model import Asked, ImageModel
 from fewstep.models.loading.hub import is_hub_id
 from fewstep.models.loading.pretrained import SUFFIX, open_model
-from fewstep.models.pixel_model import PixelModel
 from fewstep.models.sampler import Sampler, default_sampler, generate, parse_sampler
 from fewstep.networks.fingerprint import fingerprint
 from fewstep.pictures import grid, parameters_text, read_text, save_png, to_picture
@@ -36,14 +34,13 @@ SAMPLER_NAMES = {  # of A1111
     "dpm++": "DPM++ 2M",
     "unipc": "UniPC",
 }
-Model = PixelModel | LatentModel
 
 
 @dataclass(frozen=True)
 class Painter:
     """A model, how and what it draws, and what the pictures' text says of it."""
 
-    model: Model
+    model: ImageModel
     sampler: Sampler
     asked: Asked
     facts: dict[str, Any]
@@ -63,7 +60,7 @@ def sample(order: Sample) -> None:
     if 1 < len(prompts) <= per_row:
         per_row -= per_row % len(prompts)  # a column per prompt
     columns = len(painters) * min(per_row, num)
-    text = grid_text([painter.facts for painter in painters], order, num, columns, prompts)
+    text = grid_text(painters, order, num, columns, prompts)
     save_png(grid(torch.stack(images, dim=1).flatten(0, 1), columns), order.out, text)
     if not order.grid_only:
         new = {single_path(order, number, index) for number in (1, 2) for index in range(num)}
@@ -112,20 +109,22 @@ def make_painters(order: Sample, prompts: list[str]) -> list[Painter]:
     """One or two models, open on the CPU, with their samplers; raises UserError for what they can't do."""
     sources = [order.path, *([order.compare] if order.compare else [])]
     configured = [source for source in sources if Path(source).suffix == SUFFIX] or sources[:1]
-    models: list[Model] = []
+    models: list[ImageModel] = []
     for source in sources:
         changes = order.prediction_type if not models else None  # of the first
         models.append(open_model(source, order.config if source in configured else None, changes))
         ask_for(models[-1], order.label, prompts)
     check_alike(sources, models)
-    asked = prompts or (None if order.label is None else [order.label])
+    asked: Asked = prompts or (None if order.label is None else [order.label])
+    no_teacher = all(model.timesteps for model in models)
+    chosen = [choose_sampler(model, order, model is models[0], no_teacher) for model in models]
     return [
         Painter(model, sampler, asked, describe(source, model, sampler))
-        for source, (model, sampler) in zip(sources, choose_samplers(models, order), strict=True)
+        for source, (model, sampler) in zip(sources, chosen, strict=True)
     ]
 
 
-def ask_for(model: Model, label: int | None, prompts: list[str]) -> None:
+def ask_for(model: ImageModel, label: int | None, prompts: list[str]) -> None:
     """Raises UserError where the model does not take what is asked for."""
     if model.kind == "text":
         if label is not None or not prompts or not all(prompts):
@@ -136,7 +135,7 @@ def ask_for(model: Model, label: int | None, prompts: list[str]) -> None:
         raise UserError(f"--class {label}: the model has {model.num_classes} classes, counted from 0")
 
 
-def check_alike(sources: list[str], models: list[Model]) -> None:
+def check_alike(sources: list[str], models: list[ImageModel]) -> None:
     """Raises UserError unless all models start from noise of one shape and take the same classes or text."""
     made = [
         f"{'x'.join(map(str, model.shape))} numbers "
@@ -147,51 +146,43 @@ def check_alike(sources: list[str], models: list[Model]) -> None:
         raise UserError(f"--compare {sources[-1]}: makes {made[-1]}, but {sources[0]} {made[0]}; compare models alike")
 
 
-def choose_samplers(models: list[Model], order: Sample) -> list[tuple[Model, Sampler]]:
-    """The first model with its sampler and, if there is one, the other.
+def choose_sampler(model: ImageModel, order: Sample, first: bool, no_teacher: bool) -> tuple[ImageModel, Sampler]:
+    """The model as it is to be sampled, and how.
 
     `--sampler` and `--guidance` are the teachers' alone. `--steps` are the first model's, and those of a sampler that
     is named without steps.
     """
-    no_teacher = all(model.timesteps for model in models)
-    samplers = []
-    for number, model in enumerate(models):
-        if model.timesteps and not no_teacher:
-            named, guidance_scale = None, 1.0
-        else:
-            named, guidance_scale = order.sampler, order.guidance
-        bare = named is not None and ":" not in named
-        steps = order.steps if bare or not number else None
-        chosen, sampler = choose_sampler(model, named, guidance_scale, steps)
-        samplers.append((chosen, sampler))
-        if sampler.num_steps > (most := len(model.denoiser.schedule.levels)):
-            raise UserError(f"--steps {sampler.num_steps}: the model has {most} noise levels; take no more steps")
-    return samplers
-
-
-def choose_sampler(model: Model, named: str | None, guidance_scale: float, steps: int | None) -> tuple[Model, Sampler]:
-    """The model with the named sampler, or its own, with so many steps."""
+    named, scale = (order.sampler, order.guidance) if no_teacher or not model.timesteps else (None, 1.0)
+    steps = order.steps if first or (named and ":" not in named) else None
     if model.timesteps:
-        if named is not None or guidance_scale != 1:
-            asked = f"--sampler {named}" if named else f"--guidance {guidance_scale:g}"
+        if named is not None or scale != 1:
+            asked = f"--sampler {named}" if named else f"--guidance {scale:g}"
             raise UserError(f"{asked}: a student has its own timesteps and guidance, and takes neither")
         if steps:
             model = model.with_timesteps(spread_timesteps(model, model.timesteps, steps))
-        return model, default_sampler(model)
+        sampler = default_sampler(model)
+    else:
+        sampler = teachers_sampler(model, named, scale, steps)
+    if sampler.num_steps > (most := len(model.denoiser.schedule.levels)):
+        raise UserError(f"--steps {sampler.num_steps}: the model has {most} noise levels; take no more steps")
+    return model, sampler
+
+
+def teachers_sampler(model: ImageModel, named: str | None, guidance_scale: float, steps: int | None) -> Sampler:
+    """The named sampler, or the model's own, with so many steps."""
     if named and steps:
         kind, at, scale = named.partition("@")
         if ":" in kind:
             raise UserError(f"--steps {steps}: --sampler {named} says its steps already; leave one out")
         named = f"{kind}:{steps}{at}{scale}"
     chosen = parse_sampler(named) if named else default_sampler(model)
-    chosen = replace(chosen, num_steps=steps or chosen.num_steps)
     guidance_scale = guidance_scale if guidance_scale != 1 else chosen.guidance_scale
     if guidance_scale != 1 and model.null_condition is None:
         raise UserError("--guidance: the model has no null class to guide with")
-    return model, replace(chosen, guidance_scale=guidance_scale)
+    return replace(chosen, num_steps=steps or chosen.num_steps, guidance_scale=guidance_scale)
 
 
-def spread_timesteps(model: Model, own: list[float], steps: int) -> list[float]:
+def spread_timesteps(model: ImageModel, own: list[float], steps: int) -> list[float]:
     """As many evenly spaced timesteps, for a student of several evenly spaced ones; raises UserError for others."""
     schedule = model.denoiser.schedule
     if steps == len(own):
@@ -203,7 +194,7 @@ def spread_timesteps(model: Model, own: list[float], steps: int) -> list[float]:
     return schedule.grid(steps).tolist()
 
 
-def describe(source: str, model: Model, sampler: Sampler) -> dict[str, Any]:
+def describe(source: str, model: ImageModel, sampler: Sampler) -> dict[str, Any]:
     """What the pictures' text says of a model and its sampler."""
     return {
         "model": source if is_hub_id(source) else short_name(source),
@@ -239,37 +230,31 @@ def single_text(painter: Painter, order: Sample, index: int) -> dict[str, str]:
     model = painter.model
     asked = range(model.num_classes) if painter.asked is None else painter.asked
     subject = {"prompt" if model.kind == "text" else "class": asked[index % len(asked)]} if asked else {}
-    settings = {**subject, **painter.facts, "seed": order.seed, "index": index, "version": fewstep.__version__}
-    title = subject["prompt"] if "prompt" in subject else " ".join(f"{kind} {label}" for kind, label in subject.items())
-    fields = {**usual_fields(painter.facts, order.seed), "Image": index}
-    return {"parameters": parameters_text(title, fields), CHUNK: json.dumps(settings)}
+    title = " ".join(str(what) if kind == "prompt" else f"{kind} {what}" for kind, what in subject.items())
+    return chunks(title, painter, order, {"Image": index}, {**subject, **painter.facts, "index": index})
 
 
-def grid_text(facts: list[dict[str, Any]], order: Sample, num: int, columns: int, prompts: list[str]) -> dict[str, str]:
+def grid_text(painters: list[Painter], order: Sample, num: int, columns: int, prompts: list[str]) -> dict[str, str]:
     """The text chunks of the grid; of two models it names the one that each column shows."""
-    names = [column_title(facts[column % len(facts)]) for column in range(columns)]
-    settings = {"models": facts, "prompts": prompts, "class": order.label, "seed": order.seed, "num": num}
+    names = [f"{painter.facts['model']} {painter.sampler}" for painter in painters] * (columns // len(painters))
+    facts = [painter.facts for painter in painters]
     title = "; ".join(prompts) or ("" if order.label is None else f"class {order.label}")
-    fields = usual_fields(facts[0], order.seed) | ({"Columns": " | ".join(names)} if order.compare else {})
-    return {
-        "parameters": parameters_text(title, fields),
-        CHUNK: json.dumps(settings | {"columns": names, "version": fewstep.__version__}),
-    }
+    shown = {"Columns": " | ".join(names)} if order.compare else {}
+    settings = {"models": facts, "prompts": prompts, "class": order.label, "num": num, "columns": names}
+    return chunks(title, painters[0], order, shown, settings)
 
 
-def column_title(facts: dict[str, Any]) -> str:
-    """A model and its sampler, as `--sampler` writes it."""
-    guided = f"@{facts['guidance_scale']:g}" if facts["guidance_scale"] != 1 else ""
-    return f"{facts['model']} {facts['sampler']}:{facts['num_steps']}{guided}"
-
-
-def usual_fields(facts: dict[str, Any], seed: int) -> dict[str, Any]:
-    """What UIs write behind the prompt, under their names."""
-    return {
-        "Steps": facts["num_steps"],
-        "Sampler": SAMPLER_NAMES[facts["sampler"]],
-        "CFG scale": f"{facts['guidance_scale']:g}",
-        "Seed": seed,
-        "Model": facts["model"],
+def chunks(
+    title: str, painter: Painter, order: Sample, further: dict[str, Any], settings: dict[str, Any]
+) -> dict[str, str]:
+    """What UIs write behind the prompt, under their names, and all settings as JSON."""
+    fields = {
+        "Steps": painter.sampler.num_steps,
+        "Sampler": SAMPLER_NAMES[painter.sampler.kind],
+        "CFG scale": f"{painter.sampler.guidance_scale:g}",
+        "Seed": order.seed,
+        "Model": painter.facts["model"],
         "Version": f"fewstep {fewstep.__version__}",
     }
+    whole = {**settings, "seed": order.seed, "version": fewstep.__version__}
+    return {"parameters": parameters_text(title, fields | further), CHUNK: json.dumps(whole)}
