@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from torch import Tensor
 
 from fewstep.commands.options import Export
 from fewstep.commands.runs import check_writable
@@ -15,7 +14,7 @@ from fewstep.errors import UserError
 from fewstep.evaluation.metrics import wilson_interval
 from fewstep.export.card import Provenance, read_scores, read_table
 from fewstep.export.diffusers_folder import Format, check_folder, write_diffusers_folder
-from fewstep.export.stored import TRAINED, StoredModel, open_stored
+from fewstep.export.stored import StoredModel, open_stored
 from fewstep.metric_table import METRICS
 from fewstep.models.latent_model import LatentModel
 from fewstep.models.loading.pretrained import SUFFIX, load
@@ -37,7 +36,8 @@ def export(text: str, target: str, out: Path, options: Export) -> None:
     recipe = student_recipe(run_folder(text))
     found = find(text, None if options.ema == first_decay(recipe) else options.ema)
     found.check(found.folder.name, *(["state.pt"] if options.raw else []))
-    stored = open_stored(found.folder, raw_weights(found.checkpoint) if options.raw else None)
+    raw = load_state(found.checkpoint, lazy=True)["method"]["student"] if options.raw else None
+    stored = open_stored(found.folder, raw and (found.checkpoint / "state.pt", raw))
     provenance = trace(found, stored, recipe, options)
     with progress_bar("exporting", 2 * len(stored.tensors)) as show:
         numbers = count(1)
@@ -136,19 +136,13 @@ def first_decay(recipe: StudentRecipe) -> str:
     return ema_name(decays[0] if isinstance(decays, list) else decays)
 
 
-def raw_weights(checkpoint: Path) -> tuple[Path, dict[str, Tensor]]:
-    """A file, and in it the network's weights as trained; they stay on the disk until they are read."""
-    student, prefix = load_state(checkpoint, lazy=True)["method"]["student"], f"network.{TRAINED}."
-    return checkpoint / "state.pt", {name.removeprefix(prefix): value for name, value in student.items()}
-
-
 def write_file(
     stored: StoredModel, out: Path, provenance: Provenance, dtype: torch.dtype, report: Callable[[], None]
 ) -> None:
     """The student as one file in the original layout; raises UserError if that has no place for it."""
     from fewstep.export.single_file import write_single_file
 
-    if not stored.is_pipeline:
+    if not stored.index:
         raise UserError("--to single-file: is a layout of SD and SDXL; for a pixel model write --to diffusers")
     stored.check_numbers(report)
     student = cast(LatentModel, load(stored.folder))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fewstep.errors import UserError
 from fewstep.export.card import Card, Provenance, model_card
-from fewstep.export.stored import TRAINED, Part, StoredModel, read_json
+from fewstep.export.stored import Part, StoredModel, read_json
 from fewstep.export.weights import planned, write_shards
 from fewstep.files import written_folder
 from fewstep.models.image_model import DESCRIPTION, write_description
@@ -55,11 +55,11 @@ def write_diffusers_folder(
     check_folder(out, overwrite)
     stored.check_numbers(report)
     with written_folder(out) as folder:
-        index, named = (_latent_index if stored.is_pipeline else _pixel_index)(stored, folder)
+        index, named = (_latent_index if stored.index else _pixel_index)(stored, folder)
         (folder / PIPELINE).write_text(json.dumps(index, indent=2) + "\n")
         for part in sorted(path for path in stored.folder.iterdir() if path.is_dir()):
             if part.name in stored.parts:
-                metadata = provenance.metadata() if part.name == TRAINED else {}
+                metadata = provenance.metadata() if part.name == stored.family.part else {}
                 _convert(stored.parts[part.name], folder / part.name, written, metadata, report)
             elif part.name != "scheduler":
                 shutil.copytree(part, folder / part.name)
@@ -133,7 +133,7 @@ def _pixel_index(stored: StoredModel, folder: Path) -> tuple[dict[str, Any], boo
     made_of = {"_class_name": [PIXEL_PIPELINE, "FewstepPixelPipeline"], "_diffusers_version": diffusers.__version__}
     config, timesteps = stored.description["config"], stored.description["timesteps"]
     settings = {"timesteps": timesteps, "sigma_data": config["sigma_data"], "num_classes": config["num_classes"]}
-    return made_of | stored.index | settings, False
+    return made_of | {part: ["diffusers", kind] for part, kind in stored.family.weights.items()} | settings, False
 
 
 def check_folder(out: Path, overwrite: bool) -> None:

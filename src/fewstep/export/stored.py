@@ -18,9 +18,12 @@ from fewstep.export.weights import DTYPES
 from fewstep.models.image_model import DESCRIPTION
 from fewstep.models.loading.hub import PIPELINE
 from fewstep.models.loading.pipeline import check_index, library_class
+from fewstep.models.loading.weights import check_finite, check_names
+from fewstep.networks.families.edm import PIXELS
+from fewstep.networks.family import Family
 
-TRAINED = "unet"  # that distillation trains
-PIXEL_INDEX = {TRAINED: ["diffusers", "UNet2DModel"]}
+Raw = tuple[Path, Mapping[str, Tensor]]
+"""A file, and the trained network's weights in it by their names there."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +43,6 @@ class Stored:
             tensor: Tensor = handle.get_tensor(self.name)
         return tensor
 
-    def check_numbers(self) -> None:
-        """Raises UserError if one is not finite."""
-        full = self.meta.is_floating_point() and self.meta.numel()
-        if full and not all(bound.isfinite() for bound in self.read().aminmax()):  # NaN if one is
-            raise not_whole(self.file, f"{self.name} holds numbers that are not finite")
-
 
 @dataclass(frozen=True)
 class Part:
@@ -62,13 +59,10 @@ class StoredModel:
 
     folder: Path
     description: dict[str, Any]
+    family: Family
     index: dict[str, Any]
+    """{} without a class of diffusers: of a network on pixels."""
     parts: dict[str, Part]
-
-    @property
-    def is_pipeline(self) -> bool:
-        """Of a class of diffusers; else it is a network on pixels."""
-        return self.index is not PIXEL_INDEX
 
     @property
     def tensors(self) -> list[Stored]:
@@ -78,30 +72,32 @@ class StoredModel:
         """Raises UserError where a number is not finite; `report` is called per tensor."""
         for stored in self.tensors:
             report()
-            stored.check_numbers()
+            check_finite(stored.file, [(stored.name, stored.read())])
 
 
-def open_stored(folder: Path, raw: tuple[Path, Mapping[str, Tensor]] | None = None) -> StoredModel:
-    """The model in `folder`; `raw` are a file and the trained network's weights out of it, in place of the averages.
+def open_stored(folder: Path, raw: Raw | None = None) -> StoredModel:
+    """The model in `folder`, its trained network with the weights `raw` where they are given.
 
     Raises UserError, naming part, file and tensor, unless every network has the names and shapes of its configuration.
     """
-    description, index, names = read_json(folder / DESCRIPTION), PIXEL_INDEX, [TRAINED]
+    description, index, family = read_json(folder / DESCRIPTION), dict[str, Any](), PIXELS
     if (folder / PIPELINE).is_file():
         index = read_json(folder / PIPELINE)
-        names = list(check_index(folder, index).parts)
-    parts = {}
-    for name in names:
-        kind = library_class(index[name][1])
+        family = check_index(folder, index)
+    for name in family.parts:
         if not (folder / name).is_dir():
             raise not_whole(folder / name, "is missing")
-        if issubclass(kind, nn.Module):
-            parts[name] = open_part(folder / name, kind, raw if name == TRAINED else None)
-    return StoredModel(folder, description, index, parts)
+    prefix, given = f"network.{family.part}.", {}
+    if raw:
+        given = {family.part: (raw[0], {name.removeprefix(prefix): value for name, value in raw[1].items()})}
+    parts = {
+        name: open_part(folder / name, library_class(kind), given.get(name)) for name, kind in family.weights.items()
+    }
+    return StoredModel(folder, description, family, index, parts)
 
 
-def open_part(folder: Path, kind: Any, raw: tuple[Path, Mapping[str, Tensor]] | None) -> Part:
-    """A network of that class, of the names and shapes that its configuration gives it."""
+def open_part(folder: Path, kind: Any, raw: Raw | None = None) -> Part:
+    """A network of that class, of the names and shapes that its configuration gives it; `raw` by its own names."""
     config = read_json(folder / "config.json")
     try:
         with torch.device("meta"):
@@ -110,19 +106,16 @@ def open_part(folder: Path, kind: Any, raw: tuple[Path, Mapping[str, Tensor]] | 
         raise not_whole(folder / "config.json", f"describes no {kind.__name__} ({brief(error)})") from error
     tensors = _stored_tensors(folder)
     if raw:
+        check_names(raw[0], {name for name, _ in network.named_parameters()} - raw[1].keys(), ())
         tensors |= {name: Stored(name, raw[0], torch.empty_like(t, device="meta"), t) for name, t in raw[1].items()}
-        if missing := [name for name, _ in network.named_parameters() if name not in raw[1]]:
-            raise not_whole(raw[0], f"lacks {missing[0]}, which the {kind.__name__} in {folder} has")
     ours = {_plain(name): stored for name, stored in tensors.items()}
     needs = {_plain(name): list(tensor.shape) for name, tensor in network.state_dict().items()}
-    for name in sorted(ours.keys() | needs.keys()):
-        if name not in ours:
-            raise not_whole(folder, f"lacks {name}, which the {kind.__name__} of its config.json has")
-        file, shape = ours[name].file, list(ours[name].meta.shape)
-        if name not in needs:
-            raise not_whole(file, f"holds {name}, for which the {kind.__name__} in {folder} has no place")
-        if shape != needs[name]:
-            raise not_whole(file, f"{name} is {shape}, where the {kind.__name__} in {folder} has {needs[name]}")
+    check_names(folder, needs.keys() - ours.keys(), ())
+    for name, stored in ours.items():
+        check_names(stored.file, (), {name} - needs.keys())
+        if name in needs and list(stored.meta.shape) != needs[name]:
+            shapes = f"{name} is {list(stored.meta.shape)}, where the {kind.__name__} in {folder} has {needs[name]}"
+            raise not_whole(stored.file, shapes)
     return Part(kind, config, tensors)
 
 
