@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,19 +11,14 @@ from fewstep.diffusion.denoiser import Condition, Denoiser
 from fewstep.diffusion.schedules import broadcast
 
 
-def _tensor(output: Tensor | tuple[Tensor, ...]) -> Tensor:
-    """A down block returns (hidden states, skips): the features are the hidden states."""
-    return output if isinstance(output, Tensor) else output[0]
-
-
 @contextmanager
-def _captured(layer: nn.Module, detach_rest: bool = False) -> Iterator[list[Tensor]]:
+def _captured(layer: nn.Module, detach_rest: bool = False) -> Iterator[list[Any]]:
     """Collects the layer's output; may run what follows without a graph."""
-    captured: list[Tensor] = []
+    captured: list[Any] = []
 
     # The hook is gone before any backward pass, so a recomputation of the layer neither collects nor detaches again.
-    def hook(module: nn.Module, args: tuple[object, ...], output: Tensor | tuple[Tensor, ...]) -> None:
-        captured.append(_tensor(output))
+    def hook(module: nn.Module, args: tuple[object, ...], output: Any) -> None:
+        captured.append(output)
         if detach_rest:
             torch.set_grad_enabled(False)
 
@@ -68,7 +64,8 @@ def features(denoiser: Denoiser, layer: str, x_t: Tensor, t: Tensor, condition: 
     with _captured(denoiser.network.get_submodule(layer)) as captured:
         c_in = broadcast(denoiser.coefficients(t)[2], x_t)  # (B, 1, 1, 1)
         denoiser.run(encoder(denoiser.network, layer), c_in * x_t, t, condition)
-    return captured[0]
+    feature_map: Tensor = denoiser.network.feature_map(captured[0], x_t)
+    return feature_map
 
 
 def x0_and_features(
@@ -81,4 +78,4 @@ def x0_and_features(
     """
     with _captured(denoiser.network.get_submodule(layer), detach_rest=features_only_grad) as captured:
         x0 = denoiser(x_t, t, condition)
-    return x0, captured[0]
+    return x0, denoiser.network.feature_map(captured[0], x_t)

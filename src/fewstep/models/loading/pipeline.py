@@ -113,7 +113,8 @@ def _from_file(path: Path, weights: Weights, config: Path, part: str, family: Fa
 def _assemble(folder: Path, family: Family, parts: dict[str, nn.Module], changes: Changes) -> Any:
     """The pipeline of these parts, with the folder's scheduler and tokenizers."""
     kind = library_class(family.pipeline)
-    unwanted = set(kind._optional_components) - set(family.parts)
+    others = {name for name, entry in read_index(folder).items() if isinstance(entry, list)}  # SD3's T5, say
+    unwanted = (others | set(kind._optional_components)) - set(family.parts)
     pipeline = kind.from_pretrained(str(folder), local_files_only=True, **parts, **dict.fromkeys(unwanted))
     if changes:  # DDIM's is the one scheduler that knows all of them
         family.schedule(pipeline.scheduler.config)  # which refuses what is not its kind
