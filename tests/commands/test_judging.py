@@ -1,6 +1,7 @@
 """A run that judges itself finds what `fewstep evaluate` finds."""
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,12 @@ from fewstep.commands.distill import distill
 from fewstep.commands.evaluate import evaluate
 from fewstep.commands.options import Evaluate
 from fewstep.commands.teach import teach
+from fewstep.data.images import ImageSet
+from fewstep.data.settings import DataSettings
 from fewstep.errors import UserError
 from fewstep.evaluation import reference
 from fewstep.evaluation.extractors import train_classifier
+from fewstep.evaluation.judge import classifier_path
 from fewstep.metric_table import metrics_of
 from fewstep.models.loading.pretrained import open_model
 from fewstep.recipes.loading import load_recipe
@@ -88,6 +92,16 @@ def test_the_reals_are_gathered_once_and_again_for_another_network_or_number(
     kept.write_bytes(kept.read_bytes()[:100])  # damaged: it is made again
     assert floor(50_000) == whole
     assert gathered == [500, 1797]
+
+
+def test_sources_of_the_same_name_or_of_other_content_are_told_apart(tmp_path: Path) -> None:
+    first, second = (classifier_path(DataSettings(source=f"{place}/train"), Path()) for place in "ab")
+    assert first != second
+    data, images = DataSettings(source=str(tmp_path)), ImageSet(lambda indices: indices, None, 2, ["a", "b"])
+    before = reference.identity(images, data)
+    assert reference.identity(images, data) == before != reference.identity(replace(images, captions=["a", "c"]), data)
+    (tmp_path / "new.png").write_bytes(b"picture")
+    assert reference.identity(images, data) != before
 
 
 def test_the_classifier_is_kept_where_evaluate_looks_for_it(runs: Path) -> None:

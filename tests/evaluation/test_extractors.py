@@ -30,39 +30,6 @@ class MeanColour(nn.Module):
         return images.double().mean(dim=(2, 3), keepdim=True)
 
 
-@pytest.fixture
-def mean_colour(tmp_path: Path) -> TorchScriptExtractor:
-    path = tmp_path / "mean_colour.pt"
-    torch.jit.script(MeanColour()).save(path)
-    return TorchScriptExtractor(path)
-
-
-def pixels(num: int, channels: int) -> Tensor:
-    return torch.randint(0, 256, (num, channels, 6, 6), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-
-
-def test_a_torchscript_network_gets_uint8_rgb(mean_colour: TorchScriptExtractor) -> None:
-    images = pixels(5, 3)
-    assert torch.equal(mean_colour.features(images), images.double().mean(dim=(2, 3)))
-    assert mean_colour.name == "mean_colour"
-
-
-def test_grey_images_are_repeated_to_rgb(mean_colour: TorchScriptExtractor) -> None:
-    images = pixels(5, 1)
-    assert torch.equal(mean_colour.features(images), images.double().mean(dim=(2, 3)).expand(5, 3))
-
-
-def scripted(module: nn.Module, path: Path) -> TorchScriptExtractor:
-    torch.jit.script(module).save(path)
-    return TorchScriptExtractor(path)
-
-
-def test_features_are_taken_in_evaluation_mode(tmp_path: Path) -> None:
-    images = pixels(4, 3)
-    extractor = scripted(nn.Sequential(MeanColour(), nn.Dropout(0.9)), tmp_path / "dropout.pt")
-    assert torch.equal(extractor.features(images), images.double().mean(dim=(2, 3)))
-
-
 class Probabilities(nn.Module):
     """Class probabilities of the mean colours."""
 
@@ -86,30 +53,52 @@ class Asking(nn.Module):
         return images.double().mean(dim=(2, 3))
 
 
-class Two(nn.Module):
-    def forward(self, images: Tensor, scale: float) -> Tensor:
-        return images.double().mean(dim=(2, 3)) * scale
+def scripted(module: nn.Module, path: Path) -> TorchScriptExtractor:
+    torch.jit.script(module).save(path)
+    return TorchScriptExtractor(path)
 
 
-@pytest.mark.parametrize("network", [Nvidias(), Asking()])
-def test_a_network_that_can_return_features_is_asked_for_them(network: nn.Module, tmp_path: Path) -> None:
-    images = pixels(5, 3)
-    extractor = scripted(network, tmp_path / "inception-2015-12-05.pt")
-    assert torch.equal(extractor.features(images), images.double().mean(dim=(2, 3)))
+def pixels(num: int, channels: int) -> Tensor:
+    return torch.randint(0, 256, (num, channels, 6, 6), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
 
-def test_class_probabilities_are_refused(tmp_path: Path) -> None:
-    extractor = scripted(Probabilities(), tmp_path / "classes.pt")
-    with pytest.raises(UserError, match=r"classes\.pt: gives class probabilities, 3 numbers that sum to 1; .*features"):
-        extractor.features(pixels(5, 3))
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    "network", [MeanColour(), nn.Sequential(MeanColour(), nn.Dropout(0.9)), Nvidias(), Asking()], ids=type
+)
+def test_a_network_gets_uint8_rgb_in_evaluation_mode_and_gives_features(
+    network: nn.Module, channels: int, tmp_path: Path
+) -> None:
+    extractor, images = scripted(network, tmp_path / "inception-2015-12-05.pt"), pixels(5, channels)
+    assert torch.equal(extractor.features(images), images.double().mean(dim=(2, 3)).expand(5, 3))
+    assert extractor.name == "inception-2015-12-05"
 
 
-def test_a_network_that_wants_more_than_images_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"two\.pt: wants images, scale; must be called with images alone"):
-        scripted(Two(), tmp_path / "two.pt")
+@pytest.mark.parametrize(
+    ("network", "told"),
+    [
+        (
+            Probabilities(),
+            "gives class probabilities, 3 numbers that sum to 1; .* ends in the layer before its classes",
+        ),
+        (nn.Linear(4, 2), r"must take uint8 images \(2, 3, 6, 6\)"),
+        (nn.Bilinear(4, 4, 1), "wants input1, input2; must be called with images alone"),
+    ],
+    ids=type,
+)
+def test_a_network_that_takes_or_gives_something_else_is_refused(network: nn.Module, told: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"net\.pt: {told}"):
+        scripted(network, tmp_path / "net.pt").features(pixels(2, 1))
 
 
-def test_the_identity_of_a_network_is_its_files(mean_colour: TorchScriptExtractor, tmp_path: Path) -> None:
+def test_a_file_that_is_no_torchscript_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "weights.pt").write_bytes(b"garbage")
+    for path in (tmp_path / "weights.pt", tmp_path / "nothing.pt", tmp_path):
+        with pytest.raises(UserError, match=f"{path}: not a readable TorchScript file"):
+            TorchScriptExtractor(path)
+
+
+def test_the_identity_of_a_network_is_its_files(tmp_path: Path) -> None:
     same, other = scripted(MeanColour(), tmp_path / "same.pt"), scripted(Nvidias(), tmp_path / "other.pt")
     assert same.identity == TorchScriptExtractor(tmp_path / "same.pt").identity != other.identity
 
@@ -121,19 +110,6 @@ def test_the_real_inception_gives_features() -> None:
     assert found.shape == (4, 768)
     assert found.sum(1).min() > 2
     torch.testing.assert_close(TorchScriptExtractor(INCEPTION).features(grey), found[2:], rtol=1e-3, atol=1e-4)
-
-
-def test_a_file_that_is_no_torchscript_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "weights.pt").write_bytes(b"garbage")
-    for path in (tmp_path / "weights.pt", tmp_path / "nothing.pt", tmp_path):
-        with pytest.raises(UserError, match=f"{path}: not a readable TorchScript file"):
-            TorchScriptExtractor(path)
-
-
-def test_a_network_that_takes_something_else_is_refused(tmp_path: Path) -> None:
-    torch.jit.script(nn.Linear(4, 2)).save(tmp_path / "linear.pt")
-    with pytest.raises(UserError, match=r"linear\.pt: must take uint8 images \(2, 3, 6, 6\)"):
-        TorchScriptExtractor(tmp_path / "linear.pt").features(pixels(2, 1))
 
 
 # --- the classifier --------------------------------------------------------------------------------------------------
@@ -153,13 +129,9 @@ def test_the_classifier_recognises_digits_that_are_new_to_it(trained: Classifier
 
 def test_what_is_checked_is_whether_images_are_of_their_classes_in_turn(trained: Classifier) -> None:
     images = digits().fetch(torch.arange(30))
+    assert torch.equal(trained.head(trained.features(images)), trained(images))
     found = [{"accuracy": label == (7 + k) % 10} for k, label in enumerate(trained(images).argmax(1).tolist())]
     assert trained.check(images, range(7, 37)) == found
-
-
-def test_the_last_layer_reads_the_features(trained: Classifier) -> None:
-    images = pixels(3, 1)
-    assert torch.equal(trained.head(trained.features(images)), trained(images))
 
 
 def test_a_kept_classifier_comes_back_bit_for_bit_and_a_damaged_one_or_one_of_other_images_is_refused(
@@ -191,15 +163,10 @@ def untrained(seed: int) -> Classifier:
     return train_classifier(ImageSet(bright.__getitem__, labels, 40), 3, 2, num_steps=3, seed=seed)
 
 
-def test_training_is_a_function_of_the_seed() -> None:
-    images = pixels(4, 3)
+def test_training_is_a_function_of_the_seed_and_leaves_the_global_generator_alone() -> None:
+    images, before = pixels(4, 3), torch.random.get_rng_state()
     assert torch.equal(untrained(0)(images), untrained(0)(images))
     assert not torch.equal(untrained(0)(images), untrained(1)(images))
-
-
-def test_training_leaves_the_global_generator_alone() -> None:
-    before = torch.random.get_rng_state()
-    untrained(0)
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
