@@ -10,6 +10,7 @@ from torch import Tensor
 from fewstep.data import latents as module
 from fewstep.data.images import ImageSet, Unusable
 from fewstep.data.latents import load_latents, write_latents
+from fewstep.data.shards import open_shard, save_shard
 from fewstep.errors import UserError
 from fewstep.seeding import generator
 
@@ -70,6 +71,14 @@ def test_unusable_images_are_left_out_and_counted(broken: tuple[int, ...], tmp_p
 def test_nothing_left_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no image is left; dropped: 11 not a readable"):
         write_latents(captioned(tuple(range(NUM))), encode, SPACE, tmp_path / "out")
+
+
+def test_a_file_with_fewer_captions_than_latents_is_damaged(tmp_path: Path) -> None:
+    write_latents(captioned(), encode, SPACE, tmp_path)
+    tensors, facts = open_shard(tmp_path / "00002.safetensors")
+    save_shard(tmp_path / "00002.safetensors", tensors, {**facts, "captions": facts["captions"][1:]})
+    with pytest.raises(UserError, match=r"00002\.safetensors: missing or damaged"):
+        load_latents(tmp_path, SPACE)
 
 
 @pytest.mark.parametrize(

@@ -153,7 +153,7 @@ def test_a_file_in_place_of_another_is_damage(tmp_path: Path) -> None:
     write_pairs(draw, PROMPTS, PLAN, tmp_path)
     (tmp_path / "00002.parquet").rename(tmp_path / "00001.parquet")
     (tmp_path / "00002.parquet").write_bytes((tmp_path / "00000.parquet").read_bytes())
-    with pytest.raises(UserError, match=r"0000[12]\.parquet: damaged"):
+    with pytest.raises(UserError, match=r"0000[12]\.parquet: missing or damaged"):
         load(tmp_path)
 
 
@@ -166,7 +166,7 @@ def test_a_flipped_bit_is_found_when_its_row_is_read(tmp_path: Path) -> None:
     path.write_bytes(content)
     pairs = load(tmp_path)
     assert torch.equal(pairs.batch(torch.tensor([3, 6]))["x0"][1], expected(6)[1])  # another group of rows
-    with pytest.raises(UserError, match=r"00001\.parquet: damaged"):
+    with pytest.raises(UserError, match=r"00001\.parquet: missing or damaged"):
         pairs.batch(torch.tensor([5]))
 
 

@@ -1,14 +1,12 @@
 """Embeddings of a list of texts, kept on disk so that every text is embedded once."""
 
-import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fewstep.data.shards import ROWS, Report, Rows, ShardFolder, open_shard, save_shard
+from fewstep.data.shards import ROWS, Report, Rows, ShardFolder, digest, open_shard, save_shard
 
 TEXTS_PER_BATCH = 64
 Embed = Callable[[list[str]], dict[str, Tensor]]
@@ -30,8 +28,8 @@ def cached_embeddings(
     bytes_per_text = sum(tensor.nbytes for tensor in embed([""]).values())
     if len(texts) * bytes_per_text > max_gb * 1e9:
         return None
-    digest = hashlib.blake2b(json.dumps([fingerprint, ROWS, texts]).encode(), digest_size=8).hexdigest()
-    kept = ShardFolder(folder / f"embeddings-{digest}", "text embeddings", {}, len(texts), ROWS)
+    name = f"embeddings-{digest([fingerprint, ROWS, texts])}"
+    kept = ShardFolder(folder / name, "text embeddings", {}, len(texts), ROWS)
 
     def make(path: Path, rows: range, told: Report) -> None:
         starts = range(rows.start, rows.stop, TEXTS_PER_BATCH)

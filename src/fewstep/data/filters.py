@@ -1,12 +1,13 @@
 """Which images of a captioned source are used: the paper's filters of its LAION images, by size, safety and score."""
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fewstep.data.images import ImageSet, pictures
+from fewstep.data.images import ImageSet, decoded
 from fewstep.data.settings import DataSettings
+from fewstep.data.stored import Stored
 from fewstep.data.tables import open_table, read_captions
 from fewstep.errors import UserError
 
@@ -39,7 +40,7 @@ def load_filtered(data: DataSettings, size: int, filter: Filter) -> tuple[ImageS
     memory. Raises UserError for whatever is wrong with the source or its columns.
     """
     path = Path(data.required)
-    table, image_column = open_table(data)
+    table, cells = open_table(data)
     captions = read_captions(table, data.caption_column, path)
     drop = {"without a caption": [caption is None for caption in captions]}
     if filter.unsafe_column:
@@ -48,9 +49,10 @@ def load_filtered(data: DataSettings, size: int, filter: Filter) -> tuple[ImageS
         scores = [_score(cell, filter, path) for cell in _cells(table, filter.aesthetic_column, path)]
         drop[f"aesthetic score below {filter.min_aesthetic:g}"] = [not s >= filter.min_aesthetic for s in scores]
     reasons = [next((reason for reason in drop if drop[reason][row]), None) for row in range(len(captions))]
-    kept = {row: captions[row] or "" for row, reason in enumerate(reasons) if reason is None}
-    images = pictures(table.select(list(kept)), image_column, size, path, filter.min_side)
-    return replace(images, captions=list(kept.values())), dict(Counter(reason for reason in reasons if reason))
+    kept = [row for row, reason in enumerate(reasons) if reason is None]
+    told = [captions[row] or "" for row in kept]
+    stored = Stored(lambda rows: cells([kept[row] for row in rows]), len(kept), captions=told)
+    return decoded(stored, size, 3, path, filter.min_side), dict(Counter(reason for reason in reasons if reason))
 
 
 def _cells(table: Any, column: str, path: Path) -> list[Any]:

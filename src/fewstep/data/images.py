@@ -67,9 +67,8 @@ def load_images(
         if num_classes and stored.labels is None:
             raise UserError(f"{path}: its dataset.json has no labels, but the model has {num_classes} classes")
     else:
-        table, image_column = open_table(data)
-        labels, names = read_labels(table, data.label_column, path, num_classes > 0)
-        stored = Stored(_cells(table, image_column), len(table), labels, names)
+        table, cells = open_table(data)
+        stored = Stored(cells, len(table), *read_labels(table, data.label_column, path, num_classes > 0))
     labels = labels_of_classes(stored.labels, num_classes, data.required, stored.class_names)
     return _opened(replace(stored, labels=labels), data.required, size, channels, shrink)
 
@@ -95,13 +94,12 @@ def load_captioned(data: DataSettings, size: int, shrink: bool | None = None) ->
 
     `shrink` as there. Raises UserError for whatever is wrong with the files, and where captions are missing.
     """
-    table, image_column = open_table(data)
+    table, cells = open_table(data)
     found = read_captions(table, data.caption_column, Path(data.required))
     captions = [caption for caption in found if caption is not None]
     if len(captions) < len(found):
         raise UserError(f"{data.source}: no caption for {len(found) - len(captions)} of {len(found)} images")
-    stored = Stored(_cells(table, image_column), len(table), captions=captions)
-    return _opened(stored, data.required, size, 3, shrink)
+    return _opened(Stored(cells, len(table), captions=captions), data.required, size, 3, shrink)
 
 
 def _opened(stored: Stored, source: str, size: int, channels: int, shrink: bool | None) -> ImageSet:
@@ -109,16 +107,6 @@ def _opened(stored: Stored, source: str, size: int, channels: int, shrink: bool 
     found = None if shrink is None else describe(stored, source, size, channels, shrink)
     images = in_memory(decoded(stored, size, channels, Path(source)), channels * size**2, Path(source).name)
     return replace(images, found=found)
-
-
-def _cells(table: Any, image_column: str) -> Callable[[list[int]], list[Any]]:
-    table = table.select_columns([image_column]).with_format(None)
-    return lambda rows: list(table[rows][image_column])
-
-
-def pictures(table: Any, image_column: str, size: int, path: Path, min_side: int = 0) -> ImageSet:
-    """The RGB images of a table alone."""
-    return decoded(Stored(_cells(table, image_column), len(table)), size, 3, path, min_side)
 
 
 def decoded(stored: Stored, size: int, channels: int, path: Path, min_side: int = 0) -> ImageSet:
@@ -135,14 +123,18 @@ def in_memory(images: ImageSet, bytes_per_image: int, name: str) -> ImageSet:
     """The same images decoded once, if they fit into MAX_BYTES_IN_MEMORY."""
     if images.length * bytes_per_image > MAX_BYTES_IN_MEMORY:
         return images
-    chunks = track(
-        [torch.arange(images.length)[start:][:1000] for start in range(0, images.length, 1000)],
+    first = images.fetch(torch.tensor([0]))
+    whole = first.new_empty(images.length, *first.shape[1:])
+    starts = track(
+        range(0, images.length, 1000),
         description=f"reading {name}",
         transient=True,
         console=Console(stderr=True, quiet=not sys.stderr.isatty()),
         disable=not sys.stderr.isatty(),
     )
-    return replace(images, fetch=torch.cat([images.fetch(chunk) for chunk in chunks]).__getitem__)
+    for start in starts:
+        whole[start : start + 1000] = images.fetch(torch.arange(start, min(start + 1000, images.length)))
+    return replace(images, fetch=whole.__getitem__)
 
 
 def _decode(cell: Any, size: int, channels: int, source: Path, row: int, min_side: int) -> Tensor:

@@ -3,8 +3,6 @@
 latents.json  00000.safetensors  00001.safetensors ...: `latent` (rows, C, H, W) fp16 with captions, ROWS images in each
 """
 
-import hashlib
-import json
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -16,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fewstep.data.images import ImageSet, Unusable
-from fewstep.data.shards import ROWS, Report, Rows, ShardFolder, open_shard, save_shard
+from fewstep.data.shards import ROWS, Report, Rows, ShardFolder, digest, naming_damage, open_shard, save_shard
 from fewstep.errors import UserError
 from fewstep.seeding import generator
 
@@ -58,9 +56,9 @@ def write_latents(
     and counted in the description's `dropped`, on top of those given. Raises UserError if `out` holds something else,
     as it does if the captions are others than when it was begun.
     """
-    captions = hashlib.blake2b(json.dumps((images.captions or [])[: images.length]).encode(), digest_size=8).hexdigest()
+    captions = digest((images.captions or [])[: images.length])
     plan = {**space, "seed": seed, "num_images": images.length, "rows_per_file": ROWS, "captions": captions}
-    folder = ShardFolder(out, "latents", {**plan, **(settings or {})}, images.length, ROWS)
+    folder = ShardFolder(out, "latents", plan | (settings or {}), images.length, ROWS)
     folder.start()
 
     def make(path: Path, rows: range, told: Report) -> None:
@@ -126,8 +124,9 @@ def load_latents(folder: Path, space: dict[str, Any]) -> LatentSet:
     shards, captions = [], []
     for path in kept.files:
         tensors, facts = open_shard(path)
-        if tuple(tensors["latent"].shape) != (len(facts["captions"]), *space["shape"]):
-            raise UserError(f"{path}: damaged; remove it and run the same `fewstep data latents` again")
+        with naming_damage(path):
+            if tuple(tensors["latent"].shape) != (len(facts["captions"]), *space["shape"]):
+                raise ValueError("it has other rows")
         shards.append(tensors)
         captions += facts["captions"]
     found = f"{folder}: {len(captions):,} latents with captions, of images of {space['image_size']} pixels"

@@ -8,11 +8,9 @@ a grey level. Other programs read them so, with the shape from pairs.json:
     x0 = np.frombuffer(table.x0[0], "<f2").reshape(4, 128, 128)
 """
 
-import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -22,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.data.shards import Report, ShardFolder
+from fewstep.data.shards import Report, ShardFolder, digest, naming_damage
 from fewstep.errors import UserError
 from fewstep.files import written_whole
 from fewstep.seeding import generator
@@ -55,7 +53,7 @@ def write_pairs(
     bytes_per_row = 4 * math.prod(plan["shape"])
     num_rows = max(1, min(MAX_ROWS, FILE_BYTES // bytes_per_row))
     layout = {"rows_per_file": num_rows, "rows_per_group": max(1, min(num_rows, GROUP_BYTES // bytes_per_row))}
-    plan = {**plan, "conditions": describe(given), "dtype": "float16", **layout}
+    plan = {**plan, "conditions": f"{next(iter(given), 'none')} {digest(given)}", "dtype": "float16", **layout}
     folder = ShardFolder(out, "pairs", plan, plan["num_pairs"], num_rows, ".parquet")
     folder.start()
 
@@ -69,12 +67,6 @@ def write_pairs(
 
     folder.fill(make, bytes_per_row, report, rank, num_ranks)
     return len(folder.missing())
-
-
-def describe(given: Given) -> str:
-    """Name and digest of what pairs are drawn for."""
-    digest = hashlib.blake2b(json.dumps(given).encode(), digest_size=8).hexdigest()
-    return f"{next(iter(given), 'none')} {digest}"
 
 
 def _draw(draw: Draw, given: Given, plan: dict[str, Any], rows: range) -> tuple[Tensor, Tensor]:
@@ -149,7 +141,7 @@ class PairSet:
     def _read(self, number: int, group: int) -> list[list[Any]]:
         """The bytes of noise and x0 of one group of rows of file `number`."""
         path = list(self.metadata)[number]
-        with _damage(path):
+        with naming_damage(path):
             columns = _open(path, self.metadata[path]).read_row_group(group, columns=["noise", "x0"])
             return [[cell.as_buffer() for cell in columns[name]] for name in ("noise", "x0")]
 
@@ -177,7 +169,7 @@ def load_pairs(folder: Path, teacher: str, sampler: str, shape: tuple[int, ...])
 
 def _open_whole(path: Path, num_rows: int, rows_per_group: int) -> tuple[Any, Given]:
     """The metadata of one file and what its pairs are drawn for; raises UserError if it is damaged."""
-    with _damage(path):
+    with naming_damage(path):
         file = _open(path)
         if (file.metadata.num_rows, file.metadata.num_row_groups) != (num_rows, math.ceil(num_rows / rows_per_group)):
             raise ValueError("it has other rows")
@@ -190,14 +182,3 @@ def _open(path: Path, metadata: Any = None) -> Any:
     from pyarrow import parquet
 
     return parquet.ParquetFile(path, metadata=metadata, memory_map=True, page_checksum_verification=True)
-
-
-@contextmanager
-def _damage(path: Path) -> Iterator[None]:
-    """Names the file that can't be read, and what helps."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError) as error:  # pyarrow's errors are OSErrors and ValueErrors
-        raise UserError(
-            f"{path}: damaged; remove it and run the same `fewstep data pairs` again, which makes only this anew"
-        ) from error

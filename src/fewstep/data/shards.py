@@ -1,8 +1,10 @@
 """What is computed once and kept: folders of numbered files of rows, written whole or not at all, read by row."""
 
+import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -151,14 +153,25 @@ def save_shard(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any] | N
 
 def open_shard(path: Path) -> tuple[dict[str, Tensor], Any]:
     """The tensors of one file, memory-mapped, and its facts; raises UserError if it is missing or damaged."""
+    with naming_damage(path), safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, for it is no dict
+        return tensors, json.loads(file.metadata()["facts"])
+
+
+@contextmanager
+def naming_damage(path: Path) -> Iterator[None]:
+    """Names the file that can't be read, and what helps."""
     try:
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, for it is no dict
-            return tensors, json.loads(file.metadata()["facts"])
-    except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
+        yield
+    except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:  # pyarrow's are some of these
         raise UserError(
             f"{path}: missing or damaged; remove it and run the command that wrote it again, which makes only this anew"
         ) from error
+
+
+def digest(facts: Any) -> str:
+    """16 hex digits of anything that JSON can hold."""
+    return hashlib.blake2b(json.dumps(facts).encode(), digest_size=8).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,15 @@ from fewstep.errors import UserError
 LOOKED_AT = 1000  # headers at most, so that a look takes seconds
 BROKEN = (OSError, TypeError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError)
 """What PIL and its decoders raise on damaged files."""
+Cells = Callable[[list[int]], list[Any]]
+"""{"bytes": or None, "path": of the file, or in an archive} of each of the rows."""
 
 
 @dataclass(frozen=True)
 class Stored:
     """Undecoded images by row; class indices (N,) int64 with the names of the classes, and captions, or None."""
 
-    cells: Callable[[list[int]], list[Any]]
-    """{"bytes": or None, "path": of the file, or in an archive} of each row."""
+    cells: Cells
     length: int
     labels: Tensor | None = None
     class_names: Sequence[str] | None = None

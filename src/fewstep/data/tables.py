@@ -1,7 +1,5 @@
 """Files with images as tables: image folders, parquet files, WebDataset tars, read by `datasets`; nothing is run."""
 
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,21 +8,24 @@ import torch
 from torch import Tensor
 
 from fewstep.data.settings import DataSettings
+from fewstep.data.shards import digest
+from fewstep.data.stored import Cells
 from fewstep.errors import UserError
 
 SHARD_SUFFIXES = {"parquet": ".parquet", "webdataset": ".tar"}
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
-def open_table(data: DataSettings) -> tuple[Any, str]:
-    """The table with its images as undecoded bytes, and the name of their column."""
+def open_table(data: DataSettings) -> tuple[Any, Cells]:
+    """The table, and its undecoded images by row."""
     from datasets import Image as ImageFeature
 
     path = Path(data.required)
     table = _open(path, data.split)
     image_column = find_column(table, data.image_column, ("image", "png", "jpg", "jpeg", "webp"), "image_column", path)
     try:
-        return table.cast_column(image_column, ImageFeature(decode=False)), image_column
+        images = table.select_columns([image_column]).cast_column(image_column, ImageFeature(decode=False))
+        return table, lambda rows: list(images[rows][image_column])
     except (ValueError, TypeError, NotImplementedError) as error:  # pyarrow's errors are all one of these
         raise UserError(
             f"{path}: column {image_column!r} holds no images; name the one that does by data.image_column"
@@ -79,8 +80,7 @@ def files_digest(path: Path) -> str:
     """16 hex digits of the names and sizes of a source's files, as far as they hold images."""
     suffixes = {*IMAGE_SUFFIXES, *SHARD_SUFFIXES.values()}
     files = [path] if path.is_file() else sorted(each for each in path.rglob("*") if each.suffix.lower() in suffixes)
-    told = [[file.relative_to(path.parent).as_posix(), file.stat().st_size] for file in files]
-    return hashlib.blake2b(json.dumps(told).encode(), digest_size=8).hexdigest()
+    return digest([[file.relative_to(path.parent).as_posix(), file.stat().st_size] for file in files])
 
 
 def find_column(table: Any, wanted: str | None, usual: tuple[str, ...], field: str, path: Path) -> str:
