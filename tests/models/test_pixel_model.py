@@ -14,10 +14,17 @@ from fewstep.models.loading.pretrained import load
 from fewstep.models.pixel_model import PixelModel, build_unet
 from fewstep.models.settings import PixelModelConfig
 from fewstep.networks.families.edm import PixelUNet
+from steps import draws
 
 X_T = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 SIGMA = torch.tensor([0.002, 1.0, 80.0])
 LABEL = torch.tensor([0, 2, 3])
+
+
+@pytest.fixture
+def unconditional() -> PixelModel:
+    config = PixelModelConfig(block_out_channels=[8, 8], sigma_data=0.75)
+    return PixelModel(config, build_unet(config))
 
 
 class RecordingUNet(nn.Module):
@@ -110,8 +117,32 @@ def test_decoding_clips_and_rounds(tiny_model):
     assert tiny_model.decode(x0).tolist() == [0, 1, 254, 255]
 
 
-def test_balanced_conditions_hold_every_class_equally_often(tiny_model):
-    assert tiny_model.conditions(range(6))["label"].tolist() == [0, 1, 2, 0, 1, 2]
+def test_classes_are_in_turn_or_those_asked_for(tiny_model, unconditional):
+    assert tiny_model.conditions(range(1, 6))["label"].tolist() == [1, 2, 0, 1, 2]
+    assert tiny_model.conditions(range(1, 6), [2, 0])["label"].tolist() == [0, 2, 0, 2, 0]
+    assert tiny_model.null_condition["label"].tolist() == [3]
+    assert unconditional.conditions(range(6)) == unconditional.draw_condition({}, draws(4)) == {}
+    assert unconditional.null_condition is None
+
+
+def test_fakes_are_drawn_uniformly_over_the_classes_by_the_generator_alone(tiny_model):
+    label = tiny_model.draw_condition({}, draws(30_000, 1))["label"]
+    assert torch.bincount(label).tolist() == pytest.approx([10_000] * 3, rel=0.05)
+    torch.manual_seed(99)
+    assert torch.equal(tiny_model.draw_condition({}, draws(30_000, 1))["label"], label)
+    assert not torch.equal(tiny_model.draw_condition({}, draws(30_000, 2))["label"], label)
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.1, 0.5, 1.0])
+def test_dropout_replaces_the_asked_share_by_the_null_class_and_keeps_the_rest(tiny_model, unconditional, probability):
+    labels = torch.tensor([0, 1, 2, 1, 0] * 2000)
+    label = tiny_model.drop_condition({"label": labels}, probability, draws(10_000))["label"]
+    dropped = label == 3
+    assert dropped.float().mean().item() == pytest.approx(probability, abs=0.015 * (0 < probability < 1))
+    assert torch.equal(label[~dropped], labels[~dropped])
+    torch.manual_seed(99)
+    assert torch.equal(tiny_model.drop_condition({"label": labels}, probability, draws(10_000))["label"], label)
+    assert unconditional.drop_condition({}, probability, draws(4)) == {}
 
 
 @pytest.mark.parametrize("timesteps", [None, [80.0, 2.5, 0.8]])
@@ -125,12 +156,10 @@ def test_a_saved_model_loads_bit_for_bit(tiny_model, tmp_path, timesteps):
     assert not loaded.denoiser.training
 
 
-def test_a_saved_model_keeps_its_unconditional_config(tmp_path):
-    config = PixelModelConfig(block_out_channels=[8, 8], sigma_data=0.75)
-    model = PixelModel(config, build_unet(config))
-    model.denoiser.eval()
-    model.save(tmp_path)
-    assert torch.equal(load(tmp_path).denoiser(X_T, SIGMA, {}), model.denoiser(X_T, SIGMA, {}))
+def test_a_saved_model_keeps_its_unconditional_config(unconditional, tmp_path):
+    unconditional.denoiser.eval()
+    unconditional.save(tmp_path)
+    assert torch.equal(load(tmp_path).denoiser(X_T, SIGMA, {}), unconditional.denoiser(X_T, SIGMA, {}))
 
 
 def test_a_student_is_the_same_model_around_other_weights(tiny_model, tiny_config, tmp_path):

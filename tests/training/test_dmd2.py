@@ -76,7 +76,7 @@ def recorded_calls(module: nn.Module) -> Iterator[list[tuple[Tensor, Tensor, Ten
 
 def student_fake(method: DMD2, grad: bool) -> tuple[Tensor, dict[str, Tensor], Draws]:
     numbers = draws(BATCH)
-    condition = method.model.conditioner.draw(numbers)
+    condition = method.model.draw_condition({}, numbers)
     noise = numbers.randn(1, 8, 8, before=(1,))
     return rollout(method.student, noise, method.timesteps, condition, 0, grad=grad), condition, numbers
 

@@ -67,11 +67,10 @@ def _conditions(given: Pairs, model: PixelModel | LatentModel) -> Given:
         raise UserError("--prompts: the teacher takes no text")
     if given.classes not in ("turn", "uniform"):
         raise UserError(f"--classes {given.classes!r}: write turn or uniform")
-    uniform = model.conditioner.draw(Draws(generator(given.seed, "pair classes"), range(given.num), given.num)).get(
-        "label"
-    )
-    labels = model.conditioner.labels(given.num) if given.classes == "turn" else uniform
-    return {"label": labels.tolist()} if uniform is not None and labels is not None else {}
+    draws = Draws(generator(given.seed, "pair classes"), range(given.num), given.num)
+    turn = given.classes == "turn"
+    condition = model.conditions(range(given.num)) if turn else model.draw_condition({}, draws)
+    return {name: labels.tolist() for name, labels in condition.items()}
 
 
 def drawer(model: PixelModel | LatentModel, sampler: Sampler) -> Callable[[Tensor, Given], Tensor]:

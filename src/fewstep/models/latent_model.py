@@ -79,15 +79,6 @@ class LatentModel(ImageModel):
         """The prompts, or captions of the real images, as the released 4-step SDXL run had it (spec, 1.5)."""
         return dict(given)
 
-    def drop_condition(self, condition: Condition, probability: float, draws: Draws) -> Condition:
-        """The condition with this share of the samples replaced by the null condition."""
-        dropped = draws.rand() < probability  # (B,)
-        null = self.null_condition if probability else {}
-        return condition | {
-            key: torch.where(dropped.reshape(-1, *(1,) * (value.ndim - 1)), value, condition[key])
-            for key, value in null.items()
-        }
-
     def encode_in(self, dtype: torch.dtype) -> None:
         if dtype != torch.float32:  # copies: the pipeline keeps, and `save` writes, the weights as they were loaded
             self.autoencoder = copy.deepcopy(self.autoencoder).to(dtype)

@@ -53,31 +53,29 @@ class PixelModel(ImageModel):
         self.config, self.num_classes, self.channels = config, config.num_classes, config.channels
         self.image_size, self.timesteps = self.family.image_size(config), timesteps
         self.denoiser = Denoiser(self.family.adapter(unet), *self.family.schedule(config))
-        self.conditioner = self.family.conditioner(config, self.image_size)
         self.shape = (config.channels, config.image_size, config.image_size)
 
     @property
     def null_condition(self) -> Condition | None:
-        null = self.conditioner.null_condition
-        return null and {key: value.to(self.device) for key, value in null.items()}
+        """The class behind the last, where there is one."""
+        return {"label": torch.tensor([self.num_classes], device=self.device)} if self.config.null_class else None
 
     def draw_condition(self, given: Condition, draws: Draws) -> Condition:
-        """Uniform over the classes, whatever is given."""
-        return self.conditioner.draw(draws)
-
-    def drop_condition(self, condition: Condition, probability: float, draws: Draws) -> Condition:
-        """The condition with this share of the labels replaced by the null class."""
-        return self.conditioner.dropout(condition, probability, draws)
+        """Uniform over the classes, whatever is given, as the official system does for ImageNet."""
+        return self._of(draws.randint(0, max(self.num_classes, 1)))
 
     def conditions(self, indices: range, asked: Asked = None) -> Condition:
         """The class numbers asked for, else every class in turn, on the model's device."""
         classes = range(max(self.num_classes, 1)) if asked is None else asked
-        labels = torch.tensor([int(classes[index % len(classes)]) for index in indices], dtype=torch.int64)
-        return self.conditioner.encode(labels.to(self.device))
+        return self._of(torch.tensor([int(classes[index % len(classes)]) for index in indices], dtype=torch.int64))
 
     def encode_condition(self, batch: dict[str, Any]) -> Condition:
         """The condition of real data {"label": (B,)}, on the model's device."""
-        return self.conditioner.encode(batch["label"].to(self.device)) if "label" in batch else {}
+        return self._of(batch["label"]) if "label" in batch else {}
+
+    def _of(self, labels: Tensor) -> Condition:
+        """{"label": (B,) int64}; {} of a model without classes."""
+        return {"label": labels.to(self.device)} if self.num_classes else {}
 
     def encode_x0(self, batch: dict[str, Any], draws: Draws) -> Tensor:
         """x0 of real data {"image": uint8 (B, C, H, W)}, on the model's device."""

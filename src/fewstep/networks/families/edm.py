@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from fewstep.diffusion.denoiser import Condition
 from fewstep.diffusion.parameterizations import Parameterization, edm
 from fewstep.diffusion.schedules import EDM
-from fewstep.networks.conditioning import ClassLabels
 from fewstep.networks.family import Family, unet_map
 
 if TYPE_CHECKING:
@@ -38,7 +37,7 @@ def _schedule(config: Any) -> tuple[EDM, Parameterization]:
     return EDM(config.sigma_min, config.sigma_max), edm(config.sigma_data)
 
 
-# Its "pipeline" is the model's configuration (`PixelModelConfig`), and x0 is the picture itself.
+# Its "pipeline" is the model's configuration (`PixelModelConfig`), labels are the condition, and x0 is the picture.
 PIXELS = Family(
     pipeline="UNet2DModel",
     part="unet",
@@ -46,7 +45,7 @@ PIXELS = Family(
     others=(),
     check=lambda config: None,
     adapter=PixelUNet,
-    conditioner=lambda config, image_size: ClassLabels(config.num_classes, config.null_class),
+    conditioner=lambda config, image_size: None,
     codec=lambda autoencoder: None,
     schedule=_schedule,
     image_size=lambda config: int(config.image_size),
