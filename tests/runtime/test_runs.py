@@ -49,13 +49,6 @@ def test_what_is_better_is_the_tables_word_and_what_is_no_number_is_never_the_be
     assert best_steps(lines) == {"kid": 2, "fid": 2}
 
 
-def test_a_metric_that_was_measured_later_is_compared_where_it_was_measured() -> None:
-    assert best_steps([{"step": 1, "fid": 2.0}, {"step": 2, "fid": 3.0, "precision": 0.5}]) == {
-        "fid": 1,
-        "precision": 2,
-    }
-
-
 @pytest.mark.parametrize(
     ("choice", "step"),
     [("", 40), ("@10", 10), ("@40", 40), ("@best-fid", 20), ("@best-accuracy", 30), ("@best-recall", 20)],

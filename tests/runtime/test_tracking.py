@@ -1,6 +1,5 @@
 """metrics.jsonl holds means and can be rewound; a progress bar stays out of pipes; Ctrl-C waits for the step's end."""
 
-import json
 import math
 import signal
 from pathlib import Path
@@ -35,27 +34,8 @@ def test_a_metric_of_some_steps_is_averaged_over_those(metrics: Metrics) -> None
     for step in range(4):
         add(metrics, critic=float(step), **({"student": 10.0 + step} if step % 2 else {}))
     assert metrics.write(4) == {"critic": 1.5, "student": 12.0}
-
-
-def test_a_metric_is_left_out_where_it_was_not_measured(metrics: Metrics) -> None:
-    add(metrics, critic=1.0, student=1.0)
-    metrics.write(1)
     add(metrics, critic=2.0)
-    assert metrics.write(2) == {"critic": 2.0}
-
-
-def test_metrics_are_summed_without_touching_the_tensors(metrics: Metrics) -> None:
-    value = torch.tensor(1.0)
-    metrics.add({"loss": value})
-    metrics.add({"loss": torch.tensor(3.0)})
-    assert value.item() == 1.0
-
-
-def test_the_file_is_appended_to(metrics: Metrics) -> None:
-    metrics.path.write_text('{"step": 1, "loss": 4.0}\n')
-    add(metrics, loss=2.0)
-    metrics.write(2)
-    assert [line["step"] for line in read_metrics(metrics.path)] == [1, 2]
+    assert metrics.write(5) == {"critic": 2.0}
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -79,32 +59,19 @@ def test_what_is_not_finite_stands_in_a_file_as_null(metrics: Metrics, value: fl
     assert metrics.path.read_text() == line
 
 
-def test_rewinding_drops_what_is_behind_the_step(metrics: Metrics) -> None:
+def test_rewinding_drops_what_is_behind_the_step_and_a_torn_last_line(metrics: Metrics) -> None:
+    rewind(metrics.path, 0)
+    assert metrics.path.read_text() == ""
     for step in (10, 20, 30):
-        add(metrics, loss=float(step))
+        add(metrics, loss=0.1 * step, norm=1e-30)
         metrics.write(step)
     before = metrics.path.read_text().splitlines()
     rewind(metrics.path, 20)
-    assert metrics.path.read_text().splitlines() == before[:2]
-
-
-def test_rewinding_drops_a_torn_last_line(metrics: Metrics) -> None:
-    metrics.path.write_text('{"step": 1, "loss": 4.0}\n{"step": 2, "lo')
-    rewind(metrics.path, 5)
-    assert metrics.path.read_text() == '{"step": 1, "loss": 4.0}\n'
-
-
-def test_rewinding_a_run_without_metrics_makes_an_empty_file(metrics: Metrics) -> None:
-    rewind(metrics.path, 0)
-    assert metrics.path.read_text() == ""
-
-
-def test_numbers_survive_rewinding_digit_by_digit(metrics: Metrics) -> None:
-    add(metrics, loss=0.1, norm=1e-30)
-    metrics.write(1)
-    before = metrics.path.read_text()
-    rewind(metrics.path, 1)
-    assert metrics.path.read_text() == before
+    assert metrics.path.read_text().splitlines() == before[:2]  # digit by digit
+    with metrics.path.open("a") as file:
+        file.write('{"step": 12, "lo')
+    rewind(metrics.path, 15)
+    assert metrics.path.read_text().splitlines() == before[:1]
 
 
 def test_a_file_that_is_no_metrics_is_named(metrics: Metrics) -> None:
@@ -120,13 +87,6 @@ def test_half_a_line_of_sums_is_resumed(metrics: Metrics, tmp_path: Path) -> Non
     add(metrics, loss=4.0)
     add(resumed, loss=4.0)
     assert metrics.write(2) == resumed.write(2) == {"loss": 2.5}
-
-
-def test_every_line_is_json(metrics: Metrics) -> None:
-    add(metrics, loss=1 / 3)
-    metrics.write(1)
-    (line,) = metrics.path.read_text().splitlines()
-    assert json.loads(line) == {"step": 1, "loss": torch.tensor(1 / 3).item()}
 
 
 def test_a_progress_bar_prints_nothing_into_a_pipe(capfd: pytest.CaptureFixture[str]) -> None:

@@ -143,25 +143,12 @@ def interrupt_at(stop: int):
     return report
 
 
-def test_models_are_found_by_their_average(place: Path) -> None:
+def test_a_model_is_opened_by_its_average(place: Path) -> None:
     run, best = place / "whole", best_steps(read_metrics(place / "whole" / "evaluations.jsonl"))
-    newest = checkpoints(run)[-1]
-    assert find(str(run)).folder == newest / "model"
-    assert find(f"{run}@8", "0.05").folder == run / "checkpoints" / "00000008" / "model-ema0.05"
-    chosen = run / "checkpoints" / f"{best['ema0.05_fid']:08d}"
-    assert find(f"{run}@best-ema0.05_fid").checkpoint == chosen
-    assert find(f"{run}@best-ema0.05_fid").folder == chosen / "model-ema0.05"
-    assert find(f"{run}@best-ema0.05_fid", "0").folder == chosen / "model-ema0"
-    assert find(f"{run}@best-fid").folder.name == "model"
+    found = find(f"{run}@best-ema0.05_fid")
+    assert (found.step, found.ema) == (best["ema0.05_fid"], "0.05")
     opened = torch.cat([p.flatten() for p in open_model(f"{run}@best-ema0.05_fid").denoiser.parameters()])
-    assert torch.equal(opened, weights(chosen / "model-ema0.05"))
-
-
-def test_an_average_that_is_not_there_is_told_with_those_that_are(place: Path) -> None:
-    with pytest.raises(UserError, match=r"00000012: has no average '0\.9' beside its first, .* it has 0, 0\.05$"):
-        find(f"{place}/whole", "0.9")
-    with pytest.raises(UserError, match=r"it has none$"):
-        find(f"{place}/teacher", "0.9")
+    assert torch.equal(opened, weights(found.folder))
 
 
 def test_evaluate_has_a_row_for_each_with_the_numbers_of_the_run(

@@ -1,9 +1,12 @@
 """Runs can be stopped, killed and resumed, and the result is the same bit for bit."""
 
 import json
+import multiprocessing
 import os
+import random
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -121,6 +124,31 @@ def test_a_finished_run_resumes_to_nothing(teacher_run: Path) -> None:
     teach(teach_recipe(), teacher_run, resume=True, report=lambda step, metrics: steps.append(step))
     assert steps == []
     assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+@pytest.mark.slow
+def test_25_kills_at_any_moment_change_nothing(
+    teacher_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`kill -9` while it starts, trains, writes or removes a checkpoint, and resumed each time."""
+    recipe, run = distill_recipe(teacher_run, "num_steps=120", "checkpoint_every=1", "sample_every=7"), tmp_path / "run"
+    context, draws = multiprocessing.get_context("forkserver"), random.Random(0)
+    context.set_forkserver_preload(["fewstep.commands.distill"])  # torch is imported once
+    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))  # sums depend on it
+    for number in range(25):
+        child, before = context.Process(target=distill, args=(recipe, run, True)), checkpoints(run)
+        child.start()
+        while number % 5 and checkpoints(run) == before:
+            assert child.is_alive()
+        time.sleep(draws.uniform(0, 0.3))
+        child.kill()
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
+    assert 0 < len(checkpoints(run)) <= 3
+    distill(recipe, run, resume=True, report=quiet)
+    distill(recipe, tmp_path / "whole", report=quiet)
+    assert_same_end(tmp_path / "whole", run)
+    assert not list((run / "checkpoints").glob("*damaged*"))
 
 
 def test_a_second_run_in_the_same_folder_is_refused_and_changes_nothing(teacher_run: Path, tmp_path: Path) -> None:

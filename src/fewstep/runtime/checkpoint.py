@@ -17,7 +17,7 @@ import torch
 
 from fewstep.errors import UserError, brief
 from fewstep.files import written_folder
-from fewstep.runtime.manifest import Fault, faults, write_manifest
+from fewstep.runtime.manifest import faults, write_manifest
 
 RECIPE = "recipe.yaml"
 METRICS = "metrics.jsonl"
@@ -95,29 +95,27 @@ def newest_whole(run: Path) -> Path | None:
     """
     found = checkpoints(run)
     for checkpoint in reversed(found):
-        own = next((fault for fault in _faults(checkpoint) if not _set_frozen_aside(run, fault)), None)
-        if own is None:
+        fault = next(_own_faults(run, checkpoint), None)
+        if fault is None:
             return checkpoint
-        _set_aside(checkpoint, own)
+        _set_aside(checkpoint, fault)
     if found:
         raise UserError(f"{run}: no checkpoint of it is whole; choose another --out to begin anew")
     return None
 
 
-def _faults(checkpoint: Path) -> Iterator[Fault]:
+def _own_faults(run: Path, checkpoint: Path) -> Iterator[str]:
+    """What is wrong with a checkpoint alone; for what is wrong with shared files, these are set aside."""
     if not zipfile.is_zipfile(checkpoint / "state.pt"):  # of an earlier version, which had no manifest
-        yield Fault("state.pt", "is torn or missing")
-    yield from faults(checkpoint)
+        yield "state.pt is torn or missing"
+    for path, what in faults(checkpoint):
+        if not path.is_file() or path.stat().st_nlink == 1:
+            yield what
+        elif (run / FROZEN).is_dir():
+            _set_aside(run / FROZEN, what)
 
 
-def _set_frozen_aside(run: Path, fault: Fault) -> bool:
-    """Whether the fault is of a file that all checkpoints share with the folder of what is not trained."""
-    if fault.linked and (run / FROZEN).is_dir():
-        _set_aside(run / FROZEN, fault)
-    return fault.linked
-
-
-def _set_aside(folder: Path, fault: Fault) -> None:
+def _set_aside(folder: Path, fault: str) -> None:
     aside = folder.with_name(f"{folder.name}.damaged")
     shutil.rmtree(aside, ignore_errors=True)
     folder.rename(aside)

@@ -4,20 +4,8 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 MANIFEST = "manifest.json"
-
-
-class Fault(NamedTuple):
-    """A file that is not what was written; `linked` if other folders share it."""
-
-    name: str
-    what: str
-    linked: bool = False
-
-    def __str__(self) -> str:
-        return f"{self.name} {self.what}"
 
 
 def write_manifest(folder: Path, siblings: Iterable[Path] = ()) -> None:
@@ -43,26 +31,26 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def faults(folder: Path, parts: Iterable[str] = (), digests: bool = True) -> Iterator[Fault]:
-    """The files in `folder`, or in those `parts` of it, that are not what was written, as they are found.
+def faults(folder: Path, parts: Iterable[str] = (), digests: bool = True) -> Iterator[tuple[Path, str]]:
+    """The files in `folder`, or in those `parts` of it, that are not what was written, and what is wrong with each.
 
     Without `digests` only sizes are compared. A folder of an earlier version has no manifest, and so no fault.
     """
     try:
         entries = _read(folder)
     except ValueError:
-        yield Fault(MANIFEST, "can't be read")
+        yield folder / MANIFEST, f"{MANIFEST} can't be read"
         return
     for name, entry in entries.items():
         path = folder / name
         if parts and name.split("/")[0] not in parts:
             continue
         if not path.is_file():
-            yield Fault(name, "is missing")
+            yield path, f"{name} is missing"
         elif (size := path.stat().st_size) != entry["size"]:
-            yield Fault(name, f"has {size} bytes instead of {entry['size']}", path.stat().st_nlink > 1)
+            yield path, f"{name} has {size} bytes instead of {entry['size']}"
         elif digests and digest(path) != entry["sha256"]:
-            yield Fault(name, "has other bytes than were written", path.stat().st_nlink > 1)
+            yield path, f"{name} has other bytes than were written"
 
 
 def _read(folder: Path) -> dict[str, dict[str, str | int]]:

@@ -40,11 +40,10 @@ class Found:
 
     def check(self, *parts: str, digests: bool = True) -> None:
         """Raises UserError unless these parts of the checkpoint, by default the model, are what was written."""
-        fault = next(faults(self.checkpoint, parts or (self.folder.name,), digests), None)
-        if fault:
+        for _, what in faults(self.checkpoint, parts or (self.folder.name,), digests):
             others = ", ".join(f"{self.run}@{step}" for step in checkpoint_steps(self.run) if step != self.step)
             raise UserError(
-                f"{self.checkpoint}: {fault}; {f'take {others}' if others else 'there is no other checkpoint'}"
+                f"{self.checkpoint}: {what}; {f'take {others}' if others else 'there is no other checkpoint'}"
             )
 
 
