@@ -15,7 +15,8 @@ from torch import nn
 
 from edm_files import SOURCE, Conv2d, edm_pickle
 from fewstep.errors import UserError
-from fewstep.models.loading.edm_pickle import Part, StoredTensor, read_pickle
+from fewstep.models.loading.edm_checkpoint import read_network
+from fewstep.models.loading.edm_pickle import Part, Refused, StoredTensor, read_pickle
 
 CODES, STOP, NEWOBJ, BUILD, MEMOIZE, POP = b"\x80\x04", b".", b"\x81", b"b", b"\x94", b"0"
 HEADER = pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(1001, 2)  # of torch's older format
@@ -129,7 +130,7 @@ def refusal(content: bytes, folder: Path) -> str:
     (folder / "edm.pkl").write_bytes(content)
     start = time.process_time()
     with pytest.raises(UserError) as error:
-        read_pickle(folder / "edm.pkl")
+        read_network(folder / "edm.pkl")
     assert time.process_time() - start < 1
     line = str(error.value)
     assert line.startswith(f"{folder}/edm.pkl: ")
@@ -249,7 +250,7 @@ def test_other_files_are_named(tmp_path: Path) -> None:
     assert "a zip archive" in refusal((tmp_path / "a.pt").read_bytes(), tmp_path)
     for path in (tmp_path, tmp_path / "nowhere.pkl"):
         with pytest.raises(UserError, match=f"{path}: no such file"):
-            read_pickle(path)
+            read_network(path)
 
 
 class Many(nn.Module):
@@ -304,7 +305,7 @@ def test_a_damaged_file_is_refused_or_read_and_nothing_else(tmp_path: Path) -> N
         (tmp_path / "edm.pkl").write_bytes(content[: dice.choice(places)] if count % 3 == 0 else content)
         try:
             read_pickle(tmp_path / "edm.pkl")
-        except UserError as error:
+        except Refused as error:
             lines.append(str(error))
     assert 200 < len(lines) < 300
     assert not any("\n" in line for line in lines)

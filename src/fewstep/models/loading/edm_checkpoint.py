@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fewstep.errors import UserError, brief
 from fewstep.models.loading.edm_pickle import Part, Refused, StoredTensor, read_pickle, shown
+from fewstep.models.loading.weights import check_finite
 from fewstep.models.pixel_model import PixelModel, build_unet
 from fewstep.models.settings import PixelModelConfig
 from fewstep.settings import Settings
@@ -23,6 +24,14 @@ from fewstep.settings import Settings
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0  # EDM, table 1; the files say 0 and inf, where the network may be called at all
 HEAD_DIM, GROUPS = 64, 32  # ADM's; it has fewer groups below 128 channels
 DEEPEST = 4  # modules in modules
+ENDS = {
+    "map_layer0": "time_embedding.linear_1",
+    "map_layer1": "time_embedding.linear_2",
+    "map_label": "class_embedding",
+}
+ENDS |= {"out_norm": "conv_norm_out", "out_conv": "conv_out"}
+RESNET = {"norm0": "norm1", "conv0": "conv1", "affine": "time_emb_proj", "norm1": "norm2", "conv1": "conv2"}
+RESNET |= {"skip": "conv_shortcut"}
 UNUSED = {"map_augment.weight"}  # it tells of augmentations in training; there are none at inference
 SONG = (
     "holds a SongUNet (DDPM++ or NCSN++), which diffusers' UNet2DModel can't hold: where its resolution changes it has "
@@ -57,11 +66,10 @@ class EdmNetwork:
 
 def read_network(path: Path) -> EdmNetwork:
     """The network in the file, averaged over training; raises UserError if it is none that can be imported."""
-    content = read_pickle(path)
     try:
-        return find_network(content)
+        return find_network(read_pickle(path))
     except Refused as error:
-        raise UserError(f"{path}: {error}") from error
+        raise UserError(f"{path}: {error}; nothing of it was run") from error
 
 
 def find_network(content: Any) -> EdmNetwork:
@@ -131,42 +139,29 @@ def _config(claims: dict[str, Any]) -> PixelModelConfig:
         raise Refused(f"describes a network that can't be imported: {where}: {wrong['msg']}") from error
 
 
-def _resnet(ours: str, theirs: str) -> dict[str, str]:
-    pairs = ("norm1", "norm0"), ("conv1", "conv0"), ("time_emb_proj", "affine"), ("norm2", "norm1"), ("conv2", "conv1")
-    return {f"{ours}.{a}": f"{theirs}.{b}" for a, b in (*pairs, ("conv_shortcut", "skip"))}
-
-
-def _block(ours: str, index: int, theirs: str, attention: bool) -> dict[str, str]:
-    """A residual block and, in ADM a part of it, its attention."""
-    at = f"{ours}.attentions.{index}"
-    names = {f"{at}.group_norm": f"{theirs}.norm2", at: f"{theirs}.qkv", f"{at}.to_out.0": f"{theirs}.proj"}
-    return _resnet(f"{ours}.resnets.{index}", theirs) | (names if attention else {})
-
-
 def module_names(config: PixelModelConfig) -> dict[str, str]:
-    """`UNet2DModel`'s name of every module -> ADM's; qkv stands for all three in one."""
-    last = len(config.attention) - 1
-    sizes = [f"{config.image_size >> level}x{config.image_size >> level}" for level in range(last + 1)]
-    names = {"time_embedding.linear_1": "map_layer0", "time_embedding.linear_2": "map_layer1"}
-    names |= {"class_embedding": "map_label"} if config.num_classes else {}
-    names |= {"conv_in": f"enc.{sizes[0]}_conv", "conv_norm_out": "out_norm", "conv_out": "out_conv"}
-    names |= _block("mid_block", 0, f"dec.{sizes[last]}_in0", True)
-    names |= _block("mid_block", 1, f"dec.{sizes[last]}_in1", False)
-    for level, (size, attention) in enumerate(zip(sizes, config.attention, strict=True)):
-        down, up = f"down_blocks.{level}", f"up_blocks.{last - level}"
-        for index in range(config.layers_per_block):
-            names |= _block(down, index, f"enc.{size}_block{index}", attention)
-        for index in range(config.layers_per_block + 1):
-            names |= _block(up, index, f"dec.{size}_block{index}", attention)
+    """ADM's name of every module -> `UNet2DModel`'s; qkv stands for all three in one."""
+    last, num = len(config.attention) - 1, config.layers_per_block
+    sizes = [f"{size}x{size}" for size in (config.image_size >> level for level in range(last + 1))]
+    blocks = {f"dec.{sizes[last]}_in{index}": f"mid_block.resnets.{index}" for index in (0, 1)}
+    for level, size in enumerate(sizes):
+        up = f"up_blocks.{last - level}"
+        blocks |= {f"enc.{size}_block{index}": f"down_blocks.{level}.resnets.{index}" for index in range(num)}
+        blocks |= {f"dec.{size}_block{index}": f"{up}.resnets.{index}" for index in range(num + 1)}
         if level:
-            names |= _resnet(f"down_blocks.{level - 1}.downsamplers.0", f"enc.{size}_down")
-            names |= _resnet(f"up_blocks.{last - level}.upsamplers.0", f"dec.{sizes[level - 1]}_up")
+            blocks[f"enc.{size}_down"] = f"down_blocks.{level - 1}.downsamplers.0"
+            blocks[f"dec.{sizes[level - 1]}_up"] = f"{up}.upsamplers.0"
+    names = {f"enc.{sizes[0]}_conv": "conv_in", **ENDS}
+    for theirs, ours in blocks.items():
+        names |= {f"{theirs}.{a}": f"{ours}.{b}" for a, b in RESNET.items()}
+        at = ours.replace("resnets", "attentions")  # in ADM a part of the block
+        names |= {f"{theirs}.norm2": f"{at}.group_norm", f"{theirs}.qkv": at, f"{theirs}.proj": f"{at}.to_out.0"}
     return names
 
 
 def to_diffusers(config: PixelModelConfig, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """ADM's tensors by their names -> `UNet2DModel`'s; raises Refused for one that it has no place for."""
-    names = {theirs: ours for ours, theirs in module_names(config).items()}
+    names = module_names(config)
     for name, tensor in tensors:
         module, _, kind = name.rpartition(".")
         if name in UNUSED:
@@ -210,10 +205,7 @@ def convert(network: EdmNetwork, show: Callable[[int, dict[str, float]], None]) 
     def read() -> Iterator[tuple[str, Tensor]]:
         for done, (name, tensor) in enumerate(network.tensors.items(), 1):
             numbers = tensor.read()
-            if not numbers.isfinite().all():
-                raise UserError(
-                    f"{tensor.blob.source}: {shown(name)} holds numbers that are not finite; fetch it again"
-                )
+            check_finite(tensor.blob.source, [(shown(name), numbers)])
             yield name, numbers
             show(done, {})
 

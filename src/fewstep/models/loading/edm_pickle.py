@@ -17,18 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.errors import UserError, brief
+from fewstep.errors import brief
 
 MOST_OPCODES = 150_000  # more than twice what the ImageNet-64 network takes; bounds time and memory of a hostile file
 STORAGE_OPCODES = 200  # of each of the five small pickles in front of a tensor's numbers; there are about 40
 SHORT = 4096  # characters of the text that is kept; bytes that those five pickles fit in
 MAGIC = 0x1950A86A20F9469CFC6C  # of torch's older format, in which the numbers stand
-STORAGES = {
-    "torch.FloatStorage": torch.float32,
-    "torch.HalfStorage": torch.float16,
-    "torch.BFloat16Storage": torch.bfloat16,
-    "torch.DoubleStorage": torch.float64,
-}
+STORAGES = {"torch.FloatStorage": torch.float32, "torch.DoubleStorage": torch.float64}
+STORAGES |= {"torch.HalfStorage": torch.float16, "torch.BFloat16Storage": torch.bfloat16}
 NUMBERS = {"f8": "<d", "f4": "<f", "i8": "<q", "i4": "<i", "b1": "<?"}  # dtypes of numpy's scalars, as struct has them
 OTHERS = {b"PK": "a zip archive, such as torch.save writes", b"\x1f\x8b": "a gzip archive", b"": "empty"}
 Sizes = tuple[int, ...]
@@ -157,7 +153,7 @@ class Machine:
         return result
 
     def blob(self, opcode: pickletools.OpcodeInfo, position: int, is_text: bool) -> Blob:
-        if self.path is None or opcode.name not in VALUES or opcode.arg is None:
+        if self.path is None or opcode.name not in BLOBS or opcode.arg is None:
             raise Refused("holds bytes or long text where none has a place")
         start = position + 1 + int(opcode.arg.name[-1])  # behind their length: bytes1, unicodestring4
         return Blob(self.path, self.file.tell() - start, start, is_text)
@@ -209,10 +205,8 @@ class Machine:
             target.update(zip(map(only_text, items[::2]), items[1::2], strict=True))
 
 
-VALUES = (
-    *("NONE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"),
-    *("SHORT_BINBYTES", "BINBYTES", "BINBYTES8"),
-)
+BLOBS = ("SHORT_BINBYTES", "BINBYTES", "BINBYTES8", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8")
+VALUES = ("NONE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", *BLOBS)
 ACTIONS: dict[str, Callable[[Machine, Any], object]] = {
     **dict.fromkeys(VALUES, Machine.push),
     **dict.fromkeys(("PROTO", "STOP", "BINPERSID"), lambda machine, _: None),  # a reference is what it says
@@ -332,10 +326,10 @@ NAMES = {name: Function(name) for name in FUNCTIONS}
 def read_pickle(path: Path) -> Any:
     """What the file holds: dicts, lists, tuples, text, numbers, `Part`s, and `StoredTensor`s still in the file.
 
-    Raises UserError if it is no pickle of protocol 2 to 5, is damaged, or holds anything that EDM's files do not.
+    Raises Refused if it is no pickle of protocol 2 to 5, is damaged, or holds anything that EDM's files do not.
     """
     if not path.is_file():
-        raise UserError(f"{path}: no such file; name an EDM checkpoint (.pkl)")
+        raise Refused("no such file; name an EDM checkpoint (.pkl)")
     try:
         with Bounded(io.FileIO(path)) as file:
             start = file.peek(9)[:9]  # that it can be a pickle, before anything else is said of it
@@ -343,9 +337,7 @@ def read_pickle(path: Path) -> Any:
                 found = OTHERS.get(start[:2], "a safetensors file" if start[8:9] == b"{" else "something else")
                 raise Refused(f"is {found}, where an EDM checkpoint is a pickle of protocol 2 to 5")
             return Machine(file, NAMES, MOST_OPCODES, path).run()
-    except Refused as error:
-        raise UserError(f"{path}: {error}; nothing of it was run") from error
-    except OSError as error:
-        raise UserError(f"{path}: can't be read ({error.strerror})") from error
-    except Exception as error:  # a damaged pickle shows itself as almost any error
-        raise UserError(f"{path}: is cut off or damaged ({brief(error)}); fetch it again") from error
+    except Refused:
+        raise
+    except Exception as error:  # a damaged pickle, or disk, shows itself as almost any error
+        raise Refused(f"is cut off or damaged ({brief(error)}); fetch it again") from error
