@@ -16,8 +16,8 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
+from command_line import Tell, refused
 from edm_files import small_network, write_checkpoint
-from fewstep.cli import main
 from fewstep.commands.distill import open_batches
 from fewstep.commands.importing import import_edm
 from fewstep.embedded.digits import digits
@@ -64,12 +64,6 @@ def write_data(path: Path) -> None:
         archive.writestr("dataset.json", json.dumps({"labels": list(map(list, zip(names, labels, strict=True)))}))
 
 
-def write_checkpoint_of_edm(path: Path) -> None:
-    """A random network in EDM's file format, attention on its second level; ADM has 128 channels at least."""
-    torch.manual_seed(0)
-    write_checkpoint(path, small_network(img_resolution=SIZE, img_channels=1, label_dim=10, channel_mult=[1, 1]))
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The working directory: what the recipes' placeholders name, and a feature network."""
@@ -78,28 +72,29 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
         (folder / "data").mkdir()
         write_data(folder / "data" / "imagenet-64x64.zip")
-    write_checkpoint_of_edm(folder / "edm.pkl")
+    network = small_network(img_resolution=SIZE, img_channels=1, label_dim=10, channel_mult=[1, 1])
+    write_checkpoint(folder / "edm.pkl", network)  # attention on its second level; ADM has 128 channels at least
     import_edm(folder / "edm.pkl", folder / "models" / "edm-imagenet-64")
     torch.jit.script(Brightness()).save(folder / "features.pt")
     return folder
 
 
 @pytest.fixture
-def fewstep(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Runs a command line in the working directory, and wants it to end well."""
-    monkeypatch.chdir(place)
+def workplace(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where ten classes are too many for a classifier, as a thousand are."""
     monkeypatch.setattr("fewstep.commands.evaluate.images_per_second", lambda *args: 1.0)
-    monkeypatch.setattr(
-        "fewstep.evaluation.judge.MAX_CLASSES", 9
-    )  # ten are too many for a classifier, as a thousand are
+    monkeypatch.setattr("fewstep.evaluation.judge.MAX_CLASSES", 9)
+    return place
 
-    def command(line: str) -> None:
-        monkeypatch.setattr("sys.argv", ["fewstep", *line.split()])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        assert (ended.value.code, capsys.readouterr().err) == (0, "")
 
-    return command
+@pytest.fixture
+def command(tell: Tell) -> Command:
+    """Runs a command line in the working directory, and wants it to end well."""
+
+    def well(line: str) -> None:
+        assert tell(line) == (0, "")
+
+    return well
 
 
 SIZES = "--set num_steps=6 --set batch_size=8 --set student_every=2 --set grid_images=4"
@@ -112,11 +107,11 @@ def parameters(folder: Path) -> Tensor:
     return torch.cat([p.detach().flatten() for p in load(folder).denoiser.parameters()])
 
 
-def test_import_pairs_two_stages_and_export(fewstep: Command, place: Path) -> None:
-    fewstep("import edm edm.pkl --out teacher")
-    fewstep("data pairs --teacher teacher --num 20 --sampler heun:2 --out pairs")
+def test_import_pairs_two_stages_and_export(command: Command, place: Path) -> None:
+    command("import edm edm.pkl --out teacher")
+    command("data pairs --teacher teacher --num 20 --sampler heun:2 --out pairs")
     pairs = "--set regression_weight=0.25 --set regression.pairs=pairs --set regression.sampler=heun:2"
-    fewstep(f"distill {A} {SIZES} {FAST} {JUDGING} {pairs} --set teacher=teacher")
+    command(f"distill {A} {SIZES} {FAST} {JUDGING} {pairs} --set teacher=teacher")
     assert read_metrics(place / "runs" / A / "metrics.jsonl")[-1]["regression_loss"] > 0
     lines = read_metrics(place / "runs" / A / "evaluations.jsonl")
     assert [(line["step"], line.keys() - {"step"}) for line in lines] == [
@@ -126,21 +121,21 @@ def test_import_pairs_two_stages_and_export(fewstep: Command, place: Path) -> No
     assert all("gan_loss" not in line for line in read_metrics(place / "runs" / A / "metrics.jsonl"))
 
     emas = "--set student.ema_decay=[0.3,0.1]"
-    fewstep(f"distill {B} {SIZES} {FAST} {JUDGING} {emas}")
+    command(f"distill {B} {SIZES} {FAST} {JUDGING} {emas}")
     assert read_metrics(place / "runs" / B / "metrics.jsonl")[-1]["gan_critic_loss"] > 0
     judged = read_metrics(place / "runs" / B / "evaluations.jsonl")
     assert judged[-1].keys() >= {"fid", "ema0.1_fid"}
     best = place / "runs" / B / "checkpoints" / f"{best_steps(judged)['ema0.1_fid']:08d}"
     assert find(f"{place}/runs/{B}@best-ema0.1_fid").folder == best / "model-ema0.1"
 
-    fewstep(f"evaluate runs/{A}@best-fid runs/{B} --features features.pt --num-samples 100 --out table")
+    command(f"evaluate runs/{A}@best-fid runs/{B} --features features.pt --num-samples 100 --out table")
     rows = json.loads((place / "table" / "results.json").read_text())
     assert [row["model"] for row in rows] == ["real", f"{A}@best-fid", B, f"{B} ema0.1"]
     assert len({row["fid"] for row in rows}) == 4
     assert rows[1]["nfe"] == 1
     assert rows[1].get("accuracy") is None  # of a classifier that there is not
 
-    fewstep(f"export runs/{B}@best-ema0.1_fid --to diffusers exported")
+    command(f"export runs/{B}@best-ema0.1_fid --to diffusers exported")
     pipeline = DiffusionPipeline.from_pretrained(place / "exported", trust_remote_code=True)
     pipeline.set_progress_bar_config(disable=True)
     student = load(best / "model-ema0.1")
@@ -150,12 +145,12 @@ def test_import_pairs_two_stages_and_export(fewstep: Command, place: Path) -> No
     assert (theirs - ours).abs().max() <= 1e-5 * max(1, ours.abs().max())
 
 
-def test_stage_b_starts_from_the_best_of_stage_a(fewstep: Command, place: Path, tmp_path: Path) -> None:
+def test_stage_b_starts_from_the_best_of_stage_a(command: Command, place: Path, tmp_path: Path) -> None:
     """The checkpoint of the best FID, which here is neither the newest nor the first: the lines are put so."""
-    fewstep(f"distill {A} {SIZES} {FAST} {JUDGING} --out {tmp_path}/{A} --set checkpoint_every=2")
+    command(f"distill {A} {SIZES} {FAST} {JUDGING} --out {tmp_path}/{A} --set checkpoint_every=2")
     lines = [{"step": 4, "fid": 1.0}, {"step": 6, "fid": 2.0}]
     (tmp_path / A / "evaluations.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    fewstep(f"distill {B} {SIZES} {SLOW} --out {tmp_path}/{B} --set num_steps=2")
+    command(f"distill {B} {SIZES} {SLOW} --out {tmp_path}/{B} --set num_steps=2")
     started = parameters(checkpoints(tmp_path / B)[-1] / "model")
     fourth, sixth = (parameters(tmp_path / A / "checkpoints" / f"{step:08d}" / "model") for step in (4, 6))
     assert (started - fourth).abs().max() < 1e-6
@@ -173,27 +168,17 @@ def test_real_images_are_decoded_only_for_the_gan(place: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("name", [SHORT, LARGE])
-def test_the_other_recipes_run_and_give_a_one_step_student(fewstep: Command, name: str, tmp_path: Path) -> None:
-    fewstep(f"distill {name} {SIZES} --set num_steps=2 --out {tmp_path}/run")
+def test_the_other_recipes_run_and_give_a_one_step_student(command: Command, name: str, tmp_path: Path) -> None:
+    command(f"distill {name} {SIZES} --set num_steps=2 --out {tmp_path}/run")
     (checkpoint,) = checkpoints(tmp_path / "run")
     assert load(checkpoint / "model").timesteps == [80]
     emas = {"model-ema0.99995", "model-ema0.9996"} if name == LARGE else set()
     assert {path.name for path in checkpoint.iterdir()} == {"model", "state.pt", "manifest.json"} | emas
 
 
-def test_stage_a_says_that_it_needs_a_feature_network(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(place)
-    monkeypatch.setattr("fewstep.evaluation.judge.MAX_CLASSES", 9)
-    monkeypatch.setattr("sys.argv", f"fewstep distill {A} --out new {SIZES}".split())
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert "features: the classifier serves at most 9 classes, the model has 10; give a TorchScript file" in error
-    assert "evaluation.features" in error
+def test_stage_a_says_that_it_needs_a_feature_network(tell: Tell, place: Path) -> None:
+    wanted = "features: the classifier serves at most 9 classes, the model has 10; give a TorchScript file"
+    refused(tell(f"distill {A} --out new {SIZES}"), wanted, "evaluation.features")
     assert not (place / "new").exists()
 
 
@@ -214,14 +199,9 @@ def test_the_recipes_hold_the_published_numbers(name: str) -> None:
     gan = recipe.gan.student_weight, recipe.gan.critic_weight
     assert (recipe.num_steps, recipe.batch_size, rates[0], *gan) == PAPER[name]
     assert rates[0] == rates[1]
-    for optimizer in (recipe.student.optimizer, recipe.critic.optimizer):
-        assert (optimizer.weight_decay, optimizer.clip_norm, optimizer.betas, optimizer.decay, optimizer.eps) == (
-            0.01,
-            10,
-            (0.9, 0.999),
-            "constant",
-            1e-8,
-        )
+    for rule in (recipe.student.optimizer, recipe.critic.optimizer):
+        assert (rule.weight_decay, rule.clip_norm, rule.betas, rule.decay) == (0.01, 10, (0.9, 0.999), "constant")
+        assert rule.eps == 1e-8
     levels = [(noise.min_index, noise.max_index) for noise in (recipe.dm.noise, recipe.critic.noise)]
     assert levels == [(20, 980), (0, 999)]
     assert (recipe.student.timesteps, recipe.student_every, recipe.precision) == ([80], 5, "bfloat16")

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from command_line import fewstep, refused
 from edm_files import edm_pickle, small_network, write_checkpoint
-from fewstep import cli
 from fewstep.models.loading.pretrained import load
 
 MEASURE = """
@@ -33,24 +33,15 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("edm") / "edm.pkl", network)
 
 
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path):
-    """Runs a command line in an empty folder; gives exit code, standard output and standard error."""
+@pytest.fixture(autouse=True)
+def _place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An empty folder."""
     monkeypatch.chdir(tmp_path)
 
-    def command(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["fewstep", *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capsys.readouterr()
-        return ended.value.code, out, err
 
-    return command
-
-
-def test_the_folder_is_a_model_that_samples(run, checkpoint: Path, tmp_path: Path) -> None:
+def test_the_folder_is_a_model_that_samples(checkpoint: Path) -> None:
     network = small_network(channel_mult=[1, 1])
-    code, out, err = run("import", "edm", checkpoint, "--out", "models/small")
+    code, out, err = fewstep(f"import edm {checkpoint} --out models/small")
     assert (code, err) == (0, "")
     assert out.splitlines() == [
         f"{checkpoint}: EDM, an ADM network, 8x8x3, 5 classes",
@@ -63,66 +54,58 @@ def test_the_folder_is_a_model_that_samples(run, checkpoint: Path, tmp_path: Pat
     x_t, t, label = torch.randn(2, 3, 8, 8), torch.tensor([0.3, 7.0]), torch.tensor([1, 3])
     with torch.no_grad():
         torch.testing.assert_close(model.denoiser(x_t, t, {"label": label}), network(x_t, t, label))
-    code, _, err = run("sample", "models/small", "--num", 5, "--sampler", "heun:2", "--out", "grid.png")
+    code, _, err = fewstep("sample models/small --num 5 --sampler heun:2 --out grid.png")
     assert (code, err) == (0, "")
     assert Path("grid.png").stat().st_size > 100
 
 
-def refused(run, *words: object) -> str:
-    """The one line; nothing is left in the folder."""
+def refused_whole(file: object, out: str, *fragments: str) -> None:
+    """One line, and nothing is left in the folder."""
     before = sorted(Path.cwd().rglob("*"))
-    code, _, err = run("import", "edm", *words)
-    assert code == 2
-    assert err.startswith("fewstep: ")
-    assert err.count("\n") == 1
+    refused(fewstep(f"import edm {file} --out {out}"), *fragments)
     assert sorted(Path.cwd().rglob("*")) == before
-    return err
 
 
-def test_a_target_that_exists_is_left_alone(run, checkpoint: Path) -> None:
+def test_a_target_that_is_there_or_cannot_be_written_is_told_first(checkpoint: Path) -> None:
     Path("there").mkdir()
-    assert "there: exists already" in refused(run, checkpoint, "--out", "there")
-
-
-def test_a_target_that_cannot_be_written_is_told_first(run, checkpoint: Path) -> None:
     Path("file").write_text("")
-    assert "not a folder that can be written to" in refused(run, checkpoint, "--out", "file/model")
+    refused_whole(checkpoint, "there", "there: exists already")
+    refused_whole(checkpoint, "file/model", "not a folder that can be written to")
 
 
 @pytest.mark.parametrize("left", [1000, 1_000_000])
-def test_a_disk_that_fills_is_one_line_and_leaves_nothing(run, checkpoint: Path, left: int) -> None:
+def test_a_disk_that_fills_is_one_line_and_leaves_nothing(checkpoint: Path, left: int) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (left, limits[1]))
     try:
-        err = refused(run, checkpoint, "--out", "model")
+        refused_whole(checkpoint, "model", "model: can't be written")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert "model: can't be written" in err
 
 
-def test_an_interrupted_import_leaves_nothing(run, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_import_leaves_nothing(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(model: object, folder: Path) -> None:
         (folder / "half").write_text("")
         raise KeyboardInterrupt
 
     monkeypatch.setattr("fewstep.models.pixel_model.PixelModel.save", interrupt)
-    code, _, _ = run("import", "edm", checkpoint, "--out", "model")
+    code, _, _ = fewstep(f"import edm {checkpoint} --out model")
     assert (code, list(Path.cwd().iterdir())) == (130, [])
 
 
-def test_what_is_no_checkpoint_is_one_line(run, checkpoint: Path) -> None:
+def test_what_is_no_checkpoint_is_one_line(checkpoint: Path) -> None:
     Path("evil.pkl").write_bytes(pickle.dumps({"ema": print}))
     Path("cut.pkl").write_bytes(checkpoint.read_bytes()[:1_000_000])
     Path("other.pkl").write_bytes(edm_pickle(torch.nn.ModuleDict()))
     lost = small_network(channel_mult=[1, 1])
     lost.model.dec["8x8_block0"].skip.bias[3] = float("nan")
     write_checkpoint(Path("nan.pkl"), lost)
-    assert "nan.pkl: dec.8x8_block0.skip.bias holds NaN or infinity" in refused(run, "nan.pkl", "--out", "model")
-    assert "names builtins.print" in refused(run, "evil.pkl", "--out", "model")
-    assert "cut off or damaged" in refused(run, "cut.pkl", "--out", "model")
-    assert "preconditioned by ModuleDict" in refused(run, "other.pkl", "--out", "model")
-    assert "no such file" in refused(run, "nowhere.pkl", "--out", "model")
-    assert "no such file" in refused(run, ".", "--out", "model")
+    refused_whole("nan.pkl", "model", "nan.pkl: dec.8x8_block0.skip.bias holds NaN or infinity")
+    refused_whole("evil.pkl", "model", "names builtins.print")
+    refused_whole("cut.pkl", "model", "cut off or damaged")
+    refused_whole("other.pkl", "model", "preconditioned by ModuleDict")
+    refused_whole("nowhere.pkl", "model", "no such file")
+    refused_whole(".", "model", "no such file")
 
 
 def measured(checkpoint: Path, out: Path) -> float:
