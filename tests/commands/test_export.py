@@ -155,6 +155,7 @@ def test_rows_of_an_evaluation(run: Run, tmp_path: Path) -> None:
 
 def test_overwriting(run: Run, tmp_path: Path) -> None:
     out = tmp_path / "out"
+    out.mkdir()  # an empty folder is nothing
     assert run(f"export latent {out}")[0] == 0
     refused(run(f"export student {out}"), "--overwrite")
     assert (out / "vae").exists()
@@ -202,6 +203,7 @@ def snapshot(*folders: Path) -> dict[Path, bytes]:
         ("export student student", ["student", "no export"]),
         ("export student student --overwrite", ["student", "never replaced"]),
         ("export student latent-teacher --overwrite", ["latent-teacher", "never replaced"]),
+        ("export student student/checkpoints/00000004/model --overwrite", ["00000004/model", "never replaced"]),
         ("export student recipe-file --overwrite", ["recipe-file", "never replaced"]),
         ("export student d.yaml/out", ["d.yaml", "not a folder"]),
         ("export student OUT --evaluation nowhere", ["nowhere/results.json", "fewstep evaluate"]),

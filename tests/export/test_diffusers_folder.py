@@ -22,9 +22,8 @@ from fewstep.diffusion.sampling import rollout
 from fewstep.diffusion.timesteps import index_grid
 from fewstep.errors import UserError
 from fewstep.export.card import Provenance
-from fewstep.export.diffusers_folder import Format, check_folder, lcm_scheduler, write_diffusers_folder
+from fewstep.export.diffusers_folder import Format, lcm_scheduler, write_diffusers_folder
 from fewstep.export.stored import open_stored
-from fewstep.files import written_folder
 from fewstep.models.latent_model import LatentModel
 from fewstep.models.loading.pretrained import load
 from fewstep.models.pixel_model import PixelModel, build_unet
@@ -243,45 +242,36 @@ def test_without_trust_no_code_is_run(pixel) -> None:
         DiffusionPipeline.from_pretrained(pixel[1])
 
 
-def test_half_precision_is_a_variant(teacher, tmp_path: Path) -> None:
-    pipeline, _ = teacher
-    model = LatentModel(pipeline, [999.0])
-    folder = export(model, tmp_path, Format(torch.float16))
-    names = {path.name for path in folder.rglob("*.safetensors")}
-    assert names == {"diffusion_pytorch_model.fp16.safetensors", "model.fp16.safetensors"}
-    theirs = opened(folder, variant="fp16", dtype=torch.float16)
-    assert {part.dtype for part in theirs.components.values() if isinstance(part, torch.nn.Module)} == {torch.float16}
-    for name, value in theirs.unet.state_dict().items():
-        assert torch.equal(value, model.network.state_dict()[name].half()), name
-    assert load(folder).timesteps == [999]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_shards_open_as_the_whole(teacher, dtype: torch.dtype, tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", ["60KB", "5GB"])
+def test_shards_and_halves_open_as_the_whole(teacher, dtype: torch.dtype, size: str, tmp_path: Path) -> None:
     pipeline, _ = teacher
     model = LatentModel(pipeline, [999.0])
-    folder = export(model, tmp_path, Format(dtype, "60KB"))
+    folder = export(model, tmp_path, Format(dtype, size))
     shards = sorted((folder / "unet").glob("*.safetensors"))
-    assert len(shards) > 2
+    assert len(shards) == 1 if size == "5GB" else len(shards) > 2
+    assert all((".fp16" in path.name) == (dtype == torch.float16) for path in folder.rglob("*.safetensors"))
     assert sum(len(load_file(shard)) for shard in shards) == len(model.network.state_dict())
-    variant = {"variant": "fp16"} if dtype == torch.float16 else {}
-    theirs = opened(folder, **variant)
-    for part in ("unet", "vae", "text_encoder"):
-        for name, value in getattr(theirs, part).state_dict().items():
-            assert torch.equal(value, getattr(pipeline, part).state_dict()[name].to(dtype).float()), name
+    theirs = opened(folder, dtype=dtype, **({"variant": "fp16"} if dtype == torch.float16 else {}))
+    networks = {name: part for name, part in theirs.components.items() if isinstance(part, torch.nn.Module)}
+    for part, network in networks.items():
+        for name, value in network.state_dict().items():
+            assert torch.equal(value, getattr(pipeline, part).state_dict()[name].to(dtype)), (part, name)
     again = load(folder)
+    assert again.timesteps == [999]
     assert torch.equal(again.network.conv_in.weight, pipeline.unet.conv_in.weight.to(dtype).float())
 
 
 def test_shards_and_halves_of_a_pixel_model(pixel, tmp_path: Path) -> None:
-    model, _ = pixel
+    model, whole = pixel
     folder = export(model, tmp_path, Format(torch.float16, "5KB"))
-    theirs = opened(folder, variant="fp16", trust_remote_code=True)
-    ours = load(folder)
+    theirs, ours = opened(folder, variant="fp16", trust_remote_code=True), load(folder)
+    ordinary = UNet2DModel.from_pretrained(whole, subfolder="unet").state_dict()
     assert len(list((folder / "unet").glob("*.fp16-*.safetensors"))) > 2
     for name, value in model.network.state_dict().items():
         assert torch.equal(theirs.unet.state_dict()[name], value.half().float())
         assert torch.equal(ours.network.state_dict()[name], value.half().float())
+        assert torch.equal(ordinary[name], value)
     assert torch.isfinite(theirs(output_type="pt").images).all()
 
 
@@ -324,40 +314,3 @@ def test_a_disk_that_fills_leaves_what_was_there(pixel, tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     assert {path.name for path in tmp_path.iterdir()} == {"model", "out"}
-
-
-def test_overwriting_replaces_an_export_whole_and_nothing_else(tmp_path: Path) -> None:
-    def write(name: str, overwrite: bool) -> None:
-        check_folder(tmp_path / "out", overwrite)
-        with written_folder(tmp_path / "out") as folder:
-            (folder / name).write_text("x")
-            (folder / "fewstep.json").write_text('{"export": {}}')
-
-    (tmp_path / "out").mkdir()  # an empty folder is nothing
-    write("first", False)
-    with pytest.raises(UserError, match="--overwrite"):
-        write("second", False)
-    write("second", True)
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"second", "fewstep.json"}
-    (tmp_path / "out" / "fewstep.json").write_text('{"family": "pixel"}')  # of a run, or of a person
-    with pytest.raises(UserError, match="never replaced"):
-        write("third", True)
-    assert {path.name for path in tmp_path.iterdir()} == {"out"}
-    assert (tmp_path / "out" / "second").exists()
-
-
-def test_a_stop_half_way_leaves_nothing(tmp_path: Path) -> None:
-    def stopped() -> None:
-        with written_folder(tmp_path / "out") as folder:
-            (folder / "file").write_text("x")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        stopped()
-    assert not list(tmp_path.iterdir())
-
-
-def test_the_unet_is_an_ordinary_one(pixel) -> None:
-    model, folder = pixel
-    unet = UNet2DModel.from_pretrained(folder, subfolder="unet")
-    assert all(torch.equal(value, model.network.state_dict()[name]) for name, value in unet.state_dict().items())
