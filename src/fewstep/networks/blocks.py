@@ -25,7 +25,7 @@ def checkpoint_blocks(network: nn.Module) -> None:
     Gradients are the same. For networks without dropout, whose random state would have to be kept with them.
     """
     for block in blocks(network):
-        block.forward = _Recomputed(block.forward)  # type: ignore[method-assign]
+        block.forward = _Recomputed(block.forward)
 
 
 class _Recomputed:

@@ -29,4 +29,5 @@ class Discriminator(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits (B,), high for real; computed in the head's own dtype."""
-        return self.layers(features.to(next(self.parameters()).dtype)).flatten()
+        logits: Tensor = self.layers(features.to(next(self.parameters()).dtype))  # (B, 1, 1, 1)
+        return logits.flatten()

@@ -40,7 +40,7 @@ class AutoencoderTraining:
         norm, skipped = self.optimizer.step(can_learn(found, parts))
         # The scaling factor is saved with the weights: what an update is skipped for must not enter it either.
         self.variance = self.variance.lerp(torch.where(skipped > 0, self.variance, variance), 1 - self.VARIANCE_DECAY)
-        self.shown = parts[0][1]["image"]
+        self.shown = torch.cat([batch["image"] for _, batch in parts])
         return found | {"grad_norm": norm, "skipped_autoencoder": skipped}
 
     def _gradients(self, rows: range, batch: Batch, step: int, weight: float) -> tuple[Tensor, Metrics]:

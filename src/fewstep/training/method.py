@@ -1,5 +1,6 @@
 """What the loop asks of a training algorithm."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -10,7 +11,9 @@ import torch
 from torch import Tensor
 
 from fewstep.diffusion.losses import finite_samples
-from fewstep.models.image_model import Asked
+from fewstep.models.image_model import Asked, ImageModel
+from fewstep.runtime.checkpoint import ema_folder
+from fewstep.runtime.ema import EMA
 from fewstep.runtime.tracking import is_count
 
 Batch = dict[str, Any]
@@ -104,3 +107,33 @@ class Method(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Averaged(ABC):
+    """A method whose weights are averaged: how it is saved and resumed."""
+
+    STATE: tuple[str, ...]
+    """The attributes that a checkpoint holds."""
+    model: ImageModel
+    ema: EMA
+
+    @property
+    def other_emas(self) -> Sequence[str]:
+        return self.ema.others
+
+    @abstractmethod
+    def averaged_model(self, ema: str | None = None) -> AbstractContextManager[ImageModel]:
+        """The image model with the first averages, or those of `ema`, inside the context alone."""
+
+    def save_model(self, folder: Path, frozen: Path | None = None) -> None:
+        """Writes the model with its first averages; with other averages beside it."""
+        for ema in (None, *self.other_emas):
+            with self.averaged_model(ema) as model:
+                model.save(ema_folder(folder, ema) if ema else folder, frozen)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name).state_dict() for name in self.STATE}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name in self.STATE:
+            getattr(self, name).load_state_dict(state[name])

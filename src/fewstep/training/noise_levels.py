@@ -23,11 +23,11 @@ def level_sampler(noise: NoiseLevels, schedule: NoiseSchedule, device: torch.dev
     if noise.distribution not in schedule.distributions:
         fitting = " or ".join(schedule.distributions)
         raise UserError(f"noise.distribution: {noise.distribution} is not for the teacher's schedule; take {fitting}")
-    if noise.distribution == "lognormal":
-        return partial(timesteps.lognormal_sigma, mean=noise.mean, std=noise.std)
-    if noise.distribution == "logit_normal":
-        return partial(timesteps.logit_normal, mean=noise.mean, std=noise.std)
-    if noise.distribution == "shifted":
-        return partial(timesteps.shifted_uniform, shift=noise.shift)
     levels = schedule.levels.to(device)
-    return partial(timesteps.uniform_level, levels=levels, min_index=noise.min_index, max_index=noise.max_index)
+    functions: dict[str, NoiseLevelSampler] = {
+        "index": partial(timesteps.uniform_level, levels=levels, min_index=noise.min_index, max_index=noise.max_index),
+        "lognormal": partial(timesteps.lognormal_sigma, mean=noise.mean, std=noise.std),
+        "logit_normal": partial(timesteps.logit_normal, mean=noise.mean, std=noise.std),
+        "shifted": partial(timesteps.shifted_uniform, shift=noise.shift),
+    }
+    return functions[noise.distribution]

@@ -1,9 +1,7 @@
 """The few-step student: its settings, and what its training methods share."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,21 +11,16 @@ from fewstep.diffusion.sampling import rollout
 from fewstep.diffusion.schedules import NoiseSchedule
 from fewstep.errors import UserError
 from fewstep.models.image_model import Asked, ImageModel
-from fewstep.runtime.checkpoint import ema_folder
-from fewstep.runtime.ema import EMA
+from fewstep.training.method import Averaged
 from fewstep.training.settings import StudentSettings
 
 
-class StudentMethod:
-    """A student in training: how it is sampled, judged, saved and resumed."""
+class StudentMethod(Averaged):
+    """A student in training: how it is sampled and judged."""
 
-    STATE: tuple[str, ...]
-    """The attributes that a checkpoint holds."""
-    model: ImageModel
     student: Denoiser
     timesteps: Tensor
     """(K,) native times, decreasing."""
-    ema: EMA
 
     @property
     def num_noises(self) -> int:
@@ -40,28 +33,11 @@ class StudentMethod:
             x0 = rollout(self.student, noise, self.timesteps, condition, stop=len(self.timesteps) - 1)
         return self.model.decode(x0)
 
-    @property
-    def other_emas(self) -> Sequence[str]:
-        return self.ema.others
-
     @contextmanager
     def averaged_model(self, ema: str | None = None) -> Iterator[ImageModel]:
         """The student with its timesteps and its averaged weights, inside the context alone."""
         with self.ema.applied(ema):
             yield self.model.student(self.student, self.timesteps.tolist())
-
-    def save_model(self, folder: Path, frozen: Path | None = None) -> None:
-        """Writes the student with its averaged weights and its timesteps; those of other averages beside it."""
-        for ema in (None, *self.other_emas):
-            with self.averaged_model(ema) as model:
-                model.save(ema_folder(folder, ema) if ema else folder, frozen)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name).state_dict() for name in self.STATE}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name in self.STATE:
-            getattr(self, name).load_state_dict(state[name])
 
 
 def student_timesteps(settings: StudentSettings, schedule: NoiseSchedule) -> Tensor:

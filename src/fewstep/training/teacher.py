@@ -2,8 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -12,17 +10,17 @@ from fewstep.diffusion.sampling import heun
 from fewstep.models.image_model import Asked, ImageModel
 from fewstep.runtime.ema import EMA
 from fewstep.seeding import Draws, generator
-from fewstep.training.method import Batch, Metrics, Part, can_learn, count_broken, of_parts
+from fewstep.training.method import Averaged, Batch, Metrics, Part, can_learn, count_broken, of_parts
 from fewstep.training.noise_levels import level_sampler
 from fewstep.training.optimization import Optimizer
 from fewstep.training.settings import TeacherSettings
 
 
-class TeacherTraining:
+class TeacherTraining(Averaged):
     """loss = mean ((x0_hat - x0) / c_out)^2 at random levels: EDM's loss, and eps- or v-MSE for other networks."""
 
     num_noises = 1
-    other_emas: Sequence[str] = ()
+    STATE = ("denoiser", "ema", "optimizer")
     NUM_SAMPLER_STEPS = 18  # Heun, 35 calls: for the sample grids
 
     def __init__(self, settings: TeacherSettings, model: ImageModel, num_steps: int, batch_size: int, seed: int):
@@ -63,14 +61,3 @@ class TeacherTraining:
         with self.ema.applied():
             yield self.model
         self.denoiser.train()
-
-    def save_model(self, folder: Path, frozen: Path | None = None) -> None:
-        with self.averaged_model() as model:
-            model.save(folder, frozen)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name).state_dict() for name in ("denoiser", "ema", "optimizer")}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name in ("denoiser", "ema", "optimizer"):
-            getattr(self, name).load_state_dict(state[name])
