@@ -193,6 +193,15 @@ def test_where_no_checkpoint_is_whole_that_is_said(tmp_path: Path, capsys: pytes
     assert len(capsys.readouterr().err.splitlines()) == 2
 
 
+def test_damage_in_an_older_checkpoint_does_not_keep_a_run_from_going_on(tmp_path: Path) -> None:
+    for step in (1, 2):
+        save(tmp_path, step)
+        (tmp_path / "checkpoints" / "00000001" / "manifest.json").write_text("{")
+    assert_whole(tmp_path, 2)
+    save(tmp_path, 3)
+    assert_whole(tmp_path, 3)
+
+
 def test_a_checkpoint_of_an_earlier_version_has_no_manifest_and_is_taken_unless_torn(tmp_path: Path) -> None:
     save(tmp_path, 1)
     save(tmp_path, 2)

@@ -118,6 +118,21 @@ def test_a_run_killed_while_writing_loses_only_the_steps_since_the_last_checkpoi
     assert_same_end(tmp_path / "whole", tmp_path / "killed")
 
 
+def test_a_run_with_a_damaged_checkpoint_goes_on_from_the_one_before_it_to_the_same_end(
+    teacher_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(teacher_run, tmp_path / "run")
+    state = checkpoints(run)[-1] / "state.pt"
+    content = bytearray(state.read_bytes())
+    content[len(content) // 2] ^= 1
+    state.write_bytes(content)
+    steps: list[int] = []
+    teach(teach_recipe(), run, resume=True, report=lambda step, metrics: steps.append(step))
+    assert steps == [9, 10, 11, 12]
+    assert "00000012: state.pt has other bytes than were written" in capsys.readouterr().err
+    assert_same_end(teacher_run, run)
+
+
 def test_a_finished_run_resumes_to_nothing(teacher_run: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in teacher_run.rglob("*") if path.name == "state.pt"}
     steps: list[int] = []

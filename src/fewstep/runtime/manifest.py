@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 MANIFEST = "manifest.json"
@@ -12,9 +13,10 @@ def write_manifest(folder: Path, siblings: Iterable[Path] = ()) -> None:
     """Of all files in `folder`; one that it shares with a sibling, by a hard link, is not read again."""
     known = {}
     for sibling in siblings:
-        for name, entry in _read(sibling).items():
-            if (sibling / name).is_file():
-                known[_identity(sibling / name)] = entry["sha256"]
+        with suppress(ValueError):  # a damaged one gives nothing
+            for name, entry in _read(sibling).items():
+                if (sibling / name).is_file():
+                    known[_identity(sibling / name)] = entry["sha256"]
     entries = {
         path.relative_to(folder).as_posix(): {
             "size": path.stat().st_size,
