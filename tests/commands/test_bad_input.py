@@ -15,6 +15,7 @@ from PIL import Image
 from command_line import fewstep
 from command_line import refused as told_in_one_line
 from fewstep.data.settings import DataSettings
+from fewstep.errors import Interrupted
 from fewstep.evaluation.judge import classifier_path
 
 MODEL = {"num_classes": 10, "null_class": True, "block_out_channels": [8, 8], "norm_num_groups": 4}
@@ -394,6 +395,16 @@ def test_a_named_teacher_keeps_the_recipe_that_it_was_run_with(place: Path) -> N
     Path("digits-teacher").rename("runs/digits-teacher")
     assert fewstep("distill d.yaml --out runs/x --set teacher=digits-teacher")[0] == 0
     assert [*snapshot(place / "runs/digits-teacher").values()] == [*before.values()]
+
+
+def test_a_stop_in_the_teachers_run_says_how_the_students_goes_on(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*args: object, **kwargs: object) -> None:
+        raise Interrupted("stopped at step 3; continue with --resume --out runs/digits-teacher")
+
+    monkeypatch.setattr("fewstep.commands.runs.start_run", stopped)
+    code, _, error = fewstep("distill d.yaml --out x --set teacher=digits-teacher")
+    assert code == 130
+    assert error == "fewstep: stopped while teaching digits-teacher; the same command goes on with it\n"
 
 
 # --- what the verbs are asked for ------------------------------------------------------------------------------------

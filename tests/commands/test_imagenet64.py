@@ -163,7 +163,7 @@ def test_real_images_are_decoded_only_for_the_gan(place: Path, monkeypatch: pyte
     """The batch of 280 is a tenth of a second's work per step, and 410,000 steps of stage A would not look at it."""
     monkeypatch.chdir(place)
     model = load(place / "models" / "edm-imagenet-64")
-    batches = [open_batches(load_recipe(name, ["batch_size=4"]), model, place, None)[0](0, range(4)) for name in (A, B)]
+    batches = [open_batches(load_recipe(name, ["batch_size=4"]), model, place)[0](0, range(4)) for name in (A, B)]
     assert [batch.keys() for batch in batches] == [set(), {"image", "label"}]
 
 

@@ -9,7 +9,6 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from fewstep.commands import distill as module
 from fewstep.commands.distill import distill
 from fewstep.commands.teach import teach
 from fewstep.errors import UserError
@@ -58,7 +57,7 @@ def test_the_name_of_a_recipe_is_its_run_beside_this_one(
 def start(recipe, run: Path, monkeypatch: pytest.MonkeyPatch) -> DMD2:
     """The method of a run before its first step."""
     begun: list[DMD2] = []
-    monkeypatch.setattr(module, "start_run", lambda method, *args: begun.append(method))
+    monkeypatch.setattr("fewstep.commands.runs.start_run", lambda job, *args: begun.append(job.method))
     distill(recipe, run, report=quiet)
     monkeypatch.undo()
     return begun[0]

@@ -8,17 +8,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fewstep.commands.data import open_encoder
-from fewstep.commands.distill import distill
+from fewstep.commands.distill import JOBS as DISTILL
 from fewstep.commands.evaluate import publish
 from fewstep.commands.options import Demo
-from fewstep.commands.runs import check_target
-from fewstep.commands.teach import teach
+from fewstep.commands.runs import check_target, train_recipe
+from fewstep.commands.teach import JOBS as TEACH
 from fewstep.data.latents import write_latents
 from fewstep.data.settings import DataSettings
 from fewstep.embedded.sources import open_captioned_images, open_images
@@ -28,7 +28,7 @@ from fewstep.evaluation.judge import MAX_REAL, Judge, classifier_path, make_judg
 from fewstep.models.loading.pretrained import open_model
 from fewstep.models.sampler import Sampler, default_sampler, generate, images_per_second, parse_sampler
 from fewstep.recipes.loading import load_recipe
-from fewstep.recipes.schema import AnyRecipe, DistillRecipe, TeachRecipe
+from fewstep.recipes.schema import AnyRecipe, TeachRecipe
 from fewstep.runtime.checkpoint import METRICS
 from fewstep.runtime.tracking import Report, read_metrics
 from fewstep.runtime.workers import NUM_PROCESSES, Task, TaskRunner, task_runner
@@ -177,8 +177,7 @@ def _train(recipe: AnyRecipe, run: Path, report: Report) -> None:
         except Interrupted:
             signal.raise_signal(signal.SIGINT)  # the loop writes a checkpoint before it stops
 
-    verb: Any = distill if isinstance(recipe, DistillRecipe) else teach
-    verb(recipe, run, resume=run.exists(), report=report_or_stop)
+    train_recipe(TEACH | DISTILL, recipe, run, run.exists(), report_or_stop)
 
 
 def _classify(recipe: TeachRecipe, out: Path, report: Report) -> None:

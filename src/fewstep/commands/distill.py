@@ -1,98 +1,102 @@
 """`fewstep distill`: distils a teacher into a few-step student."""
 
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 import torch
 
 from fewstep.commands.judging import make_evaluation
-from fewstep.commands.pairs import open_pair_loss, open_pairs
-from fewstep.commands.runs import check_target, pick_device, start_run, tell_found
-from fewstep.commands.teach import check_source, finished_run
-from fewstep.data.pairs import PairSet
+from fewstep.commands.runs import Job, Jobs, check_source, finished_run, pick_device, tell_found, train_recipe
+from fewstep.data.pairs import PairSet, load_pairs
 from fewstep.data.prompts import load_prompts
 from fewstep.embedded.sources import open_captioned, open_images
 from fewstep.errors import UserError
-from fewstep.models.image_model import Asked
-from fewstep.models.latent_model import LatentModel
+from fewstep.evaluation.lpips import load_lpips
+from fewstep.models.autoencoder import load_tiny_decoder
+from fewstep.models.image_model import Asked, ImageModel
 from fewstep.models.loading.pretrained import is_loadable, open_model
-from fewstep.models.pixel_model import PixelModel
+from fewstep.models.sampler import parse_sampler
 from fewstep.networks.precision import DTYPES, trainable
 from fewstep.recipes.loading import recipe_names
-from fewstep.recipes.schema import RegressRecipe, StudentRecipe
+from fewstep.recipes.schema import DistillRecipe, RegressRecipe, StudentRecipe
 from fewstep.runtime.checkpoint import checkpoints
 from fewstep.runtime.runs import find, run_folder
 from fewstep.runtime.tracking import Report
 from fewstep.training.batches import BatchAt, image_batches, pair_batches, text_batches
 from fewstep.training.dmd2 import DMD2
 from fewstep.training.initialization import start_from
-from fewstep.training.method import Batch
 from fewstep.training.pair_loss import PairLoss
 from fewstep.training.regression import Regression
 from fewstep.training.roles import Roles, make_roles
+from fewstep.training.settings import RegressionSettings
 
 
 def distill(recipe: StudentRecipe, run: Path, resume: bool = False, report: Report | None = None) -> None:
     """Runs the recipe into the folder `run`, after its teacher's if that is a recipe whose run is not finished."""
-    check_target(run, recipe, resume)
-    check_source(recipe, "teacher", recipe.teacher, run.parent)
-    model = open_teacher(recipe.teacher, run.parent, recipe.teacher_config, recipe.teacher_prediction_type)
-    if model.timesteps:
-        raise UserError(f"teacher: {recipe.teacher} is a few-step student; name the run of its teacher")
-    pairs = open_pairs(recipe, model)
-    model.encode_in(DTYPES[recipe.precision])
-    model.to(pick_device(recipe.device))
+    train_recipe(JOBS, recipe, run, resume, report)
+
+
+def _distillation(recipe: DistillRecipe, run: Path) -> Job:
+    model = open_teacher(recipe, run.parent)
+    pairs = open_pairs(recipe.regression, model) if recipe.regression and recipe.regression_weight else None
+    dtype = place(model, recipe)
     pair_loss = open_pair_loss(recipe.regression, model) if pairs and recipe.regression else None
     torch.manual_seed(recipe.seed)
-    method = _make_method(recipe, model, pair_loss, run)
-    batch_at, asked = open_batches(recipe, model, run.parent, pairs)
-    model.release()
-    start_run(method, batch_at, make_evaluation(recipe, model, run), run, recipe, report, asked)
-
-
-def _make_method(
-    recipe: StudentRecipe, model: PixelModel | LatentModel, pair_loss: PairLoss | None, run: Path
-) -> Regression | DMD2:
-    """The regression or the distillation at its first step, which a run that has begun goes on from."""
-    dtype = DTYPES[recipe.precision]
-    if isinstance(recipe, RegressRecipe):
-        student = trainable(model.denoiser.eval(), dtype)
-        return Regression(recipe, model, student, cast(PairLoss, pair_loss), recipe.num_steps)
     num_stops = recipe.student.num_timesteps if recipe.critic.condition_on_stop else 0
     roles = make_roles(model, recipe.guidance_scale, recipe.gan.feature_layer, num_stops, dtype, recipe.checkpointing)
     if recipe.init_from and not checkpoints(run):  # a run that has begun goes on with its own weights
         initialize(roles, recipe.init_from, run.parent)
-    return DMD2(recipe, model, roles, recipe.num_steps, recipe.batch_size, recipe.seed, pair_loss=pair_loss)
+    method = DMD2(recipe, model, roles, recipe.num_steps, recipe.batch_size, recipe.seed, pair_loss=pair_loss)
+    batch_at, asked = open_batches(recipe, model, run.parent)
+    if pairs:
+        pairs_at, _ = pair_batches(model, pairs, recipe, recipe.embeddings, run.parent)
+        batch_at = with_pairs(batch_at, pairs_at, recipe.student_every)
+    model.release()
+    return Job(method, batch_at, make_evaluation(recipe, model, run), asked)
 
 
-def open_batches(
-    recipe: StudentRecipe, model: PixelModel | LatentModel, runs: Path, pairs: PairSet | None
-) -> tuple[BatchAt, Asked]:
-    """The batch of every step, and what grids show; the run lies in the folder `runs`."""
-    paired = pair_batches(model, pairs, recipe, recipe.embeddings, runs) if pairs else None
-    if isinstance(recipe, RegressRecipe):
-        return cast(tuple[BatchAt, Asked], paired)
+def _regression(recipe: RegressRecipe, run: Path) -> Job:
+    model = open_teacher(recipe, run.parent)
+    pairs = open_pairs(recipe.regression, model)
+    dtype = place(model, recipe)
+    pair_loss = open_pair_loss(recipe.regression, model)
+    torch.manual_seed(recipe.seed)
+    student = trainable(model.denoiser.eval(), dtype)
+    method = Regression(recipe, model, student, pair_loss, recipe.num_steps)
+    batch_at, asked = pair_batches(model, pairs, recipe, recipe.embeddings, run.parent)
+    model.release()
+    return Job(method, batch_at, make_evaluation(recipe, model, run), asked)
+
+
+JOBS: Jobs = {"distill": _distillation, "regress": _regression}
+
+
+def place(model: ImageModel, recipe: StudentRecipe) -> torch.dtype:
+    """Puts the teacher on the recipe's device in its precision, which is given."""
+    dtype = DTYPES[recipe.precision]
+    model.encode_in(dtype)
+    model.to(pick_device(recipe.device))
+    return dtype
+
+
+def open_batches(recipe: DistillRecipe, model: Any, runs: Path) -> tuple[BatchAt, Asked]:
+    """The batch of every step but for pairs, and what grids show; the run lies in the folder `runs`."""
     real = recipe.gan.student_weight > 0 or not recipe.student.backward_simulation
-    asked: Asked = None
     if model.kind == "text":
         wanted = load_prompts(recipe.prompts.source, recipe.prompts.column) if recipe.prompts else []
         images = open_captioned(recipe.data, model, shrink=True) if real or not wanted else None
         tell_found(images)
-        batch_at, asked = text_batches(model, images, wanted, real, recipe, recipe.embeddings, runs)
-    elif recipe.prompts:
+        return text_batches(model, images, wanted, real, recipe, recipe.embeddings, runs)
+    if recipe.prompts:
         raise UserError("prompts: the teacher takes no text")
-    else:
-        images = open_images(recipe.data, model.config, shrink=True)
-        tell_found(images)
-        batch_at = image_batches(images, recipe) if real else lambda step, rows: {}  # fakes have classes of their own
-    if paired is None:
-        return batch_at, asked
+    images = open_images(recipe.data, model.config, shrink=True)
+    tell_found(images)
+    return (image_batches(images, recipe) if real else lambda step, rows: {}), None  # fakes have classes of their own
 
-    def with_pairs(step: int, rows: range) -> Batch:
-        pair = {} if step % recipe.student_every else {"pair": paired[0](step, rows)}
-        return batch_at(step, rows) | pair
 
-    return with_pairs, asked
+def with_pairs(batch_at: BatchAt, pairs_at: BatchAt, student_every: int) -> BatchAt:
+    """Pairs beside the batch in the student's turns."""
+    return lambda step, rows: batch_at(step, rows) | ({} if step % student_every else {"pair": pairs_at(step, rows)})
 
 
 def initialize(roles: Roles, source: str, runs: Path) -> None:
@@ -115,12 +119,34 @@ def initialize(roles: Roles, source: str, runs: Path) -> None:
         raise UserError(f"init_from: {error}") from error
 
 
-def open_teacher(
-    teacher: str, runs: Path, config: str | None = None, prediction_type: str | None = None
-) -> PixelModel | LatentModel:
+def open_teacher(recipe: StudentRecipe, runs: Path) -> Any:
     """The model at a path or on the hub, or of a `teach` recipe's run in the folder `runs`, finished if need be."""
-    if run_folder(teacher).exists() or is_loadable(teacher):
-        return open_model(teacher, config, prediction_type)
-    if config or prediction_type:
-        raise UserError(f"teacher: {teacher!r} takes no teacher_config and no teacher_prediction_type")
-    return open_model(finished_run(teacher, runs, "teacher"))
+    check_source(recipe, "teacher", recipe.teacher, runs)
+    name, told = recipe.teacher, (recipe.teacher_config, recipe.teacher_prediction_type)
+    if not run_folder(name).exists() and not is_loadable(name):
+        if any(told):
+            raise UserError(f"teacher: {name!r} takes no teacher_config and no teacher_prediction_type")
+        name = str(finished_run(name, runs, "teacher"))
+    model = open_model(name, *told)
+    if model.timesteps:
+        raise UserError(f"teacher: {recipe.teacher} is a few-step student; name the run of its teacher")
+    return model
+
+
+def open_pairs(settings: RegressionSettings, model: ImageModel) -> PairSet:
+    """The pairs of a teacher as it was loaded; raises UserError if they are another teacher's, or drawn otherwise."""
+    sampler = str(parse_sampler(settings.sampler))
+    return load_pairs(Path(settings.pairs), model.fingerprint, sampler, model.shape)
+
+
+def open_pair_loss(settings: RegressionSettings, model: ImageModel) -> PairLoss:
+    """The loss that the settings name, on the model's device."""
+    decode, latent = None, model.latent_space is not None
+    if settings.decoder:
+        if not latent:
+            raise UserError("regression.decoder: the teacher has no latents to decode")
+        decode = load_tiny_decoder(Path(settings.decoder), model.shape[0], model.device)
+    if not settings.lpips:
+        return PairLoss(model)
+    lpips = load_lpips(settings.lpips, settings.lpips_size, model.device, model.channels, model.image_size)
+    return PairLoss(model, lpips, decode)

@@ -1,29 +1,24 @@
-"""`fewstep data pairs`: noise and what a teacher's ODE makes of it; and how runs open such pairs."""
+"""`fewstep data pairs`: noise and what a teacher's ODE makes of it."""
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from fewstep.commands.options import Pairs
 from fewstep.commands.runs import check_writable, pick_device
-from fewstep.data.pairs import Given, PairSet, load_pairs, write_pairs
+from fewstep.data.pairs import Given, write_pairs
 from fewstep.data.prompts import load_prompts
 from fewstep.errors import Interrupted, UserError
-from fewstep.evaluation.lpips import load_lpips
-from fewstep.models.autoencoder import load_tiny_decoder
+from fewstep.models.image_model import ImageModel
 from fewstep.models.latent_model import LatentModel
 from fewstep.models.loading.pretrained import open_model
 from fewstep.models.pixel_model import PixelModel
 from fewstep.models.sampler import MULTISTEP, Sampler, parse_sampler, sample
 from fewstep.networks.precision import INFERENCE_DTYPES
-from fewstep.recipes.schema import DistillRecipe, StudentRecipe
 from fewstep.runtime.tracking import progress_bar
 from fewstep.seeding import Draws, generator
-from fewstep.training.pair_loss import PairLoss
-from fewstep.training.settings import RegressionSettings
 
 
 def pairs(given: Pairs) -> None:
@@ -73,7 +68,7 @@ def _conditions(given: Pairs, model: PixelModel | LatentModel) -> Given:
     return {name: labels.tolist() for name, labels in condition.items()}
 
 
-def drawer(model: PixelModel | LatentModel, sampler: Sampler) -> Callable[[Tensor, Given], Tensor]:
+def drawer(model: ImageModel, sampler: Sampler) -> Callable[[Tensor, Given], Tensor]:
     """From unit noise and prompts or labels to x0."""
 
     def draw(noise: Tensor, given: Given) -> Tensor:
@@ -85,7 +80,7 @@ def drawer(model: PixelModel | LatentModel, sampler: Sampler) -> Callable[[Tenso
     return draw
 
 
-def _check(model: PixelModel | LatentModel, teacher: str, sampler: Sampler) -> None:
+def _check(model: ImageModel, teacher: str, sampler: Sampler) -> None:
     """Raises UserError if the teacher can't be sampled so."""
     if model.timesteps:
         raise UserError(f"--teacher {teacher}: is a few-step student; name its teacher")
@@ -95,7 +90,7 @@ def _check(model: PixelModel | LatentModel, teacher: str, sampler: Sampler) -> N
         raise UserError(f"--sampler {sampler}: the teacher has no null class to guide with; leave out the @")
 
 
-def _prepare(model: PixelModel | LatentModel, dtype: torch.dtype, device: torch.device) -> None:
+def _prepare(model: ImageModel, dtype: torch.dtype, device: torch.device) -> None:
     """Every rank of one machine takes a GPU of its own."""
     if device.type == "cuda":
         device = torch.device("cuda", _environment("LOCAL_RANK", 0) % torch.cuda.device_count())
@@ -110,31 +105,3 @@ def _environment(name: str, default: int) -> int:
     if not text.isdecimal():
         raise UserError(f"{name}={text}: must be a number, as torchrun sets it")
     return int(text)
-
-
-# --- in runs ---------------------------------------------------------------------------------------------------------
-
-
-def open_pairs(recipe: StudentRecipe, model: PixelModel | LatentModel) -> PairSet | None:
-    """The recipe's pairs; None if it has none or gives them no weight; `model` is its teacher as it was loaded.
-
-    Raises UserError if they are another teacher's, or drawn otherwise.
-    """
-    settings = recipe.regression
-    if settings is None or (isinstance(recipe, DistillRecipe) and not recipe.regression_weight):
-        return None
-    sampler = str(parse_sampler(settings.sampler))
-    return load_pairs(Path(settings.pairs), model.fingerprint, sampler, model.shape)
-
-
-def open_pair_loss(settings: RegressionSettings, model: PixelModel | LatentModel) -> PairLoss:
-    """The loss that the settings name, on the model's device."""
-    decode, latent = None, model.latent_space is not None
-    if settings.decoder:
-        if not latent:
-            raise UserError("regression.decoder: the teacher has no latents to decode")
-        decode = load_tiny_decoder(Path(settings.decoder), model.shape[0], model.device)
-    if not settings.lpips:
-        return PairLoss(model)
-    lpips = load_lpips(settings.lpips, settings.lpips_size, model.device, model.channels, model.image_size)
-    return PairLoss(model, lpips, decode)
