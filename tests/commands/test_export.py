@@ -306,7 +306,9 @@ def shard(model: Path) -> None:
 LOSE: Change = lambda tensors: tensors.pop("conv_in.bias")  # noqa: E731
 UNET = "unet/diffusion_pytorch_model.safetensors"
 NONE, NAN = changed("unet", lambda tensors: tensors.clear()), changed("unet", put("conv_in.weight", math.nan))
-DAMAGES: dict[str, tuple[Damage, list[str]]] = {  # --raw where the name has it: what is done, and what the line says
+DAMAGES: dict[
+    str, tuple[Damage, list[str]]
+] = {  # by name, which has the options, too: what is done, and what the line says
     "no file": (lambda m: weights_of(m, "unet").unlink(), ["model/unet: holds no weights"]),
     "no file, raw": (lambda m: weights_of(m, "unet").unlink(), ["model/unet: holds no weights"]),
     "no file of the VAE": (lambda m: weights_of(m, "vae").unlink(), ["vae: holds no weights"]),
@@ -342,6 +344,11 @@ DAMAGES: dict[str, tuple[Damage, list[str]]] = {  # --raw where the name has it:
         lambda m: shutil.copy(weights_of(m, "unet"), m / "unet" / "more.safetensors"),
         ["unet/more.safetensors", "also in diffusion_pytorch_model.safetensors"],
     ),
+    "too large, float16": (changed("vae", put("conv_out.bias", 1e6)), ["--dtype float16: ", "conv_out.bias", "65504"]),
+    "too large, raw, float16": (
+        raw(put("conv_out.bias", -7e4)),
+        ["--dtype float16: ", "holds numbers beyond its 65504"],
+    ),
     "NaN, raw": (raw(put("conv_out.bias", math.nan)), ["state.pt: conv_out.bias", "holds NaN or infinity"]),
     "a tensor less, raw": (raw(LOSE), ["state.pt lacks 1 tensors (conv_in.bias"]),
     "a tensor more, raw": (raw(more), ["state.pt holds 1 tensors", "(more"]),
@@ -362,8 +369,8 @@ def test_what_is_not_whole_is_never_exported(run: Run, name: str, target: str, d
     (newest(damaged).parent / "manifest.json").unlink()  # which would notice all of it
     change(newest(damaged))
     before = set(tmp_path.rglob("*"))
-    options = f"--to {target}" + (" --raw" if damage.endswith("raw") else "")
-    refused(run(f"export {damaged} {tmp_path}/new/out.safetensors {options}"), *fragments)
+    options = " --raw" * (", raw" in damage) + " --dtype float16" * ("float16" in damage)
+    refused(run(f"export {damaged} {tmp_path}/out.safetensors --to {target}{options}"), *fragments)
     assert set(tmp_path.rglob("*")) == before
 
 

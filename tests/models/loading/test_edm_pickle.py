@@ -219,6 +219,10 @@ HOSTILE = {  # what the line says -> bytes behind the protocol: the machine must
     "other than the 3 numbers": tensor(storage(3, FLOAT * 3), 0, numbers(3), numbers(2**40)),
     "calls torch._utils._rebuild_tensor_v2": tensor(storage(2, FLOAT * 2), 1, numbers(2), numbers(-1)),
     "more than 150,000 pickle opcodes": b"]" * 150_001,
+    "it has more than 150,000 pickle opcodes": storage(1, FLOAT)[:-1]  # the same numbers, loaded again and again
+    + MEMOIZE
+    + b"R"
+    + (named("torch.storage", "_load_from_bytes") + b"h\x00R") * 31_000,
     "is cut off or damaged": b"h\x07",
 }
 
