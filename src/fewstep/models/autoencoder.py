@@ -38,7 +38,8 @@ class Autoencoder:
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
-        return next(self.vae.parameters()).device
+        device: torch.device = self.vae.device
+        return device
 
     def to(self, device: torch.device) -> None:
         """Moves the weights."""

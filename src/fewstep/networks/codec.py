@@ -27,6 +27,7 @@ class Codec:
 
     def __init__(self, vae: Any):
         self.vae = vae
+        # anew at every use: a training of the autoencoder measures its scale at the end
         self.shift, self.scale = _shift_and_scale(vae.config)
 
     def shape(self, image_size: int) -> tuple[int, int, int]:
@@ -42,7 +43,7 @@ class Codec:
 
     def to_z(self, x0: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, C, h, w)."""
-        z = x0 / _on(self.scale, x0)
+        z = x0 / _on(self.scale, x0)  # in this order, as diffusers divides
         return z if self.shift is None else z + _on(self.shift, z)
 
     @torch.no_grad()
@@ -54,6 +55,7 @@ class Codec:
 
     def decode(self, x0: Tensor) -> Tensor:
         """Pixels (B, 3, H, W) around [-1, 1], with gradient."""
+        # cast behind the division: x0 of a denoiser is float32, whatever the autoencoder computes in
         pixels: Tensor = self.vae.decode(self.to_z(x0).to(self.vae.dtype), return_dict=False)[0]
         return pixels.float()
 
@@ -69,9 +71,13 @@ def _shift_and_scale(config: Any) -> tuple[Tensor | float | None, Tensor | float
     """Numbers, or (1, C, 1, 1) tensors; a shift of nothing is None."""
     mean, deviation, shift = (config.get(name) for name in ("latents_mean", "latents_std", "shift_factor"))
     if mean is None and deviation is None:
-        return shift or None, config.scaling_factor
+        return (
+            shift or None,
+            config.scaling_factor,
+        )  # floats, for a float32 tensor of them would round otherwise on a GPU
     if mean is None or deviation is None or len(mean) != len(deviation) or len(mean) != config.latent_channels or shift:
         raise UserError("vae: its latents_mean, latents_std and shift_factor don't fit together")
+    # (1, C, 1, 1), as SDXL's pipeline has them: z = x0 deviation / scale + mean
     mean, deviation = (torch.tensor(numbers, dtype=torch.float32)[None, :, None, None] for numbers in (mean, deviation))
     return mean, config.scaling_factor / deviation
 

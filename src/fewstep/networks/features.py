@@ -64,8 +64,7 @@ def features(denoiser: Denoiser, layer: str, x_t: Tensor, t: Tensor, condition: 
     with _captured(denoiser.network.get_submodule(layer)) as captured:
         c_in = broadcast(denoiser.coefficients(t)[2], x_t)  # (B, 1, 1, 1)
         denoiser.run(encoder(denoiser.network, layer), c_in * x_t, t, condition)
-    feature_map: Tensor = denoiser.network.feature_map(captured[0], x_t)
-    return feature_map
+    return _map(denoiser, captured[0], x_t)
 
 
 def x0_and_features(
@@ -78,4 +77,11 @@ def x0_and_features(
     """
     with _captured(denoiser.network.get_submodule(layer), detach_rest=features_only_grad) as captured:
         x0 = denoiser(x_t, t, condition)
-    return x0, denoiser.network.feature_map(captured[0], x_t)
+    return x0, _map(denoiser, captured[0], x_t)
+
+
+def _map(denoiser: Denoiser, output: Any, x_t: Tensor) -> Tensor:
+    """The picture in what a layer gives, which its adapter knows: beside it are skips, or text."""
+    adapter: Any = denoiser.network
+    features: Tensor = adapter.feature_map(output, x_t)
+    return features  # (B, C, H, W)

@@ -16,5 +16,6 @@ def fingerprint(networks: Iterable[nn.Module], *facts: object, first: int | None
     for network in networks:
         for name, value in network.state_dict().items():
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            # bytes, so that bfloat16, which numpy does not know, will do, too
             digest.update(value.detach().reshape(-1)[:first].cpu().view(torch.uint8).numpy())
     return digest.hexdigest()

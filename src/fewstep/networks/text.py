@@ -27,6 +27,7 @@ class TextConditioner(nn.Module):
 
     def forward(self, prompts: list[str]) -> Condition:
         """The condition of `prompts`; those that are too long are cut."""
+        # the first half can be read from the disk instead, as it was made once
         return self.complete(self.embed(prompts))
 
     def embed(self, prompts: list[str]) -> Condition:
@@ -39,7 +40,8 @@ class TextConditioner(nn.Module):
 
     def null_condition(self) -> Condition:
         """(1, ...) tensors for guidance."""
-        return self([""])
+        condition: Condition = self([""])  # as long as any prompt: {"text": (1, L, E)}
+        return condition
 
     @property
     def max_length(self) -> int:
@@ -59,7 +61,7 @@ def tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
     """Token indices (B, L), padded and cut to the tokenizer's length."""
     length = tokenizer.model_max_length
     tokens = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-    indices: Tensor = tokens.input_ids
+    indices: Tensor = tokens.input_ids  # (B, L) int64
     return indices
 
 

@@ -39,14 +39,15 @@ def fetch(name: str, parts: Iterable[str], weights: Iterable[str]) -> Path:
 
 def read_index(folder: Path) -> dict[str, Any]:
     """A pipeline's class and parts."""
-    return json.loads((folder / PIPELINE).read_text())
+    index: dict[str, Any] = json.loads((folder / PIPELINE).read_text())
+    return index
 
 
 def _fetch(name: str, wanted: list[str], ignore: str | None = None) -> Path:
     """What matches, from the hub or, where that can't be reached, from what it gave before."""
     from huggingface_hub import errors, logging, snapshot_download
 
-    logging.set_verbosity_error()  # what matters is raised
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # what matters is raised
     try:  # one listing without retries: `hf_hub_download` would wait half a minute for a hub that is not there
         return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=ignore))
     except errors.GatedRepoError as error:

@@ -124,12 +124,11 @@ def _assemble(folder: Path, family: Family, parts: dict[str, nn.Module], changes
 
 def library_class(name: str) -> Any:
     """A class of diffusers or transformers, with the bars and the advice of both off: what matters is raised."""
+    import diffusers
     import transformers
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    import diffusers
-
-    diffusers.logging.set_verbosity_error()
-    diffusers.logging.disable_progress_bar()
+    libraries: tuple[Any, ...] = (transformers, diffusers)
+    for library in libraries:
+        library.logging.set_verbosity_error()
+        library.logging.disable_progress_bar()
     return getattr(diffusers, name, None) or getattr(transformers, name)

@@ -133,7 +133,8 @@ def convert(weights: Weights, part: str, model: nn.Module) -> Weights:
         found = diffusers.convert_ldm_clip_checkpoint(own, remove_prefix=f"{stem}transformer.")
     if not hasattr(model, "text_model"):  # what transformers keeps flat has one word less in its names
         found = {name.removeprefix("text_model."): tensor for name, tensor in found.items()}
-    return found | _left_over(own, found, getattr(model.config, "num_hidden_layers", 0))
+    names: Weights = found | _left_over(own, found, getattr(model.config, "num_hidden_layers", 0))
+    return names
 
 
 def _left_over(own: Weights, found: Weights, num_layers: int) -> Weights:

@@ -29,6 +29,7 @@ class PixelUNet(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         x = x.to(self.unet.dtype)  # (B, C, H, W); t stays in float32, for bfloat16 tells few levels apart
+        # class_labels None is another path through the UNet than a null class
         output: Tensor = self.unet(x, t.log() / 4, class_labels=condition.get("label"), return_dict=False)[0]
         return output
 

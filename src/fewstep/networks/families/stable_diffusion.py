@@ -56,7 +56,8 @@ class SDText(TextConditioner):
     def embed(self, prompts: list[str]) -> Condition:
         """{"text": (B, L, E)}."""
         (encoder,) = self.encoders
-        return {"text": encoder(tokenize(self.tokenizers[0], prompts).to(device_of(encoder)))[0]}
+        tokens = tokenize(self.tokenizers[0], prompts)  # (B, L); the last state has its final norm, as SD wants it
+        return {"text": encoder(tokens.to(device_of(encoder)))[0]}
 
 
 class SDXLText(TextConditioner):
@@ -85,17 +86,18 @@ class SDXLText(TextConditioner):
         for tokenizer, encoder in zip(self.tokenizers, self.encoders, strict=True):
             output = encoder(tokenize(tokenizer, prompts).to(device_of(encoder)), output_hidden_states=True)
             hidden.append(output.hidden_states[-2])  # (B, L, 768), then (B, L, 1280)
-        return {"text": torch.cat(hidden, dim=-1), "pooled": output[0]}
+        return {"text": torch.cat(hidden, dim=-1), "pooled": output[0]}  # output is bigG's, the last of the two
 
     def complete(self, embeddings: Condition) -> Condition:
         """Adds `time_ids`."""
         size = float(self.image_size)
+        # (1, 6): original height and width, crop from top and left, target height and width
         time_ids = torch.tensor([[size, size, 0, 0, size, size]], device=embeddings["text"].device)
         return embeddings | {"time_ids": time_ids.repeat(len(embeddings["text"]), 1)}
 
     def null_condition(self) -> Condition:
         """(1, ...) tensors for guidance; without time_ids, which stay the condition's own."""
-        empty = self.embed([""])
+        empty = self.embed([""])  # also where it is zeros: for the shapes
         return {key: torch.zeros_like(value) for key, value in empty.items()} if self.zero_null else empty
 
 
@@ -119,7 +121,7 @@ def vp_schedule(config: Any) -> tuple[VP, Parameterization]:
         raise UserError(f"scheduler: a {name} {what}; supported are schedules of betas, such as DDIMScheduler's")
     if (prediction := config.get("prediction_type", "epsilon")) not in PARAMETERIZATIONS:
         raise UserError(f"scheduler: prediction_type {prediction!r}; supported are {', '.join(PARAMETERIZATIONS)}")
-    ddim = DDIMScheduler.from_config(config)
+    ddim = DDIMScheduler.from_config(config)  # of any class, for all VP schedulers make their betas alike
     return VP(ddim.alphas_cumprod), PARAMETERIZATIONS[prediction]
 
 
