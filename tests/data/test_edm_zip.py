@@ -120,14 +120,6 @@ def test_labels_may_be_null_for_a_model_without_classes(tmp_path: Path) -> None:
         load(path, SIZE, 3, num_classes=2)
 
 
-def test_images_of_another_size_are_cut_and_resized_as_all_are(tmp_path: Path) -> None:
-    wide = Image.new("RGB", (3 * SIZE, SIZE), (200, 0, 0))
-    wide.paste((0, 90, 0), (SIZE, 0, 2 * SIZE, SIZE))
-    path = write(tmp_path / "set.zip", None, {"99999/wide.png": encoded(wide)})
-    pixels = load(path, SIZE, 3).fetch(torch.tensor([NUM]))
-    assert torch.equal(pixels, torch.tensor([0, 90, 0], dtype=torch.uint8).reshape(1, 3, 1, 1).expand(1, 3, SIZE, SIZE))
-
-
 def test_a_folder_is_edms_where_it_has_a_dataset_json(tmp_path: Path) -> None:
     for index in range(NUM):
         (tmp_path / name(index)).parent.mkdir(exist_ok=True)

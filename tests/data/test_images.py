@@ -138,57 +138,47 @@ def test_the_digits_are_scikit_learns_in_eight_bits() -> None:
 
 @pytest.mark.parametrize("name", WRITERS)
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
-def test_every_kind_of_file_gives_pils_pixels(name: str, channels: int, mode: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_every_kind_of_file_gives_pils_pixels_and_its_labels(
+    name: str, channels: int, mode: str, in_memory: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not in_memory:
+        monkeypatch.setattr(module, "MAX_BYTES_IN_MEMORY", 0)
     write, order = WRITERS[name]
     images = load(write(tmp_path / name), 6, channels)
     assert images.labels is None
     assert torch.equal(everything(images), torch.stack([reference(index, 6, mode) for index in order]))
+    if name == "flat":
+        return
+    batch = load(tmp_path / name, 6, channels, num_classes=CLASSES).batch(torch.tensor([4, 1, 1, 6]))
+    assert batch.keys() == {"image", "label"}
+    assert batch["label"].dtype == torch.int64
+    assert batch["label"].tolist() == [order[row] % CLASSES for row in (4, 1, 1, 6)]
+    assert torch.equal(batch["image"], torch.stack([reference(order[row], 6, mode) for row in (4, 1, 1, 6)]))
 
 
-@pytest.mark.parametrize("name", [name for name in WRITERS if name != "flat"])
-def test_every_kind_of_file_gives_its_labels(name: str, tmp_path: Path) -> None:
-    write, order = WRITERS[name]
-    images = load(write(tmp_path / name), 6, 1, num_classes=CLASSES)
-    assert images.labels is not None
-    assert images.labels.dtype == torch.int64
-    assert images.labels.tolist() == [index % CLASSES for index in order]
-
-
-def test_a_zip_a_folder_and_parquet_of_the_same_pictures_give_the_same_batches(tmp_path: Path) -> None:
-    sources = [write_zip(tmp_path / "edm.zip"), write_edm_folder(tmp_path / "edm"), tmp_path / "set.parquet"]
-    write_parquet(tmp_path / "set.parquet")
-    first, *others = (load(source, 6, 3, CLASSES) for source in sources)
-    for step in range(3):
-        batch = first.batch(batch_indices(NUM, 4, step, seed=0))
-        for other in others:
-            theirs = other.batch(batch_indices(NUM, 4, step, seed=0))
-            assert batch.keys() == theirs.keys() == {"image", "label"}
-            assert all(torch.equal(batch[key], theirs[key]) for key in batch)
-
-
-def test_a_batch_has_the_labels_of_its_images(tmp_path: Path) -> None:
-    images = load(write_parquet(tmp_path / "set.parquet"), 6, 3, num_classes=CLASSES)
-    batch = images.batch(torch.tensor([5, 0]))
-    assert batch["label"].tolist() == [5 % CLASSES, 0]
-    assert torch.equal(batch["image"], torch.stack([reference(5, 6, "RGB"), reference(0, 6, "RGB")]))
+@pytest.mark.parametrize("name", WRITERS)
+def test_what_was_found_is_told_and_what_is_refused_is_not_decoded(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = WRITERS[name][0](tmp_path / name)
+    found, done = f"{path}: 7 RGB images, 13x10", "; resized and cropped to 6x6"
+    if name != "flat":
+        classes = [f"{label} class{label}" if name == "folder" else str(label) for label in range(CLASSES)]
+        told = f"; 3 classes: {classes[0]} (3), {classes[1]} (2), {classes[2]} (2)"
+        assert load(path, 6, 3, CLASSES, shrink=True).found == found + told + done
+    unused = "; its 3 classes are not used (model.num_classes is 0)" if name == "folder" else ""
+    assert load(path, 6, 1, shrink=True).found == f"{found}{unused}{done}, made grey"
+    assert load(path, 6, 3).found is None
+    monkeypatch.setattr(module, "_decode", None)
+    with pytest.raises(UserError, match=r"images of 13x10 would be shrunk to 6x6;.* --set model\.image_size=8"):
+        load(path, 6, 3, shrink=False)
 
 
 def test_a_set_read_without_classes_has_batches_without_labels(tmp_path: Path) -> None:
     images = load(write_parquet(tmp_path / "set.parquet"), 6, 3)
     assert list(images.batch(torch.tensor([0]))) == ["image"]
     assert list(open_images(DataSettings(source="digits"), PixelModelConfig()).batch(torch.tensor([0]))) == ["image"]
-
-
-@pytest.mark.parametrize("name", WRITERS)
-def test_reading_at_every_access_gives_the_same_bytes_as_memory(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = str(WRITERS[name][0](tmp_path / name))
-    kept = load(source, 6, 3)
-    monkeypatch.setattr(module, "MAX_BYTES_IN_MEMORY", 0)
-    read = load(source, 6, 3)
-    indices = torch.tensor([4, 1, 1, 6])
-    assert torch.equal(kept.fetch(indices), read.fetch(indices))
 
 
 def test_only_a_set_over_the_limit_is_read_at_every_access(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,10 +291,12 @@ def test_every_epoch_sees_every_index_once(length: int, batch_size: int) -> None
     assert torch.equal(epochs.sort(dim=1).values, torch.arange(length).expand(batch_size, length))
 
 
-def test_epochs_are_shuffled_differently() -> None:
+def test_epochs_purposes_and_seeds_shuffle_differently() -> None:
     first, second = stream(50, 50, steps=2).chunk(2)
-    assert not torch.equal(first, second)
-    assert not torch.equal(first, torch.arange(50))
+    others = [second, batch_indices(50, 50, 0, seed=0, purpose="prompts"), batch_indices(50, 50, 0, seed=1)]
+    for order in (torch.arange(50), *others):
+        assert not torch.equal(first, order)
+        assert sorted(order.tolist()) == sorted(first.tolist()) == list(range(50))
 
 
 def test_the_batch_is_a_function_of_the_step_alone() -> None:
@@ -319,21 +311,6 @@ def test_ranks_share_the_order_of_one_rank(world_size: int) -> None:
     alone = batch_indices(30, 4 * world_size, step=2, seed=1)
     shares = [batch_indices(30, 4, 2, seed=1, rank=rank, world_size=world_size) for rank in range(world_size)]
     assert torch.equal(torch.cat(shares), alone)
-
-
-def test_ranks_are_disjoint_within_an_epoch() -> None:
-    seen = [batch_indices(24, 4, step, 0, rank, world_size=2) for step in range(3) for rank in range(2)]
-    assert sorted(torch.cat(seen).tolist()) == list(range(24))
-
-
-def test_purposes_shuffle_differently() -> None:
-    images, prompts = batch_indices(50, 50, 0, seed=0), batch_indices(50, 50, 0, seed=0, purpose="prompts")
-    assert not torch.equal(images, prompts)
-    assert sorted(prompts.tolist()) == list(range(50))
-
-
-def test_seeds_shuffle_differently() -> None:
-    assert not torch.equal(stream(50, 10, steps=5, seed=0), stream(50, 10, steps=5, seed=1))
 
 
 def test_a_photo_is_turned_as_its_camera_says(tmp_path: Path) -> None:

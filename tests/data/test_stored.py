@@ -1,6 +1,5 @@
 """What is found at a source is told in one line, by headers, and a smaller model is refused unless it is asked for."""
 
-from collections import ChainMap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,88 +9,37 @@ from PIL import Image
 
 from fewstep.data import stored as module
 from fewstep.errors import UserError
-from image_sets import captioned, encoded, load, write_edm_zip, write_tar
-
-SIDES = [(40, 30), (40, 30), (32, 64), (33, 33)]
-NAMES = ["cat", "dog"]
+from image_sets import captioned, encoded, load
 
 
-def png(index: int, mode: str = "RGB") -> bytes:
-    return encoded(Image.new(mode, SIDES[index]))
+def png(mode: str = "RGB", sides: tuple[int, int] = (33, 33)) -> bytes:
+    return encoded(Image.new(mode, sides))
 
 
-def folder(path: Path) -> None:
-    for index in range(4):
-        (path / NAMES[index % 2]).mkdir(parents=True, exist_ok=True)
-        (path / NAMES[index % 2] / f"{index}.png").write_bytes(png(index))
-
-
-def parquet(path: Path) -> None:
-    labels = datasets.Features({"image": datasets.Value("binary"), "label": datasets.ClassLabel(names=NAMES)})
-    rows = {"image": [png(index) for index in range(4)], "label": [0, 1, 0, 1]}
-    datasets.Dataset.from_dict(rows, labels).to_parquet(path)
-
-
-def tar(path: Path) -> None:
-    pairs = ({f"{index}.png": png(index), f"{index}.cls": b"%d" % (index % 2)} for index in range(4))
-    write_tar(path, dict(ChainMap(*pairs)))
-
-
-def edm_zip(path: Path) -> None:
-    write_edm_zip(path, {f"{i}.png": png(i) for i in range(4)}, [[f"{i}.png", i % 2] for i in range(4)])
-
-
-NAMED, NUMBERED = "2 classes: 0 cat (2), 1 dog (2)", "2 classes: 0 (2), 1 (2)"
-KINDS = {
-    "photos": (folder, NAMED, "; its 2 classes are not used (model.num_classes is 0)"),
-    "set.parquet": (parquet, NAMED, "; its 2 classes are not used (model.num_classes is 0)"),
-    "set.tar": (tar, NUMBERED, ""),
-    "set.zip": (edm_zip, NUMBERED, ""),
-}
-
-
-@pytest.fixture(params=KINDS)
-def source(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, str, str]:
-    """A source of every kind, and what is said of its classes if the model has some, and if not."""
-    write, classes, unused = KINDS[request.param]
-    write(tmp_path / request.param)
-    return str(tmp_path / request.param), classes, unused
-
-
-def test_number_sizes_colours_and_classes_are_told_and_what_is_done(source: tuple[str, str, str]) -> None:
-    path, classes, unused = source
-    found = f"{path}: 4 RGB images, 33x33 to 32x64, mostly 40x30"
-    done = "resized and cropped to 16x16"
-    assert load(path, 16, 3, 2, shrink=True).found == f"{found}; {classes}; {done}"
-    assert load(path, 16, 1, shrink=True).found == f"{found}{unused}; {done}, made grey"
-    assert load(path, 16, 3, 2).found is None
-
-
-def test_a_smaller_model_is_refused_before_anything_is_decoded(
-    source: tuple[str, str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("fewstep.data.images._decode", None)
-    with pytest.raises(
-        UserError, match=r"images of 33x33 to 32x64, mostly 40x30 would be shrunk to 16x16;.*model.image_size=16"
-    ):
-        load(source[0], 16, 3, 2, shrink=False)
-    with pytest.raises(UserError, match=r"has 2 classes, numbered 0 to 1.*, but the model has 3"):
-        load(source[0], 16, 3, 3, shrink=True)
+def test_the_names_of_classes_are_those_of_a_parquet_file(tmp_path: Path) -> None:
+    columns = datasets.Features({"image": datasets.Value("binary"), "label": datasets.ClassLabel(names=["cat", "dog"])})
+    rows = {"image": [png(), png(sides=(40, 30)), png()], "label": [0, 1, 0]}
+    datasets.Dataset.from_dict(rows, columns).to_parquet(tmp_path / "set.parquet")
+    found = f"{tmp_path}/set.parquet: 3 RGB images, 33x33 to 40x30, mostly 33x33; "
+    told = load(tmp_path / "set.parquet", 16, 3, 2, shrink=True).found
+    assert told == f"{found}2 classes: 0 cat (2), 1 dog (1); resized and cropped to 16x16"
+    with pytest.raises(UserError, match=r"has 2 classes, numbered 0 to 1 \(cat, dog\), but the model has 3"):
+        load(tmp_path / "set.parquet", 16, 3, 3, shrink=True)
 
 
 @pytest.mark.parametrize(
     ("size", "channels", "draw", "told"),
     [
-        (33, 3, lambda index: png(3), "RGB images, 33x33; taken as they are"),
-        (33, 1, lambda index: png(3, "L"), "grey images, 33x33; taken as they are"),
-        (33, 3, lambda index: png(3, "L"), "grey images, 33x33; made RGB"),
+        (33, 3, lambda index: png(), "RGB images, 33x33; taken as they are"),
+        (33, 1, lambda index: png("L"), "grey images, 33x33; taken as they are"),
+        (33, 3, lambda index: png("L"), "grey images, 33x33; made RGB"),
         (
             64,
             1,
-            lambda i: png(3, "RGB" if i else "L"),
+            lambda i: png("RGB" if i else "L"),
             "grey and RGB images, 33x33; resized to 64x64, made grey",
         ),
-        (30, 3, lambda index: png(0), "RGB images, 40x30; cropped to 30x30"),
+        (30, 3, lambda index: png(sides=(40, 30)), "RGB images, 40x30; cropped to 30x30"),
     ],
 )
 def test_what_is_done_is_no_more_than_needed(

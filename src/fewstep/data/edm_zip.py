@@ -4,7 +4,7 @@ import json
 import mmap
 import zipfile
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from operator import attrgetter
 from pathlib import Path
@@ -57,7 +57,9 @@ def _open_zip(path: Path) -> Stored:
             described = archive.read(LABELS)
     except (zipfile.BadZipFile, OSError, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
         raise UserError(f"{path}: can't be read as a zip ({brief(error)}) (data.source)") from error
-    _check_readable(entries, path)
+    for entry in entries:
+        if entry.flag_bits & 1 or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise UserError(f"{path}: {entry.filename} is encrypted or compressed; zip the images as they are")
     labels = _labels(described, [entry.filename for entry in entries], path)
     places = np.array([(entry.header_offset, entry.compress_size) for entry in entries], np.int64)
     packed = np.array([entry.compress_type == zipfile.ZIP_DEFLATED for entry in entries])
@@ -73,13 +75,6 @@ def _open_zip(path: Path) -> Stored:
 
 def _is_image(name: str) -> bool:
     return name.lower().endswith(SUFFIXES)
-
-
-def _check_readable(entries: Iterable[zipfile.ZipInfo], path: Path) -> None:
-    """Raises UserError if an image is encrypted or compressed in a way that dataset_tool has not."""
-    for entry in entries:
-        if entry.flag_bits & 1 or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise UserError(f"{path}: {entry.filename} is encrypted or compressed; zip the images as they are")
 
 
 def _cell(whole: mmap.mmap, start: int, size: int, packed: bool) -> dict[str, Any]:
@@ -104,23 +99,16 @@ def _labels(described: bytes, names: Sequence[str], path: Path) -> Tensor | None
         raise UserError(f"{path}: no images here beside its {LABELS}")
     if of_name is None:
         return None
-    _check_names(of_name, names, path)
-    labels = [of_name[name] for name in names]
-    wrong = next((name for name, label in zip(names, labels, strict=True) if type(label) is not int or label < 0), None)
-    if wrong is not None:
-        raise UserError(
-            f"{path}: labels must be class indices 0, 1, 2, ..., but {wrong} has {str(of_name[wrong])[:40]}"
-        )
-    return torch.tensor(labels, dtype=torch.int64)
-
-
-def _check_names(of_name: dict[str, Any], names: Sequence[str], path: Path) -> None:
-    """Raises UserError unless labels and images are of the same names."""
-    known, unlabelled = set(names), [name for name in names if name not in of_name]
+    known = set(names)
     absent = [name for name in of_name if name not in known]
     if absent:
         raise UserError(f"{path}: {absent[0]} is missing, one of {len(absent)} images that its {LABELS} names")
-    if unlabelled:
-        raise UserError(
-            f"{path}: its {LABELS} has labels for {len(of_name)} of {len(names)} images, and none for {unlabelled[0]}"
-        )
+    bare = next((name for name in names if name not in of_name), None)
+    if bare is not None:
+        told = f"{len(of_name)} of {len(names)} images"
+        raise UserError(f"{path}: its {LABELS} has labels for {told}, and none for {bare}")
+    wrong = next((name for name in names if type(of_name[name]) is not int or of_name[name] < 0), None)
+    if wrong is not None:
+        what = str(of_name[wrong])[:40]
+        raise UserError(f"{path}: labels must be class indices 0, 1, 2, ..., but {wrong} has {what}")
+    return torch.tensor([of_name[name] for name in names], dtype=torch.int64)
