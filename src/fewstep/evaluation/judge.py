@@ -110,14 +110,17 @@ def make_judge(
 
 def _class_judge(data: DataSettings, model: ImageModel, features: str | None, folder: Path, num_real: int) -> Judge:
     """With a classifier, trained once, where there are classes, but not too many."""
+    named = 0 < model.num_classes <= MAX_CLASSES
     own = features in (None, "classifier")
-    if own:
-        _check_classifiable(model.num_classes)
+    if own and not named:
+        raise UserError(
+            f"features: the classifier serves 1 to {MAX_CLASSES} classes, the model has {model.num_classes}; give a "
+            "TorchScript file such as inception-2015-12-05.pt (--features, in a recipe evaluation.features)"
+        )
     images = open_images(data, model)
     if images.length < GRID_IMAGES:
         raise UserError(f"data.source: has {images.length} images; judging needs at least {GRID_IMAGES}")
     network = None if own else TorchScriptExtractor(Path(str(features)), model.device)
-    named = 0 < model.num_classes <= MAX_CLASSES
     classifier = open_classifier(images, model, classifier_path(data, folder)) if named else None
     extractor: Any = network or classifier
     num = min(num_real, images.length)
@@ -129,17 +132,6 @@ def _class_judge(data: DataSettings, model: ImageModel, features: str | None, fo
         return Judge(extractor, real, lambda images, numbers: [], frozenset({"features"}), floor)
     floor.values["accuracy"] = classifier.held_out_accuracy.item()
     return Judge(extractor, real, classifier.check, frozenset({"features", "classes"}), floor)
-
-
-def _check_classifiable(num_classes: int) -> None:
-    """Raises UserError where a classifier for the model's classes can't be had."""
-    if not num_classes:
-        raise UserError("--features classifier: the model has no classes to train one on; give a TorchScript file")
-    if num_classes > MAX_CLASSES:
-        raise UserError(
-            f"features: the classifier serves at most {MAX_CLASSES} classes, the model has {num_classes}; give a "
-            "TorchScript file such as inception-2015-12-05.pt (--features, in a recipe evaluation.features)"
-        )
 
 
 def _grid_of_classes(images: ImageSet, num_classes: int) -> Tensor:

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from fewstep.evaluation.metrics import Interval
 from fewstep.files import write_text
-from fewstep.metric_table import METRICS
+from fewstep.metric_table import METRICS, lower_is_better
 from fewstep.pictures import grid, png_bytes
 
+CURVES_TITLE = "one panel per metric, one line per run; x is the step"
 CURVES = {
     "denoising_loss": "denoising loss (of the critic, where there is one)",
     "dm_image_grad_norm": "gradient norm at the image: distribution matching",
@@ -55,10 +56,10 @@ class Row:
 
 
 def cell(name: str, value: object) -> str:
-    """A value as the table shows it."""
-    if value is None:
-        return "–"
-    return METRICS[name].text(value) if isinstance(value, float) else str(value)
+    """A value as tables show it."""
+    if value is None or not isinstance(value, float):
+        return "–" if value is None else str(value)
+    return METRICS[name].text(value) if name in METRICS else f"{value:.3f}"
 
 
 def columns(rows: list[Row]) -> list[str]:
@@ -98,10 +99,10 @@ def write_page(
         title=escape(title),
         summary=escape(summary),
         notes=escape(notes),
-        table=_html_table(rows),
+        table=_html_table(rows, columns(rows)),
         attributes=_attribute_tables(rows),
         grids="\n".join(_figure(row.title, row.grid) for row in rows),
-        curves=_curve_section(curves),
+        curves=f"<h2>Training</h2>\n{_figure(CURVES_TITLE, _curve_picture(curves))}" if curves else "",
     )
     write_text(path, page)
 
@@ -111,23 +112,18 @@ def sample_grid(images: Tensor, columns: int = 10) -> bytes:
     return png_bytes(grid(images, columns))
 
 
-def _html_table(rows: list[Row]) -> str:
-    names = columns(rows)
-    best = {name: _best(rows, name) for name in names}
-    return _table([[_cell(row, name, best[name]) for name in names] for row in rows], names, rows)
-
-
-def _table(lines: list[list[str]], names: list[str], rows: list[Row]) -> str:
-    """Cells as HTML, one line per row; students are marked."""
+def _html_table(rows: list[Row], names: list[str]) -> str:
+    """One line per row; students are marked."""
     head = "".join(f"<th>{name.replace('_', ' ')}</th>" for name in names)
-    body = [
-        f'<tr class="{"student" if row.sampler == "student" else ""}">{"".join(line)}</tr>'
-        for line, row in zip(lines, rows, strict=True)
-    ]
-    return "\n".join([f"<table><thead><tr>{head}</tr></thead><tbody>", *body, "</tbody></table>"])
+    best = {name: _best(rows, name) for name in names}
+    lines = [f"<table><thead><tr>{head}</tr></thead><tbody>"]
+    for row in rows:
+        cells = "".join(_cell(row, name, best[name]) for name in names)
+        lines.append(f'<tr class="{"student" if row.sampler == "student" else ""}">{cells}</tr>')
+    return "\n".join([*lines, "</tbody></table>"])
 
 
-def _cell(row: Row, name: str, best: float | None = None) -> str:
+def _cell(row: Row, name: str, best: float | None) -> str:
     """A value, marked where it is the best of the models, with its 95 % interval below where one is known."""
     value, interval = row.cells.get(name), row.intervals.get(name)
     mark = ' class="best"' if row.nfe is not None and value is not None and value == best else ""
@@ -138,37 +134,24 @@ def _cell(row: Row, name: str, best: float | None = None) -> str:
 def _attribute_tables(rows: list[Row]) -> str:
     """Prompt accuracy attribute by attribute, one table per kind of prompt; "" where no row has any."""
     told = [row for row in rows if row.attributes]
-    return "\n".join(_attribute_table(kind, told) for kind in told[0].attributes) if told else ""
-
-
-def _attribute_table(kind: str, rows: list[Row]) -> str:
-    names = list(rows[0].attributes[kind])
-    shares = [[f"<td>{row.attributes[kind][name]:.3f}</td>" for name in names] for row in rows]
-    lines = [[_cell(row, "model"), _cell(row, "sampler"), *line] for row, line in zip(rows, shares, strict=True)]
-    title = f"<h2>{kind.replace('_', ' ')}, attribute by attribute</h2>\n"
-    return title + _table(lines, ["model", "sampler", *names], rows)
+    tables = []
+    for kind, shares in told[0].attributes.items() if told else ():
+        table = [Row(row.model, row.sampler, row.nfe, row.attributes[kind]) for row in told]
+        tables.append(f"<h2>{kind.replace('_', ' ')}, attribute by attribute</h2>")
+        tables.append(_html_table(table, ["model", "sampler", *shares]))
+    return "\n".join(tables)
 
 
 def _best(rows: list[Row], name: str) -> float | None:
     """The best value of a column among the models; the row of the real images does not compete."""
-    values = [row.values[name] for row in rows if row.nfe is not None and name in row.values]
-    if not values:
-        return None
-    return min(values) if METRICS[name].better == "lower" else max(values)
+    values = [row.values[name] for row in rows if row.nfe is not None and name in row.values and name in METRICS]
+    return (min if lower_is_better(name) else max)(values, default=None)
 
 
 def _figure(caption: str, picture: bytes) -> str:
     data = base64.b64encode(picture).decode()
     image = f'<img alt="{escape(caption)}" src="data:image/png;base64,{data}">'
     return f"<figure><figcaption>{escape(caption)}</figcaption>{image}</figure>"
-
-
-def _curve_section(curves: dict[str, list[dict[str, float]]]) -> str:
-    if not curves:
-        return ""
-    return (
-        f"<h2>Training</h2>\n{_figure('one panel per metric, one line per run; x is the step', _curve_picture(curves))}"
-    )
 
 
 def _curve_picture(curves: dict[str, list[dict[str, float]]]) -> bytes:
