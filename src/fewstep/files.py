@@ -15,15 +15,23 @@ from fewstep.errors import UserError
 
 
 @contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What keeps a file or a folder from being written is a UserError that names it."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: can't be written ({' '.join(str(error).split())})") from error
+
+
+@contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """A temporary path that takes the name `path` if the block ends well; several processes may write the same path."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: can't be written ({' '.join(str(error).split())})") from error
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            os.replace(temporary, path)
     finally:
         with suppress(OSError):  # of a folder that could not be made
             temporary.unlink()
@@ -42,11 +50,9 @@ def folder_lock(folder: Path, name: str = ".lock", wait: bool = False) -> Iterat
     Raises UserError, naming folder and process, if another holds it; with `wait` it waits instead.
     """
     path = folder / name
-    try:
+    with writing(path):
         folder.mkdir(parents=True, exist_ok=True)
         file = _locked(path, wait)
-    except OSError as error:
-        raise UserError(f"{path}: can't be written ({' '.join(str(error).split())})") from error
     try:
         yield
     finally:
@@ -81,11 +87,10 @@ def written_folder(out: Path) -> Iterator[Path]:
     out = out.resolve()
     temporary, old = (out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.{suffix}") for suffix in ("tmp", "old"))
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        _take_place(temporary, out, old)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{out}: can't be written ({' '.join(str(error).split())})") from error
+        with writing(out):
+            temporary.mkdir(parents=True)
+            yield temporary
+            _take_place(temporary, out, old)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from fewstep.errors import UserError
-from fewstep.files import write_text
+from fewstep.files import write_text, writing
 
 Report = Callable[[int, dict[str, float]], None]
 """Called with the number of finished steps and, when there are new ones, the metrics."""
@@ -43,11 +43,8 @@ def to_line(values: dict[str, float]) -> str:
 
 def write_line(path: Path, step: int, values: dict[str, float]) -> None:
     """Appends {"step": step, **values}."""
-    try:
-        with path.open("a") as file:
-            file.write(to_line({"step": step, **values}))
-    except OSError as error:
-        raise UserError(f"{path}: can't be written ({error})") from error
+    with writing(path), path.open("a") as file:
+        file.write(to_line({"step": step, **values}))
 
 
 def rewind(path: Path, step: int) -> None:
