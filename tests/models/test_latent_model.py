@@ -108,6 +108,19 @@ def test_a_saved_student_is_a_pipeline_folder_that_loads_again(pipeline, tmp_pat
     type(pipeline).from_pretrained(tmp_path)
 
 
+def test_the_trained_network_is_saved_by_the_names_of_its_weights(pipeline, tmp_path: Path) -> None:
+    """What a state lacks is the model's own; the model keeps its weights."""
+    model, name = LatentModel(pipeline), "network.unet.conv_out.weight"
+    before = model.network.conv_out.weight.detach().clone()
+    model.save_frozen(tmp_path)
+    assert not (tmp_path / "unet").exists()
+    model.save_trained(tmp_path, {name: before + 1})
+    again = load(tmp_path)
+    assert torch.equal(again.network.conv_out.weight, before + 1)
+    assert torch.equal(again.network.conv_in.weight, model.network.conv_in.weight)
+    assert torch.equal(model.network.conv_out.weight, before)
+
+
 def test_dropping_replaces_whole_samples_by_the_null_condition(pipeline) -> None:
     model, numbers = LatentModel(pipeline), draws(200)
     condition = model.text_condition(["a"] * 200)

@@ -14,7 +14,7 @@ from torch import Tensor
 from fewstep.errors import UserError
 from fewstep.models.image_model import write_description
 from fewstep.models.loading.pipeline import library_class
-from fewstep.models.loading.weights import check_finite, check_stored
+from fewstep.models.loading.weights import check_finite, check_names, check_stored
 from fewstep.networks.codec import Codec, to_images
 from fewstep.networks.fingerprint import fingerprint
 
@@ -86,9 +86,11 @@ def load_autoencoder(folder: Path) -> Autoencoder:
     try:
         for file in where.glob("*.safetensors"):
             check_stored(file)
-        vae = kind.from_pretrained(where, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False)
+        options = {"use_safetensors": True, "low_cpu_mem_usage": False, "output_loading_info": True}
+        vae, found = kind.from_pretrained(where, local_files_only=True, **options)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise UserError(f"{folder}: holds no readable autoencoder (vae/)") from error
+    check_names(where, found["missing_keys"], found["unexpected_keys"])
     check_finite(where, vae.state_dict().items())
     return Autoencoder(vae.eval())
 

@@ -28,6 +28,7 @@ from single_files import original_weights
 from tiny_pipelines import BETAS, TINY
 
 UNET, VAE, TEXT = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors", "model.safetensors"
+EXTRA = {"down_blocks.0.resnets.0.lora.weight": torch.zeros(2)}
 Place = tuple[Path, Any]
 
 
@@ -70,6 +71,10 @@ def refused(source: Path, *fragments: str, config: Path | None = None) -> None:
     assert all(fragment in line for fragment in (str(source), *fragments)), line
 
 
+def single_file(pipeline: Any) -> dict[str, Tensor]:
+    return {name: tensor.clone().contiguous() for name, tensor in original_weights(pipeline).items()}
+
+
 def poisoned(tensors: dict[str, Tensor], value: float) -> dict[str, Tensor]:
     """One number of the last tensor is not finite."""
     changed = tensors[max(tensors)].clone()
@@ -95,26 +100,31 @@ def test_nan_of_a_single_file_an_autoencoder_and_a_pixel_model_is_told(
     made: Place, tiny_model: PixelModel, tmp_path: Path
 ) -> None:
     name = "model.diffusion_model.out.2.bias"
-    weights = {name: tensor.clone().contiguous() for name, tensor in original_weights(made[1]).items()}
+    weights = single_file(made[1])
     weights[name][0] = torch.nan
     save_file(weights, tmp_path / "nan.safetensors")
     refused(tmp_path / "nan.safetensors", "conv_out.bias", "NaN", config=made[0])
     tiny_model.save(tmp_path / "pixels")
     change(tmp_path / "pixels" / "unet" / UNET, lambda tensors: poisoned(tensors, torch.nan))
     refused(tmp_path / "pixels", "unet", max(load_file(tmp_path / "pixels" / "unet" / UNET)), "NaN")
-    shutil.copytree(made[0] / "vae", tmp_path / "vae")
-    change(tmp_path / "vae" / VAE, lambda tensors: poisoned(tensors, torch.nan))
-    with pytest.raises(UserError, match=r"vae.*quant_conv.weight holds NaN"):
-        load_autoencoder(tmp_path)
+    for edit, what in (
+        (lambda tensors: poisoned(tensors, torch.nan), "quant_conv.weight holds NaN"),
+        (lambda tensors: tensors | EXTRA, "holds 1 tensors that no part takes"),
+        (
+            lambda tensors: {name: tensor for name, tensor in tensors.items() if "norm_out" not in name},
+            "lacks 4 tensors",
+        ),
+    ):
+        shutil.copytree(made[0] / "vae", tmp_path / "vae", dirs_exist_ok=True)
+        change(tmp_path / "vae" / VAE, edit)
+        with pytest.raises(UserError, match=f"vae:? {what}|vae: .*{what}"):
+            load_autoencoder(tmp_path)
 
 
 def test_large_numbers_whose_sum_overflows_are_no_nan(tiny_model: PixelModel, tmp_path: Path) -> None:
     tiny_model.network.conv_in.weight.data.fill_(3e38)
     tiny_model.save(tmp_path)
     assert load(tmp_path).network.conv_in.weight.max() == 3e38
-
-
-EXTRA = {"down_blocks.0.resnets.0.lora.weight": torch.zeros(2)}
 
 
 @pytest.mark.parametrize(("part", "name"), [("unet", UNET), ("vae", VAE), ("text_encoder", TEXT)])
@@ -179,7 +189,7 @@ HARMLESS_TEXT = {
     ],
 )
 def test_one_tensor_too_many_in_a_single_file_is_named(made: Place, tmp_path: Path, name: str, what: str) -> None:
-    weights = {name: tensor.clone().contiguous() for name, tensor in original_weights(made[1]).items()}
+    weights = single_file(made[1])
     kind = "sdxl" if "text_encoder_2" in made[1].components else "sd"
     stem, names = HARMLESS_TEXT[kind]
     harmless = HARMLESS | {stem + each: torch.zeros(16, 16) for each in names}
@@ -279,7 +289,7 @@ def test_how_a_vp_scheduler_spaces_its_steps_is_its_own_matter(place: Path) -> N
 def test_the_prediction_type_in_a_header_is_obeyed(
     made: Place, tmp_path: Path, header: dict[str, str], flags: list[str], asked: str | None, prediction: str | None
 ) -> None:
-    weights = {name: tensor.clone().contiguous() for name, tensor in original_weights(made[1]).items()}
+    weights = single_file(made[1])
     path = tmp_path / "file.safetensors"
     save_file(weights | {flag: torch.empty(0) for flag in flags}, path, header)
     if prediction is None:

@@ -99,7 +99,7 @@ def scheduler_changes(path: Path, weights: Weights, prediction_type: str | None)
     with safe_open(path, framework="pt") as file:
         header = file.metadata() or {}
     told = {header[key] for key in ("modelspec.prediction_type", "modelspec.predict_key") if header.get(key)}
-    said = {PREDICTIONS.get(each, each) for each in told} | ({"v_prediction"} if "v_pred" in weights else set())
+    said = {PREDICTIONS.get(each.lower(), each) for each in told} | ({"v_prediction"} if "v_pred" in weights else set())
     if prediction_type:
         said = {prediction_type}
     if len(said) > 1 or not said <= {*PREDICTIONS.values(), "sample"}:
