@@ -321,6 +321,14 @@ DAMAGES: dict[
         ["unet/config.json: describes no UNet2DConditionModel"],
     ),
     "no description": (lambda m: (m / "fewstep.json").unlink(), ["fewstep.json: can't be read"]),
+    "another description": (
+        lambda m: (m / "fewstep.json").write_text('{"family": "pixel", "timesteps": [80], "config": {"channels": 7}}'),
+        ["fewstep.json: describes no student (ValidationError"],
+    ),
+    "no timesteps": (
+        lambda m: (m / "fewstep.json").write_text('{"family": "pixel", "timesteps": null, "config": {}}'),
+        ["fewstep.json: describes no student (TypeError"],
+    ),
     "a torn index": (lambda m: (m / "model_index.json").write_text("{"), ["model_index.json: can't be read"]),
     "another part": (
         lambda m: shutil.copy(weights_of(m, "text_encoder"), weights_of(m, "unet")),
@@ -354,13 +362,14 @@ DAMAGES: dict[
     "a tensor more, raw": (raw(more), ["state.pt holds 1 tensors", "(more"]),
     "another width, raw": (raw(narrow), ["state.pt: conv_in.weight is [8, 4, 3, 3]", "has [16, 4, 3, 3]"]),
 }
-PIXEL = {name: DAMAGES[name] for name in ("no file", "no tensors", "NaN, raw", "a tensor less, raw", "a missing shard")}
+ONLY_PIXEL = ("another description",)
+PIXEL = ("no file", "no tensors", "NaN, raw", "a tensor less, raw", "a missing shard", "no timesteps")
 
 
 @pytest.mark.parametrize(
     ("name", "target", "damage"),
-    [("latent", target, damage) for damage in DAMAGES for target in ("diffusers", "single-file")]
-    + [("student", "diffusers", damage) for damage in PIXEL],
+    [("latent", target, name) for name in DAMAGES if name not in ONLY_PIXEL for target in ("diffusers", "single-file")]
+    + [("student", "diffusers", name) for name in (*PIXEL, *ONLY_PIXEL)],
 )
 def test_what_is_not_whole_is_never_exported(run: Run, name: str, target: str, damage: str, tmp_path: Path) -> None:
     """One line with the part, the file and the tensor, before anything is written."""

@@ -72,8 +72,9 @@ class FewstepPixelPipeline(DiffusionPipeline):
         variance = t**2 + data**2
         time = torch.full((len(x_t),), math.log(t) / 4, device=x_t.device)
         network_input = (x_t / variance**0.5).to(self.unet.dtype)
-        output: Tensor = self.unet(network_input, time, class_labels=labels, return_dict=False)[0].to(x_t.dtype)
-        return data**2 / variance * x_t + t * data / variance**0.5 * output
+        output = self.unet(network_input, time, class_labels=labels, return_dict=False)[0].to(x_t.dtype)
+        x0: Tensor = data**2 / variance * x_t + t * data / variance**0.5 * output
+        return x0
 
     def choose_timesteps(self, num: int | None) -> list[float]:
         trained = self.config.timesteps

@@ -19,6 +19,7 @@ from fewstep.models.image_model import DESCRIPTION
 from fewstep.models.loading.hub import PIPELINE
 from fewstep.models.loading.pipeline import check_index, library_class
 from fewstep.models.loading.weights import check_finite, check_names
+from fewstep.models.settings import PixelModelConfig
 from fewstep.networks.families.edm import PIXELS
 from fewstep.networks.family import Family
 
@@ -84,6 +85,12 @@ def open_stored(folder: Path, raw: Raw | None = None) -> StoredModel:
     if (folder / PIPELINE).is_file():
         index = read_json(folder / PIPELINE)
         family = check_index(folder, index)
+    try:
+        [float(t) for t in description["timesteps"]]
+        if not index:
+            PixelModelConfig(**description["config"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise not_whole(folder / DESCRIPTION, f"describes no student ({brief(error)})") from error
     for name in family.parts:
         if not (folder / name).is_dir():
             raise not_whole(folder / name, "is missing")
