@@ -24,7 +24,7 @@ def loss_and_output(schedule, parameterization, t):
     _, c_out, c_in = denoiser.coefficients(t)
     x0_hat = denoiser(x_t, t, {})
     output = denoiser.network(c_in.reshape(-1, 1, 1, 1) * x_t, t, {})
-    return denoising_loss(x0_hat, X0, c_out).item(), output, x0_hat
+    return denoising_loss(x0_hat, X0, c_out).mean().item(), output, x0_hat
 
 
 def test_the_loss_of_an_eps_model_is_the_mse_of_eps():
@@ -71,7 +71,7 @@ def test_the_loss_of_an_edm_critic_is_the_official_one(sigma, weight):
 
 def dmd_gradient(fake, teacher_x0, critic_x0):
     fake = fake.clone().requires_grad_()
-    return torch.autograd.grad(dmd_loss(fake, teacher_x0, critic_x0), fake)[0]
+    return torch.autograd.grad(dmd_loss(fake, teacher_x0, critic_x0).mean(), fake)[0]
 
 
 def test_the_gradient_of_the_dmd_loss_is_the_papers():
@@ -86,7 +86,8 @@ def test_the_gradient_of_the_dmd_loss_is_the_papers():
 def test_the_dmd_loss_is_half_the_mean_square_of_its_direction():
     fake, teacher, critic = draw(*SHAPE), draw(*SHAPE, seed=1), draw(*SHAPE, seed=2)
     direction = dmd_gradient(fake, teacher, critic) * fake.numel()
-    assert dmd_loss(fake, teacher, critic).item() == pytest.approx(direction.square().mean().item() / 2, rel=1e-10)
+    expected = direction.square().mean(dim=(1, 2, 3)) / 2  # (B,)
+    torch.testing.assert_close(dmd_loss(fake, teacher, critic), expected, rtol=1e-10, atol=0)
 
 
 def test_descending_the_dmd_loss_moves_from_the_critic_to_the_teacher():
@@ -119,7 +120,7 @@ def test_the_dmd_gradient_is_zero_where_all_three_agree():
 
 def test_the_dmd_loss_teaches_neither_teacher_nor_critic():
     fake, teacher, critic = (draw(*SHAPE, seed=i).requires_grad_() for i in range(3))
-    dmd_loss(fake, teacher, critic).backward()
+    dmd_loss(fake, teacher, critic).sum().backward()
     assert fake.grad is not None
     assert (teacher.grad, critic.grad) == (None, None)
 
@@ -130,13 +131,36 @@ LOGITS = pytest.mark.parametrize("scale", [1.0, 200.0])
 @LOGITS
 def test_the_students_gan_loss_calls_its_fakes_real(scale):
     logits = scale * draw(16)
-    reference = binary_cross_entropy_with_logits(logits, torch.ones_like(logits))
-    assert gan_student_loss(logits).item() == pytest.approx(reference.item(), rel=1e-8)
+    reference = binary_cross_entropy_with_logits(logits, torch.ones_like(logits), reduction="none")
+    torch.testing.assert_close(gan_student_loss(logits), reference, rtol=1e-8, atol=1e-12)
 
 
 @LOGITS
 def test_the_critics_gan_loss_tells_fakes_from_reals(scale):
-    fake, real = scale * draw(16), scale * draw(24, seed=1)
-    fakes = binary_cross_entropy_with_logits(fake, torch.zeros_like(fake))
-    reals = binary_cross_entropy_with_logits(real, torch.ones_like(real))
-    assert gan_critic_loss(fake, real).item() == pytest.approx((fakes + reals).item(), rel=1e-8)
+    fake, real = scale * draw(16), scale * draw(16, seed=1)
+    fakes = binary_cross_entropy_with_logits(fake, torch.zeros_like(fake), reduction="none")
+    reals = binary_cross_entropy_with_logits(real, torch.ones_like(real), reduction="none")
+    torch.testing.assert_close(gan_critic_loss(fake, real), fakes + reals, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", ["teacher", "critic", "both"])
+def test_a_sample_that_is_not_finite_is_left_out_and_the_others_are_as_they_were(where, value):
+    """As the official code's nan_to_num has it: g is zero there, and the mean stays one over the whole batch."""
+    fake, teacher, critic = draw(*SHAPE), draw(*SHAPE, seed=1), draw(*SHAPE, seed=2)
+    expected = (critic - teacher) / (fake - teacher).abs().mean(dim=(1, 2, 3), keepdim=True) / fake.numel()
+    expected[2] = 0
+    losses = dmd_loss(fake, teacher, critic)
+    for prediction in {"teacher": [teacher], "critic": [critic], "both": [teacher, critic]}[where]:
+        prediction[2, 0, 1, 1] = value
+    assert relative_error(dmd_gradient(fake, teacher, critic), expected) < 1e-10
+    assert torch.equal(dmd_gradient(fake, teacher, critic)[2], torch.zeros(SHAPE[1:], dtype=torch.float64))
+    kept = torch.tensor([1.0, 1, 0, 1], dtype=torch.float64)
+    assert torch.equal(dmd_loss(fake, teacher, critic), losses * kept)
+
+
+def test_a_fake_that_is_not_finite_is_not_hidden():
+    """Its own gradients would not be either: the update has to be skipped."""
+    fake = draw(*SHAPE)
+    fake[2, 0, 1, 1] = float("nan")
+    assert dmd_loss(fake, draw(*SHAPE, seed=1), draw(*SHAPE, seed=2)).isfinite().tolist() == [True, True, False, True]

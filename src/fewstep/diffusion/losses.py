@@ -1,9 +1,11 @@
 """The losses of DMD2 (arXiv 2405.14867), as functions of predictions.
 
-Convention about resolution: `denoising_loss` and `dmd_loss` are means over all D = C*H*W elements of a sample and over
-the batch, the GAN losses are means over the batch of one number per sample; this is the official code's convention, so
-the published weights hold as they stand. It follows that the gradient of `dmd_loss` at the image shrinks as 1/D and
-the GAN's does not: a GAN weight w tuned at D carries over to D' as w * D / D' (3e-3 was tuned at D = 12,288).
+Every loss gives one number per sample (B,), whose mean over the batch is what is descended.
+
+Convention about resolution: `denoising_loss` and `dmd_loss` are means over all D = C*H*W elements of a sample, the GAN
+losses are one logit's; this is the official code's convention, so the published weights hold as they stand. It follows
+that the gradient of `dmd_loss` at the image shrinks as 1/D and the GAN's does not: a GAN weight w tuned at D carries
+over to D' as w * D / D' (3e-3 was tuned at D = 12,288).
 """
 
 import torch
@@ -31,11 +33,11 @@ def denoising_loss(x0_hat: Tensor, x0: Tensor, c_out: Tensor) -> Tensor:
 
     It equals eps-, v- and flow-MSE, EDM's weighted loss, and both critic losses of DMD2, by the parameterization.
     """
-    return ((x0_hat - x0) / broadcast(c_out, x0)).square().mean()
+    return ((x0_hat - x0) / broadcast(c_out, x0)).square().flatten(1).mean(1)
 
 
 def dmd_loss(fake: Tensor, teacher_x0: Tensor, critic_x0: Tensor) -> Tensor:
-    """Distribution matching (DMD2, equation 1): a loss whose gradient at `fake` is g / (B D), all (B, ...).
+    """Distribution matching (DMD2, equation 1): a loss whose mean has the gradient g / (B D) at `fake`, all (B, ...).
 
     g = (critic_x0 - teacher_x0) / mean|fake - teacher_x0|, the mean per sample. The value, mean g^2 / 2, measures
     no progress. Where fake equals the teacher's prediction g is bounded, and zero where teacher equals critic. Samples
@@ -46,14 +48,14 @@ def dmd_loss(fake: Tensor, teacher_x0: Tensor, critic_x0: Tensor) -> Tensor:
         g = (critic_x0 - teacher_x0) / broadcast(distance, fake)  # (B, ...)
         # One broken sample of the teacher's would make every weight of the student NaN.
         target = fake - without_samples(g, finite_samples(g))
-    return (fake - target).square().mean() / 2
+    return (fake - target).square().flatten(1).mean(1) / 2
 
 
 def gan_student_loss(fake_logits: Tensor) -> Tensor:
-    """Non-saturating: mean softplus(-logits of fakes)."""
-    return softplus(-fake_logits).mean()
+    """Non-saturating: softplus(-logits of fakes)."""
+    return softplus(-fake_logits)
 
 
 def gan_critic_loss(fake_logits: Tensor, real_logits: Tensor) -> Tensor:
-    """mean softplus(logits of fakes) + mean softplus(-logits of reals)."""
-    return softplus(fake_logits).mean() + softplus(-real_logits).mean()
+    """softplus(logits of fakes) + softplus(-logits of reals), as many of each."""
+    return softplus(fake_logits) + softplus(-real_logits)

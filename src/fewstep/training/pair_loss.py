@@ -16,7 +16,7 @@ Distance = Callable[[Tensor, Tensor], Tensor]
 
 
 class PairLoss:
-    """mean over the batch of LPIPS(decode(x0), decode(target)), or of mean (x0 - target)^2 without `lpips`.
+    """LPIPS(decode(x0), decode(target)), or mean (x0 - target)^2 without `lpips`; one number per sample.
 
     x0 is the student's at its first timestep, from the pair's own noise (spec, 1.7; DMD, arXiv 2311.18828, equation 9).
     """
@@ -25,12 +25,12 @@ class PairLoss:
         self.model, self.lpips, self.decode = model, lpips, decode or model.decode_pixels
 
     def __call__(self, student: Denoiser, timesteps: Tensor, batch: Batch) -> Tensor:
-        """The loss of {"noise", "x0": (B, C, H, W), ...} with what `encode_condition` takes; timesteps (K,)."""
+        """The loss (B,) of {"noise", "x0": (B, C, H, W), ...} with what `encode_condition` takes; timesteps (K,)."""
         noise, target = (batch[name].to(self.model.device).float() for name in ("noise", "x0"))
         condition = self.model.encode_condition(batch)
         x0 = rollout(student, noise[None], timesteps, condition, stop=0, grad=True)
         if self.lpips is None:
-            return (x0 - target).square().mean()
+            return (x0 - target).square().flatten(1).mean(1)
         with torch.no_grad():
             wanted = self.decode(target)
-        return self.lpips(self.decode(x0), wanted).mean()
+        return self.lpips(self.decode(x0), wanted)
