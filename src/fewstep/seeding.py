@@ -10,6 +10,7 @@ from torch import Generator, Tensor
 
 def generator(seed: int, purpose: str, step: int = 0, device: torch.device | str = "cpu") -> Generator:
     """A generator for one purpose at one step."""
+    # Not hash(), which differs from process to process; the 0 stands where a rank once did.
     digest = hashlib.blake2b(f"{seed}/{purpose}/{step}/0".encode(), digest_size=8).digest()
     return Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)
 

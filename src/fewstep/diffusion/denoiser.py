@@ -54,7 +54,10 @@ class Guided(nn.Module):
         return self.denoiser.schedule
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        null = {key: value.expand(len(x_t), *value.shape[1:]) for key, value in self.null_condition.items()}
+        null = {key: value.expand(len(x_t), *value.shape[1:]) for key, value in self.null_condition.items()}  # (B, ...)
+        # (2B, ...), in one pass
         both = {key: torch.cat([null.get(key, value), value]) for key, value in condition.items()}
+        # null first, as in diffusers
         x0_null, x0_cond = self.denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
-        return x0_null + self.scale * (x0_cond - x0_null)
+        x0: Tensor = x0_null + self.scale * (x0_cond - x0_null)
+        return x0

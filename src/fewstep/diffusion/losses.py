@@ -53,7 +53,7 @@ def dmd_loss(fake: Tensor, teacher_x0: Tensor, critic_x0: Tensor) -> Tensor:
 
 def gan_student_loss(fake_logits: Tensor) -> Tensor:
     """Non-saturating: softplus(-logits of fakes)."""
-    return softplus(-fake_logits)
+    return softplus(-fake_logits)  # -log of the probability that the head gives "real"
 
 
 def gan_critic_loss(fake_logits: Tensor, real_logits: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ def edm(sigma_data: float = 0.5) -> Parameterization:
     """EDM's preconditioning for data of standard deviation `sigma_data` (arXiv 2206.00364, table 1)."""
 
     def coefficients(alpha: Tensor, sigma: Tensor) -> Coefficients:
-        variance = sigma**2 + sigma_data**2
+        variance = sigma**2 + sigma_data**2  # of x_t, where alpha is 1
         return sigma_data**2 / variance, sigma * sigma_data / variance.sqrt(), 1 / variance.sqrt()
 
     return coefficients

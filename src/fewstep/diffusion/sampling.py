@@ -31,13 +31,15 @@ def rollout(
     With stop = K-1 this is sampling; with a random `stop` it is backward simulation. noise (>= stop+1, B, ...).
     Only the last call carries gradient, and only if `grad`.
     """
-    times = timesteps[:, None].expand(-1, noise.shape[1])
+    times = timesteps[:, None].expand(-1, noise.shape[1])  # (K, B)
     x_t = student.schedule.pure_noise(noise[0])
     with torch.no_grad():
         for k in range(stop):
+            # fresh noise, not the implied
             x_t = student.schedule.add_noise(student(x_t, times[k], condition), noise[k + 1], times[k + 1])
     with torch.set_grad_enabled(grad):
-        return student(x_t, times[stop], condition)
+        x0: Tensor = student(x_t, times[stop], condition)
+    return x0
 
 
 @torch.no_grad()
@@ -50,8 +52,9 @@ def ddim(denoiser: AnyDenoiser, noise: Tensor, timesteps: Tensor, condition: Con
     times = timesteps[:, None].expand(-1, len(noise))
     for t, next_t in pairwise(times):
         x0 = denoiser(x_t, t, condition)
-        x_t = schedule.add_noise(x0, implied_noise(schedule, x_t, x0, t), next_t)
-    return denoiser(x_t, times[-1], condition)
+        x_t = schedule.add_noise(x0, implied_noise(schedule, x_t, x0, t), next_t)  # (B, C, H, W)
+    last: Tensor = denoiser(x_t, times[-1], condition)
+    return last
 
 
 @torch.no_grad()
@@ -66,10 +69,11 @@ def heun(denoiser: AnyDenoiser, noise: Tensor, timesteps: Tensor, condition: Con
     for t, next_t in pairwise(times):
         x0 = denoiser(x_t, t, condition)
         eps = implied_noise(schedule, x_t, x0, t)
-        x_euler = schedule.add_noise(x0, eps, next_t)
+        x_euler = schedule.add_noise(x0, eps, next_t)  # Euler's step, where the slope is taken a second time
         x0_next = denoiser(x_euler, next_t, condition)
         eps_next = implied_noise(schedule, x_euler, x0_next, next_t)
         (alpha, sigma), (alpha_next, sigma_next) = schedule.alpha_sigma(t), schedule.alpha_sigma(next_t)
         d_alpha, d_sigma = broadcast(alpha_next - alpha, x_t), broadcast(sigma_next - sigma, x_t)
         x_t = x_t + d_alpha * (x0 + x0_next) / 2 + d_sigma * (eps + eps_next) / 2
-    return denoiser(x_t, times[-1], condition)
+    last: Tensor = denoiser(x_t, times[-1], condition)
+    return last

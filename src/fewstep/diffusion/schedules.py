@@ -111,6 +111,7 @@ class VP(NoiseSchedule):
         return cls(torch.cumprod(1 - betas, dim=0))
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        # Kept by device: a copy in every call would make the host wait.
         if t.device not in self._by_device:
             self._by_device[t.device] = self.alphas_cumprod.to(t.device)
         abar = self._by_device[t.device][t.long()]

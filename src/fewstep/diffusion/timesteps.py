@@ -41,7 +41,7 @@ def karras_grid(num: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho
     A grid of one is [sigma_max]; the last step, to a clean image, is the sampler's (arXiv 2206.00364, equation 5).
     """
     ramp = torch.linspace(0, 1, num, dtype=torch.float64)
-    grid = (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
+    grid: Tensor = (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
     grid[-1] = sigma_min  # both ends exactly, and sigma_max if there is but one
     grid[0] = sigma_max
     return grid

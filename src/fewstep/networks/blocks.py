@@ -25,7 +25,7 @@ def checkpoint_blocks(network: nn.Module) -> None:
     Gradients are the same. For networks without dropout, whose random state would have to be kept with them.
     """
     for block in blocks(network):
-        block.forward = _Recomputed(block.forward)
+        block.forward = _Recomputed(block.forward)  # not the module replaced: names and hooks stay as they are
 
 
 class _Recomputed:
@@ -35,6 +35,6 @@ class _Recomputed:
         self.forward = forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():  # a rollout or a teacher: nothing is kept anyway
             return self.forward(*args, **kwargs)
         return checkpoint(self.forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)

@@ -17,6 +17,7 @@ class AutocastDenoiser(Denoiser):
     """
 
     def run(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        # Around the network alone: c_skip and c_out are float64, and x0 stays float32.
         with torch.autocast(x.device.type, torch.bfloat16):
             return super().run(network, x, t, condition)
 

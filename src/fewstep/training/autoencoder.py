@@ -46,12 +46,13 @@ class AutoencoderTraining:
     def _gradients(self, rows: range, batch: Batch, step: int, weight: float) -> tuple[Tensor, Metrics]:
         draws = Draws(generator(self.seed, "autoencoder", step, self.model.device), rows, self.batch_size)
         pixels = to_pixels(batch["image"].to(self.model.device))  # (B, 3, H, W)
-        posterior = self.model.vae.encode(pixels).latent_dist
+        posterior = self.model.vae.encode(pixels).latent_dist  # mean, std, var: (B, C, h, w)
         latent = posterior.mean + posterior.std * draws.randn(*posterior.mean.shape[1:])  # (B, C, h, w)
         error = self.model.vae.decode(latent).sample - pixels
+        # Of N(mean, var) from N(0, 1), per number of a latent: it keeps the latents near unit variance.
         kl = (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean() / 2
         squared, absolute = error.square().mean(), error.abs().mean()
-        (weight * (squared + self.settings.l1_weight * absolute + self.settings.kl_weight * kl)).backward()
+        torch.autograd.backward(weight * (squared + self.settings.l1_weight * absolute + self.settings.kl_weight * kl))
         metrics = {"squared_error": squared.detach(), "absolute_error": absolute.detach(), "kl": kl.detach()}
         return latent.detach(), metrics | count_broken(autoencoder=error.detach())
 

@@ -39,7 +39,7 @@ def parts_ahead(
 
     An error in making a batch is raised where it is asked for; the thread ends with the context.
     """
-    size = settings.batch_size // settings.accumulate
+    size = settings.batch_size // settings.accumulate  # that it divides is checked with the recipe
     rows = [range(first, first + size) for first in range(0, settings.batch_size, size)]
 
     def make(step: int) -> list[Part]:
@@ -49,7 +49,8 @@ def parts_ahead(
         steps = iter(range(start, settings.num_steps))
         waiting = deque(thread.submit(make, step) for step in islice(steps, NUM_AHEAD))
         while waiting:
-            ready = waiting.popleft().result()
+            ready = waiting.popleft().result()  # raises what the thread raised
+            # Asked for before this step is computed, not behind it.
             waiting.extend(thread.submit(make, step) for step in islice(steps, 1))
             yield ready
 
@@ -57,17 +58,18 @@ def parts_ahead(
         try:
             yield parts()
         finally:
-            thread.shutdown(cancel_futures=True)
+            thread.shutdown(cancel_futures=True)  # waits for the one that is being made
 
 
 def _sent(batch: Any, device: torch.device) -> Any:
     """The batch with its tensors on a GPU, copied while it computes; on the CPU as it is."""
     if isinstance(batch, Tensor) and device.type == "cuda":
-        return batch.pin_memory().to(device, non_blocking=True)
+        return batch.pin_memory().to(device, non_blocking=True)  # from pageable memory the host would wait for it
     return {name: _sent(value, device) for name, value in batch.items()} if isinstance(batch, dict) else batch
 
 
 def _indices(length: int, settings: LoopSettings, step: int, rows: range, purpose: str = "epoch") -> Tensor:
+    # Of the whole batch, as its random numbers are: rows do not depend on how it is divided.
     whole = batch_indices(length, settings.batch_size, step, settings.seed, purpose=purpose)
     return whole[rows.start : rows.stop]
 
@@ -112,13 +114,13 @@ def text_batches(
         keep(texts, what) if texts else None for texts, what in ((told, "captions"), (wanted, "prompts"))
     )
     if all(texts is None or texts.rows is not None for texts in (captions, prompts)):
-        model.conditioner.to("cpu")
+        model.conditioner.to("cpu")  # gigabytes of a GPU that nothing in a step uses
 
     def batch_at(step: int, rows: range) -> Batch:
         batch: Batch = {}
         if images and captions:
             indices = _indices(images.length, settings, step, rows)
-            batch = (images.batch(indices) if real else {}) | captions.batch(indices)
+            batch = (images.batch(indices) if real else {}) | captions.batch(indices)  # without a GAN captions will do
         if prompts:
             batch["prompt"] = prompts.batch(_indices(len(wanted), settings, step, rows, "prompts"))
         return batch
@@ -149,7 +151,7 @@ def open_texts(
     texts: list[str], what: str, conditioner: TextConditioner, settings: EmbeddingSettings, folder: Path
 ) -> Texts:
     """The texts, with their embeddings if those may be kept; prints how many are cut."""
-    number = {text: index for index, text in enumerate(dict.fromkeys(texts))}
+    number = {text: index for index, text in enumerate(dict.fromkeys(texts))}  # each text is embedded once
     row_of = torch.tensor([number[text] for text in texts])
     num_cut = int(conditioner.too_long(list(number))[row_of].sum())
     if num_cut:

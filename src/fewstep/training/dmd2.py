@@ -83,6 +83,7 @@ class DMD2(StudentMethod):
         Two loops over the parts: all fakes are of the student before its update, as they are in one piece.
         """
         students_turn, weight = step % self.settings.student_every == 0, 1 / len(parts)
+        # The student changes behind the last part only, so that no part sees another student than the one before.
         halves = [self._fakes_of(part, step, students_turn, weight) for part in parts]
         metrics = of_parts([found for _, found in halves])
         if students_turn:
@@ -95,8 +96,10 @@ class DMD2(StudentMethod):
         """Fakes of one part; in the student's turn adds their share of its gradients, which `weight` is of."""
         rows, batch = part
         draws = Draws(generator(self.seed, "dmd2", step, self.model.device), rows, self.batch_size)
+        # The order of draws is part of what a seed means: condition, noise, student, real data, critic.
         real, real_condition = None, self.model.encode_condition(batch)
         if self.settings.student.backward_simulation:
+            # prompts of their own, or the captions of the reals
             given = self.model.encode_condition(batch["prompt"]) if "prompt" in batch else real_condition
             fake, condition, stops = self.simulated_fake(given, self.draw_stop(step), draws, students_turn)
         else:
@@ -107,6 +110,7 @@ class DMD2(StudentMethod):
             )
         if self.settings.critic.condition_on_stop:
             condition, real_condition = condition | {"stop": stops}, real_condition | {"stop": stops}
+        # Here, not in a loop of its own: the graph of this part is freed before the next one is built.
         metrics = self.student_gradients(fake, condition, draws, batch, weight) if students_turn else {}
         if not self.gan:
             real = None
@@ -117,14 +121,15 @@ class DMD2(StudentMethod):
     def simulated_fake(self, given: Condition, stop: int, draws: Draws, grad: bool) -> tuple[Tensor, Condition, Tensor]:
         """The student's x0 behind its own rollout up to `stop`, its condition, and the stop of each sample (B,)."""
         noise = draws.randn(*self.model.shape, before=(stop + 1,))  # (stop + 1, B, C, H, W)
-        condition = self.model.draw_condition(given, draws)
+        condition = self.model.draw_condition(given, draws)  # fakes have conditions of their own: (B, ...)
         fake = rollout(self.student, noise, self.timesteps, condition, stop, grad=grad)
         return fake, condition, torch.full((len(draws),), stop, device=draws.device)
 
     def fake_of_real(self, real: Tensor, condition: Condition, draws: Draws, grad: bool) -> tuple[Tensor, Tensor]:
         """The student's x0 of noised real data, each at a random one of its timesteps, and which one (B,)."""
-        stops = draws.randint(0, len(self.timesteps))
+        stops = draws.randint(0, len(self.timesteps))  # (B,), for here the input of every sample is real data
         eps, t = draws.randn(*real.shape[1:]), self.timesteps[stops]
+        # At the first timestep inference starts from pure noise, so training does.
         noised, pure = self.schedule.add_noise(real, eps, t), self.schedule.pure_noise(eps)
         x_t = torch.where(stops.reshape(-1, *(1,) * (real.ndim - 1)) == 0, pure, noised)
         with torch.set_grad_enabled(grad):
@@ -140,6 +145,7 @@ class DMD2(StudentMethod):
     def update_student(self, metrics: Metrics, finite: Tensor) -> Metrics:
         """One update along the gradients that the parts have added, with the metrics of all of them."""
         norm, skipped = self.student_optimizer.step(finite)
+        # Also behind a skipped update, in which the weights stayed: an average is one over turns.
         self.ema.update()
         norms = {name: value.sqrt() for name, value in metrics.items() if name.endswith(SQUARED)}
         return {"student_grad_norm": norm, **metrics, **norms, "skipped_student": skipped}
@@ -153,11 +159,14 @@ class DMD2(StudentMethod):
         at the image are given as their squares' share of the whole batch's.
         """
         terms = self.student_losses(fake, condition, draws)
+        # each (B, C, H, W)
         gradients = {name: torch.autograd.grad(term.loss.mean(), fake)[0] for name, term in terms.items()}
-        fake.backward(sum(weight * term.weight * gradients[name] for name, term in terms.items()))
+        # One backward pass of the student for all terms at the image.
+        pull = sum((weight * term.weight * gradients[name] for name, term in terms.items()), torch.zeros_like(fake))
+        torch.autograd.backward(fake, pull)
         extra = {name: term_of(batch) for name, term_of in self.extra_terms(batch).items()}
         for term in extra.values():
-            (weight * term.weight * term.loss.mean()).backward()
+            torch.autograd.backward(weight * term.weight * term.loss.mean())  # behind the others, whose graphs are gone
         metrics: Metrics = {}
         for name, term in (terms | extra).items():
             metrics |= {f"{name}_loss": term.loss.detach().mean(), **term.counts}
@@ -174,19 +183,19 @@ class DMD2(StudentMethod):
         if dm:
             x_t, t = self.noised(fake, self.student_levels, draws)
             with torch.no_grad():
-                teacher_x0 = self.teacher(x_t, t, condition)
+                teacher_x0 = self.teacher(x_t, t, condition)  # (B, C, H, W), guided
             if shared:
                 critic_x0, fake_features = self.x0_and_features(x_t, t, condition, features_only_grad=True)
             else:
                 with torch.no_grad():
-                    critic_x0 = self.critic(x_t, t, condition)
+                    critic_x0 = self.critic(x_t, t, condition)  # without guidance, which it is never trained with
             terms["dm"] = Term(
                 dmd_loss(fake, teacher_x0, critic_x0), self.settings.dm.weight, count_broken(teacher=teacher_x0)
             )
         if self.gan:
             if not shared:
                 fake_features = self.noised_features(fake, condition, draws)
-            loss = gan_student_loss(self.discriminator(fake_features))
+            loss = gan_student_loss(self.discriminator(fake_features))  # (B,)
             terms["gan"] = Term(loss, self.settings.gan.student_weight)
         return terms
 
@@ -204,12 +213,13 @@ class DMD2(StudentMethod):
     def critic_gradients(self, fakes: Fakes, weight: float = 1.0) -> Metrics:
         """Adds the gradients of critic and discriminator on constants; the critic has neither guidance nor dropout."""
         fake, draws = fakes.fake, fakes.draws
-        x_t, t = self.noised(fake, self.critic_levels, draws)
+        x_t, t = self.noised(fake, self.critic_levels, draws)  # (B, C, H, W), (B,)
         shared = self.gan and not self.settings.gan.independent_noise
         if shared:
             x0_hat, fake_features = self.x0_and_features(x_t, t, fakes.condition)
         else:
             x0_hat = self.critic(x_t, t, fakes.condition)
+        # 1 / c_out^2 makes it the loss in what the network predicts: eps for SD, EDM's weight for EDM.
         loss = denoising_loss(x0_hat, fake, self.critic.coefficients(t)[1]).mean()
         metrics = {"denoising_loss": loss.detach(), **count_broken(student=fake, critic=x0_hat.detach())}
         if fakes.real is not None:
@@ -217,6 +227,7 @@ class DMD2(StudentMethod):
                 fake_features = self.noised_features(fake, fakes.condition, draws)
             usable = finite_samples(fakes.real)
             real = without_samples(fakes.real, usable)
+            # With shared noise levels the head can't tell fakes from reals by how noisy they are.
             real_features = self.noised_features(real, fakes.real_condition, draws, t if shared else None)
             fake_logits, real_logits = self.discriminator(fake_features), self.discriminator(real_features)  # (B,)
             real_logits = torch.where(usable, real_logits, real_logits.detach())  # nothing is learned from the others
@@ -224,7 +235,7 @@ class DMD2(StudentMethod):
             loss = loss + self.settings.gan.critic_weight * gan_loss
             metrics |= {"gan_critic_loss": gan_loss.detach(), "logit_gap": (real_logits - fake_logits).mean().detach()}
             metrics |= count_broken(data=fakes.real)
-        (weight * loss).backward()
+        torch.autograd.backward(weight * loss)
         return metrics
 
     def x0_and_features(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

@@ -33,7 +33,8 @@ class Guard:
         """Takes in one step; gives its metrics with all skipped updates under one name."""
         skipped = {name: value for name, value in metrics.items() if name.startswith("skipped_")}
         for name, value in skipped.items():
-            self.in_a_row[name] = (self.in_a_row.get(name, 0) + 1) * value
+            self.in_a_row[name] = (self.in_a_row.get(name, 0) + 1) * value  # back to 0 at an update that was made
+            # The most that there ever were: whether a run ends must not depend on when the host looks.
             self.longest[name] = torch.maximum(self.in_a_row[name], self.longest.get(name, self.in_a_row[name]))
         for name, value in metrics.items():
             if name.startswith("not_finite_"):
@@ -46,6 +47,7 @@ class Guard:
         if not self.longest:
             return
         counts = {**self.longest, **{f"now {name}": value for name, value in self.in_a_row.items()}, **self.broken}
+        # One stack, one wait for the device.
         found = dict(zip(counts, torch.stack([value.float() for value in counts.values()]).tolist(), strict=True))
         worst = max(self.longest, key=lambda name: found[name])
         if found[worst] >= self.max_skipped:
@@ -57,12 +59,14 @@ class Guard:
                 f"step {step}: {what} not finite; {self.max_skipped} updates in a row were skipped (max_skipped): "
                 f"{advice}; the newest checkpoint is whole"
             )
+        # Old troubles must not be named as the cause of new ones.
         if not any(found[f"now {name}"] for name in self.in_a_row):
             self.broken = {}
 
 
 def check_finite(state: dict[str, Any], step: int) -> None:
     """Raises UserError if a number of a method's state is not finite, before it is saved."""
+    # Weights, averages and moments: one finite update can still overflow what it is added to.
     finite = {name: torch.stack([x.isfinite().all().cpu() for x in _tensors(part)]) for name, part in state.items()}
     broken = [name for name, each in finite.items() if not each.all()]
     if broken:

@@ -19,7 +19,7 @@ def start_from(roles: Roles, checkpoint: Path) -> None:
     side has is left out, or stays zero. Raises UserError if the checkpoint is of something else or of another
     architecture.
     """
-    state = load_state(checkpoint, lazy=True).get("method", {})
+    state = load_state(checkpoint, lazy=True).get("method", {})  # moments and averages stay on the disk
     if "student" not in state:
         raise UserError(f"{checkpoint}: holds no student; name a run of `fewstep distill`")
     for name, module in (("student", roles.student), ("critic", roles.critic)):
@@ -31,6 +31,7 @@ def _load(module: nn.Module, weights: dict[str, Tensor], what: str) -> None:
     """All of the weights, but for a stop embedding on one side only."""
     ours = module.state_dict()
     shared = {name: weights[name] for name in weights.keys() & ours.keys()}
+    # A second stage may begin or cease to tell the critic the stop.
     lone = (weights.keys() ^ ours.keys()) - {STOP_EMBEDDING}
     other = sorted(lone) + sorted(name for name, weight in shared.items() if weight.shape != ours[name].shape)
     if other:

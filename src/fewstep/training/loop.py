@@ -51,12 +51,12 @@ def train(
     metrics, guard = Metrics(run / METRICS), Guard(settings.max_skipped)
     start, num_steps = _resume(method, metrics, run), settings.num_steps
     shape = (method.num_noises, settings.grid_images, *method.model.shape)
-    noise = torch.randn(shape, generator=generator(settings.seed, "grid"))
+    noise = torch.randn(shape, generator=generator(settings.seed, "grid"))  # the same in every grid: (K, N, C, H, W)
     (run / "samples").mkdir(exist_ok=True)
     every = settings.evaluation.every or num_steps
     with stop_request() as stop_requested, parts_ahead(batch_at, settings, start, method.model.device) as parts:
         for done, part in enumerate(parts, start + 1):
-            metrics.add(guard.add(method.step(part, done - 1)))
+            metrics.add(guard.add(method.step(part, done - 1)))  # stays on the device
             last = done == num_steps
             judged = evaluate is not None and (done % every == 0 or last)
             logged = done % settings.log_every == 0 or last
@@ -64,14 +64,15 @@ def train(
                 guard.check(done)
             shown = metrics.write(done) if logged else {}
             if evaluate is not None and judged:
+                # Before the checkpoint: a kill in between makes it judge again, and no step is kept without its scores.
                 scores = evaluate(method)
                 write_line(run / EVALUATIONS, done, scores)
                 shown = scores | shown
-            stopped = stop_requested()
+            stopped = stop_requested()  # asked once, so that what is saved and what is told agree
             report(done, shown)
             if done % settings.sample_every == 0 or last:
                 save_png(sample_grid(method, noise, asked), run / "samples" / f"{step_name(done)}.png")
-                method.model.release()
+                method.model.release()  # autoencoder and text encoders, which only grids use
             if done % settings.checkpoint_every == 0 or last or stopped or judged:
                 guard.check(done)
                 _save(method, metrics, run, done)
@@ -83,17 +84,18 @@ def _save(method: Method, metrics: Metrics, run: Path, step: int) -> None:
     """A checkpoint of finite numbers."""
     state = method.state_dict()
     check_finite(state, step)
-    best = best_steps(read_metrics(run / EVALUATIONS)).values()
+    best = best_steps(read_metrics(run / EVALUATIONS)).values()  # these are kept beside the newest
     save_model = partial(method.save_model, frozen=run / FROZEN)
     save_checkpoint(run, step, {"method": state, "metrics": metrics.state_dict()}, save_model, best)
 
 
 def sample_grid(method: Method, noise: Tensor, asked: Asked = None) -> Image:
     """One grid of images from noise (K, N, ...), drawn in small batches."""
+    # Noise and condition of an image do not depend on the batch that it is drawn in.
     size = method.model.sampling_batch
     parts = [
         method.sample(part.to(method.model.device), first=index * size, asked=asked).cpu()
-        for index, part in enumerate(noise.split(size, dim=1))
+        for index, part in enumerate(torch.split(noise, size, dim=1))
     ]
     return grid(torch.cat(parts), min(GRID_COLUMNS, noise.shape[1]))
 
@@ -110,7 +112,7 @@ def _resume(method: Method, metrics: Metrics, run: Path) -> int:
         metrics.load_state_dict(state["metrics"], method.model.device)
     except (KeyError, ValueError, RuntimeError) as error:
         raise UserError(f"{newest}: the checkpoint is not of this run; remove it to go on from before it") from error
-    _rewind(run, state["step"])
+    _rewind(run, state["step"])  # lines behind the checkpoint are written anew
     return int(state["step"])
 
 

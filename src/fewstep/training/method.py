@@ -41,6 +41,7 @@ def of_parts(found: Sequence[Metrics]) -> Metrics:
 def can_learn(metrics: Metrics, parts: Sequence[Part]) -> Tensor:
     """Whether the losses are finite, and no source of samples is broken in all of them; () bool, on the device."""
     finite = torch.stack([value for name, value in metrics.items() if not is_count(name)]).isfinite()
+    # A source that is broken throughout leaves losses of zero, and nothing to learn from.
     num_samples = sum(len(rows) for rows, _ in parts)
     return torch.stack([finite.all(), *(metrics[name] < num_samples for name in metrics if is_count(name))]).all()
 

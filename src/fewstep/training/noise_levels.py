@@ -20,10 +20,11 @@ def level_sampler(noise: NoiseLevels, schedule: NoiseSchedule, device: torch.dev
 
     Raises UserError if the schedule has no such times.
     """
+    # A lognormal sigma is no time of a VP schedule, though a network would take the number.
     if noise.distribution not in schedule.distributions:
         fitting = " or ".join(schedule.distributions)
         raise UserError(f"noise.distribution: {noise.distribution} is not for the teacher's schedule; take {fitting}")
-    levels = schedule.levels.to(device)
+    levels = schedule.levels.to(device)  # here, once, for no step should copy them
     functions: dict[str, NoiseLevelSampler] = {
         "index": partial(timesteps.uniform_level, levels=levels, min_index=noise.min_index, max_index=noise.max_index),
         "lognormal": partial(timesteps.lognormal_sigma, mean=noise.mean, std=noise.std),

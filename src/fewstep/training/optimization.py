@@ -12,7 +12,7 @@ from fewstep.training.settings import OptimizerSettings
 
 def learning_rate_factor(update: int, num_updates: int, settings: OptimizerSettings) -> float:
     """Share of the peak rate at `update` of `num_updates`: linear warm-up, then constant, linear or cosine decay."""
-    warmup = min(1.0, (update + 1) / (settings.warmup_steps + 1))
+    warmup = min(1.0, (update + 1) / (settings.warmup_steps + 1))  # the first update is not one of rate 0
     progress = max(0.0, update / num_updates - settings.decay_start) / (1 - settings.decay_start)
     decay = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
     return warmup * decay[settings.decay]
@@ -30,7 +30,7 @@ class Optimizer:
             betas=settings.betas,
             weight_decay=settings.weight_decay,
             eps=settings.eps,
-            fused=True,
+            fused=True,  # one kernel, and the only one that can skip without the host
         )
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.adamw, lambda update: learning_rate_factor(update, num_updates, settings)
@@ -43,13 +43,13 @@ class Optimizer:
         updates, on which its correction of the moments depends, stay as they were then; the rate goes on, for it is a
         function of the run's progress.
         """
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)  # (), over all parameters together
         skipped = (~(norm.isfinite() & finite)).float()
         # The fused kernel looks at `found_inf` on the device, as for a gradient scaler: the host need not know.
         self.adamw.grad_scale, self.adamw.found_inf = None, skipped  # type: ignore[attr-defined]
         self.adamw.step()
         self.schedule.step()
-        self.adamw.zero_grad()
+        self.adamw.zero_grad()  # frees them, and with them what was not finite
         return norm, skipped
 
     def state_dict(self) -> dict[str, Any]:

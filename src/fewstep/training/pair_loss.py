@@ -26,11 +26,14 @@ class PairLoss:
 
     def __call__(self, student: Denoiser, timesteps: Tensor, batch: Batch) -> Tensor:
         """The loss (B,) of {"noise", "x0": (B, C, H, W), ...} with what `encode_condition` takes; timesteps (K,)."""
+        # half precision on disk
         noise, target = (batch[name].to(self.model.device).float() for name in ("noise", "x0"))
         condition = self.model.encode_condition(batch)
+        # the same call as at inference: (B, C, H, W)
         x0 = rollout(student, noise[None], timesteps, condition, stop=0, grad=True)
         if self.lpips is None:
-            return (x0 - target).square().flatten(1).mean(1)
+            squares: Tensor = (x0 - target).square()  # (B, C, H, W)
+            return squares.flatten(1).mean(1)
         with torch.no_grad():
-            wanted = self.decode(target)
+            wanted = self.decode(target)  # pixels, without a graph
         return self.lpips(self.decode(x0), wanted)

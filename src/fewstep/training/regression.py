@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+import torch
+
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.models.image_model import ImageModel
 from fewstep.networks.blocks import checkpoint_blocks
@@ -24,7 +26,7 @@ class Regression(StudentMethod):
         self.model, self.student, self.loss = model, student, pair_loss
         self.timesteps = student_timesteps(settings.student, student.schedule).to(model.device)
         if settings.checkpointing == "blocks":
-            checkpoint_blocks(student.network)
+            checkpoint_blocks(student.network)  # before any pass
         self.student_optimizer = Optimizer(student.parameters(), settings.student.optimizer, num_steps)
         self.ema = EMA(student, settings.student.ema_decay)
 
@@ -36,6 +38,6 @@ class Regression(StudentMethod):
         return found | {"student_grad_norm": norm, "skipped_student": skipped}
 
     def _gradients(self, batch: Batch, weight: float) -> Metrics:
-        loss = self.loss(self.student, self.timesteps, batch).mean()
-        (weight * loss).backward()
+        loss = self.loss(self.student, self.timesteps, batch).mean()  # of (B,)
+        torch.autograd.backward(weight * loss)
         return {"regression_loss": loss.detach(), **count_broken(data=batch["x0"])}

@@ -44,6 +44,7 @@ def make_roles(
     head stays in float32. `checkpointing` of `blocks` saves memory. Raises UserError where the model has no null class,
     or no such layer.
     """
+    # Before the teacher is cast: student and critic are trained in float32 weights.
     copies = (copy.deepcopy(model.denoiser).eval().requires_grad_(True) for _ in range(2))
     student, critic = (trainable(denoiser, dtype) for denoiser in copies)
     base = model.denoiser.eval().requires_grad_(False).to(dtype)
@@ -55,9 +56,12 @@ def make_roles(
             raise UserError(
                 "guidance_scale: the teacher has no null class; teach one with null_class and class_dropout, or set 1"
             )
+        # the critic has no guidance: it tracks what the student gives
         teacher = Guided(base, guidance_scale, null_condition)
+    # The critic alone: teacher and student know the timestep as it is.
     if num_stops:
         condition_on_stop(critic.network, model.time_embedding, num_stops)
+    # The teacher has no graph, so nothing of it is kept anyway.
     if checkpointing == "blocks":
         checkpoint_blocks(student.network)
         checkpoint_blocks(critic.network)
@@ -66,6 +70,7 @@ def make_roles(
 
 def _make_discriminator(model: ImageModel, layer: str) -> Discriminator:
     """A head for what the layer gives, found out by one pass."""
+    # of one sample: only the shape of its features counts
     x_t, t = torch.zeros(1, *model.shape, device=model.device), torch.ones(1, device=model.device)
     feature = None
     if layer in dict(model.denoiser.network.named_modules()):

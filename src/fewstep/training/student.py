@@ -30,6 +30,7 @@ class StudentMethod(Averaged):
         """uint8 images number `first` and on from noise (K, B, ...) with the averaged weights."""
         condition = self.model.conditions(range(first, first + noise.shape[1]), asked)
         with self.ema.applied():
+            # what training calls, too
             x0 = rollout(self.student, noise, self.timesteps, condition, stop=len(self.timesteps) - 1)
         return self.model.decode(x0)
 
@@ -44,7 +45,7 @@ def student_timesteps(settings: StudentSettings, schedule: NoiseSchedule) -> Ten
     """The K native times of the recipe, or evenly spaced ones; raises UserError if the schedule has no such times."""
     if settings.timesteps is None:
         return schedule.grid(settings.num_timesteps)
-    timesteps = torch.tensor(settings.timesteps, dtype=torch.float64)
+    timesteps = torch.tensor(settings.timesteps, dtype=torch.float64)  # EDM's are noise levels, not integers
     try:
         schedule.check_timesteps(timesteps)
     except ValueError as error:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
 from fewstep.diffusion.losses import denoising_loss
@@ -40,16 +41,17 @@ class TeacherTraining(Averaged):
     def _gradients(self, rows: range, batch: Batch, step: int, weight: float) -> Metrics:
         draws = Draws(generator(self.seed, "teacher", step, self.model.device), rows, self.batch_size)
         x0, condition = self.model.encode_x0(batch, draws), self.model.encode_condition(batch)
+        # what guidance needs later
         condition = self.model.drop_condition(condition, self.settings.class_dropout, draws)
-        t, eps = self.draw_levels(draws), draws.randn(*x0.shape[1:])
+        t, eps = self.draw_levels(draws), draws.randn(*x0.shape[1:])  # (B,), (B, C, H, W)
         x0_hat = self.denoiser(self.denoiser.schedule.add_noise(x0, eps, t), t, condition)  # (B, C, H, W)
         loss = denoising_loss(x0_hat, x0, self.denoiser.coefficients(t)[1]).mean()
-        (weight * loss).backward()
+        torch.autograd.backward(weight * loss)
         return {"denoising_loss": loss.detach(), **count_broken(data=x0, network=x0_hat.detach())}
 
     def sample(self, noise: Tensor, first: int = 0, asked: Asked = None) -> Tensor:
         """uint8 images number `first` and on from noise (1, B, ...) with the averaged weights."""
-        grid = self.denoiser.schedule.ode_grid(self.NUM_SAMPLER_STEPS).to(noise.device)
+        grid = self.denoiser.schedule.ode_grid(self.NUM_SAMPLER_STEPS).to(noise.device)  # (18,)
         condition = self.model.conditions(range(first, first + noise.shape[1]), asked)
         with self.averaged_model() as model:
             return model.decode(heun(model.denoiser, noise[0], grid, condition))
@@ -57,7 +59,7 @@ class TeacherTraining(Averaged):
     @contextmanager
     def averaged_model(self, ema: str | None = None) -> Iterator[ImageModel]:
         """The model with the averaged weights and without dropout, inside the context alone."""
-        self.denoiser.eval()
+        self.denoiser.eval()  # without dropout
         with self.ema.applied():
             yield self.model
         self.denoiser.train()
