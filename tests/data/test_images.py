@@ -1,4 +1,4 @@
-"""Image sets: every kind of file gives the same pixels, and every rank and step its own part of a shuffled epoch."""
+"""Image sets: every kind of file gives the same pixels, and every step its own part of a shuffled epoch."""
 
 import json
 import tarfile
@@ -304,13 +304,6 @@ def test_the_batch_is_a_function_of_the_step_alone() -> None:
     module._epoch_order.cache_clear()
     assert torch.equal(batch_indices(11, 4, 9, seed=3), wanted)
     assert torch.equal(stream(11, 4, steps=10, seed=3)[-4:], wanted)
-
-
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_ranks_share_the_order_of_one_rank(world_size: int) -> None:
-    alone = batch_indices(30, 4 * world_size, step=2, seed=1)
-    shares = [batch_indices(30, 4, 2, seed=1, rank=rank, world_size=world_size) for rank in range(world_size)]
-    assert torch.equal(torch.cat(shares), alone)
 
 
 def test_a_photo_is_turned_as_its_camera_says(tmp_path: Path) -> None:

@@ -159,12 +159,9 @@ def _epoch_order(length: int, seed: int, epoch: int, purpose: str) -> Tensor:
     return torch.randperm(length, generator=generator(seed, purpose, epoch))
 
 
-def batch_indices(
-    length: int, batch_size: int, step: int, seed: int, rank: int = 0, world_size: int = 1, purpose: str = "epoch"
-) -> Tensor:
-    """The indices (batch_size,) that `rank` sees at `step`, in endless shuffled epochs; each purpose has its own."""
-    start = (step * world_size + rank) * batch_size
-    positions = torch.arange(start, start + batch_size)
+def batch_indices(length: int, batch_size: int, step: int, seed: int, purpose: str = "epoch") -> Tensor:
+    """The indices (batch_size,) of a step's whole batch, in endless shuffled epochs; each purpose has its own."""
+    positions = torch.arange(step * batch_size, (step + 1) * batch_size)
     epochs = positions // length
     orders = [
         _epoch_order(length, seed, epoch, purpose)[positions[epochs == epoch] % length]

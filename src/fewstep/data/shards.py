@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +124,7 @@ class ShardFolder:
                 for torn in self.path.glob(f".{path.name}.*.tmp"):  # of a writer that was killed, for we hold the lock
                     torn.unlink()
                 if not path.exists():
-                    make(path, rows, partial(_behind, report, done))
+                    make(path, rows, lambda told: report(done + told))  # noqa: B023, it is called before `done` changes
                 done += len(rows)
                 report(done)
         return None
@@ -138,10 +137,6 @@ class ShardFolder:
                 f"{self.path}: {num_bytes / 1e9:.1f} GB of {self.name}, but only {free / 1e9:.1f} GB of disk are free; "
                 f"{otherwise}"
             )
-
-
-def _behind(report: Report, before: int, done: int) -> None:
-    report(before + done)
 
 
 def save_shard(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any] | None = None) -> None:
