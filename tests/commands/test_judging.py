@@ -100,6 +100,8 @@ def test_sources_of_the_same_name_or_of_other_content_are_told_apart(tmp_path: P
     data, images = DataSettings(source=str(tmp_path)), ImageSet(lambda indices: indices, None, 2, ["a", "b"])
     before = reference.identity(images, data)
     assert reference.identity(images, data) == before != reference.identity(replace(images, captions=["a", "c"]), data)
+    (tmp_path / "dangling.png").symlink_to("nowhere")
+    assert reference.identity(images, data) == before
     (tmp_path / "new.png").write_bytes(b"picture")
     assert reference.identity(images, data) != before
 
