@@ -86,7 +86,7 @@ def build_unet(config: TextModelConfig, autoencoder: AutoencoderKL) -> UNet2DCon
 
 def _text_encoder(kind: str, config: TextModelConfig, tokenizer: CLIPTokenizer) -> nn.Module:
     """A random CLIP text encoder: random features of the tokens, which is enough for a small vocabulary."""
-    encoder = library_class(kind)(
+    encoder: nn.Module = library_class(kind)(
         library_class("CLIPTextConfig")(
             vocab_size=len(tokenizer),
             hidden_size=config.text_width,
@@ -108,12 +108,12 @@ def _text_encoder(kind: str, config: TextModelConfig, tokenizer: CLIPTokenizer) 
 
 def build_tokenizer(config: TextModelConfig, captions: Iterable[str]) -> CLIPTokenizer:
     """The tokenizer at `config.tokenizer`, or one that is trained on the captions."""
-    kind = library_class("CLIPTokenizer")
-    if config.tokenizer:
-        return kind.from_pretrained(config.tokenizer, model_max_length=config.num_tokens)
     with tempfile.TemporaryDirectory() as folder:
-        _write_vocabulary(captions, Path(folder))
-        return kind.from_pretrained(folder, model_max_length=config.num_tokens)
+        if not config.tokenizer:
+            _write_vocabulary(captions, Path(folder))
+        source, kind = config.tokenizer or folder, library_class("CLIPTokenizer")
+        tokenizer: CLIPTokenizer = kind.from_pretrained(source, model_max_length=config.num_tokens)
+    return tokenizer
 
 
 def _write_vocabulary(captions: Iterable[str], folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations  # transformers is imported only where a text model is loaded
 
 import json
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 class TextConditioner(nn.Module):
     """Prompts to a condition in two parts: `embed`, whose result can be kept on disk, and `complete`."""
 
+    __call__: Callable[..., Condition]
     keeps: tuple[str, ...]
     """The names of what `embed` gives."""
 

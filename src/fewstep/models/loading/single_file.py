@@ -123,6 +123,7 @@ def convert(weights: Weights, part: str, model: nn.Module) -> Weights:
 
     stem = PREFIXES[pipeline_name(weights)][part]
     own = {name: tensor for name, tensor in weights.items() if name.startswith(stem) and not HARMLESS.search(name)}
+    found: Weights
     if part == "unet":
         found = diffusers.convert_ldm_unet_checkpoint(dict(own), model.config)
     elif part == "vae":
