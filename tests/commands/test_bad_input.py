@@ -4,6 +4,7 @@ import os
 import shutil
 import tarfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -158,102 +159,87 @@ def test_a_file_that_is_no_recipe_is_named(refused: Refused, content: bytes, fra
 # --- data ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_source_that_is_not_there_is_named(refused: Refused) -> None:
-    refused("teach t.yaml --out x --set data.source=nowhere", "nowhere: no such file or folder (data.source)")
+def parquet(labels: list = [0], path: str = "set.parquet") -> None:  # noqa: B006
+    datasets.Dataset.from_dict({"image": [b""] * len(labels), "label": labels}).to_parquet(path)
 
 
-def test_a_teacher_cannot_be_taught_without_images(refused: Refused) -> None:
-    refused("teach t.yaml --out x --set data.source=null", "data.source: null will do only for text-to-image")
+def write(path: str, content: bytes) -> None:
+    Path(path).parent.mkdir(exist_ok=True)
+    Path(path).write_bytes(content)
 
 
-def test_a_source_without_images_says_what_a_source_is(refused: Refused) -> None:
-    Path("notes").mkdir()
-    Path("notes/a.txt").write_text("no picture")
-    for source in ("notes", "notes/a.txt"):
-        refused(f"teach t.yaml --out x --set data.source={source}", f"{source}: no images here", "folder of images")
-
-
-@pytest.mark.parametrize("content", [b"text", b"", None])
-def test_an_unreadable_image_is_named(refused: Refused, content: bytes | None) -> None:
-    pictures("set")
-    damage("set/03", "picture.png", content)
-    refused(
-        "teach t.yaml --out x --set data.source=set --set model.image_size=8",
-        "set/03/picture.png",
-        "replace or remove it",
-    )
-
-
-def test_a_16_bit_image_is_named_instead_of_clipped(refused: Refused) -> None:
-    Image.new("I;16", (8, 8), 1000).save(pictures("set") / "03" / "picture.png")
-    refused(f"teach t.yaml --out x {SET}", "set/03/picture.png", "8-bit")
-
-
-@pytest.mark.parametrize(("file", "kind"), [("bad.parquet", "parquet"), ("bad.tar", "webdataset")])
-@pytest.mark.parametrize("content", [b"garbage", b""])
-def test_a_corrupt_file_is_named(refused: Refused, file: str, kind: str, content: bytes) -> None:
-    Path(file).write_bytes(content)
-    refused(f"teach t.yaml --out x --set data.source={file}", f"{file}: can't be read as {kind}", "data.source")
-
-
-def test_a_truncated_tar_is_named(refused: Refused) -> None:
+def cut_tar() -> None:
     with tarfile.open("cut.tar", "w") as tar:
         for folder in sorted(pictures("set").iterdir()):
             tar.add(folder / "picture.png", f"{folder.name}.png")
     damage(".", "cut.tar")
-    refused("teach t.yaml --out x --set data.source=cut.tar", "cut.tar: can't be read as webdataset")
 
 
-def test_a_broken_shard_among_good_ones_is_refused(refused: Refused) -> None:
+def torn_shard() -> None:
     Path("shards").mkdir()
-    datasets.Dataset.from_dict({"image": [b""], "label": [0]}).to_parquet("shards/0.parquet")
+    parquet(path="shards/0.parquet")
     Path("shards/1.parquet").write_bytes(b"garbage")
-    refused("teach t.yaml --out x --set data.source=shards", "shards: can't be read as parquet")
 
 
-@pytest.mark.parametrize("num_classes", [5, 11])
-def test_fewer_or_more_classes_than_the_model_has_are_counted(refused: Refused, num_classes: int) -> None:
-    pictures("set", num_classes)
-    refused(
-        "teach t.yaml --out x --set data.source=set",
-        f"set: has {num_classes} classes",
-        "the model has 10",
-        "model.num_classes",
-    )
-
-
-def test_digits_of_another_shape_are_refused(refused: Refused) -> None:
-    refused("teach t.yaml --out x --set model.channels=3", "data.source: the digits are 1x8x8", "3x8x8")
-
-
-def test_missing_labels_are_asked_for(refused: Refused) -> None:
+def flat() -> None:
     Path("flat").mkdir()
     Image.new("L", (8, 8)).save("flat/a.png")
-    refused("teach t.yaml --out x --set data.source=flat", "flat: no column of labels", "data.label_column")
 
 
-@pytest.mark.parametrize("labels", [["a"] * 10, [-1, *range(9)], [None, *range(9)], [n + 0.5 for n in range(10)]])
-def test_labels_that_are_no_class_indices_are_refused(refused: Refused, labels: list) -> None:
-    datasets.Dataset.from_dict({"image": [b""] * 10, "label": labels}).to_parquet("set.parquet")
-    refused("teach t.yaml --out x --set data.source=set.parquet", "set.parquet", "'label' must hold class indices")
+NO_INDICES = [["a"] * 10, [-1, *range(9)], [None, *range(9)], [n + 0.5 for n in range(10)]]
 
 
 @pytest.mark.parametrize(
-    ("setting", "fragments"),
+    ("make", "settings", "fragments"),
     [
-        ("data.image_column=picture", ["no column 'picture' (data.image_column)", "it has image, label"]),
-        ("data.label_column=digit", ["no column 'digit' (data.label_column)", "it has image, label"]),
-        ("data.image_column=label", ["column 'label' holds no images", "data.image_column"]),
+        (None, "source=nowhere", ["nowhere: no such file or folder (data.source)"]),
+        (None, "source=null", ["data.source: null will do only for text-to-image"]),
+        (lambda: write("notes/a.txt", b"x"), "source=notes", ["notes: no images here", "folder of images"]),
+        (lambda: write("notes/a.txt", b"x"), "source=notes/a.txt", ["notes/a.txt: no images here"]),
+        *(
+            (partial(write, f"bad.{end}", content), f"source=bad.{end}", [f"can't be read as {kind}"])
+            for end, kind in (("parquet", "parquet"), ("tar", "webdataset"))
+            for content in (b"garbage", b"")
+        ),
+        (cut_tar, "source=cut.tar", ["cut.tar: can't be read as webdataset"]),
+        (torn_shard, "source=shards", ["shards: can't be read as parquet"]),
+        (lambda: pictures("set", 5), "source=set", ["set: has 5 classes", "the model has 10", "model.num_classes"]),
+        (lambda: pictures("set", 11), "source=set", ["set: has 11 classes", "the model has 10", "model.num_classes"]),
+        (None, "source=digits --set model.channels=3", ["data.source: the digits are 1x8x8", "3x8x8"]),
+        (flat, "source=flat", ["flat: no column of labels", "data.label_column"]),
+        *(
+            (partial(parquet, labels), "source=set.parquet", ["'label' must hold class indices"])
+            for labels in NO_INDICES
+        ),
+        *(
+            (
+                parquet,
+                f"source=set.parquet --set data.{each}=a",
+                [f"no column 'a' (data.{each}); it has image, label"],
+            )
+            for each in ("image_column", "label_column")
+        ),
+        (parquet, "source=set.parquet --set data.image_column=label", ["column 'label' holds no images"]),
+        (lambda: pictures("set"), "source=set --set data.split=test", ["data.split", "'test'", "'train'"]),
     ],
 )
-def test_a_wrong_column_names_those_that_are_there(refused: Refused, setting: str, fragments: list[str]) -> None:
-    datasets.Dataset.from_dict({"image": [b""], "label": [0]}).to_parquet("set.parquet")
-    refused(f"teach t.yaml --out x --set data.source=set.parquet --set {setting}", "set.parquet", *fragments)
+def test_data_that_do_not_fit_are_named(
+    refused: Refused, make: Callable[[], object] | None, settings: str, fragments: list[str]
+) -> None:
+    if make:
+        make()
+    refused(f"teach t.yaml --out x --set data.{settings}", *fragments)
 
 
-def test_a_split_that_is_not_there_names_those_that_are(refused: Refused) -> None:
+@pytest.mark.parametrize("content", [b"text", b"", None, "16 bits"])
+def test_an_image_that_can_not_be_read_is_named(refused: Refused, content: bytes | str | None) -> None:
     pictures("set")
-    refused("teach t.yaml --out x --set data.source=set --set data.split=test", "data.split", "'test'", "'train'")
+    if content == "16 bits":  # which would be clipped
+        Image.new("I;16", (8, 8), 1000).save("set/03/picture.png")
+    else:
+        damage("set/03", "picture.png", content)
+    wanted = "8-bit" if content == "16 bits" else "replace or remove it"
+    refused(f"teach t.yaml --out x {SET}", "set/03/picture.png", wanted)
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------

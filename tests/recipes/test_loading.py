@@ -32,38 +32,24 @@ def test_the_packaged_recipes_are_the_yaml_files_of_the_package() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_dump_of_a_packaged_recipe_is_the_same_recipe(name: str, tmp_path: Path) -> None:
-    recipe = load_recipe(name)
-    path = tmp_path / "recipe.yaml"
-    path.write_text(dump(recipe))
-    assert read_run_recipe(path) == recipe
-    assert load_recipe(str(path)) == recipe
-    assert dump(read_run_recipe(path)) == dump(recipe)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_packaged_recipe_holds_what_its_file_says(name: str) -> None:
+def test_a_packaged_recipe_holds_what_its_file_says_documented_and_its_dump_is_the_same(
+    name: str, tmp_path: Path
+) -> None:
     def contains(settings: dict, written: dict) -> bool:
         return all(
             contains(settings[key], value) if isinstance(value, dict) else settings[key] == value
             for key, value in written.items()
         )
 
+    recipe, path = load_recipe(name), tmp_path / "recipe.yaml"
     written = yaml.safe_load(find(name).read_text())
     written.pop("extends", None)
-    assert contains(load_recipe(name).model_dump(mode="json"), written)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_packaged_recipe_describes_itself(name: str) -> None:
-    assert load_recipe(name).description
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_every_setting_is_documented(name: str) -> None:
-    settings = list(documented(load_recipe(name)))
-    undocumented = [key for key, _, text in settings if not text and key != "kind"]
-    assert undocumented == []
+    assert contains(recipe.model_dump(mode="json"), written)
+    assert recipe.description
+    assert [key for key, _, text in documented(recipe) if not text and key != "kind"] == []
+    path.write_text(dump(recipe))
+    assert read_run_recipe(path) == load_recipe(str(path)) == recipe
+    assert dump(read_run_recipe(path)) == dump(recipe)
 
 
 @pytest.mark.parametrize(
