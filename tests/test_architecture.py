@@ -106,7 +106,6 @@ def test_nobody_above_asks_for_the_class_of_a_model_a_schedule_or_a_family() -> 
                 assert not asked & classes, f"{path}: {ast.unparse(node)}"
 
 
-@pytest.mark.skip(reason="does not hold yet")
 def test_reasons_stand_at_the_lines_where_a_reader_would_ask() -> None:
     """8 to 15 comments per 100 lines of code in the core."""
     for folder in ("diffusion", "networks", "training"):

@@ -47,7 +47,7 @@ def _fetch(name: str, wanted: list[str], ignore: str | None = None) -> Path:
     """What matches, from the hub or, where that can't be reached, from what it gave before."""
     from huggingface_hub import errors, logging, snapshot_download
 
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # what matters is raised
+    logging.set_verbosity_error()  # what matters is raised
     try:  # one listing without retries: `hf_hub_download` would wait half a minute for a hub that is not there
         return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=ignore))
     except errors.GatedRepoError as error:
