@@ -1,6 +1,11 @@
-"""A batch in one piece, and its random numbers, as the tests of training methods need them."""
+"""What the tests of training methods and of their runs share: batches, random numbers, states, an interrupt."""
+
+import os
+import signal
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from fewstep.seeding import Draws
 
@@ -24,3 +29,20 @@ def _rows(batch, rows: range):
 
 def draws(num: int, seed: int = 0) -> Draws:
     return Draws(torch.Generator().manual_seed(seed), range(num), num)
+
+
+def flat(state: object) -> list[Tensor]:
+    """Every tensor of a nested state."""
+    if isinstance(state, Tensor):
+        return [state]
+    values = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else []
+    return [tensor for value in values for tensor in flat(value)]
+
+
+def quiet(step: int, metrics: dict[str, float]) -> None:
+    """In place of the progress bar."""
+
+
+def interrupt_at(stop: int) -> Callable[[int, dict[str, float]], None]:
+    """A report that presses Ctrl-C behind this step."""
+    return lambda step, metrics: os.kill(os.getpid(), signal.SIGINT) if step == stop else None

@@ -107,10 +107,6 @@ def test_index_grid_is_the_official_list_where_that_is_right(num):
     assert index_grid(num).tolist() == list(range(999, 0, -(1000 // num)))
 
 
-def test_four_steps_are_999_749_499_249():
-    assert index_grid(4).tolist() == [999, 749, 499, 249]
-
-
 @pytest.mark.parametrize(("num", "total"), [(1000, 1000), (7, 20), (20, 20)])
 def test_index_grid_is_evenly_spaced_for_any_number_of_timesteps(num, total):
     gaps = index_grid(num, total).diff().neg()

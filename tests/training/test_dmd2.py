@@ -13,7 +13,7 @@ from fewstep.diffusion.sampling import rollout
 from fewstep.models.pixel_model import PixelModel
 from fewstep.seeding import Draws
 from fewstep.training.dmd2 import DMD2, Fakes
-from fewstep.training.method import Metrics, of_parts
+from fewstep.training.method import Metrics, Term, of_parts
 from fewstep.training.roles import make_roles
 from fewstep.training.settings import DMD2Settings
 from steps import draws, whole
@@ -228,6 +228,29 @@ def test_the_student_moves_along_the_weighted_sum(tiny_model: PixelModel) -> Non
     method.student_gradients(fake, condition, numbers, {})
     for parameter, wanted in zip(parameters, expected, strict=True):
         assert (parameter.grad - wanted).norm() <= 1e-4 * wanted.norm()
+
+
+def test_a_new_loss_is_a_function_and_a_term(tiny_model: PixelModel) -> None:
+    """And a setting for its weight: three files; summed, routed and logged like the others."""
+
+    class Bright(DMD2):
+        def student_losses(self, fake: Tensor, *args: object) -> dict[str, Term]:
+            brightness = fake.mean(dim=(1, 2, 3))  # (B,)
+            return super().student_losses(fake, *args) | {"bright": Term((brightness - 0.5).square(), 2.0)}
+
+    plain, method = make(tiny_model), make(tiny_model)
+    method.__class__ = Bright
+    gradients = []
+    for each in (plain, method):
+        metrics = of_parts([each.student_gradients(*student_fake(each, grad=True), {})])
+        gradients.append([p.grad.clone() for p in each.student.parameters()])
+    fake, *_ = student_fake(plain, grad=True)
+    loss = (fake.mean(dim=(1, 2, 3)) - 0.5).square().mean()
+    extra = torch.autograd.grad(2 * loss, list(plain.student.parameters()))
+    for ours, without, own in zip(gradients[1], gradients[0], extra, strict=True):
+        assert (ours - without - own).norm() <= 1e-4 * own.norm()
+    assert metrics["bright_loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert {"bright_image_grad_norm", "dm_loss", "gan_loss"} <= metrics.keys()
 
 
 def test_logged_gradient_norms_are_those_at_the_image(tiny_model: PixelModel) -> None:

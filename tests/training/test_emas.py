@@ -1,8 +1,6 @@
 """Several averages of one student: saved, judged, resumed and found by name; one average is as it was."""
 
 import json
-import os
-import signal
 from pathlib import Path
 
 import pytest
@@ -25,6 +23,7 @@ from fewstep.runtime.tracking import read_metrics
 from fewstep.training.dmd2 import DMD2
 from fewstep.training.roles import make_roles
 from fewstep.training.settings import DMD2Settings
+from steps import flat, interrupt_at, quiet
 from tiny_pipelines import TINY as TINY_PIPELINES
 
 TINY = ["batch_size=8", "log_every=2", "sample_every=100", "checkpoint_every=4", "num_steps=12", "device=cpu"]
@@ -41,10 +40,6 @@ class Moments(torch.nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         rows = images.float().mean(dim=1).mean(dim=2)
         return torch.cat([rows[:, ::3], rows[:, 1::3]], dim=1)
-
-
-def quiet(step: int, metrics: dict[str, float]) -> None:
-    pass
 
 
 @pytest.fixture(scope="module")
@@ -65,13 +60,6 @@ def recipe(folder: Path, *overrides: str) -> DistillRecipe:
 
 def weights(folder: Path) -> Tensor:
     return torch.cat([p.detach().flatten() for p in load(folder).denoiser.parameters()])
-
-
-def flat(state: object) -> list[Tensor]:
-    if isinstance(state, Tensor):
-        return [state]
-    values = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else []
-    return [tensor for value in values for tensor in flat(value)]
 
 
 def test_every_average_is_saved_as_a_model_of_its_own(place: Path) -> None:
@@ -133,14 +121,6 @@ def test_a_stopped_run_with_several_averages_resumes_exactly(place: Path, tmp_pa
     assert all(torch.equal(a, b) for a, b in zip(flat(load_state(ours)), flat(load_state(theirs)), strict=True))
     for name in ("model", "model-ema0.05", "model-ema0"):
         assert torch.equal(weights(ours / name), weights(theirs / name))
-
-
-def interrupt_at(stop: int):
-    def report(step: int, metrics: dict[str, float]) -> None:
-        if step == stop:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    return report
 
 
 def test_a_model_is_opened_by_its_average(place: Path) -> None:

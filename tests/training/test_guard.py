@@ -1,8 +1,6 @@
 """What is not finite never reaches the weights: it is left out or skipped, counted, named, and ends the run in time."""
 
 import copy
-import os
-import signal
 from pathlib import Path
 
 import pytest
@@ -19,19 +17,14 @@ from fewstep.runtime.tracking import read_metrics
 from fewstep.training.dmd2 import DMD2
 from fewstep.training.guard import Guard
 from fewstep.training.optimization import Optimizer
+from fewstep.training.pair_loss import PairLoss
+from fewstep.training.regression import Regression
 from fewstep.training.roles import make_roles
-from fewstep.training.settings import DMD2Settings, OptimizerSettings
-from steps import in_parts, whole
+from fewstep.training.settings import DMD2Settings, OptimizerSettings, RegressSettings
+from steps import flat, in_parts, interrupt_at, quiet, whole
 
 BATCH, NAN = 4, float("nan")
 BROKEN = pytest.mark.parametrize("value", [NAN, float("inf"), -float("inf")])
-
-
-def flat(state: object) -> list[Tensor]:
-    if isinstance(state, Tensor):
-        return [state]
-    values = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else []
-    return [tensor for value in values for tensor in flat(value)]
 
 
 # --- the optimizer ---------------------------------------------------------------------------------------------------
@@ -193,6 +186,20 @@ def test_the_gan_learns_nothing_from_a_broken_image_and_the_same_from_the_others
         assert (ours - theirs).norm() <= 1e-6 * theirs.norm()
 
 
+def test_a_regression_skips_a_batch_with_a_broken_pair(tiny_model: PixelModel) -> None:
+    settings = RegressSettings(student={"ema_decay": 0.5}, regression={"pairs": "somewhere", "sampler": "heun:5"})
+    student = copy.deepcopy(tiny_model.denoiser).requires_grad_(True)
+    method = Regression(settings, tiny_model, student, PairLoss(tiny_model), 10)
+    noise, before = torch.randn(BATCH, *tiny_model.shape), weights(student)
+    pairs = {"noise": noise, "x0": noise.clone(), "label": torch.arange(BATCH) % 3}
+    pairs["x0"][3, 0, 2, 2] = NAN
+    metrics = method.step(in_parts(pairs, BATCH, 2), 0)
+    assert (metrics["skipped_student"], metrics["not_finite_data"]) == (1, 1)
+    assert equal(before, weights(student))
+    assert method.step(in_parts(pairs | {"x0": noise}, BATCH, 2), 1)["skipped_student"] == 0
+    assert not equal(before, weights(student))
+
+
 # --- the guard -------------------------------------------------------------------------------------------------------
 
 
@@ -244,13 +251,11 @@ SMALL = ["model.block_out_channels=[8, 8]", "model.norm_num_groups=4"]
 @pytest.fixture(scope="module")
 def teacher_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "teacher"
-    teach(load_recipe("digits-teacher", [*TINY, *SMALL, "num_steps=2"]), run, report=lambda *_: None)
+    teach(load_recipe("digits-teacher", [*TINY, *SMALL, "num_steps=2"]), run, report=quiet)
     return run
 
 
-def start(
-    kind: str, run: Path, teacher_run: Path, *overrides: str, resume: bool = False, report=lambda *_: None
-) -> None:
+def start(kind: str, run: Path, teacher_run: Path, *overrides: str, resume: bool = False, report=quiet) -> None:
     names = {"distill": "digits-4step", "teach": "digits-teacher", "autoencoder": "shapes-autoencoder"}
     given = {"distill": [f"teacher={teacher_run}", "student_every=2"], "teach": SMALL}.get(kind, [])
     recipe = load_recipe(names[kind], [*TINY, *given, *overrides])
@@ -295,13 +300,9 @@ def test_a_run_that_diverges_between_log_lines_ends_with_good_checkpoints(
 def test_ctrl_c_between_log_lines_saves_what_is_finite(
     kind: str, teacher_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(step: int, metrics: dict[str, float]) -> None:
-        if step == 6:
-            os.kill(os.getpid(), signal.SIGINT)
-
     break_gradients(monkeypatch, first=5)
     with pytest.raises(Interrupted, match="stopped at step 7"):
-        start(kind, tmp_path / "run", teacher_run, report=interrupt)
+        start(kind, tmp_path / "run", teacher_run, report=interrupt_at(6))
     assert checkpoints(tmp_path / "run")[-1].name == "00000007"
     assert_finite(tmp_path / "run")
 

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
 
 from fewstep.commands.distill import distill
 from fewstep.commands.teach import teach
@@ -27,12 +26,9 @@ from fewstep.runtime.checkpoint import checkpoints, load_state
 from fewstep.runtime.manifest import write_manifest
 from fewstep.runtime.tracking import read_metrics
 from fewstep.training.method import Method
+from steps import flat, interrupt_at, quiet
 
 TINY = ["batch_size=8", "log_every=2", "sample_every=100", "checkpoint_every=4", "num_steps=12"]
-
-
-def quiet(step: int, metrics: dict[str, float]) -> None:
-    pass
 
 
 def teach_recipe(*overrides: str) -> TeachRecipe:
@@ -51,13 +47,6 @@ def distill_recipe(teacher_run: Path, *overrides: str) -> DistillRecipe:
     return load_recipe("digits-4step", [*TINY, "student_every=3", f"teacher={teacher_run}", *overrides])
 
 
-def flat(state: object) -> list[Tensor]:
-    if isinstance(state, Tensor):
-        return [state]
-    values = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else []
-    return [tensor for value in values for tensor in flat(value)]
-
-
 def assert_same_end(first: Path, second: Path) -> None:
     """Same metrics to the letter, same weights, averages and optimizer states bit for bit."""
     assert (first / "metrics.jsonl").read_text() == (second / "metrics.jsonl").read_text()
@@ -68,19 +57,19 @@ def assert_same_end(first: Path, second: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-def interrupt_at(stop: int):
-    def report(step: int, metrics: dict[str, float]) -> None:
-        if step == stop:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    return report
-
-
-@pytest.mark.parametrize(("stop", "precision"), [(4, "float32"), (7, "float32"), (7, "bfloat16")])
+@pytest.mark.parametrize(
+    ("stop", "settings"),
+    [
+        (4, []),
+        (7, []),
+        (7, ["precision=bfloat16"]),
+        (5, ["precision=bfloat16", "accumulate=2", "checkpointing=blocks", "gan.student_weight=3e-3"]),
+    ],
+)
 def test_a_stopped_and_resumed_distillation_equals_an_uninterrupted_one(
-    teacher_run: Path, tmp_path: Path, stop: int, precision: str
+    teacher_run: Path, tmp_path: Path, stop: int, settings: list[str]
 ) -> None:
-    recipe = distill_recipe(teacher_run, f"precision={precision}")
+    recipe = distill_recipe(teacher_run, *settings)
     distill(recipe, tmp_path / "whole", report=quiet)
     with pytest.raises(Interrupted, match=f"stopped at step {stop + 1} of 12"):
         distill(recipe, tmp_path / "stopped", report=interrupt_at(stop))
