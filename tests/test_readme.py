@@ -171,6 +171,15 @@ def test_the_links_lead_somewhere() -> None:
         assert (ROOT / link).exists(), link
 
 
+def test_the_files_named_exist() -> None:
+    files = {str(path) for path in (ROOT / "src" / "fewstep").rglob("*.py")} | {
+        str(path) for path in ROOT.glob("tests/**/*.py")
+    }
+    for page in PAGES:
+        for name in re.findall(r"[\w/]+\.py\b", page):
+            assert any(path.endswith(f"/{name}") for path in files), name
+
+
 def test_the_verbs_named_exist() -> None:
     verbs = {command.name or command.callback.__name__ for command in app.registered_commands}
     assert set(re.findall(r"`?fewstep (demo|teach|distill|sample|evaluate|export|recipes)", README)) == verbs
