@@ -1,5 +1,6 @@
 """Samplers against diffusers' schedulers, and against the exact solution for Gaussian data."""
 
+import diffusers
 import pytest
 import torch
 from diffusers import (
@@ -146,6 +147,7 @@ def test_rollout_equals_lcm(parameterization, prediction_type, timesteps, scalin
     assert relative_error(fake, reference) < tolerance
 
 
+@pytest.mark.skipif(diffusers.__version__ < "0.40", reason="whose scheduler steps otherwise; no flow model is here yet")
 def test_rollout_equals_diffusers_stochastic_flow():
     student, network = make_denoiser(Flow(), parameterizations.flow)
     scheduler = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
