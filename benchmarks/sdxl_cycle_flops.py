@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fewstep.diffusion.denoiser import Condition, Denoiser
 from fewstep.diffusion.parameterizations import eps
 from fewstep.diffusion.schedules import VP
-from fewstep.networks.adapters import TextUNet
+from fewstep.networks.families.stable_diffusion import TextUNet
 from fewstep.recipes.loading import load_recipe
 from fewstep.training.dmd2 import DMD2
 from fewstep.training.roles import make_roles

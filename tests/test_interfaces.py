@@ -23,7 +23,7 @@ from fewstep.models.sampler import default_sampler, generate
 from fewstep.networks.codec import Codec
 from fewstep.networks.families import FAMILIES
 from fewstep.networks.family import Family
-from fewstep.networks.text import TextConditioner, device_of, tokenize
+from fewstep.networks.text import TextConditioner, tokenize
 from fewstep.training.dmd2 import DMD2
 from fewstep.training.roles import make_roles
 from fewstep.training.settings import DMD2Settings
@@ -65,7 +65,7 @@ class SD3Text(TextConditioner):
     def embed(self, prompts: list[str]) -> Condition:
         hidden, pooled = [], []
         for tokens, encoder in zip(self.tokenizers, self.encoders, strict=True):
-            output = encoder(tokenize(tokens, prompts).to(device_of(encoder)), output_hidden_states=True)
+            output = encoder(tokenize(tokens, prompts, encoder), output_hidden_states=True)
             hidden, pooled = [*hidden, output.hidden_states[-2]], [*pooled, output[0]]
         text = torch.cat(hidden, dim=-1)
         filled = nn.functional.pad(text, (0, self.width - text.shape[-1], 0, T5_TOKENS))

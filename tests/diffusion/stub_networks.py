@@ -1,10 +1,37 @@
 """Networks whose answers are known, and the comparison that the tests of this folder share."""
 
+import pytest
 import torch
+from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
 from fewstep.diffusion.denoiser import Condition
-from fewstep.diffusion.schedules import NoiseSchedule, broadcast
+from fewstep.diffusion.parameterizations import eps, flow, v, x0
+from fewstep.diffusion.schedules import VP, Flow, NoiseSchedule, broadcast
+
+SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+KINDS = [(eps, "epsilon"), (v, "v_prediction"), (x0, "sample")]
+kinds = pytest.mark.parametrize(("parameterization", "prediction_type"), KINDS, ids=["eps", "v", "x0"])
+TIMES = torch.tensor([0, 20, 249, 499, 749, 999])
+FLOW_TIMES = torch.tensor([0.001, 0.01, 0.3, 0.5, 0.7, 1.0])
+
+
+def vp_scheduler(kind: type, **options: object):
+    """A scheduler of Stable Diffusion with its products of alphas in float64."""
+    scheduler = kind(**SD_BETAS, **options)
+    scheduler.alphas_cumprod = VP.scaled_linear().alphas_cumprod
+    return scheduler
+
+
+TARGETS = [
+    (VP.scaled_linear(), eps, TIMES, lambda x0, noise: noise),
+    (VP.scaled_linear(), v, TIMES, lambda x0, noise: vp_scheduler(DDPMScheduler).get_velocity(x0, noise, TIMES)),
+    (VP.scaled_linear(), x0, TIMES, lambda x0, noise: x0),
+    (Flow(), flow, FLOW_TIMES, lambda x0, noise: noise - x0),
+]
+targets = pytest.mark.parametrize(
+    ("schedule", "parameterization", "t", "target"), TARGETS, ids=["eps", "diffusers' v", "x0", "flow"]
+)
 
 
 class SmoothNetwork(nn.Module):

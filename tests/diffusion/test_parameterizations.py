@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
-from stub_networks import draw, relative_error
+from diffusers import DDIMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
+from stub_networks import TIMES, draw, kinds, relative_error, targets, vp_scheduler
 
 from fewstep.diffusion import parameterizations
 from fewstep.diffusion.schedules import EDM, VP, Flow, broadcast
 
-TIMES = [0, 20, 249, 499, 749, 999]
 X_T, OUTPUT = draw(1, 3, 4, 4), draw(1, 3, 4, 4, seed=1)
+sigmas = pytest.mark.parametrize("sigma", [0.002, 0.17, 2.53, 80.0])
 
 
 def predicted_x0(parameterization, schedule, x_t, output, t):
@@ -17,26 +17,12 @@ def predicted_x0(parameterization, schedule, x_t, output, t):
     return c_skip * x_t + c_out * output
 
 
-def ddim(prediction_type: str) -> DDIMScheduler:
-    """diffusers' scheduler with its products of alphas in float64."""
-    scheduler = DDIMScheduler(prediction_type=prediction_type, clip_sample=False)
-    scheduler.alphas_cumprod = VP.scaled_linear().alphas_cumprod
-    scheduler.set_timesteps(1000)
-    return scheduler
-
-
-@pytest.mark.parametrize("t", TIMES)
-@pytest.mark.parametrize(
-    ("parameterization", "prediction_type"),
-    [
-        (parameterizations.eps, "epsilon"),
-        (parameterizations.v, "v_prediction"),
-        (parameterizations.x0, "sample"),
-    ],
-    ids=["eps", "v", "x0"],
-)
+@pytest.mark.parametrize("t", TIMES.tolist())
+@kinds
 def test_x0_equals_diffusers_for_vp(parameterization, prediction_type, t):
-    reference = ddim(prediction_type).step(OUTPUT, t, X_T).pred_original_sample
+    scheduler = vp_scheduler(DDIMScheduler, prediction_type=prediction_type, clip_sample=False)
+    scheduler.set_timesteps(1000)
+    reference = scheduler.step(OUTPUT, t, X_T).pred_original_sample
     value = predicted_x0(parameterization, VP.scaled_linear(), X_T, OUTPUT, torch.tensor([t]))
     assert relative_error(value, reference) < 1e-10
 
@@ -52,27 +38,17 @@ def test_x0_equals_a_single_step_of_diffusers_to_zero_for_flow(index, shift):
 
 
 @pytest.mark.parametrize("sigma_data", [0.5, 0.75])
-@pytest.mark.parametrize("sigma", [0.002, 0.17, 2.53, 80.0])
+@sigmas
 def test_edm_preconditioning_equals_diffusers(sigma, sigma_data):
     scheduler, t = EDMEulerScheduler(sigma_data=sigma_data), torch.tensor([sigma], dtype=torch.float64)
     edm = parameterizations.edm(sigma_data)
     reference = scheduler.precondition_outputs(X_T, OUTPUT, t[0])
-    assert relative_error(predicted_x0(edm, EDM(), X_T, OUTPUT, t), reference) < 1e-10
+    assert relative_error(predicted_x0(edm, EDM(), X_T, OUTPUT, t), reference) < 1e-13
     _, _, c_in = edm(*EDM().alpha_sigma(t))
-    assert relative_error(c_in * X_T, scheduler.precondition_inputs(X_T, t[0])) < 1e-10
+    assert relative_error(c_in * X_T, scheduler.precondition_inputs(X_T, t[0])) < 1e-13
 
 
-@pytest.mark.parametrize("sigma_data", [0.5, 0.75])
-@pytest.mark.parametrize("sigma", [0.002, 0.17, 2.53, 80.0])
-def test_edm_preconditioning_equals_the_papers_table(sigma, sigma_data):
-    c_skip, c_out, c_in = parameterizations.edm(sigma_data)(*EDM().alpha_sigma(torch.tensor([sigma]).double()))
-    total = sigma**2 + sigma_data**2
-    assert c_skip.item() == pytest.approx(sigma_data**2 / total, rel=1e-6)
-    assert c_out.item() == pytest.approx(sigma * sigma_data / total**0.5, rel=1e-6)
-    assert c_in.item() == pytest.approx(1 / total**0.5, rel=1e-6)
-
-
-@pytest.mark.parametrize("sigma", [0.002, 0.17, 2.53, 80.0])
+@sigmas
 def test_edm_keeps_the_networks_input_and_target_at_unit_variance(sigma):
     """The reason for the table's entries (arXiv 2206.00364, appendix B.6), on data of that standard deviation."""
     x0, eps = 0.5 * draw(200_000), draw(200_000, seed=1)
@@ -83,20 +59,11 @@ def test_edm_keeps_the_networks_input_and_target_at_unit_variance(sigma):
     assert ((x0 - c_skip * x_t) / c_out).std().item() == pytest.approx(1, abs=0.01)
 
 
-@pytest.mark.parametrize("t", TIMES)
-def test_the_exact_eps_gives_the_exact_x0(t):
-    x0, eps, schedule = draw(1, 4), draw(1, 4, seed=1), VP.scaled_linear()
-    x_t = schedule.add_noise(x0, eps, torch.tensor([t]))
-    assert relative_error(predicted_x0(parameterizations.eps, schedule, x_t, eps, torch.tensor([t])), x0) < 1e-10
-
-
-@pytest.mark.parametrize("t", TIMES)
-def test_diffusers_velocity_gives_the_exact_x0(t):
-    scheduler, schedule = DDPMScheduler(), VP.scaled_linear()
-    scheduler.alphas_cumprod = schedule.alphas_cumprod
-    x0, eps, times = draw(1, 4), draw(1, 4, seed=1), torch.tensor([t])
-    x_t, velocity = schedule.add_noise(x0, eps, times), scheduler.get_velocity(x0, eps, times)
-    assert relative_error(predicted_x0(parameterizations.v, schedule, x_t, velocity, times), x0) < 1e-10
+@targets
+def test_what_a_network_should_predict_gives_the_exact_x0(schedule, parameterization, t, target):
+    x0, noise = draw(len(t), 4), draw(len(t), 4, seed=1)
+    value = predicted_x0(parameterization, schedule, schedule.add_noise(x0, noise, t), target(x0, noise), t)
+    assert all(relative_error(*pair) < 1e-10 for pair in zip(value, x0, strict=True))
 
 
 def test_v_prediction_is_finite_at_zero_terminal_snr():
@@ -108,14 +75,7 @@ def test_v_prediction_is_finite_at_zero_terminal_snr():
     assert relative_error(value, -OUTPUT) < 1e-6
 
 
-@pytest.mark.parametrize("t", [0.001, 0.5, 1.0])
-def test_the_exact_flow_velocity_gives_the_exact_x0(t):
-    x0, eps, times = draw(1, 4), draw(1, 4, seed=1), torch.tensor([t])
-    x_t = Flow().add_noise(x0, eps, times)
-    assert relative_error(predicted_x0(parameterizations.flow, Flow(), x_t, eps - x0, times), x0) < 1e-10
-
-
 @pytest.mark.parametrize("name", ["eps", "v", "x0", "flow"])
 def test_only_edm_scales_the_networks_input(name):
-    _, _, c_in = getattr(parameterizations, name)(*VP.scaled_linear().alpha_sigma(torch.tensor(TIMES)))
+    _, _, c_in = getattr(parameterizations, name)(*VP.scaled_linear().alpha_sigma(TIMES))
     assert torch.equal(c_in, torch.ones(len(TIMES), dtype=torch.float64))

@@ -12,25 +12,33 @@ from diffusers import (
     HeunDiscreteScheduler,
     LCMScheduler,
 )
-from stub_networks import GaussianPosterior, SmoothNetwork, draw, relative_error
+from stub_networks import (
+    KINDS,
+    SD_BETAS,
+    GaussianPosterior,
+    SmoothNetwork,
+    draw,
+    kinds,
+    relative_error,
+    vp_scheduler,
+)
 
-from fewstep.diffusion import parameterizations
 from fewstep.diffusion.denoiser import Denoiser
+from fewstep.diffusion.parameterizations import edm, eps, flow, v
+from fewstep.diffusion.parameterizations import x0 as x0_prediction
 from fewstep.diffusion.sampling import ddim, heun, implied_noise, rollout
 from fewstep.diffusion.schedules import EDM, VP, Flow, broadcast
-from fewstep.diffusion.timesteps import index_grid, karras_grid, shifted_grid
+from fewstep.diffusion.timesteps import index_grid, karras_grid
 
 SHAPE = (3, 2, 4, 4)
 CONDITION = {"label": torch.tensor([0.3, -0.2, 0.1])}
-SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-KINDS = [(parameterizations.eps, "epsilon"), (parameterizations.v, "v_prediction"), (parameterizations.x0, "sample")]
 
 
 def follow(scheduler, predict, x, native_times, **options):
     """diffusers' own sampling loop; `predict(x, t)` is called with native times."""
+    scale = getattr(scheduler, "scale_model_input", lambda x, t: x)
     for step, t in zip(scheduler.timesteps, native_times, strict=True):
-        output = predict(scheduler.scale_model_input(x, step), t.expand(len(x)))
-        x = scheduler.step(output, step, x, **options).prev_sample
+        x = scheduler.step(predict(scale(x, step), t.expand(len(x))), step, x, **options).prev_sample
     return x
 
 
@@ -40,85 +48,69 @@ def make_denoiser(schedule, parameterization):
     return denoiser, torch.no_grad()(lambda x, t: denoiser.network(x, t, CONDITION))
 
 
-def vp_scheduler(scheduler_class, **options):
-    """A scheduler of Stable Diffusion with its products of alphas in float64."""
-    scheduler = scheduler_class(**SD_BETAS, **options)
-    scheduler.alphas_cumprod = VP.scaled_linear().alphas_cumprod
-    return scheduler
+def ddim_error(schedule, parameterization, grid, scheduler, start=1.0):
+    """How far `ddim` is from diffusers' loop on the same times, which starts from `start` times the noise."""
+    denoiser, network = make_denoiser(schedule, parameterization)
+    reference = follow(scheduler, network, start * draw(*SHAPE), grid)
+    return relative_error(ddim(denoiser, draw(*SHAPE), grid, CONDITION), reference)
 
 
-@pytest.mark.parametrize("num", [1, 4, 50])
-@pytest.mark.parametrize(("parameterization", "prediction_type"), KINDS, ids=["eps", "v", "x0"])
-def test_ddim_equals_diffusers(parameterization, prediction_type, num):
-    denoiser, network = make_denoiser(VP.scaled_linear(), parameterization)
+@pytest.mark.parametrize(
+    ("parameterization", "prediction_type", "num", "zero_snr"),
+    [*((*kind, num, False) for kind in KINDS for num in (1, 4, 50)), (v, "v_prediction", 4, True)],
+)
+def test_ddim_equals_diffusers_also_at_zero_terminal_snr(parameterization, prediction_type, num, zero_snr):
     options = {"clip_sample": False, "timestep_spacing": "trailing", "prediction_type": prediction_type}
-    scheduler, noise = vp_scheduler(DDIMScheduler, **options), draw(*SHAPE)
+    scheduler = vp_scheduler(DDIMScheduler, **options)
+    if zero_snr:
+        scheduler = DDIMScheduler(**SD_BETAS, **options, rescale_betas_zero_snr=True)
+        scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
     scheduler.set_timesteps(num)
-    reference = follow(scheduler, network, noise, scheduler.timesteps)
-    assert relative_error(ddim(denoiser, noise, index_grid(num), CONDITION), reference) < 1e-10
-
-
-def test_ddim_equals_diffusers_at_zero_terminal_snr():
-    options = {"clip_sample": False, "timestep_spacing": "trailing", "prediction_type": "v_prediction"}
-    scheduler, noise = DDIMScheduler(**SD_BETAS, **options, rescale_betas_zero_snr=True), draw(*SHAPE)
-    scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
-    denoiser, network = make_denoiser(VP(scheduler.alphas_cumprod), parameterizations.v)
-    scheduler.set_timesteps(4)
-    reference = follow(scheduler, network, noise, scheduler.timesteps)
-    assert relative_error(ddim(denoiser, noise, index_grid(4), CONDITION), reference) < 1e-10
+    assert ddim_error(VP(scheduler.alphas_cumprod), parameterization, index_grid(num), scheduler) < 1e-10
 
 
 @pytest.mark.parametrize("num", [1, 4, 20])
 def test_ddim_equals_diffusers_euler_on_vp(num):
     """Euler works on x_t / alpha and computes in float32."""
-    denoiser, network = make_denoiser(VP.scaled_linear(), parameterizations.eps)
-    scheduler, noise = vp_scheduler(EulerDiscreteScheduler), draw(*SHAPE)
+    scheduler = vp_scheduler(EulerDiscreteScheduler)
     scheduler.set_timesteps(timesteps=index_grid(num).tolist())
-    start = noise / denoiser.schedule.alpha_sigma(torch.tensor([999]))[0]
-    reference = follow(scheduler, network, start, scheduler.timesteps)
-    assert relative_error(ddim(denoiser, noise, index_grid(num), CONDITION), reference) < 1e-6
+    start = VP.scaled_linear().alphas_cumprod[999] ** -0.5
+    assert ddim_error(VP.scaled_linear(), eps, index_grid(num), scheduler, start) < 1e-6
 
 
 @pytest.mark.parametrize("num", [1, 4, 18])
 def test_ddim_equals_diffusers_euler_on_edm(num):
-    denoiser, network = make_denoiser(EDM(), parameterizations.edm(0.5))
-    scheduler, noise = EDMEulerScheduler(), draw(*SHAPE)
+    scheduler = EDMEulerScheduler()
     scheduler.set_timesteps(num)
-    reference = follow(scheduler, network, 80 * noise, karras_grid(num))
-    assert relative_error(ddim(denoiser, noise, karras_grid(num), CONDITION), reference) < 1e-6
+    assert ddim_error(EDM(), edm(0.5), karras_grid(num), scheduler, start=80) < 1e-6
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 @pytest.mark.parametrize("num", [1, 4, 28])
 def test_ddim_equals_diffusers_euler_on_flow(num, shift):
-    denoiser, network = make_denoiser(Flow(), parameterizations.flow)
-    scheduler, grid, noise = FlowMatchEulerDiscreteScheduler(shift=shift), shifted_grid(num, shift), draw(*SHAPE)
-    scheduler.set_timesteps(sigmas=shifted_grid(num).tolist())
-    scheduler.scale_model_input = lambda x, t: x
-    reference = follow(scheduler, network, noise, grid)
-    assert relative_error(ddim(denoiser, noise, grid, CONDITION), reference) < 1e-6
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(sigmas=Flow().grid(num).tolist())
+    assert ddim_error(Flow(), flow, Flow(shift).grid(num), scheduler) < 1e-6
 
 
 @pytest.mark.parametrize("num", [1, 2, 18])
 def test_heun_equals_diffusers_on_edm(num):
-    denoiser, _ = make_denoiser(EDM(), parameterizations.edm(0.5))
-    scheduler, noise = HeunDiscreteScheduler(prediction_type="sample"), draw(*SHAPE)
+    denoiser, _ = make_denoiser(EDM(), edm(0.5))
+    scheduler, noise, grid = HeunDiscreteScheduler(prediction_type="sample"), draw(*SHAPE), karras_grid(num)
     scheduler.set_timesteps(num)
     scheduler.scale_model_input = lambda x, t: x
-    times = torch.cat([karras_grid(num)[:1], karras_grid(num)[1:].repeat_interleave(2)])
-    inner = torch.cat([karras_grid(num)[1:].repeat_interleave(2), torch.zeros(1)])
-    scheduler.sigmas = torch.cat([karras_grid(num)[:1], inner])  # float64 instead of float32
+    inner = grid[1:].repeat_interleave(2)
+    scheduler.sigmas = torch.cat([grid[:1], inner, torch.zeros(1)])  # float64 instead of float32
     predict = torch.no_grad()(lambda x, t: denoiser(x, t, CONDITION))
-    reference = follow(scheduler, predict, 80 * noise, times)
-    assert relative_error(heun(denoiser, noise, karras_grid(num), CONDITION), reference) < 1e-10
+    reference = follow(scheduler, predict, 80 * noise, torch.cat([grid[:1], inner]))
+    assert relative_error(heun(denoiser, noise, grid, CONDITION), reference) < 1e-10
 
 
 @pytest.mark.parametrize("num", [2, 10])
 def test_heun_equals_diffusers_on_flow(num):
-    denoiser, network = make_denoiser(Flow(), parameterizations.flow)
+    denoiser, network = make_denoiser(Flow(), flow)
     scheduler, noise = FlowMatchHeunDiscreteScheduler(), draw(*SHAPE)
     scheduler.set_timesteps(num)
-    scheduler.scale_model_input = lambda x, t: x
     grid = torch.linspace(1, 0.001, num, dtype=torch.float64)
     reference = follow(scheduler, network, noise, torch.cat([grid[:1], grid[1:].repeat_interleave(2)]))
     assert relative_error(heun(denoiser, noise, grid, CONDITION), reference) < 1e-6
@@ -128,7 +120,7 @@ def lcm_reference(prediction_type, timesteps, timestep_scaling):
     """LCMScheduler's sample, and all the noise that it drew from its generator."""
     scheduler = vp_scheduler(LCMScheduler, prediction_type=prediction_type, timestep_scaling=timestep_scaling)
     scheduler.set_timesteps(timesteps=timesteps, original_inference_steps=1000)
-    _, network = make_denoiser(VP.scaled_linear(), parameterizations.eps)
+    _, network = make_denoiser(VP.scaled_linear(), eps)
     noise = draw(*SHAPE)
     sample = follow(scheduler, network, noise, scheduler.timesteps, generator=torch.Generator().manual_seed(7))
     generator = torch.Generator().manual_seed(7)
@@ -137,7 +129,7 @@ def lcm_reference(prediction_type, timesteps, timestep_scaling):
 
 
 @pytest.mark.parametrize("timesteps", [[999, 749, 499, 249], [999, 499], [999], [399]], ids=str)
-@pytest.mark.parametrize(("parameterization", "prediction_type"), KINDS, ids=["eps", "v", "x0"])
+@kinds
 @pytest.mark.parametrize(("scaling", "tolerance"), [(10.0, 1e-6), (1e6, 1e-10)], ids=["default", "no boundary"])
 def test_rollout_equals_lcm(parameterization, prediction_type, timesteps, scaling, tolerance):
     """LCM's boundary scalings are 1 up to 1e-7 at these times; a larger timestep scaling takes them away."""
@@ -149,21 +141,20 @@ def test_rollout_equals_lcm(parameterization, prediction_type, timesteps, scalin
 
 @pytest.mark.skipif(diffusers.__version__ < "0.40", reason="whose scheduler steps otherwise; no flow model is here yet")
 def test_rollout_equals_diffusers_stochastic_flow():
-    student, network = make_denoiser(Flow(), parameterizations.flow)
-    scheduler = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
-    scheduler.set_timesteps(sigmas=shifted_grid(4).tolist())
-    scheduler.scale_model_input = lambda x, t: x
-    generator, start = torch.Generator().manual_seed(7), draw(*SHAPE)
-    reference = follow(scheduler, network, start, shifted_grid(4), generator=generator)
+    student, network = make_denoiser(Flow(), flow)
+    scheduler, grid = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True), Flow().grid(4)
+    scheduler.set_timesteps(sigmas=grid.tolist())
+    start = draw(*SHAPE)
+    reference = follow(scheduler, network, start, grid, generator=torch.Generator().manual_seed(7))
     fresh = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(7))
     noise = torch.cat([start[None], fresh.double()])
-    assert relative_error(rollout(student, noise, shifted_grid(4), CONDITION, stop=3), reference) < 1e-6
+    assert relative_error(rollout(student, noise, grid, CONDITION, stop=3), reference) < 1e-6
 
 
 STUDENTS = [
-    (EDM(), parameterizations.edm(0.5), torch.tensor([80.0, 2.5, 0.8, 0.3])),
-    (VP.scaled_linear(), parameterizations.eps, torch.tensor([999, 749, 499, 249])),
-    (Flow(), parameterizations.flow, torch.tensor([1.0, 0.75, 0.5, 0.25])),
+    (EDM(), edm(0.5), torch.tensor([80.0, 2.5, 0.8, 0.3])),
+    (VP.scaled_linear(), eps, torch.tensor([999, 749, 499, 249])),
+    (Flow(), flow, torch.tensor([1.0, 0.75, 0.5, 0.25])),
 ]
 students = pytest.mark.parametrize(("schedule", "parameterization", "timesteps"), STUDENTS, ids=["edm", "vp", "flow"])
 
@@ -171,10 +162,10 @@ students = pytest.mark.parametrize(("schedule", "parameterization", "timesteps")
 @pytest.mark.parametrize(
     ("schedule", "parameterization", "t", "scale"),
     [
-        (EDM(), parameterizations.edm(0.5), 80.0, 80 / (80**2 + 0.5**2) ** 0.5),
-        (VP.scaled_linear(), parameterizations.eps, 999, 1.0),
-        (VP.scaled_linear(), parameterizations.eps, 399, 1.0),
-        (Flow(), parameterizations.flow, 1.0, 1.0),
+        (EDM(), edm(0.5), 80.0, 80 / (80**2 + 0.5**2) ** 0.5),
+        (VP.scaled_linear(), eps, 999, 1.0),
+        (VP.scaled_linear(), eps, 399, 1.0),
+        (Flow(), flow, 1.0, 1.0),
     ],
     ids=["edm", "vp", "one-step vp at 399", "flow"],
 )
@@ -186,13 +177,6 @@ def test_the_first_step_sees_pure_noise(schedule, parameterization, t, scale):
     x, seen_t, _ = student.network.calls[0]
     assert relative_error(x, scale * noise[0]) < 1e-10
     assert seen_t.tolist() == [t] * 3
-
-
-def test_one_step_at_399_is_read_out_with_the_coefficients_of_399():
-    student, network = make_denoiser(VP.scaled_linear(), parameterizations.eps)
-    noise, t, abar = draw(1, *SHAPE), torch.tensor([399]), VP.scaled_linear().alphas_cumprod[399]
-    reference = (noise[0] - (1 - abar).sqrt() * network(noise[0], t.expand(3))) / abar.sqrt()
-    assert relative_error(rollout(student, noise, t, CONDITION, stop=0), reference) < 1e-10
 
 
 @students
@@ -212,10 +196,12 @@ def test_step_k_is_renoised_with_noise_k(schedule, parameterization, timesteps):
 
 @students
 @pytest.mark.parametrize("stop", [0, 1, 2, 3])
-def test_rollout_stops_at_the_asked_step(schedule, parameterization, timesteps, stop):
+def test_rollout_stops_at_the_asked_step_and_without_grad_carries_none(schedule, parameterization, timesteps, stop):
     student, _ = make_denoiser(schedule, parameterization)
     noise = draw(4, *SHAPE)
     fake = rollout(student, noise, timesteps, CONDITION, stop)
+    assert (student.network.grad_modes, fake.requires_grad) == ([False] * (stop + 1), False)
+    assert torch.is_grad_enabled()
     assert [t[0].item() for _, t, _ in student.network.calls] == timesteps[: stop + 1].tolist()
     assert relative_error(fake, rollout(student, noise[: stop + 1], timesteps[: stop + 1], CONDITION, stop)) == 0
     assert all(condition is CONDITION for _, _, condition in student.network.calls)
@@ -235,18 +221,9 @@ def test_only_the_last_call_carries_gradient(schedule, parameterization, timeste
     assert gradient.item() == pytest.approx(expected.item(), rel=1e-10)
 
 
-@students
-def test_without_grad_no_call_carries_gradient(schedule, parameterization, timesteps):
-    student, _ = make_denoiser(schedule, parameterization)
-    fake = rollout(student, draw(4, *SHAPE), timesteps, CONDITION, stop=3)
-    assert student.network.grad_modes == [False] * 4
-    assert not fake.requires_grad
-    assert torch.is_grad_enabled()
-
-
 @pytest.mark.parametrize(("sampler", "num_calls"), [(ddim, 4), (heun, 7)], ids=["ddim", "heun"])
 def test_samplers_make_the_promised_number_of_calls_without_gradient(sampler, num_calls):
-    denoiser, _ = make_denoiser(EDM(), parameterizations.edm(0.5))
+    denoiser, _ = make_denoiser(EDM(), edm(0.5))
     sampler(denoiser, draw(*SHAPE), karras_grid(4), CONDITION)
     assert denoiser.network.grad_modes == [False] * num_calls
 
@@ -282,7 +259,7 @@ def probability_flow(posterior, x_start, start, end):
 
 def gaussian_error(sampler, schedule, timesteps):
     posterior, noise = GaussianPosterior(schedule), draw(50, 4)
-    x0 = sampler(Denoiser(posterior, schedule, parameterizations.x0), noise, timesteps, {})
+    x0 = sampler(Denoiser(posterior, schedule, x0_prediction), noise, timesteps, {})
     start, end = timesteps[0], timesteps[-1]
     return relative_error(x0, probability_flow(posterior, schedule.pure_noise(noise), start, end))
 

@@ -1,14 +1,14 @@
 """Schedules against diffusers' and against published constants."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
-from stub_networks import draw, relative_error
+from stub_networks import draw, relative_error, vp_scheduler
 
 from fewstep.diffusion.schedules import EDM, VP, Flow, broadcast
-
-SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
 @pytest.mark.parametrize(
@@ -21,12 +21,6 @@ def test_stable_diffusion_keeps_the_known_amount_of_signal(t, abar):
     assert alpha.item() ** 2 + sigma.item() ** 2 == pytest.approx(1, abs=1e-14)
 
 
-@pytest.mark.parametrize(("t", "amplification"), [(999, 14.65), (749, 4.20), (499, 1.898), (399, 1.532), (249, 1.217)])
-def test_stable_diffusion_amplifies_eps_errors_by_the_known_factor(t, amplification):
-    alpha, _ = VP.scaled_linear().alpha_sigma(torch.tensor([t]))
-    assert 1 / alpha.item() == pytest.approx(amplification, rel=1e-3)
-
-
 @pytest.mark.parametrize(
     ("index", "sigma"),
     [(0, 0.002), (20, 0.00323), (250, 0.170), (500, 2.53), (750, 17.6), (980, 72.05), (999, 80.0)],
@@ -35,21 +29,23 @@ def test_edm_levels_are_the_known_karras_sigmas_in_ascending_order(index, sigma)
     assert EDM().levels[index].item() == pytest.approx(sigma, rel=3e-3)
 
 
-def test_scaled_linear_equals_diffusers():
-    assert relative_error(VP.scaled_linear().alphas_cumprod, DDPMScheduler(**SD_BETAS).alphas_cumprod) < 1e-6
-
-
 @pytest.mark.parametrize(("start", "end", "num"), [(0.00085, 0.012, 1000), (1e-4, 0.02, 100)])
-def test_scaled_linear_equals_the_closed_form_in_float64(start, end, num):
-    alphas_cumprod = np.cumprod(1 - np.linspace(start**0.5, end**0.5, num) ** 2)
-    schedule = VP.scaled_linear(start, end, num)
-    np.testing.assert_allclose(schedule.alphas_cumprod.numpy(), alphas_cumprod, rtol=1e-12)
+def test_scaled_linear_equals_the_closed_form_in_float64_and_diffusers(start, end, num):
+    abar = VP.scaled_linear(start, end, num).alphas_cumprod
+    np.testing.assert_allclose(abar, np.cumprod(1 - np.linspace(start**0.5, end**0.5, num) ** 2), rtol=1e-12)
+    theirs = DDPMScheduler(num, start, end, beta_schedule="scaled_linear").alphas_cumprod
+    assert relative_error(abar, theirs) < 1e-6
 
 
-def test_edm_levels_equal_diffusers():
-    scheduler = EDMEulerScheduler()
-    scheduler.set_timesteps(1000)
-    torch.testing.assert_close(EDM().levels.flip(0), scheduler.sigmas[:-1].double(), rtol=1e-6, atol=0)
+@pytest.mark.parametrize("num", [18, 1000])
+@pytest.mark.parametrize(("sigma_min", "sigma_max"), [(0.002, 80.0), (0.01, 50.0)])
+def test_edm_levels_and_the_teachers_steps_equal_diffusers(sigma_min, sigma_max, num):
+    scheduler, schedule = EDMEulerScheduler(sigma_min=sigma_min, sigma_max=sigma_max), EDM(sigma_min, sigma_max)
+    scheduler.set_timesteps(num)
+    grid = schedule.ode_grid(num)
+    torch.testing.assert_close(grid, scheduler.sigmas[:-1].double(), rtol=1e-6, atol=0)
+    assert (grid[0].item(), grid[-1].item()) == (sigma_max, pytest.approx(sigma_min, rel=1e-12))
+    assert torch.equal(schedule.levels.flip(0), schedule.ode_grid(1000))
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
@@ -58,25 +54,16 @@ def test_flow_levels_equal_diffusers(shift):
     torch.testing.assert_close(Flow(shift).levels.flip(0), sigmas.double(), rtol=1e-6, atol=0)
 
 
-def test_vp_noising_equals_diffusers():
-    scheduler, schedule = DDPMScheduler(**SD_BETAS), VP.scaled_linear()
-    scheduler.alphas_cumprod = schedule.alphas_cumprod
+def test_noising_equals_diffusers():
+    vp, edm, flow = vp_scheduler(DDPMScheduler), EDMEulerScheduler(), FlowMatchEulerDiscreteScheduler(shift=3.0)
     x0, eps, t = draw(5, 3, 4, 4), draw(5, 3, 4, 4, seed=1), torch.tensor([0, 20, 399, 749, 999])
-    assert relative_error(schedule.add_noise(x0, eps, t), scheduler.add_noise(x0, eps, t)) < 1e-10
-
-
-def test_edm_noising_equals_diffusers():
-    scheduler, x0, eps = EDMEulerScheduler(), draw(4, 2), draw(4, 2, seed=1)
-    index = torch.tensor([1, 300, 600, 1000])
-    reference = scheduler.add_noise(x0, eps, scheduler.timesteps[index])
-    assert relative_error(EDM().add_noise(x0, eps, scheduler.sigmas[index]), reference) < 1e-10
-
-
-def test_flow_noising_equals_diffusers():
-    scheduler, x0, eps = FlowMatchEulerDiscreteScheduler(shift=3.0), draw(4, 2), draw(4, 2, seed=1)
-    index = torch.tensor([0, 300, 600, 999])
-    reference = scheduler.scale_noise(x0, scheduler.timesteps[index], eps)
-    assert relative_error(Flow().add_noise(x0, eps, scheduler.sigmas[index]), reference) < 1e-10
+    edms, flows = torch.tensor([1, 300, 600, 800, 1000]), torch.tensor([0, 300, 600, 800, 999])
+    for schedule, times, theirs in (
+        (VP.scaled_linear(), t, vp.add_noise(x0, eps, t)),
+        (EDM(), edm.sigmas[edms], edm.add_noise(x0, eps, edm.timesteps[edms])),
+        (Flow(), flow.sigmas[flows], flow.scale_noise(x0, flow.timesteps[flows], eps)),
+    ):
+        assert relative_error(schedule.add_noise(x0, eps, times), theirs) < 1e-10
 
 
 @pytest.mark.parametrize(
@@ -93,16 +80,12 @@ def test_broadcast_multiplies_each_sample_by_its_own_coefficient():
     assert torch.equal((broadcast(coefficient, x) * x).sum((1, 2, 3)), torch.tensor([8.0, 12.0]))
 
 
-@pytest.mark.parametrize("sigma_max", [80.0, 10.0])
-def test_pure_noise_of_edm_is_sigma_max_times_eps(sigma_max):
+@pytest.mark.parametrize(
+    ("schedule", "factor"), [(EDM(), 80.0), (EDM(sigma_max=10.0), 10.0), (VP.scaled_linear(), 1.0), (Flow(), 1.0)]
+)
+def test_pure_noise_is_eps_and_of_edm_sigma_max_times_eps(schedule, factor):
     eps = draw(2, 3)
-    torch.testing.assert_close(EDM(sigma_max=sigma_max).pure_noise(eps), sigma_max * eps, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("schedule", [VP.scaled_linear(), Flow()], ids=["vp", "flow"])
-def test_pure_noise_of_vp_and_flow_is_eps(schedule):
-    eps = draw(2, 3)
-    assert torch.equal(schedule.pure_noise(eps), eps)
+    assert torch.equal(schedule.pure_noise(eps), factor * eps)
 
 
 @pytest.mark.parametrize(
@@ -119,11 +102,6 @@ def test_a_student_steps_on_evenly_spaced_levels_by_default(schedule, grid):
     schedule.check_timesteps(schedule.grid(4))
 
 
-def test_the_edm_teacher_steps_from_sigma_max_to_sigma_min():
-    grid = EDM(0.01, 50).ode_grid(18)
-    assert (grid[0].item(), grid[-1].item()) == (50, pytest.approx(0.01, rel=1e-12))
-
-
 @pytest.mark.parametrize(
     ("schedule", "timesteps", "complaint"),
     [
@@ -134,22 +112,13 @@ def test_the_edm_teacher_steps_from_sigma_max_to_sigma_min():
         (VP.scaled_linear(), [1000.0], "between 0 and 999"),
         (VP.scaled_linear(), [999.0, -1.0], "between 0 and 999"),
         (Flow(), [1.0, 0.0], "between 0.001 and 1"),
+        (EDM(), [80.0, 2.5, 0.002], None),
+        (EDM(0.01, 50), [50.0, 0.01], None),
+        (VP.scaled_linear(), [399.0], None),
+        (VP.scaled_linear(), [999.0, 0.0], None),
+        (Flow(), [1.0, 0.5], None),
     ],
 )
-def test_times_that_a_student_cannot_step_at_are_refused(schedule, timesteps, complaint):
-    with pytest.raises(ValueError, match=complaint):
+def test_times_that_a_student_cannot_step_at_are_refused_and_both_ends_accepted(schedule, timesteps, complaint):
+    with pytest.raises(ValueError, match=complaint) if complaint else nullcontext():
         schedule.check_timesteps(torch.tensor(timesteps, dtype=torch.float64))
-
-
-@pytest.mark.parametrize(
-    ("schedule", "timesteps"),
-    [
-        (EDM(), [80.0, 2.5, 0.002]),
-        (EDM(0.01, 50), [50.0, 0.01]),
-        (VP.scaled_linear(), [399.0]),
-        (VP.scaled_linear(), [999.0, 0.0]),
-        (Flow(), [1.0, 0.5]),
-    ],
-)
-def test_times_within_the_levels_both_ends_included_are_accepted(schedule, timesteps):
-    schedule.check_timesteps(torch.tensor(timesteps, dtype=torch.float64))

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from diffusers import EDMEulerScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler
+from diffusers import EulerDiscreteScheduler, LCMScheduler
 
 from fewstep.diffusion.schedules import EDM
 from fewstep.diffusion.timesteps import (
@@ -14,7 +14,6 @@ from fewstep.diffusion.timesteps import (
     logit_normal,
     lognormal_sigma,
     shift_time,
-    shifted_grid,
     shifted_uniform,
     trailing_grid,
     uniform_level,
@@ -24,11 +23,19 @@ from steps import draws
 NUM = 200_000
 
 
-@pytest.mark.parametrize(("mean", "std"), [(-1.2, 1.2), (0.5, 0.7)])
-def test_lognormal_sigma_has_the_asked_moments(mean, std):
-    log_sigma = lognormal_sigma(draws(NUM), mean, std).log()
-    assert log_sigma.mean().item() == pytest.approx(mean, abs=0.015)
-    assert log_sigma.std().item() == pytest.approx(std, abs=0.015)
+@pytest.mark.parametrize(
+    ("draw", "inverse", "mean", "std"),
+    [
+        (lognormal_sigma, torch.log, -1.2, 1.2),
+        (lognormal_sigma, torch.log, 0.5, 0.7),
+        (logit_normal, torch.logit, 0.0, 1.0),
+        (logit_normal, torch.logit, 1.0, 0.5),
+    ],
+)
+def test_normals_have_the_asked_moments(draw, inverse, mean, std):
+    numbers = inverse(draw(draws(NUM), mean, std).double())
+    assert numbers.mean().item() == pytest.approx(mean, abs=0.015)
+    assert numbers.std().item() == pytest.approx(std, abs=0.015)
 
 
 def test_lognormal_sigma_defaults_to_edms_training_distribution():
@@ -36,13 +43,6 @@ def test_lognormal_sigma_defaults_to_edms_training_distribution():
     sigma = lognormal_sigma(draws(NUM))
     assert (sigma < math.exp(-1.2)).float().mean().item() == pytest.approx(0.5, abs=0.005)
     assert (sigma < math.exp(0)).float().mean().item() == pytest.approx(0.8413, abs=0.005)
-
-
-@pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (1.0, 0.5)])
-def test_logit_normal_has_the_asked_moments(mean, std):
-    logit = torch.logit(logit_normal(draws(NUM), mean, std).double())
-    assert logit.mean().item() == pytest.approx(mean, abs=0.015)
-    assert logit.std().item() == pytest.approx(std, abs=0.015)
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
@@ -72,26 +72,17 @@ def test_uniform_level_is_uniform_over_karras_indices_for_edm():
     assert set(sigma.unique().tolist()) == set(EDM().levels.tolist())
 
 
-@pytest.mark.parametrize(
-    "draw",
-    [
-        lognormal_sigma,
-        logit_normal,
-        partial(shifted_uniform, shift=3.0),
-        partial(uniform_level, levels=torch.arange(1000)),
-    ],
-    ids=["lognormal_sigma", "logit_normal", "shifted_uniform", "uniform_level"],
-)
-def test_times_are_a_function_of_the_generator_alone(draw):
+SHIFTED, LEVEL = partial(shifted_uniform, shift=3.0), partial(uniform_level, levels=torch.arange(1000))
+
+
+@pytest.mark.parametrize("draw", [lognormal_sigma, logit_normal, SHIFTED, LEVEL])
+def test_times_are_a_function_of_the_generator_alone_and_differ_within_a_batch(draw):
     torch.manual_seed(98)
     first = draw(draws(8, seed=1))
+    assert len(first.unique()) == 8
     torch.manual_seed(99)
     assert torch.equal(draw(draws(8, seed=1)), first)
     assert not torch.equal(draw(draws(8, seed=2)), first)
-
-
-def test_times_differ_within_a_batch():
-    assert len(lognormal_sigma(draws(8)).unique()) == 8
 
 
 @pytest.mark.parametrize("num", [1, 2, 3, 4, 5, 6, 7, 8, 16])
@@ -100,11 +91,8 @@ def test_index_grid_has_exactly_as_many_entries_as_asked_and_equals_diffusers(nu
     scheduler.set_timesteps(num)
     assert len(index_grid(num)) == num
     assert torch.equal(index_grid(num), scheduler.timesteps)
-
-
-@pytest.mark.parametrize("num", [1, 2, 3, 4, 5, 8])
-def test_index_grid_is_the_official_list_where_that_is_right(num):
-    assert index_grid(num).tolist() == list(range(999, 0, -(1000 // num)))
+    if num in (1, 2, 3, 4, 5, 8):  # for which the official list is right
+        assert index_grid(num).tolist() == list(range(999, 0, -(1000 // num)))
 
 
 @pytest.mark.parametrize(("num", "total"), [(1000, 1000), (7, 20), (20, 20)])
@@ -122,25 +110,9 @@ def test_karras_grid_equals_the_papers_equation(num, rho):
     assert karras_grid(num, rho=rho).tolist() == pytest.approx(step, rel=1e-10)
 
 
-@pytest.mark.parametrize(("sigma_min", "sigma_max"), [(0.002, 80.0), (0.01, 50.0)])
-def test_karras_grid_equals_diffusers(sigma_min, sigma_max):
-    scheduler = EDMEulerScheduler(sigma_min=sigma_min, sigma_max=sigma_max)
-    scheduler.set_timesteps(18)
-    reference = scheduler.sigmas[:-1].double()
-    torch.testing.assert_close(karras_grid(18, sigma_min, sigma_max), reference, rtol=1e-6, atol=0)
-
-
 @pytest.mark.parametrize("num", [1, 2, 18])
 def test_karras_grid_starts_at_sigma_max_exactly(num):
     assert karras_grid(num, 0.002, 77.7)[0].item() == 77.7
-
-
-@pytest.mark.parametrize("shift", [1.0, 3.0])
-@pytest.mark.parametrize("num", [1, 4, 28])
-def test_shifted_grid_equals_diffusers(num, shift):
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
-    scheduler.set_timesteps(sigmas=[1 - k / num for k in range(num)])
-    torch.testing.assert_close(shifted_grid(num, shift), scheduler.sigmas[:-1].double(), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("shift", [2.0, 3.0])

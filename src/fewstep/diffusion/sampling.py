@@ -43,8 +43,10 @@ def rollout(
 
 
 @torch.no_grad()
-def ddim(denoiser: AnyDenoiser, noise: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
-    """The deterministic sampler: renoise with the implied noise; K calls.
+def ddim(
+    denoiser: AnyDenoiser, noise: Tensor, timesteps: Tensor, condition: Condition, second_order: bool = False
+) -> Tensor:
+    """The deterministic sampler: renoise with the implied noise; K calls, or 2K-1 of `heun`.
 
     On EDM and flow schedules this is Euler's method on the probability flow. noise (B, ...) -> x0 (B, ...).
     """
@@ -52,28 +54,23 @@ def ddim(denoiser: AnyDenoiser, noise: Tensor, timesteps: Tensor, condition: Con
     times = timesteps[:, None].expand(-1, len(noise))
     for t, next_t in pairwise(times):
         x0 = denoiser(x_t, t, condition)
-        x_t = schedule.add_noise(x0, implied_noise(schedule, x_t, x0, t), next_t)  # (B, C, H, W)
+        eps = implied_noise(schedule, x_t, x0, t)
+        x_next = schedule.add_noise(x0, eps, next_t)  # (B, C, H, W)
+        if second_order:  # where Euler's step leads, the slope is taken a second time
+            x0_next = denoiser(x_next, next_t, condition)
+            eps_next = implied_noise(schedule, x_next, x0_next, next_t)
+            (alpha, sigma), (alpha_next, sigma_next) = schedule.alpha_sigma(t), schedule.alpha_sigma(next_t)
+            d_alpha, d_sigma = broadcast(alpha_next - alpha, x_t), broadcast(sigma_next - sigma, x_t)
+            x_next = x_t + d_alpha * (x0 + x0_next) / 2 + d_sigma * (eps + eps_next) / 2
+        x_t = x_next
     last: Tensor = denoiser(x_t, times[-1], condition)
     return last
 
 
-@torch.no_grad()
 def heun(denoiser: AnyDenoiser, noise: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
     """Heun's second-order sampler, 2K-1 calls (arXiv 2206.00364, algorithm 1, without churn).
 
     The probability flow is dx = x0 dalpha + eps dsigma, so one line serves EDM, VP and flow:
     x' = x + (alpha' - alpha) (x0 + x0')/2 + (sigma' - sigma) (eps + eps')/2
     """
-    schedule, x_t = denoiser.schedule, denoiser.schedule.pure_noise(noise)
-    times = timesteps[:, None].expand(-1, len(noise))
-    for t, next_t in pairwise(times):
-        x0 = denoiser(x_t, t, condition)
-        eps = implied_noise(schedule, x_t, x0, t)
-        x_euler = schedule.add_noise(x0, eps, next_t)  # Euler's step, where the slope is taken a second time
-        x0_next = denoiser(x_euler, next_t, condition)
-        eps_next = implied_noise(schedule, x_euler, x0_next, next_t)
-        (alpha, sigma), (alpha_next, sigma_next) = schedule.alpha_sigma(t), schedule.alpha_sigma(next_t)
-        d_alpha, d_sigma = broadcast(alpha_next - alpha, x_t), broadcast(sigma_next - sigma, x_t)
-        x_t = x_t + d_alpha * (x0 + x0_next) / 2 + d_sigma * (eps + eps_next) / 2
-    last: Tensor = denoiser(x_t, times[-1], condition)
-    return last
+    return ddim(denoiser, noise, timesteps, condition, second_order=True)

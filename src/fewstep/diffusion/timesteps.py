@@ -62,8 +62,3 @@ def trailing_grid(num: int, num_timesteps: int = 1000) -> Tensor:
     """
     step = num_timesteps - (num_timesteps - num_timesteps / num)  # as numpy steps, which decides ties of rounding
     return (num_timesteps - torch.arange(num, dtype=torch.float64) * step).round().long() - 1
-
-
-def shifted_grid(num: int, shift: float = 1.0) -> Tensor:
-    """Flow times from 1 down to 1/num, shifted towards noise; (num,) float64."""
-    return shift_time(1 - torch.arange(num, dtype=torch.float64) / num, shift)

@@ -16,7 +16,6 @@ from fewstep.models.image_model import write_description
 from fewstep.models.loading.pipeline import library_class
 from fewstep.models.loading.weights import check_finite, check_names, check_stored
 from fewstep.networks.codec import Codec, to_images
-from fewstep.networks.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -51,7 +50,7 @@ class Autoencoder:
     @property
     def latent_space(self) -> dict[str, Any]:
         """What latents on disk must agree in."""
-        return latent_space(Codec(self.vae), self.image_size)
+        return Codec(self.vae).latent_space(self.image_size)
 
     def encode_images(self, images: Tensor, noise: Tensor) -> Tensor:
         """Latents of uint8 images (B, 3, R, R) by unit noise (B, C, h, w)."""
@@ -66,15 +65,6 @@ class Autoencoder:
         """Writes `vae/` as diffusers does, and `fewstep.json` beside it."""
         self.vae.save_pretrained(folder / "vae")
         write_description(folder, {"family": "autoencoder"})
-
-
-def latent_space(codec: Codec, image_size: int) -> dict[str, Any]:
-    """What latents on disk must agree in: the autoencoder's fingerprint, their shape, the images' size."""
-    return {
-        "autoencoder": fingerprint([codec.vae], *codec.facts),
-        "shape": list(codec.shape(image_size)),
-        "image_size": image_size,
-    }
 
 
 def load_autoencoder(folder: Path) -> Autoencoder:

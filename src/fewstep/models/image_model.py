@@ -63,11 +63,6 @@ class ImageModel(ABC):
         return self.family.feature_layer(self.network)
 
     @property
-    def time_embedding(self) -> str:
-        """Dotted name of the layer that embeds native time."""
-        return self.family.time_layer
-
-    @property
     def device(self) -> torch.device:
         """Where the parameters are."""
         parameter: Tensor = next(self.denoiser.parameters())

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.diffusion.denoiser import Condition, Denoiser
-from fewstep.models.autoencoder import latent_space
 from fewstep.models.image_model import Asked, ImageModel
 from fewstep.networks.codec import Codec, to_images
 from fewstep.networks.families import FAMILIES
@@ -58,9 +57,8 @@ class LatentModel(ImageModel):
     @property
     def latent_space(self) -> dict[str, Any]:
         """What latents on disk must agree in: the autoencoder's fingerprint, their shape, the images' size."""
-        return latent_space(
-            self.family.codec(self.pipeline.vae), self.image_size
-        )  # as loaded, whatever a run encodes in
+        codec: Codec = self.family.codec(self.pipeline.vae)  # as loaded, whatever a run encodes in
+        return codec.latent_space(self.image_size)
 
     @torch.no_grad()
     def text_condition(self, prompts: list[str]) -> Condition:

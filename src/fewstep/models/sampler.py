@@ -1,7 +1,9 @@
 """Images from an image model for evaluation: noise and class of image i depend on (seed, i) alone, not on the batch."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -56,17 +58,12 @@ def parse_sampler(text: str) -> Sampler:
     """`heun:18`, `ddim:8`, or with guidance `ddim:50@3`; raises UserError for anything else."""
     what, at, scale = text.partition("@")
     kind, _, steps = what.partition(":")
-    if kind not in SAMPLERS or not steps.isdecimal() or int(steps) < 1 or not _is_scale(scale if at else "1"):
-        kinds = ", ".join(f"{name}:STEPS" for name in SAMPLERS)
-        raise UserError(f"sampler {text!r}: write {kinds}, for example heun:18, or ddim:50@3 for guidance of scale 3")
-    return Sampler(kind, int(steps), float(scale or 1))  # type: ignore[arg-type]
-
-
-def _is_scale(text: str) -> bool:
-    try:
-        return 1 <= float(text) < float("inf")
-    except ValueError:
-        return False
+    with suppress(ValueError):
+        guidance = float(scale if at else 1)
+        if kind in SAMPLERS and steps.isdecimal() and int(steps) and 1 <= guidance < math.inf:
+            return Sampler(kind, int(steps), guidance)  # type: ignore[arg-type]
+    kinds = ", ".join(f"{name}:STEPS" for name in SAMPLERS)
+    raise UserError(f"sampler {text!r}: write {kinds}, for example heun:18, or ddim:50@3 for guidance of scale 3")
 
 
 def draw_noise(model: ImageModel, num_noises: int, start: int, stop: int, seed: int) -> Tensor:
@@ -155,9 +152,8 @@ def generate_batches(
             noise = draw_noise(model, sampler.num_noises, part.start, part.stop, seed)
             pixels = model.decode_pixels(sample(model, sampler, noise, model.conditions(part, asked)))
         if not pixels.isfinite().all():
-            raise UserError(
-                f"{name}: images {part[0]} to {part[-1]} are not finite; take another checkpoint or float32"
-            )
+            numbers = f"{part[0]} to {part[-1]}"
+            raise UserError(f"{name}: images {numbers} are not finite; take another checkpoint or float32")
         report(part.stop - indices.start)
         yield to_images(pixels).cpu()
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fewstep.errors import UserError
+from fewstep.networks.fingerprint import fingerprint
 
 
 def to_pixels(images: Tensor) -> Tensor:
@@ -37,10 +38,6 @@ class Codec:
             raise UserError(f"image_size {image_size}: the autoencoder wants a multiple of {factor}")
         return self.vae.config.latent_channels, image_size // factor, image_size // factor
 
-    def to_x0(self, z: Tensor) -> Tensor:
-        """(B, C, h, w) -> (B, C, h, w)."""
-        return (z if self.shift is None else z - _on(self.shift, z)) * _on(self.scale, z)
-
     def to_z(self, x0: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, C, h, w)."""
         z = x0 / _on(self.scale, x0)  # in this order, as diffusers divides
@@ -51,7 +48,8 @@ class Codec:
         """x0 (B, C, h, w) of uint8 images (B, 3, H, W): mean + std noise, one sample of the posterior (spec, 1.1)."""
         posterior = self.vae.encode(to_pixels(images.to(self.vae.device)).to(self.vae.dtype)).latent_dist
         # in float32 behind the network: bfloat16 would round the sample to two digits
-        return self.to_x0(posterior.mean.float() + posterior.std.float() * noise.to(self.vae.device))
+        z: Tensor = posterior.mean.float() + posterior.std.float() * noise.to(self.vae.device)
+        return (z if self.shift is None else z - _on(self.shift, z)) * _on(self.scale, z)
 
     def decode(self, x0: Tensor) -> Tensor:
         """Pixels (B, 3, H, W) around [-1, 1], with gradient."""
@@ -59,22 +57,21 @@ class Codec:
         pixels: Tensor = self.vae.decode(self.to_z(x0).to(self.vae.dtype), return_dict=False)[0]
         return pixels.float()
 
-    @property
-    def facts(self) -> list[Any]:
-        """What x0 depends on beside the weights, for fingerprints: the scale alone where there is nothing else."""
+    def latent_space(self, image_size: int) -> dict[str, Any]:
+        """What latents on disk must agree in: the autoencoder's fingerprint, their shape, the images' size."""
         config = self.vae.config
         further = [config.get(name) for name in ("shift_factor", "latents_mean", "latents_std")]
-        return [config.scaling_factor, *(further if self.shift is not None else [])]
+        facts = [config.scaling_factor, *(further if self.shift is not None else [])]  # as before there were others
+        shape = list(self.shape(image_size))
+        return {"autoencoder": fingerprint([self.vae], *facts), "shape": shape, "image_size": image_size}
 
 
 def _shift_and_scale(config: Any) -> tuple[Tensor | float | None, Tensor | float]:
     """Numbers, or (1, C, 1, 1) tensors; a shift of nothing is None."""
     mean, deviation, shift = (config.get(name) for name in ("latents_mean", "latents_std", "shift_factor"))
     if mean is None and deviation is None:
-        return (
-            shift or None,
-            config.scaling_factor,
-        )  # floats, for a float32 tensor of them would round otherwise on a GPU
+        # floats, for a float32 tensor of them would round otherwise on a GPU
+        return shift or None, config.scaling_factor
     if mean is None or deviation is None or len(mean) != len(deviation) or len(mean) != config.latent_channels or shift:
         raise UserError("vae: its latents_mean, latents_std and shift_factor don't fit together")
     # (1, C, 1, 1), as SDXL's pipeline has them: z = x0 deviation / scale + mean

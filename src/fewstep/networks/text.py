@@ -42,8 +42,7 @@ class TextConditioner(nn.Module):
 
     def null_condition(self) -> Condition:
         """(1, ...) tensors for guidance."""
-        condition: Condition = self([""])  # as long as any prompt: {"text": (1, L, E)}
-        return condition
+        return self([""])  # as long as any prompt: {"text": (1, L, E)}
 
     @property
     def max_length(self) -> int:
@@ -59,11 +58,11 @@ class TextConditioner(nn.Module):
         return fingerprint(self.encoders, type(self).__name__, *map(_vocabulary, self.tokenizers))
 
 
-def tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
-    """Token indices (B, L), padded and cut to the tokenizer's length."""
+def tokenize(tokenizer: CLIPTokenizer, prompts: list[str], encoder: nn.Module) -> Tensor:
+    """Token indices (B, L), padded and cut to the tokenizer's length, where the encoder's weights are."""
     length = tokenizer.model_max_length
     tokens = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-    indices: Tensor = tokens.input_ids  # (B, L) int64
+    indices: Tensor = tokens.input_ids.to(next(encoder.parameters()).device)  # (B, L) int64
     return indices
 
 
@@ -71,8 +70,3 @@ def _vocabulary(tokenizer: CLIPTokenizer) -> str:
     """The tokenizer as text, without the state that its last call left."""
     content = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
     return json.dumps([content, tokenizer.model_max_length, tokenizer.pad_token_id])
-
-
-def device_of(encoder: nn.Module) -> torch.device:
-    """Where the weights are."""
-    return next(encoder.parameters()).device

@@ -60,7 +60,7 @@ def make_roles(
         teacher = Guided(base, guidance_scale, null_condition)
     # The critic alone: teacher and student know the timestep as it is.
     if num_stops:
-        condition_on_stop(critic.network, model.time_embedding, num_stops)
+        condition_on_stop(critic.network, model.family.time_layer, num_stops)
     # The teacher has no graph, so nothing of it is kept anyway.
     if checkpointing == "blocks":
         checkpoint_blocks(student.network)

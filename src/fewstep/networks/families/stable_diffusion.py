@@ -1,8 +1,8 @@
 """Stable Diffusion 1.x and 2.x, and SDXL: a UNet on the latents of an autoencoder, conditioned on CLIP's text."""
 
-from __future__ import annotations  # transformers is imported only where a text model is loaded
+from __future__ import annotations  # diffusers is imported only where a pipeline is loaded
 
-from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,11 +14,10 @@ from fewstep.diffusion.schedules import VP
 from fewstep.errors import UserError
 from fewstep.networks.codec import Codec
 from fewstep.networks.family import Family, unet_map
-from fewstep.networks.text import TextConditioner, device_of, tokenize
+from fewstep.networks.text import TextConditioner, tokenize
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 PARAMETERIZATIONS = {"epsilon": eps, "v_prediction": v, "sample": x0}
 BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2")
@@ -50,14 +49,14 @@ class SDText(TextConditioner):
 
     keeps = ("text",)
 
-    def __init__(self, tokenizer: CLIPTokenizer, encoder: CLIPTextModel):
-        super().__init__((tokenizer,), (encoder,))
+    def __init__(self, pipeline: Any, image_size: int):
+        super().__init__((pipeline.tokenizer,), (pipeline.text_encoder,))
 
     def embed(self, prompts: list[str]) -> Condition:
         """{"text": (B, L, E)}."""
         (encoder,) = self.encoders
-        tokens = tokenize(self.tokenizers[0], prompts)  # (B, L); the last state has its final norm, as SD wants it
-        return {"text": encoder(tokens.to(device_of(encoder)))[0]}
+        # the last state has its final norm, as SD wants it
+        return {"text": encoder(tokenize(self.tokenizers[0], prompts, encoder))[0]}
 
 
 class SDXLText(TextConditioner):
@@ -65,26 +64,20 @@ class SDXLText(TextConditioner):
 
     `text` joins the penultimate hidden states, `pooled` is bigG's projected embedding, `time_ids` is SDXL's
     micro-conditioning for whole square images, (R, R, 0, 0, R, R) with R the size in pixels (spec, 1.1). The null
-    condition is zeros, or with `zero_null` False the embedding of "".
+    condition is zeros, or the embedding of "" where the pipeline says so (`force_zeros_for_empty_prompt` false).
     """
 
     keeps = ("text", "pooled")
 
-    def __init__(
-        self,
-        tokenizers: tuple[CLIPTokenizer, CLIPTokenizer],
-        encoders: tuple[CLIPTextModel, CLIPTextModelWithProjection],
-        image_size: int,
-        zero_null: bool = True,
-    ):
-        super().__init__(tokenizers, encoders)
-        self.image_size, self.zero_null = image_size, zero_null
+    def __init__(self, pipeline: Any, image_size: int):
+        super().__init__((pipeline.tokenizer, pipeline.tokenizer_2), (pipeline.text_encoder, pipeline.text_encoder_2))
+        self.image_size, self.zero_null = image_size, bool(pipeline.config.force_zeros_for_empty_prompt)
 
     def embed(self, prompts: list[str]) -> Condition:
         """{"text": (B, L, E), "pooled": (B, P)}."""
         hidden = []
         for tokenizer, encoder in zip(self.tokenizers, self.encoders, strict=True):
-            output = encoder(tokenize(tokenizer, prompts).to(device_of(encoder)), output_hidden_states=True)
+            output = encoder(tokenize(tokenizer, prompts, encoder), output_hidden_states=True)
             hidden.append(output.hidden_states[-2])  # (B, L, 768), then (B, L, 1280)
         return {"text": torch.cat(hidden, dim=-1), "pooled": output[0]}  # output is bigG's, the last of the two
 
@@ -128,56 +121,41 @@ def vp_schedule(config: Any) -> tuple[VP, Parameterization]:
 def _check(pipeline: Any) -> None:
     """Refuses UNets that take more than noise, time and text, and parts that don't fit each other."""
     config, added = pipeline.unet.config, "text_time" if "text_encoder_2" in pipeline.components else None
-    channels = (config.in_channels, config.out_channels)
-    if channels != (pipeline.vae.config.latent_channels,) * 2:
-        what = (
-            " (inpainting and editing models take a picture, too)" if config.in_channels > config.out_channels else ""
-        )
+    takes, gives, latent = config.in_channels, config.out_channels, pipeline.vae.config.latent_channels
+    if not takes == gives == latent:
+        what = " (inpainting and editing models take a picture, too)" if takes > gives else ""
         raise UserError(
-            f"unet: takes {channels[0]} channels and gives {channels[1]}{what}, where the autoencoder has "
-            f"{pipeline.vae.config.latent_channels}; name a text-to-image model"
+            f"unet: takes {takes} channels and gives {gives}{what}, where the autoencoder has {latent}; name a "
+            "text-to-image model"
         )
     if config.time_cond_proj_dim is not None:
         raise UserError(
             "unet: takes the guidance scale as an input (time_cond_proj_dim), as students of LCM do; name the model "
             "that it was made from"
         )
-    for name, wanted in {
-        "addition_embed_type": added,
-        "class_embed_type": None,
-        "num_class_embeds": None,
-        "encoder_hid_dim_type": None,
-        "encoder_hid_dim": None,
-    }.items():
+    others = ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type", "encoder_hid_dim")
+    for name, wanted in {"addition_embed_type": added, **dict.fromkeys(others)}.items():
         if config.get(name) != wanted:
             raise UserError(f"unet: {name} is {config.get(name)!r}, not {wanted!r}; name a text-to-image model")
 
 
-def _image_size(default: int) -> Callable[[Any], int]:
+def _image_size(default: int, pipeline: Any) -> int:
     """The UNet's `sample_size` in pixels; `default` where that is null."""
-
-    def of(pipeline: Any) -> int:
-        size = pipeline.unet.config.sample_size
-        if size is None:
-            return default
-        height, width = (size, size) if isinstance(size, int) else size
-        if height != width:
-            raise UserError(f"unet: its sample_size {list(size)} is not square; only square pictures are supported")
-        return int(height * pipeline.vae_scale_factor)
-
-    return of
+    size = pipeline.unet.config.sample_size
+    if size is None:
+        return default
+    height, width = (size, size) if isinstance(size, int) else size
+    if height != width:
+        raise UserError(f"unet: its sample_size {list(size)} is not square; only square pictures are supported")
+    return int(height * pipeline.vae_scale_factor)
 
 
-def _codec(*ignored: str) -> Callable[[Any], Codec]:
+def _codec(ignored: tuple[str, ...], vae: Any) -> Codec:
     """The codec, without what the pipeline's call would leave out when it decodes: pictures would differ there."""
-
-    def of(vae: Any) -> Codec:
-        for name in ignored:
-            if vae.config.get(name):
-                raise UserError(f"vae: has a {name}, which this pipeline of diffusers leaves out when it decodes")
-        return Codec(vae)
-
-    return of
+    for name in ignored:
+        if vae.config.get(name):
+            raise UserError(f"vae: has a {name}, which this pipeline of diffusers leaves out when it decodes")
+    return Codec(vae)
 
 
 SD = Family(
@@ -187,10 +165,10 @@ SD = Family(
     others=("scheduler", "tokenizer"),
     check=_check,
     adapter=TextUNet,
-    conditioner=lambda pipeline, image_size: SDText(pipeline.tokenizer, pipeline.text_encoder),
-    codec=_codec("shift_factor", "latents_mean", "latents_std"),
+    conditioner=SDText,
+    codec=partial(_codec, ("shift_factor", "latents_mean", "latents_std")),
     schedule=vp_schedule,
-    image_size=_image_size(512),
+    image_size=partial(_image_size, 512),
     feature_layer=lambda unet: "unet.mid_block",  # as in the official system (spec, 1.4)
     time_layer="unet.time_embedding",
     no_guidance={"guidance_scale": 1.0},
@@ -202,15 +180,10 @@ SDXL = Family(
     others=(*SD.others, "tokenizer_2"),
     check=_check,
     adapter=TextUNet,
-    conditioner=lambda pipeline, image_size: SDXLText(
-        (pipeline.tokenizer, pipeline.tokenizer_2),
-        (pipeline.text_encoder, pipeline.text_encoder_2),
-        image_size,
-        bool(pipeline.config.force_zeros_for_empty_prompt),
-    ),
-    codec=_codec("shift_factor"),
+    conditioner=SDXLText,
+    codec=partial(_codec, ("shift_factor",)),
     schedule=vp_schedule,
-    image_size=_image_size(1024),
+    image_size=partial(_image_size, 1024),
     feature_layer=SD.feature_layer,
     time_layer=SD.time_layer,
     no_guidance=SD.no_guidance,
