@@ -1,11 +1,13 @@
 """Whatever a user gets wrong is one line that names it and says what is right; exit code 2, and nothing is touched."""
 
+import errno
 import os
 import shutil
 import tarfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import datasets
 import pytest
@@ -452,6 +454,33 @@ def test_too_few_real_images_to_judge_with_are_counted(refused: Refused) -> None
     pictures("set")
     assert fewstep(f"teach t.yaml --out few {SET}")[0] == 0
     refused("evaluate few", "data.source: has 10 images; judging needs at least 40")
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device", "run/x"),
+            "run/x: can't be written (No space left on device)",
+        ),
+        (OSError(errno.ENOSPC, "No space left on device"), "a file: can't be written (No space left on device)"),
+        (PermissionError(errno.EACCES, "Permission denied", "x"), "x: can't be read or written (Permission denied)"),
+        (OSError("two\nlines"), "a file: can't be read or written (OSError: two lines)"),
+    ],
+)
+def test_an_error_of_the_system_is_one_line_wherever_it_comes_from(
+    refused: Refused, monkeypatch: pytest.MonkeyPatch, error: OSError, line: str
+) -> None:
+    monkeypatch.setattr("fewstep.commands.recipes.recipes", Mock(side_effect=error))
+    assert refused("recipes") == f"fewstep: {line}\n"
+
+
+def test_a_folder_in_the_place_of_a_file_is_named(refused: Refused) -> None:
+    Path("teacher", "evaluations.jsonl").mkdir()
+    refused("sample teacher@best-fid", "teacher/evaluations.jsonl: can't be read or written (Is a directory)")
 
 
 # --- usage -----------------------------------------------------------------------------------------------------------

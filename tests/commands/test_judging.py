@@ -68,6 +68,9 @@ def test_images_that_are_not_finite_are_told_with_model_and_step_and_nothing_is_
     with pytest.raises(UserError, match=r"^student, step 4: images 0 to 99 are not finite; take another checkpoint"):
         judged(runs, tmp_path / "out", "student")
     assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match=r"^broken, step 2: images 0 to 99 are not finite; take another checkpoint"):
+        teach(load_recipe("digits-teacher", [*TINY, *JUDGING]), runs / "broken", report=quiet)
+    assert not (runs / "broken" / "evaluations.jsonl").exists()
 
 
 def test_the_reals_are_gathered_once_and_again_for_another_network_or_number(

@@ -72,12 +72,9 @@ def test_beyond_a_bound_only_the_sums_grow(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_features_that_are_not_finite_are_named_with_their_source(value: float) -> None:
+def test_features_that_are_not_finite_or_none_at_all_are_told_with_their_source(value: float) -> None:
     broken = SimpleNamespace(name="net", features=lambda images: images.flatten(1) * torch.tensor(value))
     with pytest.raises(UserError, match="student@500: features of net are not finite"):
         gather(images(10).split(5), broken, 10, "student@500")
-
-
-def test_nothing_to_judge_is_told() -> None:
     with pytest.raises(UserError, match=r"data\.source: no images"):
         gather([], EXTRACTOR, 0, "data.source")

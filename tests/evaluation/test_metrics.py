@@ -173,9 +173,8 @@ def test_the_floor_is_a_function_of_its_seed_low_but_not_zero() -> None:
 
 def test_what_is_checked_in_real_images_is_of_all_of_them_with_its_interval() -> None:
     shares = {"prompt_accuracy": Share(9, 10), "prompt_accuracy.shape": Share(10, 10)}
-    row = floor_row(
-        pictured(points(20, 1), shares=shares, prompts="abcd"), frozenset({"features", "scenes", "prompts"})
-    )
+    needs = frozenset({"features", "scenes", "prompts"})
+    row = floor_row(pictured(points(20, 1), shares=shares, prompts="abcd"), needs)
     assert row.values["prompt_accuracy"] == 0.9
     assert row.values["diversity"] == metrics.diversity(*[replace(Gathered.of(points(20, 1)), prompts="abcd")] * 2)
     assert row.intervals == {"prompt_accuracy": wilson_interval(0.9, 10)}
@@ -191,12 +190,8 @@ def diversity(features: Tensor, num_prompts: int) -> float | None:
 def test_diversity_is_the_mean_distance_between_two_images_of_one_prompt(num: int, num_prompts: int) -> None:
     features = points(num, 1)
     whole = num // num_prompts * num_prompts  # the last round of prompts, where it is not complete, is left out
-    distances = [
-        (features[i] - features[j]).norm().item()
-        for i in range(whole)
-        for j in range(i)
-        if i % num_prompts == j % num_prompts
-    ]
+    pairs = [(i, j) for i in range(whole) for j in range(i) if i % num_prompts == j % num_prompts]
+    distances = [(features[i] - features[j]).norm().item() for i, j in pairs]
     assert diversity(features, num_prompts) == pytest.approx(sum(distances) / len(distances), rel=1e-9)
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from fewstep.errors import UserError
 from fewstep.files import write_text
 from fewstep.runtime import checkpoint, manifest
-from fewstep.runtime.checkpoint import check_run, checkpoints, load_state, newest_whole, save_checkpoint
+from fewstep.runtime.checkpoint import checkpoints, load_state, newest_whole, save_checkpoint
 from fewstep.runtime.runs import Found, find
 
 
@@ -29,8 +29,9 @@ def writer(text: str) -> Callable[[Path], None]:
     return save_model
 
 
-def save(run: Path, step: int) -> None:
-    save_checkpoint(run, step, {"weight": torch.full((3,), float(step))}, writer(f"model {step}"))
+def save(run: Path, *steps: int) -> None:
+    for step in steps:
+        save_checkpoint(run, step, {"weight": torch.full((3,), float(step))}, writer(f"model {step}"))
 
 
 def assert_whole(run: Path, step: int) -> None:
@@ -46,8 +47,7 @@ def assert_whole(run: Path, step: int) -> None:
 def test_only_the_newest_two_are_kept_and_hold_the_state_the_step_and_the_model(tmp_path: Path) -> None:
     assert checkpoints(tmp_path) == []
     assert newest_whole(tmp_path) is None
-    for step in (1, 2, 90, 100):
-        save(tmp_path, step)
+    save(tmp_path, 1, 2, 90, 100)
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["00000090", "00000100"]
     assert [path.name for path in checkpoints(tmp_path)] == ["00000090", "00000100"]
     assert sorted(os.listdir(checkpoints(tmp_path)[0])) == ["manifest.json", "model", "state.pt"]
@@ -123,8 +123,7 @@ def die_in_removal(folder: Path, ignore_errors: bool) -> None:
 def test_a_kill_leaves_whole_checkpoints_alone(
     place: Any, name: str, function: Callable, left: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save(tmp_path, 1)
-    save(tmp_path, 2)
+    save(tmp_path, 1, 2)
     with monkeypatch.context() as patch:
         patch.setattr(place, name, function)
         child = os.fork()
@@ -169,23 +168,20 @@ def cut(path: Path) -> None:
 def test_a_damaged_checkpoint_is_named_set_aside_and_the_one_before_it_used(
     harm: Callable[[Path], None], file: str, what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    save(tmp_path, 1)
-    save(tmp_path, 2)
+    save(tmp_path, 1, 2)
     before, newest = checkpoints(tmp_path)
     harm(newest / file) if file != "manifest.json" else (newest / file).write_text("{")
     assert newest_whole(tmp_path) == before
     assert capsys.readouterr().err == f"fewstep: {newest}: {file} {what}; it is set aside as 00000002.damaged\n"
     assert checkpoints(tmp_path) == [before]
     assert (tmp_path / "checkpoints" / "00000002.damaged").is_dir()
-    for step in (2, 3):
-        save(tmp_path, step)
+    save(tmp_path, 2, 3)
     assert newest_whole(tmp_path) == checkpoints(tmp_path)[-1]
     assert capsys.readouterr().err == ""
 
 
 def test_where_no_checkpoint_is_whole_that_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    save(tmp_path, 1)
-    save(tmp_path, 2)
+    save(tmp_path, 1, 2)
     for path in checkpoints(tmp_path):
         flip(path / "state.pt")
     with pytest.raises(UserError, match="no checkpoint of it is whole; choose another --out to begin anew"):
@@ -203,8 +199,7 @@ def test_damage_in_an_older_checkpoint_does_not_keep_a_run_from_going_on(tmp_pat
 
 
 def test_a_checkpoint_of_an_earlier_version_has_no_manifest_and_is_taken_unless_torn(tmp_path: Path) -> None:
-    save(tmp_path, 1)
-    save(tmp_path, 2)
+    save(tmp_path, 1, 2)
     for path in checkpoints(tmp_path):
         (path / "manifest.json").unlink()
     assert newest_whole(tmp_path) == checkpoints(tmp_path)[1]
@@ -291,12 +286,3 @@ def test_a_malicious_state_is_refused_and_not_executed(plain: bool, tmp_path: Pa
     assert not mark.exists()
     pickle.loads(path.read_bytes()) if plain else torch.load(path, weights_only=False)
     assert mark.exists()  # the trap works where it is not guarded against
-
-
-def test_a_run_is_a_folder_with_a_recipe(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such run folder"):
-        check_run(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"not a run folder \(it has no recipe\.yaml\)"):
-        check_run(tmp_path)
-    write_text(tmp_path / "recipe.yaml", "kind: teach")
-    check_run(tmp_path)

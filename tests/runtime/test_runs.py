@@ -41,12 +41,8 @@ def test_what_is_better_is_the_tables_word_and_what_is_no_number_is_never_the_be
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(METRICS, "kid", Metric("kid", "lower"))
-    lines = [
-        {"step": 1, "kid": 0.3, "fid": math.nan},
-        {"step": 2, "kid": 0.1, "fid": 2.0},
-        {"step": 3, "kid": math.nan},
-    ]
-    assert best_steps(lines) == {"kid": 2, "fid": 2}
+    lines = [{"kid": 0.3, "fid": math.nan}, {"kid": 0.1, "fid": 2.0}, {"kid": math.nan}]
+    assert best_steps({"step": step, **line} for step, line in enumerate(lines, 1)) == {"kid": 2, "fid": 2}
 
 
 @pytest.mark.parametrize(
@@ -91,16 +87,17 @@ def test_what_is_not_there_is_told_with_what_is(run: Path, choice: str) -> None:
     assert str(refused.value) == f"{run}: has no checkpoint @{choice}; it has {wanted}"
 
 
-def test_a_run_that_was_not_judged_says_so(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", (10,), [])
-    with pytest.raises(UserError, match="it has @10, and was not evaluated as it ran"):
-        find(f"{run}@best-fid")
-
-
-def test_a_folder_that_is_no_run_is_told(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such run folder"):
-        find(f"{tmp_path}/none@best-fid")
-    with pytest.raises(UserError, match="not a run folder"):
-        find(str(tmp_path))
-    with pytest.raises(UserError, match="no checkpoint yet"):
-        find(str(make_run(tmp_path / "new", (), [])))
+@pytest.mark.parametrize(
+    ("place", "told"),
+    [
+        ("none@best-fid", "none: no such run folder; name one that"),
+        ("", r"not a run folder \(it has no recipe\.yaml\); name one that"),
+        ("new", "new: the run has no checkpoint yet"),
+        ("plain@best-fid", "it has @10, and was not evaluated as it ran"),
+    ],
+)
+def test_what_is_no_run_or_has_nothing_yet_is_told(tmp_path: Path, place: str, told: str) -> None:
+    make_run(tmp_path / "new", (), [])
+    make_run(tmp_path / "plain", (10,), [])
+    with pytest.raises(UserError, match=told):
+        find(f"{tmp_path}/{place}")

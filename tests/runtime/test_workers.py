@@ -45,16 +45,26 @@ if __name__ == "__main__":
         print(f"fewstep: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
 """
-Start = Callable[[str], subprocess.Popen]
+IN_PLACE_OF_TORCH = """
+Tensor = device = object
+set_num_threads = id
+"""
+Start = Callable[..., subprocess.Popen]
 
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """Starts two workers on a task; they lead a group of processes of their own."""
+    """Starts two workers on a task; they lead a group of processes of their own.
+
+    Most of their time goes into the import of torch, which they do nothing with: without `torch` another is in its
+    place.
+    """
     started: list[subprocess.Popen] = []
 
-    def run(task: str = "work") -> subprocess.Popen:
+    def run(task: str = "work", torch: bool = True) -> subprocess.Popen:
         (tmp_path / "script.py").write_text(SCRIPT)
+        if not torch:
+            (tmp_path / "torch.py").write_text(IN_PLACE_OF_TORCH)  # a script's folder is where modules are found first
         command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path), task]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         started.append(subprocess.Popen(command, start_new_session=True, **pipes))
@@ -83,32 +93,32 @@ def is_free(folder: Path) -> bool:
         return False
 
 
-def kill_group(process: subprocess.Popen, number: int) -> None:
-    os.killpg(process.pid, number)
+SIGNALS = [
+    (send, number, torch)
+    for send in (os.kill, os.killpg)
+    for number in (signal.SIGTERM, signal.SIGINT)
+    for torch in (True, False)
+]
 
 
 @pytest.mark.parametrize(
-    ("send", "number"),
-    [
-        (subprocess.Popen.send_signal, signal.SIGTERM),
-        pytest.param(kill_group, signal.SIGTERM, marks=pytest.mark.slow),
-        pytest.param(subprocess.Popen.send_signal, signal.SIGINT, marks=pytest.mark.slow),
-        pytest.param(kill_group, signal.SIGINT, marks=pytest.mark.slow),
-    ],
+    ("send", "number", "torch"),
+    [pytest.param(*each, marks=pytest.mark.slow if each[2] else ()) for each in SIGNALS],
 )
 def test_a_signal_ends_the_workers_behind_a_checkpoint_in_one_line(
-    start: Start, tmp_path: Path, send: Callable, number: int
+    start: Start, tmp_path: Path, send: Callable[[int, int], None], number: int, torch: bool
 ) -> None:
-    process = start("work")
+    process = start(torch=torch)
     wait_for(lambda: all((tmp_path / name / "begun").exists() for name in "ab"))
-    send(process, number)
+    send(process.pid, number)
     _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (130, "fewstep: stopped; continue with --resume\n")
     assert all((tmp_path / name / "checkpoint").exists() and is_free(tmp_path / name) for name in "ab")
 
 
-def test_workers_of_a_killed_process_end_behind_a_checkpoint(start: Start, tmp_path: Path) -> None:
-    process = start("work")
+@pytest.mark.parametrize("torch", [pytest.param(True, marks=pytest.mark.slow), False])
+def test_workers_of_a_killed_process_end_behind_a_checkpoint(start: Start, tmp_path: Path, torch: bool) -> None:
+    process = start(torch=torch)
     wait_for(lambda: all((tmp_path / name / "begun").exists() for name in "ab"))
     process.kill()
     process.wait()
@@ -121,9 +131,9 @@ def test_workers_of_a_killed_process_end_behind_a_checkpoint(start: Start, tmp_p
 @pytest.mark.slow
 @pytest.mark.parametrize("seconds", [0.0, 0.02, 0.1, 0.5, 1.5])
 def test_ctrl_c_while_workers_import_is_one_line(start: Start, seconds: float) -> None:
-    process = start("work")
+    process = start()
     time.sleep(seconds)
-    kill_group(process, signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (130, "fewstep: stopped; continue with --resume\n")
 

@@ -220,8 +220,7 @@ def judged(
     sums: list[float] = []
 
     def make_evaluation(*args: object) -> object:
-        def evaluate(method: Method) -> dict[str, float]:
-            step = method.critic_optimizer.schedule.last_epoch
+        def evaluate(method: Method, step: int) -> dict[str, float]:
             with method.averaged_model() as model:
                 sums.append(sum(p.double().sum().item() for p in model.denoiser.parameters()))
             return {"fid": SCORES[step], "recall": step / 12}

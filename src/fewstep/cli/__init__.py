@@ -1,5 +1,6 @@
 """The command line: each verb takes its class of options and imports what does the work when it is called."""
 
+import errno
 import inspect
 import sys
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from typing import Any, get_type_hints
 import typer
 
 from fewstep.commands import options
-from fewstep.errors import UserError
+from fewstep.errors import UserError, brief
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -26,11 +27,17 @@ def main() -> None:
     """Runs the command line; what a user can mend is one line on standard error, without a traceback."""
     try:
         app()
-    except UserError as error:
-        print(f"fewstep: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    except (UserError, OSError) as error:
+        print(f"fewstep: {error if isinstance(error, UserError) else _of_a_file(error)}", file=sys.stderr)
+        sys.exit(getattr(error, "exit_code", UserError.exit_code))
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _of_a_file(error: OSError) -> str:
+    """The file, where the error names it, and what the system said."""
+    what = "written" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS) else "read or written"
+    return f"{error.filename or 'a file'}: can't be {what} ({error.strerror or brief(error)})"
 
 
 def verb(group: typer.Typer, example: str) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:

@@ -57,7 +57,7 @@ def _row(judge: Judge, name: str, step: str, model: ImageModel, sampler: Sampler
         raise UserError(f"--sampler: {name} has no null class to guide with; leave out the @ and its scale")
     num, speed = given.num_samples, images_per_second(model, sampler)
     with progress_bar(f"{name} {describe(sampler)}", num) as show:
-        asked = (range(num), given.seed, judge.asked)
+        asked = (range(num), given.seed, judge.prompts or None)
         images = generate_batches(model, sampler, *asked, report=lambda done: show(done, {}), name=f"{name}{step}")
         return judge.row(name, sampler, images, num, speed)
 
@@ -67,9 +67,8 @@ def _check_alike(runs: Sequence[str], models: Sequence[ImageModel]) -> None:
     made = [(*model.shape, model.num_classes if model.kind == "label" else model.kind) for model in models]
     for run, other in zip(runs, made, strict=True):
         if other != made[0]:
-            raise UserError(
-                f"{run}: channels, height, width and classes are {other}, those of {runs[0]} {made[0]}; judge it apart"
-            )
+            what = f"channels, height, width and classes are {other}, those of {runs[0]} {made[0]}"
+            raise UserError(f"{run}: {what}; judge it apart")
 
 
 def publish(rows: list[Row], curves: dict[str, list[dict[str, float]]], out: Path, title: str, judge: Judge) -> None:
@@ -77,26 +76,24 @@ def publish(rows: list[Row], curves: dict[str, list[dict[str, float]]], out: Pat
     out.mkdir(parents=True, exist_ok=True)
     report.write_json(rows, out / "results.json")
     text = bool(judge.prompts)
-    notes = (
-        f"FID, KID, precision and recall are in the features of {judge.extractor.name}; they don't compare with those "
-        "in others. The row of the real images is the noise floor: one half of them against the other; halves are "
-        "smaller than the whole set that the models are compared with, so a model can come out below it. "
-        + (PROMPT_NOTES if text else CLASS_NOTES)
-        + "nfe: network calls per image; guidance (@) takes two. Below a value stands its 95 % interval, of shares "
-        "Wilson's, of FID a jackknife's over the generated images."
-        + (f" Prompts of the grids, row by row: {'; '.join(judge.prompts[:GRID_IMAGES])}." if text else "")
-    )
-    summary = (
-        f"Every model starts from the same noise and the same {'prompts' if text else 'classes'}; green is the best "
-        "of a column."
-    )
+    notes = NOTES.format(features=judge.extractor.name, checked=PROMPT_NOTES if text else CLASS_NOTES)
+    notes += f" Prompts of the grids, row by row: {'; '.join(judge.prompts[:GRID_IMAGES])}." if text else ""
+    asked = "prompts" if text else "classes"
+    summary = f"Every model starts from the same noise and the same {asked}; green is the best of a column."
     report.write_page(rows, curves, out / "report.html", title, summary, notes)
     Console().print(report.text_table(rows))
     Console().print(f"page: {out / 'report.html'}  numbers: {out / 'results.json'}", highlight=False, soft_wrap=True)
 
 
-CLASS_NOTES = "Its accuracy is the classifier's on images that it was not trained on. "
+NOTES = (
+    "FID, KID, precision and recall are in the features of {features}; they don't compare with those in others. The "
+    "row of the real images is the noise floor: one half of them against the other; halves are smaller than the whole "
+    "set that the models are compared with, so a model can come out below it. {checked} nfe: network calls per image; "
+    "guidance (@) takes two. Below a value stands its 95 % interval, of shares Wilson's, of FID a jackknife's over the "
+    "generated images."
+)
+CLASS_NOTES = "Its accuracy is the classifier's on images that it was not trained on."
 PROMPT_NOTES = (
     "Prompt accuracy: the share of pictures in which a program reads back everything that the prompt says, for prompts "
-    "of one object and of two objects. Diversity: mean feature distance between two pictures of one prompt. "
+    "of one object and of two objects. Diversity: mean feature distance between two pictures of one prompt."
 )

@@ -25,14 +25,15 @@ def make_evaluation(
     num = recipe.evaluation.num_samples
     judge = make_judge(recipe.data, model, recipe.evaluation.features, run.parent, num, MAX_REAL)
 
-    def scores(method: Method, ema: str | None) -> dict[str, float]:
-        with method.averaged_model(ema) as averaged:
-            sampler = default_sampler(averaged)
-            images = generate_batches(averaged, sampler, range(num), asked=judge.asked, name=run.name)
-            row, prefix = judge.row(run.name, sampler, images, num, intervals=False), f"ema{ema}_" if ema else ""
-        return {f"{prefix}{name}": value for name, value in row.values.items()}
-
-    def evaluate(method: Method) -> dict[str, float]:
-        return {name: value for ema in (None, *method.other_emas) for name, value in scores(method, ema).items()}
+    def evaluate(method: Method, step: int) -> dict[str, float]:
+        scores: dict[str, float] = {}
+        for ema in (None, *method.other_emas):
+            title, prefix = f"{run.name}{f' ema{ema}' if ema else ''}, step {step}", f"ema{ema}_" if ema else ""
+            with method.averaged_model(ema) as averaged:
+                sampler = default_sampler(averaged)
+                images = generate_batches(averaged, sampler, range(num), asked=judge.prompts or None, name=title)
+                row = judge.row(title, sampler, images, num, intervals=False)
+            scores |= {f"{prefix}{name}": value for name, value in row.values.items()}
+        return scores
 
     return evaluate

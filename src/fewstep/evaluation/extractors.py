@@ -51,11 +51,9 @@ class TorchScriptExtractor:
         self.path, self.name = path, path.stem
         required = [argument.name for argument in arguments if not argument.has_default_value()]
         self.options = {RETURN_FEATURES: True} if RETURN_FEATURES in [argument.name for argument in arguments] else {}
-        if len([name for name in required if name != RETURN_FEATURES]) != 1:
-            raise UserError(
-                f"{path}: wants {', '.join(required) or 'nothing'}; must be called with images alone, uint8 "
-                "(B, 3, H, W), and give features (B, D) (--features)"
-            )
+        if len({*required} - {RETURN_FEATURES}) != 1:
+            told = f"wants {', '.join(required) or 'nothing'}; must be called with images alone, uint8 (B, 3, H, W)"
+            raise UserError(f"{path}: {told}, and give features (B, D) (--features)")
 
     @property
     def identity(self) -> str:
@@ -66,9 +64,8 @@ class TorchScriptExtractor:
         try:
             found: Tensor = self.network(images.to(self.device).expand(-1, 3, -1, -1), **self.options).flatten(1)
         except (RuntimeError, AttributeError) as error:
-            raise UserError(
-                f"{self.path}: must take uint8 images {shape} and give features (B, D) (--features)"
-            ) from error
+            told = f"must take uint8 images {shape} and give features (B, D) (--features)"
+            raise UserError(f"{self.path}: {told}") from error
         if found.shape[1] > 1 and (found >= 0).all() and ((found.sum(1) - 1).abs() < 1e-3).all():
             raise UserError(
                 f"{self.path}: gives class probabilities, {found.shape[1]} numbers that sum to 1; a FID is of "
@@ -94,10 +91,8 @@ class AutoencoderExtractor:
         pixels = to_pixels(images.to(self.autoencoder.device)).to(self.autoencoder.dtype)
         means: Tensor = self.autoencoder.encode(pixels).latent_dist.mode()
         if means[0].numel() > self.MAX_FEATURES:
-            raise UserError(
-                f"--features: the autoencoder's {means[0].numel():,} numbers per image are too many for a FID; give a "
-                "TorchScript file"
-            )
+            what = f"the autoencoder's {means[0].numel():,} numbers per image are too many for a FID"
+            raise UserError(f"--features: {what}; give a TorchScript file")
         return means.flatten(1)
 
 
@@ -112,10 +107,9 @@ class Classifier(nn.Module):
         super().__init__()
         self.channels, self.num_classes = channels, num_classes
         self.register_buffer("held_out_accuracy", torch.tensor(0.0, dtype=torch.float64))
-        widths = (32, 64, 64)
         layers: list[nn.Module] = []
-        for index, width in enumerate(widths):
-            conv = nn.Conv2d(channels, width, 3, padding=1, stride=1 + (index > 0))
+        for stride, width in ((1, 32), (2, 64), (2, 64)):
+            conv = nn.Conv2d(channels, width, 3, padding=1, stride=stride)
             layers += [conv, nn.BatchNorm2d(width), nn.SiLU()]
             channels = width
         self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -166,10 +160,8 @@ def train_classifier(
         optimizer.zero_grad()
         report(step + 1, {})
     network.eval()
-    hits = 0
-    for part in held_out.split(500):
-        batch = images.batch(part)
-        hits += int((network(batch["image"]).argmax(1) == batch["label"]).sum())
+    held = (images.batch(part) for part in held_out.split(500))
+    hits = sum(int((network(batch["image"]).argmax(1) == batch["label"]).sum()) for batch in held)
     network.held_out_accuracy.fill_(hits / len(held_out))
     return network
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,14 @@ from fewstep.embedded import shape_checker, shapes
 from fewstep.embedded.sources import open_captioned_images, open_images
 from fewstep.errors import UserError
 from fewstep.evaluation import reference
-from fewstep.evaluation.extractors import (
-    AutoencoderExtractor,
-    Extractor,
-    TorchScriptExtractor,
-    open_classifier,
-)
+from fewstep.evaluation.extractors import AutoencoderExtractor, Extractor, TorchScriptExtractor, open_classifier
 from fewstep.evaluation.gathering import GRID_IMAGES, Check, Gathered, gather
 from fewstep.evaluation.metrics import measure
 from fewstep.evaluation.reference import evaluation_prompts
-from fewstep.evaluation.report import Row, sample_grid
+from fewstep.evaluation.report import Row
 from fewstep.models.image_model import ImageModel
 from fewstep.models.sampler import Sampler
+from fewstep.pictures import grid, png_bytes
 
 MAX_REAL = 50_000  # precision and recall compare all pairs
 MIN_CAPTIONED = 10  # images, for halves with the neighbours that precision looks at
@@ -47,29 +44,18 @@ class Judge:
     prompts: Sequence[str] = ()
     """Of text-to-image models: what images number 0, 1, 2, ... are drawn for, in turn."""
 
-    @property
-    def asked(self) -> Sequence[str] | None:
-        """The prompts as `generate_batches` takes them; None where all classes are drawn in turn."""
-        return self.prompts or None
-
     def row(
-        self,
-        name: str,
-        sampler: Sampler,
-        batches: Iterable[Tensor],
-        num: int,
-        per_second: float | None = None,
-        intervals: bool = True,
+        self, name: str, sampler: Sampler, batches: Iterable[Tensor], num: int, speed: float = 0, intervals: bool = True
     ) -> Row:
         """The line of the table for `num` generated uint8 images in batches (B, C, H, W), number 0 .. num-1 of a seed.
 
-        `intervals` take ten more FIDs.
+        `speed` is in images per second, 0 if it was not measured; `intervals` take ten more FIDs.
         """
-        groups = NUM_GROUPS if intervals else 1
-        fake = gather(batches, self.extractor, num, name, groups, self.check, self.prompts)
+        num_groups = NUM_GROUPS if intervals else 1
+        fake = gather(batches, self.extractor, num, name, num_groups, self.check, self.prompts)
         values, found = measure(self.real, fake, self.needs, intervals)
-        speed = {} if per_second is None else {"images_per_second": per_second}
-        return Row(name, describe(sampler), sampler.nfe, values | speed, found, *kept_of(fake))
+        values |= {"images_per_second": speed} if speed else {}
+        return Row(name, describe(sampler), sampler.nfe, values, found, *kept_of(fake))
 
 
 def describe(sampler: Sampler) -> str:
@@ -81,10 +67,10 @@ def describe(sampler: Sampler) -> str:
 def kept_of(images: Gathered) -> tuple[dict[str, dict[str, float]], bytes]:
     """What a row has beside its numbers: the attributes of scenes that are right, and a grid."""
     attributes: dict[str, dict[str, float]] = {}
-    for kind in SCENES.values():
-        told = {name: images.shares.get(f"{kind}.{name}") for name in shape_checker.ATTRIBUTES}
-        attributes |= {kind: {name: share.value for name, share in told.items() if share}} if any(told.values()) else {}
-    return attributes, sample_grid(images.pictures)
+    for kind, name in product(SCENES.values(), shape_checker.ATTRIBUTES):
+        if share := images.shares.get(f"{kind}.{name}"):
+            attributes.setdefault(kind, {})[name] = share.value
+    return attributes, png_bytes(grid(images.pictures, columns=10))
 
 
 def floor_row(real: Gathered, needs: frozenset[str], seed: int = 0) -> Row:

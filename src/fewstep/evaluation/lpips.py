@@ -1,11 +1,10 @@
 """LPIPS, the perceptual distance of two pictures (arXiv 1801.03924), from a TorchScript file or the `lpips` package."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import interpolate
 
 from fewstep.errors import UserError
@@ -20,7 +19,7 @@ def load_lpips(source: str, size: int | None, device: torch.device, channels: in
 
     Raises UserError if there is no such file or package, or if it does not take pictures of that size.
     """
-    network = (_from_package() if source == PACKAGE else _from_file(Path(source))).eval().to(device)
+    network = _network(source).eval().to(device)
     for parameter in network.parameters():  # a ScriptModule has no requires_grad_
         parameter.requires_grad_(False)
 
@@ -34,21 +33,16 @@ def load_lpips(source: str, size: int | None, device: torch.device, channels: in
     return distance
 
 
-def _from_file(path: Path) -> nn.Module:
+def _network(source: str) -> Any:
     try:
-        network: nn.Module = torch.jit.load(str(path), map_location="cpu")
-        return network
-    except (RuntimeError, ValueError, OSError) as error:
-        raise UserError(f"regression.lpips: {path}: not a readable TorchScript file, nor `{PACKAGE}`") from error
-
-
-def _from_package() -> Any:
-    try:
+        if source != PACKAGE:
+            return torch.jit.load(source, map_location="cpu")
         import lpips
     except ImportError as error:
-        raise UserError(
-            "regression.lpips: the package lpips is not installed (pip install lpips); or name a TorchScript file"
-        ) from error
+        what = "the package lpips is not installed (pip install lpips); or name a TorchScript file"
+        raise UserError(f"regression.lpips: {what}") from error
+    except (RuntimeError, ValueError, OSError) as error:
+        raise UserError(f"regression.lpips: {source}: not a readable TorchScript file, nor `{PACKAGE}`") from error
     return lpips.LPIPS(net="vgg", verbose=False)
 
 
@@ -58,10 +52,8 @@ def _check(distance: Distance, source: str, pixels: Tensor) -> None:
         with torch.no_grad():
             found = distance(pixels, pixels)
     except RuntimeError as error:
-        size = f"{pixels.shape[-1]} pixels"
-        raise UserError(
-            f"regression.lpips: {source}: does not take two batches of pictures of {size}; set regression.lpips_size, "
-            "to 224 say, for small pictures"
-        ) from error
+        what = f"does not take two batches of pictures of {pixels.shape[-1]} pixels"
+        advice = "set regression.lpips_size, to 224 say, for small pictures"
+        raise UserError(f"regression.lpips: {source}: {what}; {advice}") from error
     if found.shape != pixels.shape[:1]:
         raise UserError(f"regression.lpips: {source}: must give one number per picture, not {tuple(found.shape)}")

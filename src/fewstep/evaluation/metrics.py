@@ -120,9 +120,8 @@ def recall(real: Gathered, fake: Gathered) -> Share:
 def inside(points: Tensor, manifold: Tensor, chunk: int = 1000) -> Share:
     """How many of points (N, D) lie in the manifold of points (M, D); `chunk` bounds the distances held."""
     points, manifold = points.double(), manifold.double()
-    radii = torch.cat(
-        [torch.cdist(part, manifold).kthvalue(NEIGHBOURS + 1, dim=1).values for part in manifold.split(chunk)]
-    )
+    distances = (torch.cdist(part, manifold) for part in manifold.split(chunk))
+    radii = torch.cat([each.kthvalue(NEIGHBOURS + 1, dim=1).values for each in distances])
     hits = [(torch.cdist(part, manifold) <= radii).any(dim=1) for part in points.split(chunk)]
     return Share(int(torch.cat(hits).sum()), len(points))
 

@@ -18,6 +18,7 @@ from fewstep.data.settings import DataSettings
 from fewstep.embedded import shapes
 from fewstep.evaluation.gathering import Gathered, Share, Sums
 from fewstep.files import written_whole
+from fewstep.networks.fingerprint import fingerprint
 from fewstep.seeding import generator
 
 FETCH = 32  # images at once
@@ -48,9 +49,7 @@ def _load(path: Path) -> Gathered:
 
 def place(folder: Path, kind: str, data: DataSettings, *facts: object) -> Path:
     """Where something is kept that follows from a data source and from further facts, by their repr."""
-    digest = hashlib.blake2b(
-        repr((data, *facts)).encode(), digest_size=8
-    ).hexdigest()  # two folders may be called train
+    digest = fingerprint([], data, *facts)  # two folders may be called train
     return folder / f"{kind}-{Path(str(data.source)).stem}-{digest}.safetensors"
 
 

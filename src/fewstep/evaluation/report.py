@@ -12,12 +12,10 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
-from torch import Tensor
 
 from fewstep.evaluation.metrics import Interval
 from fewstep.files import write_text
 from fewstep.metric_table import METRICS, lower_is_better
-from fewstep.pictures import grid, png_bytes
 
 CURVES_TITLE = "one panel per metric, one line per run; x is the step"
 CURVES = {
@@ -82,8 +80,7 @@ def text_table(rows: list[Row]) -> Table:
 
 def write_json(rows: list[Row], path: Path) -> None:
     """results.json: a list of rows, without what no row has; whole or not at all."""
-    names = columns(rows)
-    lines = [{name: row.cells.get(name) for name in names} for row in rows]
+    lines = [{name: row.cells.get(name) for name in columns(rows)} for row in rows]
     for beside in ("attributes", "intervals"):
         if any(getattr(row, beside) for row in rows):
             lines = [line | {beside: getattr(row, beside) or None} for line, row in zip(lines, rows, strict=True)]
@@ -105,11 +102,6 @@ def write_page(
         curves=f"<h2>Training</h2>\n{_figure(CURVES_TITLE, _curve_picture(curves))}" if curves else "",
     )
     write_text(path, page)
-
-
-def sample_grid(images: Tensor, columns: int = 10) -> bytes:
-    """uint8 images (N, C, H, W) as one PNG."""
-    return png_bytes(grid(images, columns))
 
 
 def _html_table(rows: list[Row], names: list[str]) -> str:

@@ -131,16 +131,12 @@ def load_state(checkpoint: Path, lazy: bool = False) -> dict[str, Any]:
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=lazy))
     except Exception as error:  # a truncated file shows itself as almost any error
-        raise UserError(
-            f"{path}: the checkpoint can't be read; remove {checkpoint} to fall back on the one before it"
-        ) from error
+        advice = f"remove {checkpoint} to fall back on the one before it"
+        raise UserError(f"{path}: the checkpoint can't be read; {advice}") from error
 
 
 def check_run(run: Path) -> None:
     """Raises UserError unless `run` is a run folder."""
-    if not run.is_dir():
-        raise UserError(f"{run}: no such run folder; name one that `fewstep teach` or `fewstep distill` wrote")
     if not (run / RECIPE).is_file():
-        raise UserError(
-            f"{run}: not a run folder (it has no {RECIPE}); name one that `fewstep teach` or `distill` wrote"
-        )
+        what = f"not a run folder (it has no {RECIPE})" if run.is_dir() else "no such run folder"
+        raise UserError(f"{run}: {what}; name one that `fewstep teach` or `fewstep distill` wrote")

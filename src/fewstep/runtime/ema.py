@@ -8,11 +8,6 @@ import torch
 from torch import Tensor, nn
 
 
-def trainable_state(module: nn.Module) -> dict[str, Tensor]:
-    """What is trained, by name, detached: what averages, checkpoints and exports are made of."""
-    return {name: parameter.detach() for name, parameter in module.named_parameters() if parameter.requires_grad}
-
-
 class EMA:
     """average <- d average + (1 - d) parameter, with d = min(decay, (1 + n) / (10 + n)) at update n, for every decay.
 

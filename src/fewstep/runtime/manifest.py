@@ -17,14 +17,11 @@ def write_manifest(folder: Path, siblings: Iterable[Path] = ()) -> None:
             for name, entry in _read(sibling).items():
                 if (sibling / name).is_file():
                     known[_identity(sibling / name)] = entry["sha256"]
-    entries = {
-        path.relative_to(folder).as_posix(): {
-            "size": path.stat().st_size,
-            "sha256": known.get(_identity(path)) or digest(path),
-        }
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
-    }
+    entries = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != MANIFEST:
+            sha256 = known.get(_identity(path)) or digest(path)
+            entries[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": sha256}
     (folder / MANIFEST).write_text(json.dumps(entries, indent=1) + "\n")
 
 

@@ -42,9 +42,8 @@ class Found:
         """Raises UserError unless these parts of the checkpoint, by default the model, are what was written."""
         for _, what in faults(self.checkpoint, parts or (self.folder.name,), digests):
             others = ", ".join(f"{self.run}@{step}" for step in checkpoint_steps(self.run) if step != self.step)
-            raise UserError(
-                f"{self.checkpoint}: {what}; {f'take {others}' if others else 'there is no other checkpoint'}"
-            )
+            advice = f"take {others}" if others else "there is no other checkpoint"
+            raise UserError(f"{self.checkpoint}: {what}; {advice}")
 
 
 def best_steps(evaluations: Iterable[dict[str, float]]) -> dict[str, int]:
@@ -91,9 +90,8 @@ def find(text: str | Path, ema: str | None = None) -> Found:
     found = Found(run, choices[choice] if choice else steps[-1], ema or (judged[1] if judged else None))
     if found not in found.averages:
         there = ", ".join(str(each.ema) for each in found.averages[1:]) or "none"
-        raise UserError(
-            f"{found.checkpoint}: has no average {found.ema!r} beside its first, which needs no name; it has {there}"
-        )
+        what = f"has no average {found.ema!r} beside its first, which needs no name"
+        raise UserError(f"{found.checkpoint}: {what}; it has {there}")
     found.check(digests=False)
     return found
 

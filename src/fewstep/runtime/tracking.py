@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from fewstep.errors import UserError
@@ -78,10 +78,8 @@ class Metrics:
 
     def write(self, step: int) -> dict[str, float]:
         """Appends one line with the means, and those counts that are not zero."""
-        sums = [
-            total.float() if is_count(name) else total.float() / self.counts[name] for name, total in self.sums.items()
-        ]
-        values = dict(zip(self.sums, torch.stack(sums).tolist(), strict=True)) if sums else {}
+        means = [sums.float() / (1 if is_count(name) else self.counts[name]) for name, sums in self.sums.items()]
+        values = dict(zip(self.sums, torch.stack(means).tolist(), strict=True)) if means else {}
         self.sums, self.counts = {}, {}
         line = {name: value for name, value in values.items() if math.isfinite(value) and (value or not is_count(name))}
         write_line(self.path, step, line)
@@ -98,12 +96,8 @@ class Metrics:
 def progress_columns() -> Progress:
     """The progress display of every long job, on standard error; plain pipes get nothing."""
     return Progress(
-        TextColumn("{task.description:<16}"),
-        BarColumn(bar_width=12),
-        MofNCompleteColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        *(TextColumn("{task.description:<16}"), BarColumn(bar_width=12), MofNCompleteColumn()),
+        *(TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}")),
         console=Console(stderr=True, quiet=not sys.stderr.isatty()),  # else rich < 15 ends a disabled bar by a newline
         disable=not sys.stderr.isatty(),
     )
@@ -114,6 +108,12 @@ def first_metric(metrics: dict[str, float]) -> str:
     return next((f"{name} {value:.3g}" for name, value in metrics.items()), "")
 
 
+def advance(progress: Progress, task: TaskID, done: int, note: str) -> None:
+    """An empty note leaves the one that stands there."""
+    fields: dict[str, Any] = {"note": note} if note else {}
+    progress.update(task, completed=done, **fields)
+
+
 @contextmanager
 def progress_bar(title: str, total: int, report: Report | None = None) -> Iterator[Report]:
     """One progress bar with the time left and the first metric; or, instead of it, what `report` does."""
@@ -122,13 +122,7 @@ def progress_bar(title: str, total: int, report: Report | None = None) -> Iterat
         return
     with progress_columns() as progress:
         task = progress.add_task(title, total=total, note="")
-
-        def show(step: int, metrics: dict[str, float]) -> None:
-            progress.update(task, completed=step)
-            if metrics:
-                progress.update(task, note=first_metric(metrics))
-
-        yield show
+        yield lambda step, metrics: advance(progress, task, step, first_metric(metrics))
 
 
 @contextmanager

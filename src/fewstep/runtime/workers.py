@@ -5,7 +5,6 @@ import os
 import queue
 import signal
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fewstep.errors import Interrupted, UserError
-from fewstep.runtime.tracking import first_metric, progress_columns, stop_request
+from fewstep.runtime.tracking import advance, first_metric, progress_columns, stop_request
 
 NUM_PROCESSES = 2
 _messages: Any = None  # in a worker: the queue on which it reports
@@ -66,10 +65,10 @@ class TaskRunner:
         """Shows what the workers report until every task has ended or one has failed."""
         done = [0] * len(tasks)
         with progress_columns() as progress:
-            totals: Counter[str] = Counter()
-            for task in tasks:
-                totals[task.title] += task.total
-            lines = {title: progress.add_task(title, total=total, note="") for title, total in totals.items()}
+            lines = {}
+            for title in dict.fromkeys(task.title for task in tasks):
+                total = sum(task.total for task in tasks if task.title == title)
+                lines[title] = progress.add_task(title, total=total, note="")
             while not all(future.done() for future in futures):
                 for future in futures:
                     if future.done():
@@ -78,7 +77,7 @@ class TaskRunner:
                     index, done[index], note = self.messages.get(timeout=0.2)
                     title = tasks[index].title
                     count = sum(number for number, task in zip(done, tasks, strict=True) if task.title == title)
-                    progress.update(lines[title], completed=count, **({"note": note} if note else {}))
+                    advance(progress, lines[title], count, note)
 
 
 @contextmanager

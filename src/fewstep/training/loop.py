@@ -29,8 +29,8 @@ from fewstep.training.method import Method
 from fewstep.training.settings import LoopSettings
 
 GRID_COLUMNS = 10
-Evaluate = Callable[[Method], dict[str, float]]
-"""Judges the averaged weights of a method: numbers by name; a function of the weights alone."""
+Evaluate = Callable[[Method, int], dict[str, float]]
+"""Judges the averaged weights of a method: numbers by name, a function of the weights alone; the step is for errors."""
 
 
 def train(
@@ -65,7 +65,7 @@ def train(
             shown = metrics.write(done) if logged else {}
             if evaluate is not None and judged:
                 # Before the checkpoint: a kill in between makes it judge again, and no step is kept without its scores.
-                scores = evaluate(method)
+                scores = evaluate(method, done)
                 write_line(run / EVALUATIONS, done, scores)
                 shown = scores | shown
             stopped = stop_requested()  # asked once, so that what is saved and what is told agree
