@@ -111,7 +111,7 @@ def test_the_real_inception_gives_features() -> None:
 
 @pytest.fixture(scope="module")
 def trained() -> Classifier:
-    return train_classifier(digits(), channels=1, num_classes=10)
+    return train_classifier(digits(), channels=1, num_classes=10, num_steps=250)  # of 600
 
 
 def test_the_classifier_recognises_digits_that_are_new_to_it(trained: Classifier) -> None:
