@@ -7,6 +7,7 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from fewstep.data.images import ImageSet, load_captioned, load_images
@@ -28,6 +29,27 @@ def encoded(picture: Image.Image) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def picture(index: int, width: int, height: int) -> Image.Image:
+    """An RGB picture whose pixels are a function of `index`."""
+    return Image.fromarray(np.random.default_rng(index).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def write_files(folder: Path, contents: Mapping[str, bytes]) -> Path:
+    for name, content in contents.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def write_captioned(
+    folder: Path, pictures: Sequence[Image.Image], captions: Sequence[str], column: str = "text"
+) -> Path:
+    """0.png, 1.png, ..., and their captions in metadata.csv; `text,score` makes two columns of `a cat,5`."""
+    rows = "".join(f"{index}.png,{caption}\n" for index, caption in enumerate(captions))
+    images = {f"{index}.png": encoded(picture) for index, picture in enumerate(pictures)}
+    return write_files(folder, images | {"metadata.csv": f"file_name,{column}\n{rows}".encode()})
 
 
 def write_tar(path: Path, members: Mapping[str, bytes]) -> Path:

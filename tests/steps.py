@@ -4,6 +4,7 @@ import os
 import signal
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -46,3 +47,20 @@ def quiet(step: int, metrics: dict[str, float]) -> None:
 def interrupt_at(stop: int) -> Callable[[int, dict[str, float]], None]:
     """A report that presses Ctrl-C behind this step."""
     return lambda step, metrics: os.kill(os.getpid(), signal.SIGINT) if step == stop else None
+
+
+def dying(after: int, error: BaseException) -> Callable[..., None]:
+    """Raises the error at its call number `after`."""
+    calls = iter(range(after))
+
+    def tick(*arguments: object) -> None:
+        if next(calls, None) is None:
+            raise error
+
+    return tick
+
+
+def spy(patch: pytest.MonkeyPatch, owner: object, name: str, note: Callable[..., object]) -> None:
+    """Has `note` called with what a function is called with, before it."""
+    original = getattr(owner, name)
+    patch.setattr(owner, name, lambda *given, **named: (note(*given, **named), original(*given, **named))[1])

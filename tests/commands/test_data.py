@@ -1,6 +1,5 @@
 """Latents, prompts and kept embeddings through the command line, on tiny pipelines."""
 
-import csv
 import json
 import shutil
 from collections import namedtuple
@@ -9,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from command_line import Run, refused
@@ -26,6 +24,8 @@ from fewstep.runtime.runs import find
 from fewstep.seeding import generator
 from fewstep.training.batches import open_texts
 from fewstep.training.dmd2 import DMD2, Fakes
+from image_sets import picture, write_captioned
+from steps import dying, spy
 from tiny_pipelines import TINY
 
 RECIPE = """
@@ -43,21 +43,17 @@ NO_GAN = "--set gan.student_weight=0 --set gan.critic_weight=0"
 LATENTS = "fewstep data latents --model teacher --source pictures --out"
 
 
-def pixels(index: int) -> np.ndarray:
-    return np.random.default_rng(index).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+def pixels(index: int) -> torch.Tensor:
+    """uint8 (3, 16, 16) of the picture."""
+    return torch.from_numpy(np.array(picture(index, 16, 16))).permute(2, 0, 1)
 
 
 @pytest.fixture(scope="module", params=TINY)
 def workshop(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(request.param)
     TINY[request.param](folder / "scratch").save_pretrained(folder / "teacher")
-    (folder / "pictures").mkdir()
-    with (folder / "pictures" / "metadata.csv").open("w") as file:
-        rows = csv.writer(file)
-        rows.writerow(["file_name", "text"])
-        for index in range(NUM):
-            Image.fromarray(pixels(index)).save(folder / "pictures" / f"{index}.png")
-            rows.writerow([f"{index}.png", f"picture {index}" + " that has a very long caption" * (index == 3)])
+    captions = [f"picture {index}" + " that has a very long caption" * (index == 3) for index in range(NUM)]
+    write_captioned(folder / "pictures", [picture(index, 16, 16) for index in range(NUM)], captions)
     (folder / "recipe.yaml").write_text(RECIPE)
     (folder / "prompts.txt").write_text("".join(f"prompt {index}\n" for index in range(5)))
     return folder
@@ -67,8 +63,7 @@ def workshop(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 def batches(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
     """The batches that training steps get."""
     seen: list[dict] = []
-    step = DMD2.step
-    monkeypatch.setattr(DMD2, "step", lambda self, parts, number: seen.append(parts[0][1]) or step(self, parts, number))
+    spy(monkeypatch, DMD2, "step", lambda self, parts, number: seen.append(parts[0][1]))
     return seen
 
 
@@ -77,30 +72,24 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
 
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_latents_are_samples_of_the_autoencoders_posterior(run: Run, place: Path, batch_size: int) -> None:
-    assert run(f"{LATENTS} latents --seed 3 --batch-size {batch_size}") == (
-        0,
-        "kept 6 of 6 images; dropped: none\n",
-        "",
-    )
+    told = run(f"{LATENTS} latents --seed 3 --batch-size {batch_size}")
+    assert told == (0, "kept 6 of 6 images; dropped: none\n", "")
     model = load(place / "teacher")
     latents = load_latents(place / "latents", model.latent_space)
     vae = model.pipeline.vae
     for index in range(NUM):
-        image = torch.from_numpy(pixels(index)).permute(2, 0, 1)[None] / 127.5 - 1
         with torch.no_grad():
-            sample = vae.encode(image).latent_dist.sample(generator(3, "latent", index))
+            sample = vae.encode(pixels(index)[None] / 127.5 - 1).latent_dist.sample(generator(3, "latent", index))
         batch = latents.batch(torch.tensor([index]))
         torch.testing.assert_close(batch["latent"].float(), sample * vae.config.scaling_factor, rtol=1e-3, atol=1e-4)
         assert batch["caption"][0].startswith(f"picture {index}")
 
 
 def test_what_cannot_be_used_is_counted(run: Run, place: Path) -> None:
+    pictures = [picture(index, 15 if index == 4 else 16, 40) for index in range(NUM)]
+    rows = ["picture 0,6", "picture 1,6", ",6", "picture 3,6", "picture 4,6", "picture 5,1"]
+    write_captioned(place / "pictures", pictures, rows, "text,score")
     (place / "pictures" / "1.png").write_bytes((place / "pictures" / "1.png").read_bytes()[:100])
-    Image.new("RGB", (15, 40)).save(place / "pictures" / "4.png")
-    rows = list(csv.reader((place / "pictures" / "metadata.csv").open()))
-    rows[3][1] = ""
-    with (place / "pictures" / "metadata.csv").open("w") as file:
-        csv.writer(file).writerows([*row, extra] for row, extra in zip(rows, ["score", 6, 6, 6, 6, 6, 1], strict=True))
     code, told, error = run(f"{LATENTS} out --min-side 16 --aesthetic-column score --min-aesthetic 5.5")
     assert (code, error) == (0, "")
     assert told == (
@@ -108,7 +97,7 @@ def test_what_cannot_be_used_is_counted(run: Run, place: Path) -> None:
         "1 not a readable 8-bit image, 1 smaller than 16 pixels\n"
     )
     model = load(place / "teacher")
-    assert [text[:9] for text in load_latents(place / "out", model.latent_space).captions] == ["picture 0", "picture 3"]
+    assert load_latents(place / "out", model.latent_space).captions == ["picture 0", "picture 3"]
     refused(run(f"{LATENTS} none --aesthetic-column score --min-aesthetic 9"), "no image is left", "5 aesthetic score")
     assert not (place / "none").exists()
 
@@ -117,20 +106,13 @@ def test_a_stop_is_told_and_the_same_command_goes_on(run: Run, place: Path, monk
     monkeypatch.setattr(latents_module, "ROWS", 2)
     assert run(f"{LATENTS} whole --batch-size 2")[0] == 0
     with pytest.MonkeyPatch.context() as patch:
-        calls, encode = iter(range(2)), Autoencoder.encode_images
-
-        def interrupted(self: Autoencoder, *arguments: torch.Tensor) -> torch.Tensor:
-            if next(calls, None) is None:
-                raise KeyboardInterrupt
-            return encode(self, *arguments)
-
-        patch.setattr(Autoencoder, "encode_images", interrupted)
+        spy(patch, Autoencoder, "encode_images", dying(2, KeyboardInterrupt()))
         code, _, error = run(f"{LATENTS} parts --batch-size 2")
     assert (code, error) == (130, "fewstep: stopped; the same command goes on with parts\n")
     refused(run("fewstep distill recipe.yaml --out x --set data.source=parts"), "parts", "not all images are encoded")
     refused(run(f"{LATENTS} parts --seed 1"), "seed: 0 -> 1", "another --out")
     whole = (place / "pictures" / "5.png").read_bytes()
-    Image.fromarray(pixels(7)[:15]).save(place / "pictures" / "5.png")
+    picture(7, 16, 15).save(place / "pictures" / "5.png")
     refused(run(f"{LATENTS} parts --batch-size 2"), "latents made otherwise (files: ", "another --out")
     (place / "pictures" / "5.png").write_bytes(whole)
     assert run(f"{LATENTS} parts --batch-size 2")[0] == 0
@@ -175,29 +157,26 @@ def test_latents_are_judged_by_the_very_images_that_they_were_made_of(
     run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another column of captions, one image without one and one too small, as when they were encoded."""
-    names = [line.partition(",")[0] for line in (place / "pictures" / "metadata.csv").read_text().splitlines()[1:]]
-    rows = [f"{name},{f'told {index}' if index < NUM - 1 else ''}" for index, name in enumerate(names)]
-    (place / "pictures" / "metadata.csv").write_text("\n".join(["file_name,words", *rows]))
-    Image.fromarray(pixels(1)[:8]).save(place / "pictures" / "1.png")
+    pictures = [picture(index, 16, 8 if index == 1 else 16) for index in range(NUM)]
+    write_captioned(place / "pictures", pictures, [*(f"told {index}" for index in range(NUM - 1)), ""], "words")
     assert run(f"{LATENTS} latents --caption-column words --min-side 16")[0] == 0
     prompts: list[str] = []
     images = torch.cat([*captioned_batches(open_captioned_images(DataSettings(source="latents"), 16), 100, prompts)])
     assert sorted(prompts) == ["told 0", "told 2", "told 3", "told 4"]
     for prompt, image in zip(prompts, images, strict=True):
-        assert torch.equal(image, torch.from_numpy(pixels(int(prompt[-1]))).permute(2, 0, 1))
+        assert torch.equal(image, pixels(int(prompt[-1])))
 
 
 def test_latents_that_do_not_fit_are_refused(run: Run, place: Path) -> None:
     assert run(f"{LATENTS} latents")[0] == 0
     distill = "fewstep distill recipe.yaml --out x --set data.source=latents"
-    shutil.copytree(place / "teacher", place / "other")
-    config = json.loads((place / "other" / "vae" / "config.json").read_text())
-    (place / "other" / "vae" / "config.json").write_text(json.dumps(config | {"scaling_factor": 0.5}))
-    refused(run(f"{distill} --set teacher=other"), "latents of another autoencoder", "fewstep data latents")
-    shutil.copytree(place / "teacher", place / "large")
-    config = json.loads((place / "large" / "unet" / "config.json").read_text())
-    (place / "large" / "unet" / "config.json").write_text(json.dumps(config | {"sample_size": 16}))
-    refused(run(f"{distill} --set teacher=large"), "latents of another size", "[4, 8, 8]", "[4, 16, 16]")
+    for part, change, told in (
+        ("vae", {"scaling_factor": 0.5}, ["latents of another autoencoder", "fewstep data latents"]),
+        ("unet", {"sample_size": 16}, ["latents of another size", "[4, 8, 8]", "[4, 16, 16]"]),
+    ):
+        config = shutil.copytree(place / "teacher", place / f"other-{part}") / part / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | change))
+        refused(run(f"{distill} --set teacher=other-{part}"), *told)
     shard = place / "latents" / "00000.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1])
     refused(run(distill), "00000.safetensors", "damaged")
@@ -225,23 +204,16 @@ def test_the_student_draws_for_prompts_and_the_critic_sees_captions(run: Run, pl
         prompts = batch_indices(5, 3, step, seed=0, purpose="prompts")
         assert [caption[:9] for caption in batch["caption"]] == [f"picture {index}" for index in images.tolist()]
         assert batch["prompt"] == {"caption": [f"prompt {index}" for index in prompts.tolist()]}
-    assert sorted({text for batch in batches for text in batch["prompt"]["caption"]}) == [
-        f"prompt {i}" for i in range(5)
-    ]
+    drawn = {text for batch in batches for text in batch["prompt"]["caption"]}
+    assert drawn == {f"prompt {index}" for index in range(5)}
 
 
 def test_the_condition_of_fakes_is_that_of_the_prompts(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple] = []
-    update = DMD2.critic_gradients
-
-    def spy(self: DMD2, fakes: Fakes, weight: float):
-        seen.append((fakes.condition["text"], fakes.real_condition["text"]))
-        return update(self, fakes, weight)
-
-    monkeypatch.setattr(DMD2, "critic_gradients", spy)
+    seen: list[Fakes] = []
+    spy(monkeypatch, DMD2, "critic_gradients", lambda self, fakes, weight: seen.append(fakes))
     assert run("fewstep distill recipe.yaml --out x --set prompts.source=prompts.txt")[0] == 0
     model = load(place / "teacher")
-    for step, (fake, real) in enumerate(seen):
+    for step, (fake, real) in enumerate((each.condition["text"], each.real_condition["text"]) for each in seen):
         prompts = batch_indices(5, 3, step, seed=0, purpose="prompts").tolist()
         torch.testing.assert_close(fake, model.text_condition([f"prompt {index}" for index in prompts])["text"])
         assert not torch.equal(fake, real)
@@ -297,34 +269,23 @@ def test_kept_embeddings_are_the_fresh_ones_bit_for_bit(place: Path) -> None:
 
 
 def test_no_text_encoder_runs_in_a_step(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = {"step": 0, "else": 0}
-    where = ["else"]
-    step = DMD2.step
+    calls, in_steps, step = [], [], DMD2.step
 
-    def counted(kind: type) -> None:
-        forward = kind.forward
-
-        def count(self, *arguments, **named):
-            calls[where[0]] += 1
-            return forward(self, *arguments, **named)
-
-        monkeypatch.setattr(kind, "forward", count)
-
-    def marked(self: DMD2, batch: dict, number: int) -> dict:
-        where[0] = "step"
-        metrics = step(self, batch, number)
-        where[0] = "else"
+    def marked(self: DMD2, *given: object) -> dict:
+        before = len(calls)
+        metrics = step(self, *given)
+        in_steps.extend(calls[before:])
         return metrics
 
-    counted(CLIPTextModel)
-    counted(CLIPTextModelWithProjection)
+    for kind in (CLIPTextModel, CLIPTextModelWithProjection):
+        spy(monkeypatch, kind, "forward", lambda *given, **named: calls.append(1))
     monkeypatch.setattr(DMD2, "step", marked)
     guided = "--set guidance_scale=2 --set prompts.source=prompts.txt"
     assert run(f"fewstep distill recipe.yaml --out kept {guided}")[0] == 0
-    assert calls["step"] == 0
-    assert calls["else"] > 0
+    assert calls
+    assert not in_steps
     assert run(f"fewstep distill recipe.yaml --out fresh {guided} --set embeddings.max_gb=0")[0] == 0
-    assert calls["step"] > 0  # the count would show it
+    assert in_steps  # the count would show it
 
 
 def test_cut_captions_are_told_once(run: Run) -> None:

@@ -102,10 +102,8 @@ def test_text_runs_are_judged_together(
     tell: Tell, workplace: Path, num_prompts: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """With four images of every prompt also by their diversity."""
-    prompts = [
-        scene.caption for scene in (*shapes.one_object_scenes()[: num_prompts - 3], *shapes.two_object_scenes(3))
-    ]
-    monkeypatch.setattr(judges, "evaluation_prompts", lambda: prompts)
+    scenes = (*shapes.one_object_scenes()[: num_prompts - 3], *shapes.two_object_scenes(3))
+    monkeypatch.setattr(judges, "evaluation_prompts", lambda: [scene.caption for scene in scenes])
     line = "evaluate runs/teacher runs/student --num-samples 100 --sampler ddim:2 --sampler dpm++:2@1.5 --device cpu"
     assert tell(f"{line} --out {tmp_path}/judged")[0] == 0
     rows = json.loads((tmp_path / "judged" / "results.json").read_text())

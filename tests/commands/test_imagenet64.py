@@ -20,7 +20,7 @@ from command_line import Tell, refused
 from edm_files import small_network, write_checkpoint
 from fewstep.commands.distill import open_batches
 from fewstep.commands.importing import import_edm
-from fewstep.embedded.digits import digits
+from fewstep.embedded.sources import digits
 from fewstep.metric_table import metrics_of
 from fewstep.models.loading.pretrained import load
 from fewstep.models.sampler import Sampler, draw_noise, sample

@@ -8,6 +8,7 @@ from PIL import Image
 
 from command_line import Run, refused
 from fewstep.recipes.loading import load_recipe, read_run_recipe
+from image_sets import encoded, write_captioned, write_files
 
 TWO = "--set num_steps=2 --set batch_size=2"
 OWN = "--set data.source=photos"
@@ -18,10 +19,8 @@ CLASSES = "photos: 6 RGB images, 20x16; 2 classes: 0 cat (3), 1 dog (3)"
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Photos in a folder per class, larger than the digits."""
     folder = tmp_path_factory.mktemp("workshop")
-    for index in range(6):
-        name = f"{'cat' if index % 2 else 'dog'}/{index}.png"
-        (folder / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (20, 16), (40 * index, 90, 200)).save(folder / "photos" / name)
+    photos = [encoded(Image.new("RGB", (20, 16), (40 * index, 90, 200))) for index in range(6)]
+    write_files(folder / "photos", {f"{'cat' if i % 2 else 'dog'}/{i}.png": photo for i, photo in enumerate(photos)})
     return folder
 
 
@@ -65,9 +64,7 @@ def test_what_is_trained_on_other_images_is_no_teacher_of_these(run: Run, line: 
 
 
 def test_an_autoencoder_is_not_smaller_than_its_images_either(run: Run) -> None:
-    Path("large").mkdir()
-    Image.new("RGB", (40, 40)).save("large/a.png")
-    Path("large/metadata.csv").write_text("file_name,text\na.png,a cat\n")
+    write_captioned(Path("large"), [Image.new("RGB", (40, 40))], ["a cat"])
     line = f"fewstep teach shapes-autoencoder --set data.source=large {TWO}"
     refused(run(line), "large: images of 40x40 would be shrunk to 32x32")
     told = run(f"{line} --set model.image_size=32")
@@ -88,12 +85,8 @@ def test_a_teacher_that_is_named_or_trained_on_these_images_distils(run: Run) ->
 def test_what_the_user_gave_is_told_from_what_the_recipe_says(tmp_path: Path) -> None:
     shipped = load_recipe("digits-teacher", ["model.channels=3", "data={source: photos}"])
     assert [shipped.gives(key) for key in ("model.channels", "data.source")] == [True, True]
-    assert [shipped.gives(key) for key in ("model.image_size", "model", "seed", "data.split")] == [
-        False,
-        True,
-        False,
-        False,
-    ]
+    assert shipped.gives("model")
+    assert not any(shipped.gives(key) for key in ("model.image_size", "seed", "data.split"))
     (tmp_path / "own.yaml").write_text("kind: teach\nmodel: {image_size: 16}\nnum_steps: 1\nbatch_size: 1\n")
     own = load_recipe(str(tmp_path / "own.yaml"))
     assert [own.gives(key) for key in ("model.image_size", "model.channels")] == [True, False]

@@ -19,6 +19,8 @@ from fewstep.models.pixel_model import PixelModel, build_unet
 from fewstep.models.settings import PixelModelConfig
 from fewstep.runtime.checkpoint import load_state
 from fewstep.runtime.runs import find
+from image_sets import write_captioned
+from steps import dying, spy
 from tiny_pipelines import BETAS, TINY
 
 NUM = 6
@@ -73,10 +75,8 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     AutoencoderTiny(**blocks, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1)).save_pretrained(folder / "tiny")
     torch.jit.script(Distance()).save(folder / "distance.pt")
     (folder / "prompts.txt").write_text("\n".join(TEXTS))
-    (folder / "pictures").mkdir()
-    lines = [f"{index}.png,a picture of {index}" for index in range(4)]
-    [Image.new("RGB", (16, 16), (60 * index, 90, 200)).save(folder / f"pictures/{index}.png") for index in range(4)]
-    (folder / "pictures" / "metadata.csv").write_text("\n".join(["file_name,text", *lines]))
+    pictures = [Image.new("RGB", (16, 16), (60 * index, 90, 200)) for index in range(4)]
+    write_captioned(folder / "pictures", pictures, [f"a picture of {index}" for index in range(4)])
     (folder / "init.yaml").write_text(PIXEL_INIT)
     (folder / "student.yaml").write_text(PIXEL_STUDENT)
     return folder
@@ -108,16 +108,12 @@ def test_pairs_are_what_diffusers_makes_of_the_same_noise(run: Run, kind: str, s
     time_ids = torch.tensor([[16.0, 16, 0, 0, 16, 16]]).repeat(NUM, 1)
     with torch.no_grad():
         for t in steps.timesteps:
-            predicted = [
-                model.network(
-                    steps.scale_model_input(x, t),
-                    t,
-                    text,
-                    added_cond_kwargs={"text_embeds": pool, "time_ids": time_ids},
-                ).sample
-                for text, pool in ((hidden * 0, pooled * 0), (hidden, pooled))
-            ]
-            x = steps.step(predicted[0] + 8 * (predicted[1] - predicted[0]), t, x).prev_sample
+            scaled, added = steps.scale_model_input(x, t), {"text_embeds": pooled, "time_ids": time_ids}
+            null, told = (
+                model.network(scaled, t, hidden * on, added_cond_kwargs={**added, "text_embeds": pooled * on}).sample
+                for on in (0, 1)
+            )
+            x = steps.step(null + 8 * (told - null), t, x).prev_sample
     assert close_in_float16(batch["x0"], x)
     first = torch.randn(2, *model.shape, generator=torch.Generator().manual_seed(0)).half()
     assert not torch.equal(batch["noise"][:2], first)
@@ -182,15 +178,8 @@ def test_ranks_of_torchrun_share_the_work(run: Run, monkeypatch: pytest.MonkeyPa
 def test_ctrl_c_leaves_whole_files_and_says_how_to_go_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fewstep.data.pairs.FILE_BYTES", 2 * 1024)
     assert run(f"{PAIRS} --out whole --batch-size 2")[0] == 0
-    calls, sample = iter("ab"), module.sample
-
-    def stopped(*args: object) -> Tensor:
-        if next(calls, None) is None:
-            raise KeyboardInterrupt
-        return sample(*args)
-
     with monkeypatch.context() as patch:
-        patch.setattr(module, "sample", stopped)
+        spy(patch, module, "sample", dying(2, KeyboardInterrupt()))
         code, _, error = run(f"{PAIRS} --out parts --batch-size 2")
     assert (code, error) == (130, "fewstep: stopped; the same command goes on with parts\n")
     assert sorted(path.name for path in Path("parts").iterdir()) == ["00000.parquet", "00001.parquet", "pairs.json"]
@@ -265,11 +254,8 @@ def test_without_weight_nothing_of_it_is_opened(run: Run) -> None:
 
 def test_recipes_of_the_kind_are_listed_shown_and_checked(run: Run) -> None:
     code, told, _ = run("fewstep recipes")
-    assert code == 0
-    assert "sdxl-1step-init" in told
-    assert "regress" in told
-    told = " ".join(run("fewstep recipes show sdxl-1step-init")[1].split())
-    assert "euler:50@8" in told
+    assert (code, "sdxl-1step-init" in told, "regress" in told) == (0, True, True)
+    assert "euler:50@8" in run("fewstep recipes show sdxl-1step-init")[1]
     assert run("fewstep recipes check init.yaml")[1] == "init.yaml: a valid regress recipe\n"
     refused(run("fewstep teach sdxl-1step-init"), "is for `fewstep distill`, not for `fewstep teach`")
     refused(run("fewstep recipes check init.yaml --set regression.pair=x"), "did you mean 'pairs'")

@@ -4,26 +4,18 @@ import json
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from torch import Tensor
 
-from fewstep.data import images as module
 from fewstep.data.edm_zip import is_edm_set, open_edm_set
 from fewstep.errors import UserError
-from image_sets import captioned, encoded, load, write_edm_zip
+from image_sets import captioned, encoded, load, picture, write_edm_zip, write_files
 
 NUM, SIZE = 5, 6
 
 
-def array(index: int) -> np.ndarray:
-    return np.random.default_rng(index).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
-
-
 def png(index: int) -> bytes:
-    return encoded(Image.fromarray(array(index)))
+    return encoded(picture(index, SIZE, SIZE))
 
 
 def name(index: int) -> str:
@@ -36,31 +28,6 @@ PAIRS = [[name(index), index % 2] for index in range(NUM)]
 def write(path: Path, labels: object = PAIRS, extra: dict[str, bytes] | None = None, compression: int = 0) -> Path:
     images = {name(index): png(index) for index in range(NUM)}
     return write_edm_zip(path, {**images, **(extra or {})}, labels, (compression,))
-
-
-def edms_loader(path: Path) -> tuple[Tensor, list[int]]:
-    """What EDM's ImageFolderDataset does, in a few lines: names sorted, labels by name."""
-    with zipfile.ZipFile(path) as archive:
-        names = sorted(each for each in archive.namelist() if each.endswith(".png"))
-        of_name = dict(json.loads(archive.read("dataset.json"))["labels"])
-        arrays = [np.array(Image.open(archive.open(each))) for each in names]
-    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2), [of_name[each] for each in names]
-
-
-@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
-@pytest.mark.parametrize("in_memory", [True, False])
-def test_images_and_labels_are_those_of_edms_loader(
-    tmp_path: Path, compression: int, in_memory: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not in_memory:
-        monkeypatch.setattr(module, "MAX_BYTES_IN_MEMORY", 0)
-    shuffled = [PAIRS[index] for index in (3, 1, 4, 0, 2)]
-    path = write(tmp_path / "set.zip", shuffled, {"readme.txt": b"no image"}, compression=compression)
-    images, (pixels, labels) = load(path, SIZE, 3, num_classes=2), edms_loader(path)
-    batch = images.batch(torch.tensor([4, 0, 0, 3]))
-    assert torch.equal(batch["image"], pixels[[4, 0, 0, 3]])
-    assert batch["label"].tolist() == [labels[index] for index in (4, 0, 0, 3)]
-    assert (images.length, batch["label"].dtype) == (NUM, torch.int64)
 
 
 def test_local_headers_longer_than_the_index_says_are_skipped(tmp_path: Path) -> None:
@@ -76,29 +43,19 @@ def test_local_headers_longer_than_the_index_says_are_skipped(tmp_path: Path) ->
     assert [cell["bytes"] for cell in cells] == [png(index) for index in range(NUM)]
 
 
-def test_images_of_a_zip_stay_in_it_until_they_are_asked_for(tmp_path: Path) -> None:
-    """Nothing but the index is read at first: an image that is damaged shows itself where it is fetched."""
-    path = write(tmp_path / "set.zip")
-    content = bytearray(path.read_bytes())
-    start = content.index(png(3))
-    content[start : start + 8] = b"\0" * 8
+@pytest.mark.parametrize(
+    ("compression", "damage"), [(zipfile.ZIP_STORED, b"\0" * 8), (zipfile.ZIP_DEFLATED, b"\xff" * 80)]
+)
+def test_images_of_a_zip_stay_in_it_until_they_are_asked_for(tmp_path: Path, compression: int, damage: bytes) -> None:
+    """Only the index is read at first: an image that is damaged or can't be unpacked shows itself when fetched."""
+    path = write(tmp_path / "set.zip", compression=compression)
+    content, entry = bytearray(path.read_bytes()), zipfile.ZipFile(path).getinfo(name(3))
+    begin = entry.header_offset + 30 + len(entry.filename)
+    content[begin : begin + len(damage)] = damage
     path.write_bytes(content)
-    stored = open_edm_set(path)
-    cells = stored.cells([0, 4])
+    cells = open_edm_set(path).cells([0, 4])
     assert [(cell["bytes"], cell["path"]) for cell in cells] == [(png(index), name(index)) for index in (0, 4)]
     with pytest.raises(UserError, match=r"set\.zip, row 3 \(00001/img00000003\.png\): not a readable 8-bit image"):
-        load(path, SIZE, 3)
-
-
-def test_an_entry_that_cannot_be_unpacked_is_named(tmp_path: Path) -> None:
-    path = write(tmp_path / "set.zip", compression=zipfile.ZIP_DEFLATED)
-    with zipfile.ZipFile(path) as archive:
-        entry = archive.getinfo(name(1))
-    content = bytearray(path.read_bytes())
-    begin = entry.header_offset + 30 + len(entry.filename)
-    content[begin : begin + entry.compress_size] = b"\xff" * entry.compress_size
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=r"row 1 \(00000/img00000001\.png\): not a readable"):
         load(path, SIZE, 3)
 
 
@@ -121,16 +78,10 @@ def test_labels_may_be_null_for_a_model_without_classes(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_edms_where_it_has_a_dataset_json(tmp_path: Path) -> None:
-    for index in range(NUM):
-        (tmp_path / name(index)).parent.mkdir(exist_ok=True)
-        (tmp_path / name(index)).write_bytes(png(index))
+    write_files(tmp_path, {name(index): png(index) for index in range(NUM)})
     assert not is_edm_set(tmp_path)
     (tmp_path / "dataset.json").write_text(json.dumps({"labels": PAIRS}))
     assert is_edm_set(tmp_path)
-    images = load(tmp_path, SIZE, 3, num_classes=2)
-    assert images.labels is not None
-    assert images.labels.tolist() == [label for _, label in PAIRS]
-    assert torch.equal(images.fetch(torch.tensor([2]))[0].permute(1, 2, 0), torch.from_numpy(array(2)))
     (tmp_path / name(4)).unlink()
     with pytest.raises(UserError, match=rf"{name(4)} is missing, one of 1 images that its dataset\.json names"):
         load(tmp_path, SIZE, 3, num_classes=2)
@@ -170,16 +121,18 @@ def test_labels_that_do_not_fit_are_told_in_one_line(tmp_path: Path, labels: obj
     assert "\n" not in str(refused.value)
 
 
-def test_a_zip_without_dataset_json_or_without_images_says_so(tmp_path: Path) -> None:
-    for content, wanted in (
-        ({"inner/dataset.json": b'{"labels": null}', "a.png": png(0)}, r"has no dataset\.json at its top"),
-        ({"dataset.json": b'{"labels": null}'}, r"no images here beside its dataset\.json"),
-    ):
-        with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
-            for each, data in content.items():
-                archive.writestr(each, data)
-        with pytest.raises(UserError, match=wanted):
-            load(tmp_path / "set.zip", SIZE, 3)
+@pytest.mark.parametrize(
+    ("names", "wanted"),
+    [
+        (["inner/dataset.json", "a.png"], r"has no dataset\.json at its top"),
+        (["dataset.json"], r"no images here beside its dataset\.json"),
+    ],
+)
+def test_a_zip_without_dataset_json_or_without_images_says_so(tmp_path: Path, names: list[str], wanted: str) -> None:
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        [archive.writestr(name, '{"labels": null}') for name in names]
+    with pytest.raises(UserError, match=wanted):
+        load(tmp_path / "set.zip", SIZE, 3)
 
 
 @pytest.mark.parametrize("damage", ["text", "empty", "half", "tail", "index", "description"])
@@ -188,26 +141,16 @@ def test_a_file_that_is_no_whole_zip_is_told_in_one_line(tmp_path: Path, damage:
     whole = path.read_bytes()
     index = whole.index(b"PK\x01\x02")
     described = whole.index(b'{"labels"')
-    path.write_bytes(
-        {
-            "text": b"no zip at all",
-            "empty": b"",
-            "half": whole[: len(whole) // 2],
-            "tail": whole[:-30],
-            "index": whole[:index] + b"XX" + whole[index + 2 :],
-            "description": whole[: described + 20] + b"?" + whole[described + 21 :],
-        }[damage]
-    )
+    damaged = {"text": b"no zip at all", "empty": b"", "half": whole[: len(whole) // 2], "tail": whole[:-30]}
+    damaged["index"] = whole[:index] + b"XX" + whole[index + 2 :]
+    damaged["description"] = whole[: described + 20] + b"?" + whole[described + 21 :]
+    path.write_bytes(damaged[damage])
     with pytest.raises(UserError, match=rf"^{path}: can't be read as a zip \([^\n]+\) \(data\.source\)$"):
         load(path, SIZE, 3)
 
 
-def test_compressions_that_dataset_tool_has_not_are_refused(tmp_path: Path) -> None:
-    path = write(tmp_path / "set.zip", compression=zipfile.ZIP_BZIP2)
+def test_compressions_that_dataset_tool_has_not_and_captions_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"00000/img00000000\.png is encrypted or compressed; zip the images as they"):
-        load(path, SIZE, 3)
-
-
-def test_a_zip_has_no_captions(tmp_path: Path) -> None:
+        load(write(tmp_path / "set.zip", compression=zipfile.ZIP_BZIP2), SIZE, 3)
     with pytest.raises(UserError, match=r"set\.zip: a zip holds images with classes.* captions come from another"):
         captioned(write(tmp_path / "set.zip"), SIZE)

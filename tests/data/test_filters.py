@@ -41,63 +41,46 @@ def left(path: str, filter: Filter) -> tuple[list[int], dict[str, int]]:
     return usable, dropped
 
 
-def test_without_a_filter_everything_is_kept(tmp_path: Path) -> None:
-    assert left(source(tmp_path), Filter()) == ([0, 1, 2, 3], {})
-
-
-def test_the_smaller_side_of_the_stored_image_counts(tmp_path: Path) -> None:
-    path = source(tmp_path)
-    assert left(path, Filter(min_side=16))[0] == [0, 1, 3]
-    assert left(path, Filter(min_side=17))[0] == [0]
-    images, _ = load_filtered(DataSettings(source=path), 8, Filter(min_side=17))
+def test_an_image_that_is_too_small_is_told(tmp_path: Path) -> None:
+    images, _ = load_filtered(DataSettings(source=source(tmp_path)), 8, Filter(min_side=17))
     with pytest.raises(Unusable, match="row 1: smaller than 17 pixels") as caught:
         images.fetch(torch.tensor([1]))
     assert caught.value.reason == "smaller than 17 pixels"
 
 
+NSFW = Filter(unsafe_column="NSFW")
+SCORE = Filter(aesthetic_column="score", min_aesthetic=5.5)
+BOTH = Filter(unsafe_column="NSFW", aesthetic_column="score", min_aesthetic=6.25)
+ALL = {"caption": ["caption 0", None, "  ", "caption 3"], "NSFW": [True, True, False, False], "score": [1.0] * 4}
+
+
 @pytest.mark.parametrize(
-    ("cells", "kept"),
+    ("columns", "filter", "kept", "dropped"),
     [
-        ([True, False, True, False], [1, 3]),
-        ([0, 1, 0, 0], [0, 2, 3]),
-        (["UNLIKELY", "NSFW", "UNSURE", "unsafe"], [0, 2]),
-        (["safe", None, "False", "true"], [0, 2]),
-        ([0.1, 0.5, 0.51, float("nan")], [0, 1]),
-        ([0.1, None, 0.9, 0.2], [0, 3]),
+        ({}, Filter(), [0, 1, 2, 3], {}),
+        ({}, Filter(min_side=16), [0, 1, 3], {}),  # of the stored image, its smaller side
+        ({}, Filter(min_side=17), [0], {}),
+        ({"NSFW": [True, False, True, False]}, NSFW, [1, 3], {"unsafe": 2}),
+        ({"NSFW": [0, 1, 0, 0]}, NSFW, [0, 2, 3], {"unsafe": 1}),
+        ({"NSFW": ["UNLIKELY", "NSFW", "UNSURE", "unsafe"]}, NSFW, [0, 2], {"unsafe": 2}),
+        ({"NSFW": ["safe", None, "False", "true"]}, NSFW, [0, 2], {"unsafe": 2}),
+        ({"NSFW": [0.1, 0.5, 0.51, float("nan")]}, NSFW, [0, 1], {"unsafe": 2}),
+        ({"NSFW": [0.1, None, 0.9, 0.2]}, NSFW, [0, 3], {"unsafe": 2}),
+        ({"NSFW": [0.1, 0.2, 0.3, 0.4]}, Filter(unsafe_column="NSFW", max_unsafe=0.2), [0, 1], {"unsafe": 2}),
+        ({"score": [5.4, 5.5, None, 7.0]}, SCORE, [1, 3], {"aesthetic score below 5.5": 2}),
+        (ALL, BOTH, [], {"without a caption": 2, "unsafe": 1, "aesthetic score below 6.25": 1}),  # each counts once
     ],
 )
-def test_unsafe_flags_and_scores_as_laion_has_them(cells: list, kept: list[int], tmp_path: Path) -> None:
-    answer = left(source(tmp_path, NSFW=cells), Filter(unsafe_column="NSFW"))
-    assert answer == (kept, {"unsafe": 4 - len(kept)})
-
-
-def test_the_limit_of_unsafe_scores_can_be_chosen(tmp_path: Path) -> None:
-    path = source(tmp_path, punsafe=[0.1, 0.2, 0.3, 0.4])
-    assert left(path, Filter(unsafe_column="punsafe", max_unsafe=0.2))[0] == [0, 1]
-
-
-def test_aesthetic_scores(tmp_path: Path) -> None:
-    path = source(tmp_path, score=[5.4, 5.5, None, 7.0])
-    assert left(path, Filter(aesthetic_column="score", min_aesthetic=5.5)) == ([1, 3], {"aesthetic score below 5.5": 2})
-
-
-def test_an_image_is_counted_for_its_first_reason_only(tmp_path: Path) -> None:
-    captions = ["caption 0", None, "  ", "caption 3"]
-    path = source(tmp_path, caption=captions, unsafe=[True, True, False, False], score=[1.0, 1.0, 1.0, 1.0])
-    wanted = Filter(unsafe_column="unsafe", aesthetic_column="score", min_aesthetic=6.25)
-    assert left(path, wanted) == ([], {"without a caption": 2, "unsafe": 1, "aesthetic score below 6.25": 1})
+def test_sides_flags_and_scores_as_laion_has_them(
+    columns: dict, filter: Filter, kept: list[int], dropped: dict[str, int], tmp_path: Path
+) -> None:
+    assert left(source(tmp_path, **columns), filter) == (kept, dropped)
 
 
 def test_a_field_of_the_json_in_a_webdataset(tmp_path: Path) -> None:
-    members = {
-        f"{index}.{suffix}": content
-        for index in range(4)
-        for suffix, content in (
-            ("png", png(index)),
-            ("txt", b"caption %d" % index),
-            ("json", b'{"punsafe": %d}' % index),
-        )
-    }
+    members = {}
+    for i in range(4):
+        members |= {f"{i}.png": png(i), f"{i}.txt": b"caption %d" % i, f"{i}.json": b'{"punsafe": %d}' % i}
     write_tar(tmp_path / "set.tar", members)
     assert left(str(tmp_path / "set.tar"), Filter(unsafe_column="json.punsafe", max_unsafe=1.5))[0] == [0, 1]
 

@@ -16,30 +16,23 @@ from torch import Tensor
 from fewstep.data import images as module
 from fewstep.data.images import ImageSet, batch_indices
 from fewstep.data.settings import DataSettings
-from fewstep.embedded.digits import digits
-from fewstep.embedded.sources import open_images
+from fewstep.embedded.sources import digits, open_images
 from fewstep.errors import UserError
 from fewstep.models.settings import PixelModelConfig
-from image_sets import encoded, load, write_edm_zip, write_tar
+from image_sets import encoded, load, picture, write_edm_zip, write_files, write_tar
 
 SHARED = Path(__file__).parents[2] / ".." / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="no shared data here")
 NUM, CLASSES = 7, 3
 
 
-def picture(index: int, width: int = 13, height: int = 10) -> Image.Image:
-    """An RGB picture whose pixels are a function of `index`."""
-    draws = np.random.default_rng(index)
-    return Image.fromarray(draws.integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
 def png(index: int) -> bytes:
-    return encoded(picture(index))
+    return encoded(picture(index, 13, 10))
 
 
 def reference(index: int, size: int, mode: str) -> Tensor:
     """The picture cut by hand to its central square, which PIL then resizes."""
-    source = picture(index).convert(mode)
+    source = picture(index, 13, 10).convert(mode)
     short, (left, top) = min(source.size), ((side - min(source.size)) / 2 for side in source.size)
     fitted = source.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + short, top + short))
     array = torch.from_numpy(np.array(fitted))
@@ -51,32 +44,23 @@ def table(image: str = "image", label: str = "label", start: int = 0, stop: int 
     return datasets.Dataset.from_dict({image: [png(i) for i in rows], label: [i % CLASSES for i in rows]})
 
 
-def write_class_folders(folder: Path) -> Path:
-    for index in range(NUM):
-        path = folder / f"class{index % CLASSES}" / f"{index}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(png(index))
-    return folder
-
-
-def write_flat(folder: Path) -> Path:
-    folder.mkdir()
-    for index in range(NUM):
-        (folder / f"{index}.png").write_bytes(png(index))
-    (folder / "README.txt").write_text("no image")
-    return folder
-
-
 def write_parquet(path: Path) -> Path:
     table().to_parquet(path)
     return path
 
 
+def write_flat(folder: Path) -> Path:
+    return write_files(folder, {f"{index}.png": png(index) for index in range(NUM)} | {"README.txt": b"no image"})
+
+
+def write_class_folders(folder: Path) -> Path:
+    return write_files(folder, {f"class{index % CLASSES}/{index}.png": png(index) for index in range(NUM)})
+
+
 def write_shards(folder: Path) -> Path:
-    folder.mkdir()
+    write_files(folder, {"README.md": b"not data"})
     table(stop=4).to_parquet(folder / "part-0.parquet")
     table(start=4).to_parquet(folder / "part-1.parquet")
-    (folder / "README.md").write_text("not data")
     return folder
 
 
@@ -85,35 +69,29 @@ def write_webdataset(path: Path) -> Path:
     return write_tar(path, dict(chain(*pairs)))
 
 
-def edm_name(index: int) -> str:
-    return f"{index // 4:05d}/img{index:08d}.png"
-
-
-BACKWARDS = [[edm_name(index), index % CLASSES] for index in reversed(range(NUM))]
+EDM_NAMES = [f"{index // 4:05d}/img{index:08d}.png" for index in range(NUM)]
+BACKWARDS = [[EDM_NAMES[index], index % CLASSES] for index in reversed(range(NUM))]
 
 
 def write_zip(path: Path) -> Path:
     """In another order than that of the names, as is the dataset.json."""
-    images = {edm_name(index): png(index) for index in reversed(range(NUM))}
+    images = {EDM_NAMES[index]: png(index) for index in reversed(range(NUM))} | {"readme.txt": b"no image"}
     return write_edm_zip(path, images, BACKWARDS, (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))
 
 
 def write_edm_folder(folder: Path) -> Path:
-    for index in range(NUM):
-        (folder / edm_name(index)).parent.mkdir(parents=True, exist_ok=True)
-        (folder / edm_name(index)).write_bytes(png(index))
-    (folder / "dataset.json").write_text(json.dumps({"labels": BACKWARDS}))
-    return folder
+    described = json.dumps({"labels": BACKWARDS}).encode()
+    return write_files(folder, {EDM_NAMES[index]: png(index) for index in range(NUM)} | {"dataset.json": described})
 
 
 WRITERS = {
-    "edm.zip": (write_zip, list(range(NUM))),
-    "edm": (write_edm_folder, list(range(NUM))),
-    "folder": (write_class_folders, sorted(range(NUM), key=lambda i: (i % CLASSES, i))),
-    "flat": (write_flat, list(range(NUM))),
-    "set.parquet": (write_parquet, list(range(NUM))),
-    "shards": (write_shards, list(range(NUM))),
-    "set.tar": (write_webdataset, list(range(NUM))),
+    "edm.zip": write_zip,
+    "edm": write_edm_folder,
+    "folder": write_class_folders,
+    "flat": write_flat,
+    "set.parquet": write_parquet,
+    "shards": write_shards,
+    "set.tar": write_webdataset,
 }
 
 
@@ -134,6 +112,7 @@ def test_the_digits_are_scikit_learns_in_eight_bits() -> None:
     assert labels[:10].tolist() == list(range(10))
     assert len(pixels.unique()) == 17  # 16 levels and zero, evenly spread
     assert pixels.unique().diff().min() >= 15
+    assert list(open_images(DataSettings(source="digits"), PixelModelConfig()).batch(torch.tensor([0]))) == ["image"]
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -144,9 +123,10 @@ def test_every_kind_of_file_gives_pils_pixels_and_its_labels(
 ) -> None:
     if not in_memory:
         monkeypatch.setattr(module, "MAX_BYTES_IN_MEMORY", 0)
-    write, order = WRITERS[name]
-    images = load(write(tmp_path / name), 6, channels)
+    images = load(WRITERS[name](tmp_path / name), 6, channels)
+    order = sorted(range(NUM), key=lambda i: (i % CLASSES, i)) if name == "folder" else list(range(NUM))
     assert images.labels is None
+    assert list(images.batch(torch.tensor([0]))) == ["image"]
     assert torch.equal(everything(images), torch.stack([reference(index, 6, mode) for index in order]))
     if name == "flat":
         return
@@ -161,7 +141,7 @@ def test_every_kind_of_file_gives_pils_pixels_and_its_labels(
 def test_what_was_found_is_told_and_what_is_refused_is_not_decoded(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = WRITERS[name][0](tmp_path / name)
+    path = WRITERS[name](tmp_path / name)
     found, done = f"{path}: 7 RGB images, 13x10", "; resized and cropped to 6x6"
     if name != "flat":
         classes = [f"{label} class{label}" if name == "folder" else str(label) for label in range(CLASSES)]
@@ -173,12 +153,6 @@ def test_what_was_found_is_told_and_what_is_refused_is_not_decoded(
     monkeypatch.setattr(module, "_decode", None)
     with pytest.raises(UserError, match=r"images of 13x10 would be shrunk to 6x6;.* --set model\.image_size=8"):
         load(path, 6, 3, shrink=False)
-
-
-def test_a_set_read_without_classes_has_batches_without_labels(tmp_path: Path) -> None:
-    images = load(write_parquet(tmp_path / "set.parquet"), 6, 3)
-    assert list(images.batch(torch.tensor([0]))) == ["image"]
-    assert list(open_images(DataSettings(source="digits"), PixelModelConfig()).batch(torch.tensor([0]))) == ["image"]
 
 
 def test_only_a_set_over_the_limit_is_read_at_every_access(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,12 +178,10 @@ def test_resizing_is_by_the_shorter_side_and_keeps_the_centre(tmp_path: Path) ->
 
 
 def test_grey_pictures_become_rgb_and_back(tmp_path: Path) -> None:
-    folder = tmp_path / "set"
-    folder.mkdir()
-    Image.new("L", (4, 4), 77).save(folder / "a.png")
-    Image.new("RGB", (4, 4), (255, 0, 0)).save(folder / "b.png")
-    assert everything(load(folder, 4, 3))[0].unique().tolist() == [77]
-    assert everything(load(folder, 4, 1))[1].unique().tolist() == [76]  # 0.299 of red
+    Image.new("L", (4, 4), 77).save(tmp_path / "a.png")
+    Image.new("RGB", (4, 4), (255, 0, 0)).save(tmp_path / "b.png")
+    assert everything(load(tmp_path, 4, 3))[0].unique().tolist() == [77]
+    assert everything(load(tmp_path, 4, 1))[1].unique().tolist() == [76]  # 0.299 of red
 
 
 # --- the recipe's columns and splits ---------------------------------------------------------------------------------
@@ -225,26 +197,27 @@ def test_the_columns_are_those_of_the_recipe(tmp_path: Path) -> None:
 
 
 def test_shards_named_by_split_are_kept_apart(tmp_path: Path) -> None:
-    folder = tmp_path / "set"
-    folder.mkdir()
-    table(stop=4).to_parquet(folder / "train-0.parquet")
-    table(start=4).to_parquet(folder / "test-0.parquet")
-    (folder / "train-info.json").write_text("not data")
-    train, test = (load(folder, 6, 3, split=split) for split in ("train", "test"))
-    assert torch.equal(everything(train), torch.stack([reference(index, 6, "RGB") for index in range(4)]))
-    assert torch.equal(everything(test), torch.stack([reference(index, 6, "RGB") for index in range(4, NUM)]))
+    folder = write_files(tmp_path / "set", {"train-info.json": b"not data"})
+    for split, rows in {"train": range(4), "test": range(4, NUM)}.items():
+        table(start=rows.start, stop=rows.stop).to_parquet(folder / f"{split}-0.parquet")
+    for split, rows in {"train": range(4), "test": range(4, NUM)}.items():
+        wanted = torch.stack([reference(index, 6, "RGB") for index in rows])
+        assert torch.equal(everything(load(folder, 6, 3, split=split)), wanted)
 
 
-def test_a_class_without_pictures_is_refused(tmp_path: Path) -> None:
-    datasets.Dataset.from_dict({"image": [png(0)] * 2, "label": [0, 2]}).to_parquet(tmp_path / "set.parquet")
-    with pytest.raises(UserError, match=r"has 2 classes, numbered 0 to 2, but the model has 3, numbered 0 to 2"):
-        load(tmp_path / "set.parquet", 6, 3, num_classes=3)
-
-
-def test_an_empty_cell_is_named_by_its_row(tmp_path: Path) -> None:
-    datasets.Dataset.from_dict({"image": [png(0), None]}).to_parquet(tmp_path / "set.parquet")
-    with pytest.raises(UserError, match=r"set\.parquet, row 1: not a readable 8-bit image"):
-        load(tmp_path / "set.parquet", 6, 3)
+@pytest.mark.parametrize(
+    ("columns", "num_classes", "wanted"),
+    [
+        ({"label": [0, 2]}, 3, r"has 2 classes, numbered 0 to 2, but the model has 3, numbered 0 to 2"),
+        ({"image": [png(0), None]}, 0, r"set\.parquet, row 1: not a readable 8-bit image"),
+    ],
+)
+def test_a_class_without_pictures_and_an_empty_cell_are_told(
+    columns: dict, num_classes: int, wanted: str, tmp_path: Path
+) -> None:
+    datasets.Dataset.from_dict({"image": [png(0)] * 2} | columns).to_parquet(tmp_path / "set.parquet")
+    with pytest.raises(UserError, match=wanted):
+        load(tmp_path / "set.parquet", 6, 3, num_classes)
 
 
 def test_reading_prints_nothing_into_a_pipe(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

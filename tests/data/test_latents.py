@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep.data import latents as module
 from fewstep.data.images import ImageSet, Unusable
 from fewstep.data.latents import load_latents, write_latents
 from fewstep.data.shards import open_shard, save_shard
@@ -16,11 +15,6 @@ from fewstep.seeding import generator
 
 NUM = 11
 SPACE = {"autoencoder": "a1", "shape": [4, 2, 2], "image_size": 4}
-
-
-@pytest.fixture(autouse=True)
-def _small_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "ROWS", 4)
 
 
 def captioned(broken: tuple[int, ...] = ()) -> ImageSet:
@@ -79,16 +73,3 @@ def test_a_file_with_fewer_captions_than_latents_is_damaged(tmp_path: Path) -> N
     save_shard(tmp_path / "00002.safetensors", tensors, {**facts, "captions": facts["captions"][1:]})
     with pytest.raises(UserError, match=r"00002\.safetensors: missing or damaged"):
         load_latents(tmp_path, SPACE)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"autoencoder": "b2"}, "another autoencoder .a1. than asked for .b2"),
-        ({"shape": [4, 3, 3]}, r"another size .\[4, 2, 2\]. than asked for .\[4, 3, 3\]"),
-    ],
-)
-def test_latents_of_another_model_are_refused(change: dict, message: str, tmp_path: Path) -> None:
-    write_latents(captioned(), encode, SPACE, tmp_path)
-    with pytest.raises(UserError, match=message):
-        load_latents(tmp_path, SPACE | change)

@@ -9,7 +9,6 @@ from fewstep.data.prompts import load_prompts
 from fewstep.errors import UserError
 
 SHARED = Path(__file__).parents[2] / ".." / "shared" / "data" / "prompts"
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="no shared data here")
 
 
 def written(path: Path, text: str, encoding: str = "utf-8") -> str:
@@ -17,24 +16,20 @@ def written(path: Path, text: str, encoding: str = "utf-8") -> str:
     return str(path)
 
 
-def test_a_text_file_has_one_prompt_per_line(tmp_path: Path) -> None:
-    assert load_prompts(written(tmp_path / "p.txt", 'a "red" cat\n\n  \nein Fuß, nass \n')) == [
-        'a "red" cat',
-        "ein Fuß, nass",
-    ]
-
-
-def test_the_byte_order_mark_of_windows_is_no_part_of_a_prompt(tmp_path: Path) -> None:
-    assert load_prompts(written(tmp_path / "p.txt", "cat\n", "utf-8-sig")) == ["cat"]
-    assert load_prompts(written(tmp_path / "p.csv", "prompt\ncat\n", "utf-8-sig")) == ["cat"]
-
-
-def test_quotation_marks_group_in_csv_and_are_text_in_tsv(tmp_path: Path) -> None:
-    assert load_prompts(written(tmp_path / "p.csv", 'id,prompt\n1,"a cat, a ""mat"""\n2,None\n')) == [
-        'a cat, a "mat"',
-        "None",
-    ]
-    assert load_prompts(written(tmp_path / "p.tsv", 'prompt\tid\n"A" and\t1\na mat\t2\n')) == ['"A" and', "a mat"]
+@pytest.mark.parametrize(
+    ("name", "text", "encoding", "wanted"),
+    [
+        ("p.txt", 'a "red" cat\n\n  \nein Fuß, nass \n', "utf-8", ['a "red" cat', "ein Fuß, nass"]),
+        ("p.txt", "cat\n", "utf-8-sig", ["cat"]),  # Windows' byte order mark is no part of a prompt
+        ("p.csv", "prompt\ncat\n", "utf-8-sig", ["cat"]),
+        ("p.csv", 'id,prompt\n1,"a cat, a ""mat"""\n2,None\n', "utf-8", ['a cat, a "mat"', "None"]),
+        ("p.tsv", 'prompt\tid\n"A" and\t1\na mat\t2\n', "utf-8", ['"A" and', "a mat"]),
+    ],
+)
+def test_a_prompt_per_line_or_row_where_csv_alone_has_quotation_marks(
+    name: str, text: str, encoding: str, wanted: list[str], tmp_path: Path
+) -> None:
+    assert load_prompts(written(tmp_path / name, text, encoding)) == wanted
 
 
 def test_a_parquet_file(tmp_path: Path) -> None:
@@ -69,20 +64,17 @@ def test_mistakes_are_told(name: str, text: str, column: str | None, message: st
 
 
 def test_what_is_not_there_or_not_text_is_told(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"nothing\.txt: can't be read"):
-        load_prompts(str(tmp_path / "nothing.txt"))
-    (tmp_path / "latin.txt").write_bytes("Fuß".encode("latin-1"))
-    with pytest.raises(UserError, match=r"latin\.txt: can't be read"):
-        load_prompts(str(tmp_path / "latin.txt"))
+    for path in (str(tmp_path / "nothing.txt"), written(tmp_path / "latin.txt", "Fuß", "latin-1")):
+        with pytest.raises(UserError, match=f"{path}: can't be read"):
+            load_prompts(path)
 
 
-@needs_shared
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no shared data here")
 def test_the_lists_of_the_papers() -> None:
-    parti = load_prompts(str(SHARED / "PartiPrompts.tsv"))
-    lines = (SHARED / "PartiPrompts.tsv").read_text().splitlines()[1:]
-    assert parti == [line.split("\t")[0].strip() for line in lines]
-    assert (len(parti), parti[0]) == (1632, "bond")
-    coco = load_prompts(str(SHARED / "coco14_val_captions_30k.txt"))
-    lines = (SHARED / "coco14_val_captions_30k.txt").read_text().splitlines()
-    assert coco == [line.strip() for line in lines]
-    assert (len(coco), len(set(lines))) == (30000, 29436)
+    parti, coco = (SHARED / name for name in ("PartiPrompts.tsv", "coco14_val_captions_30k.txt"))
+    prompts = load_prompts(str(parti))
+    assert prompts == [line.split("\t")[0].strip() for line in parti.read_text().splitlines()[1:]]
+    assert (len(prompts), prompts[0]) == (1632, "bond")
+    lines = coco.read_text().splitlines()
+    assert load_prompts(str(coco)) == [line.strip() for line in lines]
+    assert (len(lines), len(set(lines))) == (30000, 29436)

@@ -17,6 +17,7 @@ from torch import Tensor
 from fewstep.data import embeddings, latents, pairs
 from fewstep.data.images import ImageSet
 from fewstep.errors import UserError
+from steps import dying
 
 NUM = 11
 NAMES = ["00000", "00001", "00002"]  # of 4, 4 and 3 rows, each made in two calls
@@ -26,14 +27,6 @@ PROMPTS: pairs.Given = {"prompt": [f"prompt {index}" for index in range(NUM)]}
 TEXTS = [f"text {index}" for index in range(NUM)]
 Tick = Callable[[], object]
 """Called at every call of what makes rows."""
-
-
-@pytest.fixture(autouse=True)
-def _small_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latents, "ROWS", 4)
-    monkeypatch.setattr(embeddings, "ROWS", 4)
-    monkeypatch.setattr(embeddings, "TEXTS_PER_BATCH", 2)
-    monkeypatch.setattr(pairs, "FILE_BYTES", 4 * 4 * 18)
 
 
 def ticking(tick: Tick, made: Callable[..., object]) -> Callable[..., object]:
@@ -67,22 +60,25 @@ def write_embeddings(out: Path, tick: Tick = int, report: Callable[[int], None] 
     embeddings.cached_embeddings(TEXTS, ticking(tick, embed), "f", out, 1.0, report)
 
 
+def load_latents(out: Path, **asked: object) -> latents.LatentSet:
+    return latents.load_latents(out, SPACE | asked)
+
+
+def load_pairs(out: Path, teacher: str = "a1", sampler: str = "euler:50@8", shape: tuple = (2, 3, 3)) -> pairs.PairSet:
+    return pairs.load_pairs(out, teacher, sampler, shape)
+
+
 class Kind(NamedTuple):
     write: Callable[..., None]
-    load: Callable[[Path], object]
+    load: Callable[..., object]
     row_bytes: int
     missing: str
     """What `load` says where some of three files lack."""
 
 
 KINDS = {
-    "latents": Kind(write_latents, lambda out: latents.load_latents(out, SPACE), 32, "not all images are encoded yet"),
-    "pairs": Kind(
-        write_pairs,
-        lambda out: pairs.load_pairs(out, "a1", "euler:50@8", (2, 3, 3)),
-        72,
-        "{} of 3 files are not there yet",
-    ),
+    "latents": Kind(write_latents, load_latents, 32, "not all images are encoded yet"),
+    "pairs": Kind(write_pairs, load_pairs, 72, "{} of 3 files are not there yet"),
     "embeddings": Kind(write_embeddings, write_embeddings, 8, ""),
 }
 PLANNED = ["latents", "pairs"]  # and say how they were made
@@ -99,17 +95,6 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def shards(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("0*") if path.is_file())
-
-
-def dying(after: int, error: BaseException) -> Tick:
-    """Dies at its call number `after`."""
-    calls = iter(range(after))
-
-    def tick() -> None:
-        if next(calls, None) is None:
-            raise error
-
-    return tick
 
 
 @pytest.mark.parametrize("after", range(6))
@@ -190,6 +175,31 @@ def test_a_folder_made_otherwise_is_refused(name: str, change: dict, message: st
     with pytest.raises(UserError, match=f"holds {name} made otherwise .*{message}.*another --out"):
         KINDS[name].write(tmp_path, **change)
     assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "message"),
+    [
+        ("latents", {"autoencoder": "b2"}, "autoencoder .a1. than asked for .b2"),
+        ("latents", {"shape": [4, 3, 3]}, r"size .\[4, 2, 2\]. than asked for .\[4, 3, 3\]"),
+        ("pairs", {"teacher": "b2"}, "teacher .a1. than asked for .b2"),
+        ("pairs", {"sampler": "euler:50@7"}, "sampler .euler:50@8. than asked for .euler:50@7"),
+        ("pairs", {"shape": (2, 4, 4)}, r"shape .\[2, 3, 3\]. than asked for .\[2, 4, 4\]"),
+    ],
+)
+def test_what_was_made_for_something_else_is_refused(name: str, asked: dict, message: str, tmp_path: Path) -> None:
+    KINDS[name].write(tmp_path)
+    with pytest.raises(UserError, match=f"{name} of another {message}"):
+        KINDS[name].load(tmp_path, **asked)
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_a_folder_without_or_with_a_damaged_description_is_told(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"holds no {name} .no {name}.json.; write them with `fewstep data {name}`"):
+        KINDS[name].load(tmp_path)
+    (tmp_path / f"{name}.json").write_text('{"teacher": ')
+    with pytest.raises(UserError, match=rf"{name}\.json: can't be read"):
+        KINDS[name].load(tmp_path)
 
 
 def test_of_two_writers_the_second_is_refused_or_waits(kind: Kind, tmp_path: Path) -> None:
@@ -274,10 +284,10 @@ def test_files_are_mapped_and_not_read(name: str, tmp_path: Path, monkeypatch: p
         pairs.write_pairs(lambda noise, given: noise, {}, PLAN | {"shape": shape, "num_pairs": 6}, tmp_path, 2)
     before = resident()
     if name == "latents":
-        batch = latents.load_latents(tmp_path, SPACE | {"shape": shape}).batch(torch.tensor([3]))
+        batch = load_latents(tmp_path, shape=shape).batch(torch.tensor([3]))
         assert batch["latent"].unique().tolist() == [3]
     else:
-        kept = pairs.load_pairs(tmp_path, "a1", "euler:50@8", tuple(shape))
+        kept = load_pairs(tmp_path, shape=tuple(shape))
         assert kept.plan["rows_per_group"] == 1
         batch = kept.batch(torch.tensor([3]))
         assert torch.equal(batch["noise"], batch["x0"])

@@ -9,7 +9,7 @@ from PIL import Image
 
 from fewstep.data import stored as module
 from fewstep.errors import UserError
-from image_sets import captioned, encoded, load
+from image_sets import captioned, encoded, load, write_captioned, write_files
 
 
 def png(mode: str = "RGB", sides: tuple[int, int] = (33, 33)) -> bytes:
@@ -33,12 +33,7 @@ def test_the_names_of_classes_are_those_of_a_parquet_file(tmp_path: Path) -> Non
         (33, 3, lambda index: png(), "RGB images, 33x33; taken as they are"),
         (33, 1, lambda index: png("L"), "grey images, 33x33; taken as they are"),
         (33, 3, lambda index: png("L"), "grey images, 33x33; made RGB"),
-        (
-            64,
-            1,
-            lambda i: png("RGB" if i else "L"),
-            "grey and RGB images, 33x33; resized to 64x64, made grey",
-        ),
+        (64, 1, lambda i: png("RGB" if i else "L"), "grey and RGB images, 33x33; resized to 64x64, made grey"),
         (30, 3, lambda index: png(sides=(40, 30)), "RGB images, 40x30; cropped to 30x30"),
     ],
 )
@@ -76,9 +71,7 @@ def test_a_look_is_at_a_bounded_number_and_passes_over_what_is_broken(
 
 
 def test_many_classes_are_told_by_the_first_and_the_last(tmp_path: Path) -> None:
-    for index in range(12):
-        (tmp_path / f"class{index:02d}").mkdir()
-        Image.new("L", (8, 8)).save(tmp_path / f"class{index:02d}" / "a.png")
+    write_files(tmp_path, {f"class{index:02d}/a.png": png("L", (8, 8)) for index in range(12)})
     told = load(tmp_path, 8, 1, 12, shrink=False).found
     assert "; 12 classes: 0 class00 (1), 1 class01 (1), 2 class02 (1), ..., 11 class11 (1); taken" in str(told)
     with pytest.raises(UserError, match=r"numbered 0 to 11 \(class00, class01, class02, class03, class04, ...\), but"):
@@ -86,7 +79,6 @@ def test_many_classes_are_told_by_the_first_and_the_last(tmp_path: Path) -> None
 
 
 def test_captions_are_told(tmp_path: Path) -> None:
-    Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
-    (tmp_path / "metadata.csv").write_text("file_name,text\na.png,a cat\n")
+    write_captioned(tmp_path, [Image.new("RGB", (20, 20))], ["a cat"])
     told = captioned(tmp_path, 16, shrink=True).found
     assert told == f"{tmp_path}: 1 RGB images with captions, 20x20; resized to 16x16"

@@ -1,6 +1,6 @@
 """The checker reads freshly drawn pictures, and finds exactly what is wrong in others."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from fewstep.embedded.shape_checker import ATTRIBUTES, check, see
-from fewstep.embedded.shapes import COLOURS, PLACES, RELATIONS, SHAPES, Scene, Thing, one_object_scenes, render, shapes
+from fewstep.embedded.shapes import COLOURS, PLACES, RELATIONS, SHAPES, SIZES, Scene, Thing, render, shapes
+from fewstep.embedded.shapes import one_object_scenes as one_scenes
 from fewstep.embedded.shapes import two_object_scenes as two_scenes
 
-ONE = one_object_scenes()
+ONE = one_scenes()
 TWO = two_scenes(400)
 TELLING = [s for s in TWO if s.things[0].shape != s.things[1].shape and s.things[0].colour != s.things[1].colour]
 """Two objects that no change of one attribute makes into the other."""
@@ -32,36 +33,23 @@ def prompt_accuracy(images: Tensor, captions: Sequence[str]) -> dict[str, float]
     }
 
 
-def following(value: str, values: list[str]) -> str:
-    return values[(values.index(value) + 1) % len(values)]
+def following(value: str, values: Iterable[str]) -> str:
+    listed = list(values)
+    return listed[(listed.index(value) + 1) % len(listed)]
 
 
 def with_first(scene: Scene, **changes: str) -> Scene:
     return replace(scene, things=(replace(scene.things[0], **changes), *scene.things[1:]))
 
 
-def other_colour(scene: Scene) -> Scene:
-    return with_first(scene, colour=following(scene.things[0].colour, list(COLOURS)))
-
-
-def other_shape(scene: Scene) -> Scene:
-    return with_first(scene, shape=following(scene.things[0].shape, list(SHAPES)))
-
-
-def other_size(scene: Scene) -> Scene:
-    return with_first(scene, size={"small": "large", "large": "small"}[str(scene.things[0].size)])
-
-
-def other_place(scene: Scene) -> Scene:
-    return replace(scene, where=following(scene.where, list(PLACES)))
-
-
-def other_relation(scene: Scene) -> Scene:
-    return replace(scene, where=following(scene.where, list(RELATIONS)))
-
-
-def opposite_relation(scene: Scene) -> Scene:
-    return replace(scene, where=OPPOSITE[scene.where])
+CHANGES: dict[str, Callable[[Scene], Scene]] = {
+    "colour": lambda scene: with_first(scene, colour=following(scene.things[0].colour, COLOURS)),
+    "shape": lambda scene: with_first(scene, shape=following(scene.things[0].shape, SHAPES)),
+    "size": lambda scene: with_first(scene, size=following(str(scene.things[0].size), SIZES)),
+    "place": lambda scene: replace(scene, where=following(scene.where, PLACES)),
+    "relation": lambda scene: replace(scene, where=following(scene.where, RELATIONS)),
+    "opposite relation": lambda scene: replace(scene, where=OPPOSITE[scene.where]),
+}
 
 
 @pytest.mark.parametrize(("scenes", "last"), [(ONE * 3, "place"), (TWO, "relation")], ids=["one", "two"])
@@ -78,25 +66,14 @@ def test_the_pictures_of_the_set_are_those_of_their_captions() -> None:
     assert prompt_accuracy(batch["image"], shifted)["all"] < 0.05
 
 
-@pytest.mark.parametrize(
-    ("change", "wrong", "scenes"),
-    [
-        (other_colour, "colour", ONE),
-        (other_shape, "shape", ONE),
-        (other_size, "size", ONE),
-        (other_place, "place", ONE),
-        (other_colour, "colour", TELLING),
-        (other_shape, "shape", TELLING),
-        (other_size, "size", [s for s in TELLING if s.things[0].size]),
-        (other_relation, "relation", TELLING),
-        (opposite_relation, "relation", TELLING),
-    ],
-)
-def test_what_was_changed_is_wrong_and_nothing_else(
-    change: Callable[[Scene], Scene], wrong: str, scenes: list[Scene]
-) -> None:
+@pytest.mark.parametrize("scenes", [ONE, TELLING], ids=["one", "two"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_was_changed_is_wrong_and_nothing_else(change: str, scenes: list[Scene]) -> None:
     """The caption is the scene's, the picture the changed one's; of two objects, only where both remain different."""
-    pairs = [(scene, change(scene)) for scene in scenes]
+    wrong = change.split()[-1]
+    if wrong == ("relation" if scenes is ONE else "place"):
+        return
+    pairs = [(scene, CHANGES[change](scene)) for scene in scenes if change != "size" or scene.things[0].size]
     pairs = [(s, c) for s, c in pairs if len(s.things) == 1 or len({t.colour for t in c.things}) == 2]
     pairs = [(s, c) for s, c in pairs if len(s.things) == 1 or len({t.shape for t in c.things}) == 2]
     assert len(pairs) >= 100
@@ -166,16 +143,6 @@ def test_a_patch_that_is_no_shape_has_none() -> None:
 def test_a_picture_is_judged_alone() -> None:
     pictures, captions = drawn(TWO[:12]), [scene.caption for scene in TWO[1:13]]
     assert check(pictures, captions) == [check(pictures[i : i + 1], captions[i : i + 1])[0] for i in range(12)]
-
-
-def test_shares_are_those_of_the_answers() -> None:
-    scenes = [ONE[0], other_colour(ONE[1]), other_place(ONE[2]), TWO[0]]
-    captions = [scene.caption for scene in (*ONE[:3], TWO[0])]
-    shares = prompt_accuracy(drawn(scenes), captions)
-    assert shares["all"] == 0.5
-    assert shares["colour"] == 0.75
-    assert shares["place"] == pytest.approx(2 / 3)  # three captions name one
-    assert (shares["relation"], shares["shape"], shares["count"]) == (1, 1, 1)
 
 
 def test_an_unknown_caption_is_an_error() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.data.images import ImageSet
-from fewstep.embedded.digits import digits
+from fewstep.embedded.sources import digits
 from fewstep.errors import UserError
 from fewstep.evaluation import extractors
 from fewstep.evaluation.extractors import (

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,15 +32,9 @@ def pairs(given: Pairs) -> None:
     model = open_model(given.teacher, given.teacher_config)
     _check(model, given.teacher, sampler)
     conditions = _conditions(given, model)
-    plan = {
-        "teacher": model.fingerprint,
-        "sampler": str(sampler),
-        "schedule": type(model.denoiser.schedule).__name__,
-        "precision": given.precision,
-        "shape": list(model.shape),
-        "seed": given.seed,
-        "num_pairs": num,
-    }
+    schedule = type(model.denoiser.schedule).__name__
+    plan: dict[str, Any] = {"teacher": model.fingerprint, "sampler": str(sampler), "schedule": schedule}
+    plan |= {"precision": given.precision, "shape": list(model.shape), "seed": given.seed, "num_pairs": num}
     _prepare(model, INFERENCE_DTYPES[given.precision], pick_device(given.device))
     made = (drawer(model, sampler), conditions, plan, out, given.batch_size or model.sampling_batch, rank, num_ranks)
     quiet = None if rank == 0 else lambda done, metrics: None

@@ -13,12 +13,7 @@ Embed = Callable[[list[str]], dict[str, Tensor]]
 
 
 def cached_embeddings(
-    texts: list[str],
-    embed: Embed,
-    fingerprint: str,
-    folder: Path,
-    max_gb: float,
-    report: Report = lambda done: None,
+    texts: list[str], embed: Embed, fingerprint: str, folder: Path, max_gb: float, report: Report = lambda done: None
 ) -> Rows | None:
     """What `embed` makes of every text, from `folder`, where it is written first if need be; None if over `max_gb`.
 

@@ -125,14 +125,9 @@ def in_memory(images: ImageSet, bytes_per_image: int, name: str) -> ImageSet:
         return images
     first = images.fetch(torch.tensor([0]))
     whole = first.new_empty(images.length, *first.shape[1:])
-    starts = track(
-        range(0, images.length, 1000),
-        description=f"reading {name}",
-        transient=True,
-        console=Console(stderr=True, quiet=not sys.stderr.isatty()),
-        disable=not sys.stderr.isatty(),
-    )
-    for start in starts:
+    quiet, starts = not sys.stderr.isatty(), range(0, images.length, 1000)
+    console = Console(stderr=True, quiet=quiet)
+    for start in track(starts, f"reading {name}", transient=True, console=console, disable=quiet):
         whole[start : start + 1000] = images.fetch(torch.arange(start, min(start + 1000, images.length)))
     return replace(images, fetch=whole.__getitem__)
 
@@ -161,10 +156,6 @@ def _epoch_order(length: int, seed: int, epoch: int, purpose: str) -> Tensor:
 
 def batch_indices(length: int, batch_size: int, step: int, seed: int, purpose: str = "epoch") -> Tensor:
     """The indices (batch_size,) of a step's whole batch, in endless shuffled epochs; each purpose has its own."""
-    positions = torch.arange(step * batch_size, (step + 1) * batch_size)
-    epochs = positions // length
-    orders = [
-        _epoch_order(length, seed, epoch, purpose)[positions[epochs == epoch] % length]
-        for epoch in sorted(set(epochs.tolist()))
-    ]
-    return torch.cat(orders)
+    first, start = divmod(step * batch_size, length)
+    epochs = range(first, first - (-(start + batch_size) // length))
+    return torch.cat([_epoch_order(length, seed, epoch, purpose) for epoch in epochs])[start : start + batch_size]

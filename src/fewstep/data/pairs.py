@@ -89,21 +89,12 @@ def _save(path: Path, tensors: dict[str, Tensor], given: Given, plan: dict[str, 
     import pyarrow
     from pyarrow import parquet
 
-    columns = {
-        name: pyarrow.array([row.tobytes() for row in tensor.numpy().astype("<f2")], pyarrow.binary())
-        for name, tensor in tensors.items()
-    }
+    cells = {name: [row.tobytes() for row in tensor.numpy().astype("<f2")] for name, tensor in tensors.items()}
+    columns = {name: pyarrow.array(rows, pyarrow.binary()) for name, rows in cells.items()}
     table = pyarrow.table({**columns, **given}, metadata={"fewstep": json.dumps(plan)})
+    plain = {"compression": "none", "use_dictionary": False, "write_statistics": False, "write_page_checksum": True}
     with written_whole(path) as temporary:
-        parquet.write_table(
-            table,
-            temporary,
-            row_group_size=plan["rows_per_group"],
-            compression="none",
-            use_dictionary=False,
-            write_statistics=False,
-            write_page_checksum=True,
-        )
+        parquet.write_table(table, temporary, row_group_size=plan["rows_per_group"], **plain)
 
 
 @dataclass(frozen=True)
@@ -126,12 +117,9 @@ class PairSet:
         read, size = cache(self._read), self.plan["rows_per_group"]
         places = [divmod(index, self.plan["rows_per_file"]) for index in indices.tolist()]
         rows = [[cells[row % size] for cells in read(file, row // size)] for file, row in places]
-        noise, x0 = (
-            torch.from_numpy(np.stack([np.frombuffer(cell, "<f2") for cell in cells]))
-            for cells in zip(*rows, strict=True)
-        )
-        shape = (-1, *self.plan["shape"])
-        batch: dict[str, Any] = {"noise": noise.reshape(shape), "x0": x0.reshape(shape)}
+        arrays = [np.stack([np.frombuffer(cell, "<f2") for cell in cells]) for cells in zip(*rows, strict=True)]
+        noise, x0 = (torch.from_numpy(array.reshape(-1, *self.plan["shape"])) for array in arrays)
+        batch: dict[str, Any] = {"noise": noise, "x0": x0}
         if "prompt" in self.given:
             batch["caption"] = [self.given["prompt"][index] for index in indices.tolist()]
         if "label" in self.given:
@@ -154,10 +142,8 @@ def load_pairs(folder: Path, teacher: str, sampler: str, shape: tuple[int, ...])
     wanted = {"teacher": teacher, "sampler": sampler, "shape": list(shape)}
     kept = ShardFolder.open(folder, "pairs", {key: (key, value) for key, value in wanted.items()}, ".parquet")
     if missing := kept.missing():
-        raise UserError(
-            f"{folder}: {len(missing)} of {len(kept.files)} files are not there yet; "
-            "run the same `fewstep data pairs` again"
-        )
+        told = f"{len(missing)} of {len(kept.files)} files are not there yet"
+        raise UserError(f"{folder}: {told}; run the same `fewstep data pairs` again")
     given: Given = {}
     metadata = {}
     for path, rows in kept.files.items():

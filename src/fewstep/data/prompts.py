@@ -35,11 +35,9 @@ def _lines(path: Path, column: str | None) -> list[str]:
 
 
 def _csv(path: Path, column: str | None) -> Iterator[str | None]:
-    tabs = path.suffix.lower() == ".tsv"  # in which quotation marks are text
+    tsv = path.suffix.lower() == ".tsv"  # in which quotation marks are text
     with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(
-            file, delimiter="\t" if tabs else ",", quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL
-        )
+        rows = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE) if tsv else csv.DictReader(file)
         name = _find(list(rows.fieldnames or []), column, path)
         yield from (row[name] for row in rows)
 

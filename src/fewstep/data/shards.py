@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fewstep.errors import UserError
-from fewstep.files import folder_lock, written_whole
+from fewstep.files import folder_lock, write_text, written_whole
 
 ROWS = 1024  # of one file: 134 MB of SDXL's latents, 650 MB of its text embeddings in float32
 Report = Callable[[int], None]
@@ -51,15 +51,12 @@ class ShardFolder:
             num_rows = int(plan["num_pairs" if name == "pairs" else "num_images"])
             rows_per_file = int(plan["rows_per_file"])
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise UserError(
-                f"{description}: can't be read; remove the folder and run `fewstep data {name}` again"
-            ) from error
+            told = f"remove the folder and run `fewstep data {name}` again"
+            raise UserError(f"{description}: can't be read; {told}") from error
         for key, (what, value) in wanted.items():
             if plan.get(key) != value:
-                raise UserError(
-                    f"{path}: {name} of another {what} ({plan.get(key)}) than asked for ({value}); "
-                    f"make others with `fewstep data {name}`"
-                )
+                told = f"{name} of another {what} ({plan.get(key)}) than asked for ({value})"
+                raise UserError(f"{path}: {told}; make others with `fewstep data {name}`")
         return ShardFolder(path, name, plan, num_rows, rows_per_file, suffix)
 
     @property
@@ -84,9 +81,8 @@ class ShardFolder:
             old = ShardFolder.open(self.path, self.name, {}).plan
             changed = [f"{key}: {old[key]} -> {plan[key]}" for key in plan if key in old and old[key] != plan[key]]
             if changed:
-                raise UserError(
-                    f"{self.path}: holds {self.name} made otherwise ({'; '.join(changed)}); choose another --out"
-                )
+                told = f"holds {self.name} made otherwise ({'; '.join(changed)})"
+                raise UserError(f"{self.path}: {told}; choose another --out")
         elif set(there) - {".tmp", ".lock"}:
             raise UserError(f"{self.path}: holds other files; choose another --out")
         else:
@@ -94,8 +90,7 @@ class ShardFolder:
 
     def describe(self, description: dict[str, Any]) -> None:
         """Replaces the plan by itself with more in it."""
-        with written_whole(self.path / f"{self.name}.json") as temporary:
-            temporary.write_text(json.dumps(description, indent=2) + "\n")
+        write_text(self.path / f"{self.name}.json", json.dumps(description, indent=2) + "\n")
 
     def fill(
         self,
@@ -133,10 +128,8 @@ class ShardFolder:
         nearest = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
         free = shutil.disk_usage(nearest).free
         if num_bytes > free:
-            raise UserError(
-                f"{self.path}: {num_bytes / 1e9:.1f} GB of {self.name}, but only {free / 1e9:.1f} GB of disk are free; "
-                f"{otherwise}"
-            )
+            told = f"{num_bytes / 1e9:.1f} GB of {self.name}, but only {free / 1e9:.1f} GB of disk are free"
+            raise UserError(f"{self.path}: {told}; {otherwise}")
 
 
 def save_shard(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any] | None = None) -> None:
@@ -159,9 +152,8 @@ def naming_damage(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:  # pyarrow's are some of these
-        raise UserError(
-            f"{path}: missing or damaged; remove it and run the command that wrote it again, which makes only this anew"
-        ) from error
+        told = "remove it and run the command that wrote it again, which makes only this anew"
+        raise UserError(f"{path}: missing or damaged; {told}") from error
 
 
 def digest(facts: Any) -> str:

@@ -46,10 +46,8 @@ def describe(stored: Stored, source: str, size: int, channels: int, shrink: bool
     short = median_low(min(each) for each in sizes.elements())
     if short > size and not shrink:
         fitting = max(size, 2 ** (min(short, 64).bit_length() - 1))
-        raise UserError(
-            f"{source}: images of {_sizes(sizes)} would be shrunk to {size}x{size}; "
-            f"say what size is meant, for example --set model.image_size={fitting}"
-        )
+        told = f"say what size is meant, for example --set model.image_size={fitting}"
+        raise UserError(f"{source}: images of {_sizes(sizes)} would be shrunk to {size}x{size}; {told}")
     kind = "grey" if num_grey == sizes.total() else "grey and RGB" if num_grey else "RGB"
     looked = f" ({sizes.total():,} looked at)" if sizes.total() < stored.length else ""
     captioned = " with captions" if stored.captions is not None else ""

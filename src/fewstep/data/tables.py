@@ -27,9 +27,8 @@ def open_table(data: DataSettings) -> tuple[Any, Cells]:
         images = table.select_columns([image_column]).cast_column(image_column, ImageFeature(decode=False))
         return table, lambda rows: list(images[rows][image_column])
     except (ValueError, TypeError, NotImplementedError) as error:  # pyarrow's errors are all one of these
-        raise UserError(
-            f"{path}: column {image_column!r} holds no images; name the one that does by data.image_column"
-        ) from error
+        told = f"column {image_column!r} holds no images; name the one that does by data.image_column"
+        raise UserError(f"{path}: {told}") from error
 
 
 def _open(path: Path, split: str) -> Any:
@@ -48,9 +47,8 @@ def _open(path: Path, split: str) -> Any:
         return datasets.load_dataset(kind, data_files=files, split=split)
     except Exception as error:  # the builders raise almost any error on damaged files
         reason = (str(error.__cause__ or error) or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"{path}: can't be read as {kind}, split {split!r} ({reason}) (data.source, data.split)"
-        ) from error
+        told = f"can't be read as {kind}, split {split!r} ({reason})"
+        raise UserError(f"{path}: {told} (data.source, data.split)") from error
 
 
 def _shards(folder: Path, suffix: str) -> dict[str, list[str]]:
@@ -71,9 +69,8 @@ def _kind(path: Path) -> str:
         return "imagefolder"
     if path.suffix.lower() == ".zip":
         raise UserError(f"{path}: a zip holds images with classes, as EDM's do; captions come from another source")
-    raise UserError(
-        f"{path}: no images here; a source is a folder of images, a .zip, a .parquet file or a WebDataset .tar"
-    )
+    kinds = "a folder of images, a .zip, a .parquet file or a WebDataset .tar"
+    raise UserError(f"{path}: no images here; a source is {kinds}")
 
 
 def files_digest(path: Path) -> str:

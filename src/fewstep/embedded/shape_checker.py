@@ -46,7 +46,8 @@ def see(images: Tensor) -> list[list[Seen]]:
         return seen
     owners, masks = [index for index, _ in regions], torch.stack([mask for _, mask in regions])
     strength = saturation[owners] * masks
-    strength = (strength / _peak(strength)).clamp(0, 1)
+    peak = strength.flatten(1).topk(5).values[:, -1, None, None]  # inside the region: its fifth strongest pixel
+    strength = (strength / peak.clamp_min(1e-3)).clamp(0, 1)
     middles = _middles(strength)
     kinds, scales = _fit(strength, middles)
     colours = _nearest_colour(pixels[owners], strength)
@@ -62,11 +63,6 @@ def _regions(saturation: Tensor) -> list[Tensor]:
     kept = [label for label, size in enumerate(found.flatten().bincount().tolist()) if label and size >= MIN_PIXELS]
     masks = [found == label for label in kept]
     return [torch.from_numpy(ndimage.binary_dilation(mask.numpy())) for mask in masks]
-
-
-def _peak(strength: Tensor) -> Tensor:
-    """The saturation inside each region (R, 1, 1): its fifth strongest pixel."""
-    return strength.flatten(1).topk(5).values[:, -1, None, None].clamp_min(1e-3)
 
 
 def _middles(strength: Tensor) -> Tensor:
@@ -136,35 +132,23 @@ def check(images: Tensor, captions: Sequence[str]) -> list[dict[str, bool]]:
 
 def _compare(seen: list[Seen], scene: Scene) -> dict[str, bool]:
     """The best assignment of what is seen to what is said; with the wrong number of objects everything is wrong."""
-    asked = {"shape", "colour", "count", "place" if scene.where in PLACES else "relation"}
-    asked |= {"size"} if any(thing.size for thing in scene.things) else set()
+    asked = ["count", "shape", "colour", "place" if scene.where in PLACES else "relation"]
+    asked += ["size"] if any(thing.size for thing in scene.things) else []
     if len(seen) != len(scene.things):
         return dict.fromkeys(asked, False)
-    answers = [_compare_in_order(order, scene) for order in itertools.permutations(seen)]
+    answers = [{name: _is_right(name, order, scene) for name in asked} for order in itertools.permutations(seen)]
     return max(answers, key=lambda answer: sum(answer.values()))
 
 
-def _compare_in_order(seen: Sequence[Seen], scene: Scene) -> dict[str, bool]:
-    pairs = list(zip(seen, scene.things, strict=True))
-    answer = {
-        "count": True,
-        "shape": all(s.shape == thing.shape for s, thing in pairs),
-        "colour": all(s.colour == thing.colour for s, thing in pairs),
-    }
-    if any(thing.size for thing in scene.things):
-        answer["size"] = all(thing.size in (None, s.size) for s, thing in pairs)
-    if scene.where in PLACES:
-        answer["place"] = _place(seen[0]) == scene.where
-    else:
-        answer["relation"] = _relation(seen[0], seen[1]) == scene.where
-    return answer
-
-
-def _place(seen: Seen) -> str:
-    return min(PLACES, key=lambda place: math.dist(PLACES[place], (seen.x, seen.y)))
-
-
-def _relation(first: Seen, second: Seen) -> str:
-    """Of the first to the second: along the axis on which they are further apart."""
-    x, y = first.x - second.x, first.y - second.y
-    return max(RELATIONS, key=lambda name: x * RELATIONS[name][0] + y * RELATIONS[name][1])
+def _is_right(attribute: str, seen: Sequence[Seen], scene: Scene) -> bool:
+    """Of as many objects as the scene has, in its order."""
+    first = seen[0]
+    if attribute == "place":
+        return scene.where == min(PLACES, key=lambda place: math.dist(PLACES[place], (first.x, first.y)))
+    if attribute == "relation":  # along the axis on which they are further apart
+        x, y = first.x - seen[1].x, first.y - seen[1].y
+        return scene.where == max(RELATIONS, key=lambda name: x * RELATIONS[name][0] + y * RELATIONS[name][1])
+    pairs = zip(seen, scene.things, strict=True)
+    return attribute == "count" or all(
+        getattr(thing, attribute) in (None, getattr(each, attribute)) for each, thing in pairs
+    )

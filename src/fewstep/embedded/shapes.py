@@ -8,7 +8,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from itertools import product
 from typing import overload
 
@@ -72,10 +72,7 @@ class Scene:
 
 def one_object_scenes() -> list[Scene]:
     """All 240 of them, neighbours differing in as much as possible, so that every part of the list is a fair one."""
-    scenes = [
-        Scene((Thing(shape, colour, size),), place)
-        for shape, colour, size, place in product(SHAPES, COLOURS, SIZES, PLACES)
-    ]
+    scenes = [Scene((Thing(*each),), place) for *each, place in product(SHAPES, COLOURS, SIZES, PLACES)]
     return random.Random(0).sample(scenes, len(scenes))
 
 
@@ -85,24 +82,18 @@ def two_object_scenes(num: int) -> list[Scene]:
     return [_draw_two(draws) for _ in range(num)]
 
 
-@lru_cache(maxsize=2**15)
 def parse(caption: str) -> Scene | None:
     """The scene that a caption speaks of; None if it is not one of ours."""
-    for where in (*PLACES, *RELATIONS):
-        first, found, second = f"{caption} ".partition(f" {where} ")
-        if found:
-            things = [_parse_thing(text) for text in (first, second) if text.strip()]
-            wanted = 2 if where in RELATIONS else 1
-            return Scene(tuple(t for t in things if t), where) if None not in things and len(things) == wanted else None
-    return None
+    return _scenes().get(" ".join(caption.split()))
 
 
-def _parse_thing(text: str) -> Thing | None:
-    words = text.split()
-    size = words[1] if len(words) == 4 else None
-    article, (colour, shape) = words[0], words[-2:] if len(words) in (3, 4) else ("", "")
-    right = article == "a" and shape in SHAPES and colour in COLOURS and (size is None or size in SIZES)
-    return Thing(shape, colour, size) if right else None
+@cache
+def _scenes() -> dict[str, Scene]:
+    """All that there are, by caption."""
+    things = [Thing(*each) for each in product(SHAPES, COLOURS, (None, *SIZES))]
+    one = (Scene((thing,), place) for thing, place in product(things, PLACES))
+    two = (Scene((first, second), where) for first, second, where in product(things, things, RELATIONS))
+    return {scene.caption: scene for scene in (*one, *two)}
 
 
 def draw_scene(index: int, seed: int) -> Scene:

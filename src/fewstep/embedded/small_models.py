@@ -25,12 +25,9 @@ def build_autoencoder(config: AutoencoderConfig) -> AutoencoderKL:
     """A randomly initialised autoencoder; its scaling factor is 1 until `AutoencoderTraining` measures it."""
     levels = len(config.block_out_channels)
     return library_class("AutoencoderKL")(
-        block_out_channels=config.block_out_channels,
-        layers_per_block=config.layers_per_block,
+        **config.model_dump(exclude={"image_size"}),
         down_block_types=["DownEncoderBlock2D"] * levels,
         up_block_types=["UpDecoderBlock2D"] * levels,
-        latent_channels=config.latent_channels,
-        norm_num_groups=config.norm_num_groups,
         sample_size=config.image_size,
         mid_block_add_attention=False,
         scaling_factor=1.0,
@@ -71,14 +68,12 @@ def build_unet(config: TextModelConfig, autoencoder: AutoencoderKL) -> UNet2DCon
         sample_size=size,
         in_channels=autoencoder.config.latent_channels,
         out_channels=autoencoder.config.latent_channels,
-        block_out_channels=config.block_out_channels,
-        layers_per_block=config.layers_per_block,
+        **config.model_dump(include={"block_out_channels", "layers_per_block", "norm_num_groups"}),
         down_block_types=["DownBlock2D", *["CrossAttnDownBlock2D"] * (levels - 1)],
         up_block_types=[*["CrossAttnUpBlock2D"] * (levels - 1), "UpBlock2D"],
         transformer_layers_per_block=config.transformer_layers,
         cross_attention_dim=2 * width if config.architecture == "sdxl" else width,
         attention_head_dim=[channels // config.attention_head_dim for channels in config.block_out_channels],
-        norm_num_groups=config.norm_num_groups,
         use_linear_projection=True,
         **added,
     )

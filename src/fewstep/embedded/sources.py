@@ -3,17 +3,27 @@
 from dataclasses import fields, replace
 from pathlib import Path
 
+import torch
+
 from fewstep.data.filters import Filter, load_filtered
 from fewstep.data.images import ImageSet, labels_of_classes, load_captioned, load_images
 from fewstep.data.latents import LatentSet, is_latents, load_latents, read_description
 from fewstep.data.settings import DataSettings
 from fewstep.embedded import shapes
-from fewstep.embedded.digits import digits
 from fewstep.errors import UserError
 from fewstep.models.autoencoder import Autoencoder
 from fewstep.models.image_model import ImageModel
 from fewstep.models.latent_model import LatentModel
 from fewstep.models.settings import PixelModelConfig
+
+
+def digits() -> ImageSet:
+    """The smallest real image set: the 1,797 8x8 grey digits that scikit-learn carries, 16 levels over 0..255."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    images = (torch.from_numpy(bunch.images).float() * 255 / 16).round().to(torch.uint8)[:, None]
+    return ImageSet(images.__getitem__, torch.from_numpy(bunch.target).long(), len(images))
 
 
 def open_images(data: DataSettings, model: PixelModelConfig | ImageModel, shrink: bool | None = None) -> ImageSet:
