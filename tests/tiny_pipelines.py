@@ -16,6 +16,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 LENGTH = 20  # tokens
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
+POOLED = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
+POOLED |= {"projection_class_embeddings_input_dim": 12 + 6 * 8}
 
 
 def tokenizer(folder: Path, pad: str = "<|endoftext|>") -> CLIPTokenizer:
@@ -28,21 +30,12 @@ def tokenizer(folder: Path, pad: str = "<|endoftext|>") -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(folder, model_max_length=LENGTH, pad_token=pad)
 
 
-def text_encoder(kind: type, seed: int) -> CLIPTextModel:
+def text_encoder(kind: type, seed: int, **settings: object) -> CLIPTextModel:
     torch.manual_seed(seed)
-    config = CLIPTextConfig(
-        vocab_size=190,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        max_position_embeddings=LENGTH,
-        projection_dim=12,
-        bos_token_id=188,
-        eos_token_id=189,
-        pad_token_id=189,
-    )
-    return kind(config).eval()
+    sizes = {"vocab_size": 190, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3}
+    sizes |= {"num_attention_heads": 2, "max_position_embeddings": LENGTH, "projection_dim": 12}
+    ends = {"bos_token_id": 188, "eos_token_id": 189, "pad_token_id": 189}
+    return kind(CLIPTextConfig(**sizes | ends | settings)).eval()
 
 
 def autoencoder(scaling_factor: float) -> AutoencoderKL:
@@ -82,14 +75,13 @@ def tiny_sd(folder: Path) -> StableDiffusionPipeline:
 
 
 def tiny_sdxl(folder: Path) -> StableDiffusionXLPipeline:
-    added = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
     return StableDiffusionXLPipeline(
         autoencoder(0.13025),
         text_encoder(CLIPTextModel, 1),
         text_encoder(CLIPTextModelWithProjection, 2),
         tokenizer(folder / "vocabulary"),
         tokenizer(folder / "vocabulary 2", pad="!"),
-        unet(32, **added, projection_class_embeddings_input_dim=12 + 6 * 8),
+        unet(32, **POOLED),
         EulerDiscreteScheduler(**BETAS),
         add_watermarker=False,
     )

@@ -35,8 +35,8 @@ from fewstep.errors import UserError
 from fewstep.export.single_file import original_weights, write_single_file
 from fewstep.models.latent_model import LatentModel
 from fewstep.models.loading.pretrained import load
-from single_files import original_weights as other_weights
-from tiny_pipelines import BETAS, LENGTH, tiny_sd, tiny_sdxl, unet
+from fewstep.models.loading.single_file import convert
+from tiny_pipelines import BETAS, POOLED, text_encoder, tiny_sd, tiny_sdxl, unet
 
 PREFIXES = {
     "sd": {"text_encoder": "cond_stage_model.transformer."},
@@ -47,17 +47,7 @@ PREFIXES = {
     },
 }
 PROMPTS = ["a red cat"]
-
-
-def text_encoder(kind: type, width: int, activation: str) -> CLIPTextModel:
-    """As OpenCLIP's: another width than the first encoder's, and the exact GELU."""
-    torch.manual_seed(width)
-    ends = {"bos_token_id": 188, "eos_token_id": 189, "pad_token_id": 189}
-    sizes = {"num_hidden_layers": 3, "num_attention_heads": 2, "max_position_embeddings": LENGTH, "projection_dim": 12}
-    config = CLIPTextConfig(
-        vocab_size=190, hidden_size=width, intermediate_size=40, hidden_act=activation, **sizes, **ends
-    )
-    return kind(config).eval()
+OPENCLIP = {"hidden_size": 24, "hidden_act": "gelu"}  # another width than the first encoder's, and the exact GELU
 
 
 def pipeline_of(family: str, folder: Path) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
@@ -67,15 +57,12 @@ def pipeline_of(family: str, folder: Path) -> StableDiffusionPipeline | StableDi
     if family == "sd2":
         pipeline = tiny_sd(folder)
         pipeline.register_modules(
-            text_encoder=text_encoder(CLIPTextModel, 24, "gelu"), unet=unet(24, use_linear_projection=True)
+            text_encoder=text_encoder(CLIPTextModel, 1, **OPENCLIP), unet=unet(24, use_linear_projection=True)
         )
         return pipeline
     pipeline = tiny_sdxl(folder)
-    added = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8, "use_linear_projection": True}
-    pipeline.register_modules(
-        text_encoder_2=text_encoder(CLIPTextModelWithProjection, 24, "gelu"),
-        unet=unet(40, **added, projection_class_embeddings_input_dim=12 + 6 * 8),
-    )
+    encoder = text_encoder(CLIPTextModelWithProjection, 2, **OPENCLIP)
+    pipeline.register_modules(text_encoder_2=encoder, unet=unet(40, **POOLED, use_linear_projection=True))
     return pipeline
 
 
@@ -126,12 +113,6 @@ def test_diffusers_conversions_give_back_every_tensor_and_leave_none(place: Plac
         else:
             found = convert_open_clip_checkpoint(encoder, parts[part], prefix=stem)
         equal(flat(found), flat(encoder.state_dict()))
-
-
-def test_the_layout_is_that_of_the_hand_written_files(place: Place) -> None:
-    """Which walk the modules instead of the names; there the SD 2.x encoder has an identity as projection."""
-    theirs = other_weights(place.model.pipeline, place.family == "sd2")
-    equal(load_file(place.file), {n: t for n, t in theirs.items() if n != "cond_stage_model.model.text_projection"})
 
 
 def test_diffusers_opens_the_file_and_draws_the_same_pictures(place: Place) -> None:
@@ -197,12 +178,9 @@ def test_half_precision_is_the_rounded_weights(sd: Place, tmp_path: Path, dtype:
     assert sd.model.network.dtype == torch.float32
 
 
-@pytest.mark.parametrize(("prediction", "zero_snr"), [("v_prediction", False), ("v_prediction", True)])
-def test_v_prediction_and_zero_terminal_snr_are_empty_tensors(
-    sd: Place, tmp_path: Path, prediction: str, zero_snr: bool
-) -> None:
-    scheduler = DDIMScheduler(**BETAS, prediction_type=prediction, rescale_betas_zero_snr=zero_snr)
-    model = relay(sd, scheduler)
+@pytest.mark.parametrize("zero_snr", [False, True])
+def test_v_prediction_and_zero_terminal_snr_are_empty_tensors(sd: Place, tmp_path: Path, zero_snr: bool) -> None:
+    model = relay(sd, DDIMScheduler(**BETAS, prediction_type="v_prediction", rescale_betas_zero_snr=zero_snr))
     write_single_file(model, tmp_path / "v.safetensors", {}, torch.float16)
     weights = load_file(tmp_path / "v.safetensors")
     assert {name for name, tensor in weights.items() if not tensor.numel()} == {"v_pred", *["ztsnr"] * zero_snr}
@@ -232,6 +210,17 @@ def test_what_the_layout_can_not_say_is_refused(sd: Place, tmp_path: Path, setti
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "settings", [{"shift_factor": 0.1}, {"latents_mean": [0.5, 0, 0, 0], "latents_std": [2.0] * 4}], ids=str
+)
+def test_a_shift_of_the_latents_is_refused_for_no_header_says_it(tmp_path: Path, settings: dict) -> None:
+    model = LatentModel(tiny_sdxl(tmp_path / "scratch"), [999.0])
+    model.pipeline.vae.register_to_config(**settings)
+    with pytest.raises(UserError, match=r"vae: its latents are shifted .* export the model as a diffusers folder"):
+        write_single_file(model, tmp_path / "new" / "x.safetensors", {}, torch.float32)
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_tensor_without_a_place_is_refused_by_name(sd: Place) -> None:
     model = LatentModel(sd.model.pipeline)
     model.denoiser.network.unet = UNet2DConditionModel(
@@ -242,8 +231,7 @@ def test_a_tensor_without_a_place_is_refused_by_name(sd: Place) -> None:
 
 
 def test_the_students_own_weights_are_written_not_its_teachers(sd: Place, tmp_path: Path) -> None:
-    other = UNet2DConditionModel(**sd.model.network.config)
-    model = LatentModel(sd.model.pipeline, [999.0])
+    model, other = LatentModel(sd.model.pipeline, [999.0]), UNet2DConditionModel(**sd.model.network.config)
     model.denoiser.network.unet = other
     write_single_file(model, tmp_path / "x.safetensors", {}, torch.float32)
     equal(load(tmp_path / "x.safetensors", sd.folder).network.state_dict(), other.state_dict())
@@ -369,6 +357,9 @@ def test_the_released_models_have_their_published_names_shapes_and_counts(family
     assert KNOWN[family].items() <= {name: tuple(tensor.shape) for name, tensor in weights.items()}.items()
     assert infer_diffusers_model_type(weights) == family
     assert (CHECKPOINT_KEY_NAMES["v1"] in weights) == (family != "xl_base")
+    assert {name: t.shape for name, t in convert(weights, "unet", unet).items()} == {
+        name: t.shape for name, t in unet.state_dict().items()
+    }
     copied = sum(tensor.numel() for name, tensor in weights.items() if ".in_proj_" in name)
     assert copied <= 0.1 * sum(tensor.numel() for tensor in weights.values())
 

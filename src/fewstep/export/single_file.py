@@ -15,6 +15,7 @@ from fewstep.files import written_whole
 from fewstep.models.latent_model import LatentModel
 from fewstep.models.loading.pipeline import library_class
 from fewstep.models.loading.single_file import TIMESTEPS, UNET, Weights
+from fewstep.networks.codec import Codec
 from fewstep.networks.families.stable_diffusion import vp_schedule
 
 Places = dict[str, str]
@@ -163,6 +164,9 @@ def _openclip(encoder: Any, prefix: str) -> Weights:
 
 def _flags(model: LatentModel) -> list[str]:
     """Empty tensors that say v-prediction and zero terminal SNR; raises UserError for what no file can say."""
+    if Codec(model.pipeline.vae).shift is not None:
+        where = "which a single file can't say; export the model as a diffusers folder"
+        raise UserError(f"vae: its latents are shifted (shift_factor, latents_mean, latents_std), {where}")
     config = model.pipeline.scheduler.config
     prediction, zero_snr = config.prediction_type, bool(config.get("rescale_betas_zero_snr"))
     if prediction == "sample":

@@ -24,7 +24,7 @@ from fewstep.models.autoencoder import load_autoencoder
 from fewstep.models.latent_model import LatentModel
 from fewstep.models.loading.pretrained import load
 from fewstep.models.pixel_model import PixelModel
-from single_files import original_weights
+from single_files import original_weights, write_single_file
 from tiny_pipelines import BETAS, TINY
 
 UNET, VAE, TEXT = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors", "model.safetensors"
@@ -71,10 +71,6 @@ def refused(source: Path, *fragments: str, config: Path | None = None) -> None:
     assert all(fragment in line for fragment in (str(source), *fragments)), line
 
 
-def single_file(pipeline: Any) -> dict[str, Tensor]:
-    return {name: tensor.clone().contiguous() for name, tensor in original_weights(pipeline).items()}
-
-
 def poisoned(tensors: dict[str, Tensor], value: float) -> dict[str, Tensor]:
     """One number of the last tensor is not finite."""
     changed = tensors[max(tensors)].clone()
@@ -100,7 +96,7 @@ def test_nan_of_a_single_file_an_autoencoder_and_a_pixel_model_is_told(
     made: Place, tiny_model: PixelModel, tmp_path: Path
 ) -> None:
     name = "model.diffusion_model.out.2.bias"
-    weights = single_file(made[1])
+    weights = original_weights(made[1])
     weights[name][0] = torch.nan
     save_file(weights, tmp_path / "nan.safetensors")
     refused(tmp_path / "nan.safetensors", "conv_out.bias", "NaN", config=made[0])
@@ -189,7 +185,7 @@ HARMLESS_TEXT = {
     ],
 )
 def test_one_tensor_too_many_in_a_single_file_is_named(made: Place, tmp_path: Path, name: str, what: str) -> None:
-    weights = single_file(made[1])
+    weights = original_weights(made[1])
     kind = "sdxl" if "text_encoder_2" in made[1].components else "sd"
     stem, names = HARMLESS_TEXT[kind]
     harmless = HARMLESS | {stem + each: torch.zeros(16, 16) for each in names}
@@ -275,9 +271,42 @@ def test_how_a_vp_scheduler_spaces_its_steps_is_its_own_matter(place: Path) -> N
     assert torch.equal(load(place).denoiser.schedule.alphas_cumprod, expected)
 
 
+def agrees_with(model: LatentModel, **settings: object) -> None:
+    """The model's x0 is that of diffusers' scheduler, at every kind of time."""
+    scheduler = DDIMScheduler(**BETAS, **settings, clip_sample=False)
+    x_t, condition = torch.randn(1, 4, 8, 8), model.text_condition(["cat"])
+    scheduler.set_timesteps(1000)
+    for t in (0, 500, 998):
+        time = torch.tensor([t])
+        with torch.no_grad():
+            output, x0 = model.denoiser.network(x_t, time, condition), model.denoiser(x_t, time, condition)
+        theirs = scheduler.step(output, t, x_t).pred_original_sample
+        assert (x0 - theirs).norm() <= 1e-5 * theirs.norm()
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("zero_snr", [False, True])
+def test_a_single_file_has_the_scheduler_of_its_configuration(
+    made: Place, place: Path, prediction: str, zero_snr: bool
+) -> None:
+    said = {"prediction_type": prediction, "rescale_betas_zero_snr": zero_snr}
+    configure(place, scheduler=["diffusers", "DDIMScheduler"])
+    DDIMScheduler(**BETAS, **said, clip_sample=False).save_pretrained(place / "scheduler")
+    agrees_with(load(write_single_file(place / "x.safetensors", original_weights(made[1])), place), **said)
+
+
+def test_the_prediction_type_of_a_folder_can_be_set_right(made: Place) -> None:
+    agrees_with(load(made[0], prediction_type="v_prediction"), prediction_type="v_prediction")
+
+
 @pytest.mark.parametrize(
     ("header", "flags", "asked", "prediction"),
     [
+        ({}, [], None, "epsilon"),
+        ({}, ["v_pred"], None, "v_prediction"),
+        ({}, ["v_pred", "ztsnr"], None, "v_prediction"),
+        ({}, [], "v_prediction", "v_prediction"),
+        ({}, ["v_pred"], "epsilon", "epsilon"),
         ({"modelspec.prediction_type": "v"}, [], None, "v_prediction"),
         ({"modelspec.prediction_type": "epsilon"}, [], None, "epsilon"),
         ({"modelspec.predict_key": "v"}, ["v_pred"], None, "v_prediction"),
@@ -286,29 +315,20 @@ def test_how_a_vp_scheduler_spaces_its_steps_is_its_own_matter(place: Path) -> N
         ({"modelspec.prediction_type": "velocity"}, [], None, None),
     ],
 )
-def test_the_prediction_type_in_a_header_is_obeyed(
+def test_headers_and_empty_tensors_say_the_prediction_type_and_the_user_has_the_last_word(
     made: Place, tmp_path: Path, header: dict[str, str], flags: list[str], asked: str | None, prediction: str | None
 ) -> None:
-    weights = single_file(made[1])
-    path = tmp_path / "file.safetensors"
-    save_file(weights | {flag: torch.empty(0) for flag in flags}, path, header)
+    path = write_single_file(tmp_path / "file.safetensors", original_weights(made[1]), *flags, header=header)
     if prediction is None:
         refused(path, "prediction type", "--prediction-type", config=made[0])
         return
-    scheduler = DDIMScheduler(**BETAS, prediction_type=prediction, clip_sample=False)
-    model, x_t, t = load(path, made[0], asked), torch.randn(1, 4, 8, 8), torch.tensor([500])
-    with torch.no_grad():
-        output, x0 = (
-            of(x_t, t, model.null_condition | added(model)) for of in (model.denoiser.network, model.denoiser)
-        )
-    scheduler.set_timesteps(1000)
-    assert (x0 - scheduler.step(output, 500, x_t).pred_original_sample).norm() <= 1e-5 * x0.norm()
-
-
-def added(model: LatentModel) -> dict[str, Tensor]:
-    """SDXL's time_ids, which the null condition leaves to the prompt's."""
-    condition = model.text_condition([""])
-    return {"time_ids": condition["time_ids"]} if "time_ids" in condition else {}
+    model, said = (
+        load(path, made[0], asked),
+        {"prediction_type": prediction, "rescale_betas_zero_snr": "ztsnr" in flags},
+    )
+    agrees_with(model, **said)
+    model.save(tmp_path / "saved")
+    agrees_with(load(tmp_path / "saved"), **said)
 
 
 # --- sizes, channels, inputs -----------------------------------------------------------------------------------------
