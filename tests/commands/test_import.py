@@ -3,9 +3,6 @@
 import json
 import os
 import pickle
-import resource
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,17 +11,7 @@ import torch
 from command_line import fewstep, refused
 from edm_files import edm_pickle, small_network, write_checkpoint
 from fewstep.models.loading.pretrained import load
-
-MEASURE = """
-import sys
-from pathlib import Path
-from fewstep.commands.importing import import_edm
-def peak():
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
-before = peak()
-import_edm(Path(sys.argv[1]), Path(sys.argv[2]))
-print((peak() - before) / sum(file.stat().st_size for file in Path(sys.argv[2], "unet").glob("*.safetensors")))
-"""
+from limits import extra_memory, file_size_limit
 
 
 @pytest.fixture(scope="module")
@@ -75,12 +62,8 @@ def test_a_target_that_is_there_or_cannot_be_written_is_told_first(checkpoint: P
 
 @pytest.mark.parametrize("left", [1000, 1_000_000])
 def test_a_disk_that_fills_is_one_line_and_leaves_nothing(checkpoint: Path, left: int) -> None:
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (left, limits[1]))
-    try:
+    with file_size_limit(left):
         refused_whole(checkpoint, "model", "model: can't be written")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_an_interrupted_import_leaves_nothing(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,20 +91,12 @@ def test_what_is_no_checkpoint_is_one_line(checkpoint: Path) -> None:
     refused_whole(".", "model", "no such file")
 
 
-def measured(checkpoint: Path, out: Path) -> float:
-    """Peak memory of an import beyond that of its imports, in weights."""
-    command = [sys.executable, "-c", MEASURE, str(checkpoint), str(out)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    return float(done.stdout.splitlines()[-1])
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of memory is read from /proc")
 @pytest.mark.parametrize("protocol", [2, 4])
 def test_the_weights_are_in_memory_once(protocol: int, tmp_path: Path) -> None:
     """100 MB of them; 1.1 was measured."""
-    network = small_network(channel_mult=[1, 2, 3])
-    checkpoint = write_checkpoint(tmp_path / "edm.pkl", network, protocol)
-    assert measured(checkpoint, tmp_path / "model") <= 1.3
+    checkpoint = write_checkpoint(tmp_path / "edm.pkl", small_network(channel_mult=[1, 2, 3]), protocol)
+    imports = "from fewstep.commands.importing import import_edm"
+    peak = extra_memory(imports, "import_edm(*map(Path, arguments))", checkpoint, tmp_path / "model")
+    assert peak <= 1.3 * sum(file.stat().st_size for file in (tmp_path / "model" / "unet").glob("*.safetensors"))

@@ -1,9 +1,7 @@
 """Exported folders against our own rollout: what diffusers draws of them by itself, on the same noise."""
 
 import json
-import resource
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -28,6 +26,7 @@ from fewstep.models.latent_model import LatentModel
 from fewstep.models.loading.pretrained import load
 from fewstep.models.pixel_model import PixelModel, build_unet
 from fewstep.models.settings import PixelModelConfig
+from limits import file_size_limit
 from tiny_pipelines import BETAS, TINY
 
 CLASSES = {"sd": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
@@ -192,13 +191,13 @@ def test_a_pixel_folder_draws_our_rollout(pixel) -> None:
     call = {"class_labels": labels, "latents": noise[0]}
     ours = expected(model, {"label": torch.tensor(labels)} if labels else {}, noise)
     close(ours, theirs(**call, generator=torch.Generator().manual_seed(5), output_type="latent").images)
-    for output, scale in (("np", 255), ("pt", 255)):
+    decoded = model.decode(ours)
+    for output in ("np", "pt"):
         images = theirs(**call, generator=torch.Generator().manual_seed(5), output_type=output).images
-        images = images if output == "np" else images.permute(0, 2, 3, 1).numpy()
-        assert abs(images * scale - model.decode(ours).permute(0, 2, 3, 1).numpy()).max() <= 0.51
+        images = images if output == "pt" else torch.from_numpy(images).permute(0, 3, 1, 2)
+        assert (images * 255 - decoded).abs().max() <= 0.51
     picture = theirs(**call, generator=torch.Generator().manual_seed(5)).images[0]
-    decoded = model.decode(ours)[0, 0]
-    assert (torch.tensor(list(picture.tobytes())).reshape(8, 8) - decoded.int()).abs().max() <= 1
+    assert (torch.tensor(list(picture.tobytes())).reshape(8, 8) - decoded[0, 0].int()).abs().max() <= 1
     again = load(folder)
     assert again.timesteps == model.timesteps
     close(ours, expected(again, {"label": torch.tensor(labels)} if labels else {}, noise))
@@ -226,13 +225,8 @@ def test_a_pixel_folder_takes_classes_batches_and_fewer_steps(pixel) -> None:
     for wrong in ([3], -1, [0, 1, 2]):
         with pytest.raises(ValueError, match="class_labels must be"):
             theirs(class_labels=wrong, batch_size=2)
-    two = theirs(
-        class_labels=[1],
-        num_inference_steps=2,
-        latents=drawn(model.shape, 1)[0],
-        generator=torch.manual_seed(5),
-        output_type="latent",
-    )
+    call = {"class_labels": [1], "latents": drawn(model.shape, 1)[0], "output_type": "latent"}
+    two = theirs(**call, num_inference_steps=2, generator=torch.manual_seed(5))
     noise, times = drawn(model.shape, 2), torch.tensor([80.0, 2.0], dtype=torch.float64)
     close(rollout(model.denoiser, noise, times, {"label": torch.tensor([1])}, stop=1), two.images)
 
@@ -265,13 +259,12 @@ def test_shards_and_halves_open_as_the_whole(teacher, dtype: torch.dtype, size: 
 def test_shards_and_halves_of_a_pixel_model(pixel, tmp_path: Path) -> None:
     model, whole = pixel
     folder = export(model, tmp_path, Format(torch.float16, "5KB"))
-    theirs, ours = opened(folder, variant="fp16", trust_remote_code=True), load(folder)
-    ordinary = UNet2DModel.from_pretrained(whole, subfolder="unet").state_dict()
+    theirs = opened(folder, variant="fp16", trust_remote_code=True)
+    ours, ordinary = load(folder).network, UNet2DModel.from_pretrained(whole, subfolder="unet")
     assert len(list((folder / "unet").glob("*.fp16-*.safetensors"))) > 2
     for name, value in model.network.state_dict().items():
-        assert torch.equal(theirs.unet.state_dict()[name], value.half().float())
-        assert torch.equal(ours.network.state_dict()[name], value.half().float())
-        assert torch.equal(ordinary[name], value)
+        for network, expected in ((theirs.unet, value.half().float()), (ours, value.half().float()), (ordinary, value)):
+            assert torch.equal(network.state_dict()[name], expected)
     assert torch.isfinite(theirs(output_type="pt").images).all()
 
 
@@ -291,17 +284,6 @@ def test_what_it_came_from_stands_in_the_weights_and_no_path_of_the_teacher(teac
     texts = [path.read_text() for path in folder.rglob("*.json")]
     assert not [text for text in texts if str(tmp_path) in text]
     assert json.loads((folder / "fewstep.json").read_text())["export"]["fewstep.step"] == "7"
-
-
-@contextmanager
-def file_size_limit(size: int) -> Iterator[None]:
-    """Every file that grows beyond it gives OSError, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_disk_that_fills_leaves_what_was_there(pixel, tmp_path: Path) -> None:

@@ -77,11 +77,19 @@ prompt. It has what its teacher has of biases and gaps, and less variety than it
 ```yaml
 {made.recipe}```
 """
-NOTES = (
-    "Arrows say which way is better. Intervals are of 95 %: Wilson's of shares; a jackknife's over the generated "
-    "images of FID, by `fewstep evaluate` alone. The row `real` is the noise floor: real images against real images. "
-    "Numbers in the features of one network don't compare with those in another's."
-)
+NOTES = """\
+Arrows say which way is better. Intervals are of 95 %: Wilson's of shares; a jackknife's over the generated images of \
+FID, by `fewstep evaluate` alone. The row `real` is the noise floor: real images against real images. Numbers in the \
+features of one network don't compare with those in another's."""
+PIXELS = """\
+`trust_remote_code=True` runs `pipeline.py`, a short file in this folder: read it first. The timesteps are the model's \
+own; `generator` seeds the noise, `num_inference_steps` may be less than {count}."""
+NAMED = """\
+The timesteps must be named as above, with these numbers: they are not evenly spaced, so diffusers' `LCMScheduler` \
+can't find them, and refuses a call with `num_inference_steps` above 1."""
+EVEN = """\
+The timesteps need not be named: the scheduler in this folder takes them for `num_inference_steps={count}`. Keep \
+`LCMScheduler`, and keep guidance off."""
 Interval = Sequence[float] | None
 
 
@@ -127,10 +135,7 @@ def read_scores(evaluations: Sequence[dict[str, float]], step: int, ema: str | N
 
 
 def read_table(folder: Path, name: str) -> list[dict[str, Any]]:
-    """The rows of the real images and of the model `name` in a folder of `fewstep evaluate`.
-
-    Raises UserError if it holds no such row.
-    """
+    """The rows of the real images and of the model `name`, which must be there, in a folder of `fewstep evaluate`."""
     path = folder / "results.json"
     try:
         rows = json.loads(path.read_text())
@@ -160,6 +165,13 @@ class Card:
 def model_card(card: Card, made: Provenance) -> str:
     """The whole text."""
     text, count = isinstance(card.kind, str), len(made.timesteps)
+    front = {
+        "license": made.license,
+        "library_name": "diffusers",
+        **({"base_model": made.teacher} if is_hub_id(made.teacher) else {}),
+        "pipeline_tag": "text-to-image" if text else "unconditional-image-generation",
+        "tags": [*TAGS.get(str(card.kind), []), "fewstep", "dmd2", "distillation", "few-step"],
+    }
     times = f"timesteps={[int(t) for t in made.timesteps]}" if card.name_timesteps else f"num_inference_steps={count}"
     terms = f"`{made.license}`, as said by who exported it; the terms of the teacher go on to apply."
     if made.license == "other":
@@ -168,13 +180,13 @@ def model_card(card: Card, made: Provenance) -> str:
     return CARD.format(
         card=card,
         made=made,
-        front=yaml.safe_dump(front_matter(card, made, text), sort_keys=False),
+        front=yaml.safe_dump(front, sort_keys=False),
         what="text-to-image" if text else "pixel",
         steps=f"{count} step{'s' if count > 1 else ''}",
         picture=f"\n![samples]({card.picture})\n" if card.picture else "",
         opening=json.dumps(card.name) + VARIANTS[card.dtype] + ("" if text else ", trust_remote_code=True"),
         call=f'"a photo of a cat", {times}, guidance_scale=0' if text else pixel_call,
-        advice=advice(card, count, text),
+        advice=(NAMED if card.name_timesteps else EVEN if text else PIXELS).format(count=count),
         timesteps=", ".join(f"{t:g}" for t in made.timesteps),
         own_guidance="none: pass `guidance_scale=0`" if text else "none",
         guidance="none" if made.guidance_scale == 1 else f"{made.guidance_scale:g}",
@@ -186,50 +198,22 @@ def model_card(card: Card, made: Provenance) -> str:
     )
 
 
-def front_matter(card: Card, made: Provenance, text: bool) -> dict[str, Any]:
-    """What the hub reads."""
-    return {
-        "license": made.license,
-        "library_name": "diffusers",
-        **({"base_model": made.teacher} if is_hub_id(made.teacher) else {}),
-        "pipeline_tag": "text-to-image" if text else "unconditional-image-generation",
-        "tags": [*TAGS.get(str(card.kind), []), "fewstep", "dmd2", "distillation", "few-step"],
-    }
-
-
-def advice(card: Card, count: int, text: bool) -> str:
-    """What to know about the call."""
-    if not text:
-        return (
-            "`trust_remote_code=True` runs `pipeline.py`, a short file in this folder: read it first. The timesteps "
-            f"are the model's own; `generator` seeds the noise, `num_inference_steps` may be less than {count}."
-        )
-    if card.name_timesteps:
-        return (
-            "The timesteps must be named as above, with these numbers: they are not evenly spaced, so diffusers' "
-            "`LCMScheduler` can't find them, and refuses a call with `num_inference_steps` above 1."
-        )
-    return (
-        f"The timesteps need not be named: the scheduler in this folder takes them for `num_inference_steps={count}`. "
-        "Keep `LCMScheduler`, and keep guidance off."
-    )
-
-
 def metrics(made: Provenance) -> str:
     """The run's own scores and the rows of an evaluation, as tables."""
     parts = []
     if made.scores:
         where = "by the run itself, on the images that `evaluation` in the recipe says"
-        lines = [f"| {_named(name)} | {value:.4g} | {_interval(i)} |" for name, (value, i) in made.scores.items()]
-        head = "| metric | value | 95 % interval |\n|---|---|---|\n"
-        parts.append(f"Of step {made.step}, {where}:\n\n{head}" + "\n".join(lines))
+        rows = [[_named(name), f"{value:.4g}", _interval(i)] for name, (value, i) in made.scores.items()]
+        parts.append(f"Of step {made.step}, {where}:\n\n" + _table(["metric", "value", "95 % interval"], rows))
     if made.table:  # what is not a single value stays in results.json
-        last = made.table[-1]
-        names = [name for name, value in last.items() if value is not None and not isinstance(value, dict)]
-        head = f"| {' | '.join(map(_named, names))} |\n|{'---|' * len(names)}\n"
-        lines = [f"| {' | '.join(_cell(row, name) for name in names)} |" for row in made.table]
-        parts.append("By `fewstep evaluate`:\n\n" + head + "\n".join(lines))
+        names = [key for key, value in made.table[-1].items() if value is not None and not isinstance(value, dict)]
+        rows = [[_cell(row, name) for name in names] for row in made.table]
+        parts.append("By `fewstep evaluate`:\n\n" + _table(list(map(_named, names)), rows))
     return "\n\n".join([*parts, NOTES]) if parts else "None were computed. `fewstep evaluate` computes them."
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows])
 
 
 def _named(name: str) -> str:

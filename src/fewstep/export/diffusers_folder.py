@@ -56,11 +56,11 @@ def write_diffusers_folder(
     stored.check_numbers(report)
     with written_folder(out) as folder:
         index, named = (_latent_index if stored.index else _pixel_index)(stored, folder)
-        (folder / PIPELINE).write_text(json.dumps(index, indent=2) + "\n")
+        _write_json(folder / PIPELINE, index)
         for part in sorted(path for path in stored.folder.iterdir() if path.is_dir()):
             if part.name in stored.parts:
                 metadata = provenance.metadata() if part.name == stored.family.part else {}
-                _convert(stored.parts[part.name], folder / part.name, written, metadata, report)
+                _convert(stored.parts[part.name], part, folder / part.name, written, metadata, report)
             elif part.name != "scheduler":
                 shutil.copytree(part, folder / part.name)
         write_description(folder, stored.description | {EXPORT: provenance.metadata()})
@@ -70,19 +70,27 @@ def write_diffusers_folder(
         (folder / CARD).write_text(model_card(Card(out.name, *facts), provenance))
 
 
-def _convert(part: Part, target: Path, written: Format, metadata: dict[str, str], report: Callable[[], None]) -> None:
-    """The weights of a part, and its configuration without where it was once loaded from."""
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    """Without where it was once loaded from."""
+    kept = {key: value for key, value in content.items() if key != "_name_or_path"}
+    path.write_text(json.dumps(kept, indent=2) + "\n")
+
+
+def _convert(
+    part: Part, source: Path, target: Path, written: Format, metadata: dict[str, str], report: Callable[[], None]
+) -> None:
+    """The configuration and the weights of a part."""
 
     def read(name: str) -> Tensor:
         report()
         return part.tensors[name].read()
 
-    stem = "model" if part.kind.__module__.startswith("transformers.") else "diffusion_pytorch_model"
     target.mkdir()
-    config = {key: value for key, value in part.config.items() if key != "_name_or_path"}
-    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    _write_json(target / "config.json", read_json(source / "config.json"))
+    of_transformers = type(part.network).__module__.startswith("transformers.")
     metas = {name: stored.meta for name, stored in sorted(part.tensors.items())}
-    write_shards(target, stem, planned(metas, written.dtype), read, written.shard_size, metadata)
+    plan, stem = planned(metas, written.dtype), "model" if of_transformers else "diffusion_pytorch_model"
+    write_shards(target, stem, plan, read, written.shard_size, metadata)
 
 
 def _latent_index(stored: StoredModel, folder: Path) -> tuple[dict[str, Any], bool]:
@@ -90,8 +98,8 @@ def _latent_index(stored: StoredModel, folder: Path) -> tuple[dict[str, Any], bo
     config = read_json(stored.folder / "scheduler" / "scheduler_config.json")
     scheduler, named = lcm_scheduler(config, [int(t) for t in stored.description["timesteps"]])
     scheduler.save_pretrained(folder / "scheduler")
-    index = {key: value for key, value in stored.index.items() if key != "_name_or_path"}
-    index |= {part: [None, None] for part in UNUSED if part in index} | {"scheduler": ["diffusers", "LCMScheduler"]}
+    unused = {part: [None, None] for part in UNUSED if part in stored.index}
+    index = stored.index | unused | {"scheduler": ["diffusers", "LCMScheduler"]}
     if "safety_checker" in index:
         index["requires_safety_checker"] = False  # it would warn at every opening
     return index, named

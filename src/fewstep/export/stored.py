@@ -4,21 +4,21 @@ No network is given memory: its configuration says which tensors it has, and tho
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from fewstep.errors import UserError, brief
-from fewstep.export.weights import DTYPES
 from fewstep.models.image_model import DESCRIPTION
 from fewstep.models.loading.hub import PIPELINE
-from fewstep.models.loading.pipeline import check_index, library_class
-from fewstep.models.loading.weights import check_finite, check_names
+from fewstep.models.loading.pipeline import build_part, check_index, check_subfolders, library_class
+from fewstep.models.loading.weights import check_finite, check_fits, check_names, check_stored
 from fewstep.models.settings import PixelModelConfig
 from fewstep.networks.families.edm import PIXELS
 from fewstep.networks.family import Family
@@ -40,17 +40,16 @@ class Stored:
     def read(self) -> Tensor:
         if self.raw is not None:
             return self.raw
-        with open_weights(self.file) as handle:  # anew, for what was read stays in memory as long as it is open
+        with safe_open(self.file, "pt") as handle:  # anew, for what was read stays in memory as long as it is open
             tensor: Tensor = handle.get_tensor(self.name)
         return tensor
 
 
 @dataclass(frozen=True)
 class Part:
-    """A network: its class in diffusers or transformers, its configuration and its tensors by name."""
+    """A network without memory, and its tensors by name."""
 
-    kind: type[nn.Module]
-    config: dict[str, Any]
+    network: nn.Module
     tensors: dict[str, Stored]
 
 
@@ -76,6 +75,23 @@ class StoredModel:
             check_finite(stored.file, [(stored.name, stored.read())])
 
 
+@contextmanager
+def whole(where: Path) -> Iterator[None]:
+    """Raises UserError for a file that is missing or damaged, which shows itself as almost any error."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{where}: is missing or damaged ({brief(error)}); name another checkpoint") from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object; raises UserError if the file holds none."""
+    with whole(file):
+        return dict(json.loads(file.read_text()))
+
+
 def open_stored(folder: Path, raw: Raw | None = None) -> StoredModel:
     """The model in `folder`, its trained network with the weights `raw` where they are given.
 
@@ -85,15 +101,11 @@ def open_stored(folder: Path, raw: Raw | None = None) -> StoredModel:
     if (folder / PIPELINE).is_file():
         index = read_json(folder / PIPELINE)
         family = check_index(folder, index)
-    try:
+    with whole(folder / DESCRIPTION):
         [float(t) for t in description["timesteps"]]
         if not index:
             PixelModelConfig(**description["config"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise not_whole(folder / DESCRIPTION, f"describes no student ({brief(error)})") from error
-    for name in family.parts:
-        if not (folder / name).is_dir():
-            raise not_whole(folder / name, "is missing")
+    check_subfolders(folder, family)
     prefix, given = f"network.{family.part}.", {}
     if raw:
         given = {family.part: (raw[0], {name.removeprefix(prefix): value for name, value in raw[1].items()})}
@@ -105,25 +117,16 @@ def open_stored(folder: Path, raw: Raw | None = None) -> StoredModel:
 
 def open_part(folder: Path, kind: Any, raw: Raw | None = None) -> Part:
     """A network of that class, of the names and shapes that its configuration gives it; `raw` by its own names."""
-    config = read_json(folder / "config.json")
-    try:
-        with torch.device("meta"):
-            network = kind.from_config(config) if hasattr(kind, "from_config") else kind(kind.config_class(**config))
-    except Exception as error:  # of the library, and almost any
-        raise not_whole(folder / "config.json", f"describes no {kind.__name__} ({brief(error)})") from error
+    with whole(folder / "config.json"), torch.device("meta"):
+        network = build_part(kind, folder)
     tensors = _stored_tensors(folder)
     if raw:
-        check_names(raw[0], {name for name, _ in network.named_parameters()} - raw[1].keys(), ())
+        check_names(raw[0], dict(network.named_parameters()).keys() - raw[1].keys(), ())
         tensors |= {name: Stored(name, raw[0], torch.empty_like(t, device="meta"), t) for name, t in raw[1].items()}
-    ours = {_plain(name): stored for name, stored in tensors.items()}
-    needs = {_plain(name): list(tensor.shape) for name, tensor in network.state_dict().items()}
-    check_names(folder, needs.keys() - ours.keys(), ())
-    for name, stored in ours.items():
-        check_names(stored.file, (), {name} - needs.keys())
-        if name in needs and list(stored.meta.shape) != needs[name]:
-            shapes = f"{name} is {list(stored.meta.shape)}, where the {kind.__name__} in {folder} has {needs[name]}"
-            raise not_whole(stored.file, shapes)
-    return Part(kind, config, tensors)
+    needs = {_plain(name): tensor for name, tensor in network.state_dict().items()}
+    found = {_plain(name): stored.meta for name, stored in tensors.items()}
+    check_fits(folder, needs, found, {_plain(name): stored.file for name, stored in tensors.items()})
+    return Part(network, tensors)
 
 
 def _plain(name: str) -> str:
@@ -137,36 +140,11 @@ def _stored_tensors(folder: Path) -> dict[str, Stored]:
     for index in folder.glob("*.safetensors.index*.json"):
         files |= {folder / name for name in read_json(index).get("weight_map", {}).values()}
     if not files:
-        raise not_whole(folder, "holds no weights")
+        raise UserError(f"{folder}: holds no weights; name another checkpoint")
     for file in sorted(files):
-        with open_weights(file) as handle:
-            for name in handle.keys():  # noqa: SIM118, for it is no dict
-                stored = handle.get_slice(name)
+        with whole(file):
+            for name, meta in check_stored(file).items():
                 if name in found:
-                    raise not_whole(file, f"holds {name}, which is also in {found[name].file.name}")
-                if stored.get_dtype() not in DTYPES:
-                    raise not_whole(file, f"{name} is stored as {stored.get_dtype()}, which is not exported")
-                meta = torch.empty(stored.get_shape(), dtype=DTYPES[stored.get_dtype()], device="meta")
+                    raise UserError(f"{file}: holds {name}, which is also in {found[name].file.name}")
                 found[name] = Stored(name, file, meta)
     return found
-
-
-def open_weights(file: Path) -> Any:
-    """The file, memory-mapped; raises UserError if it is damaged."""
-    try:
-        return safe_open(file, "pt")
-    except (OSError, SafetensorError) as error:
-        raise not_whole(file, "is damaged" if file.exists() else "is missing") from error
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object; raises UserError if the file holds none."""
-    try:
-        return dict(json.loads(file.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise not_whole(file, f"can't be read ({brief(error)})") from error
-
-
-def not_whole(where: Path, what: str) -> UserError:
-    """One line about a part, a file or a tensor of it."""
-    return UserError(f"{where}: {what}; name another checkpoint")

@@ -10,18 +10,9 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 
 from fewstep.errors import UserError
+from fewstep.models.loading.weights import DTYPES
 
-CODES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-DTYPES = {code: dtype for dtype, code in CODES.items()}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
 Read = Callable[[str], Tensor]
 
 

@@ -40,7 +40,7 @@ def check_index(source: object, index: dict[str, Any]) -> Family:
 def load_pipeline(folder: Path, changes: Changes) -> Any:
     """The pipeline in a diffusers folder, in float32, with these changes to its scheduler."""
     family = check_index(folder, read_index(folder))
-    _check_subfolders(folder, family)
+    check_subfolders(folder, family)
     return _assemble(folder, family, {part: _from_folder(folder, part, family) for part in family.weights}, changes)
 
 
@@ -50,7 +50,7 @@ def load_single_file(path: Path, weights: Weights, config: Path, changes: Change
     if family.pipeline != pipeline_name(weights):
         its = f"the configuration in {config} is a {family.pipeline}'s"
         raise UserError(f"{path}: for a {pipeline_name(weights)}, but {its}")
-    _check_subfolders(config, family)
+    check_subfolders(config, family)
     there = parts_in(weights)
     absent = [part for part in family.weights if part not in there and not _files(config, part)]
     if absent:
@@ -62,7 +62,8 @@ def load_single_file(path: Path, weights: Weights, config: Path, changes: Change
     return _assemble(config, family, parts, changes)
 
 
-def _check_subfolders(folder: Path, family: Family) -> None:
+def check_subfolders(folder: Path, family: Family) -> None:
+    """Raises UserError unless the folder has one for every part."""
     missing = [part for part in family.parts if not (folder / part).is_dir()]
     if missing:
         raise UserError(f"{folder}: lacks the subfolder {', '.join(missing)}; the whole pipeline is needed")
@@ -98,16 +99,19 @@ def _from_folder(folder: Path, part: str, family: Family) -> nn.Module:
 
 
 def _from_file(path: Path, weights: Weights, config: Path, part: str, family: Family) -> nn.Module:
-    kind = library_class(family.weights[part])
-    settings = json.loads((config / part / "config.json").read_text())
-    model: nn.Module = (
-        kind.from_config(settings) if hasattr(kind, "from_config") else kind(kind.config_class(**settings))
-    )
+    model = build_part(library_class(family.weights[part]), config / part)
     try:
         load_checked(f"{path}: {part}", model, convert(weights, part, model))
     except UserError as error:
         raise UserError(f"{error}" + f" ({config} configures it)" * ("other sizes" in str(error))) from error
     return model
+
+
+def build_part(kind: Any, folder: Path) -> nn.Module:
+    """A network of that class, of random weights, by the configuration in its folder."""
+    config = json.loads((folder / "config.json").read_text())
+    network: nn.Module = kind.from_config(config) if hasattr(kind, "from_config") else kind(kind.config_class(**config))
+    return network
 
 
 def _assemble(folder: Path, family: Family, parts: dict[str, nn.Module], changes: Changes) -> Any:

@@ -45,7 +45,7 @@ PREFIXES = {  # of the parts in the file
 def read(path: Path) -> Weights:
     """All tensors of the file; raises UserError unless it is whole and holds an SD or SDXL model, and nothing else."""
     try:
-        names = check_stored(path)
+        names = list(check_stored(path))
         _check_family(path, names)
         with safe_open(path, framework="pt") as file:
             weights = {name: file.get_tensor(name) for name in names}

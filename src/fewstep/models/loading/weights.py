@@ -10,28 +10,37 @@ from torch import Tensor
 
 from fewstep.errors import UserError
 
-WIDE = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "BOOL")  # integers are indices and counts
+DTYPES = {  # of what is read and written; integers are indices and counts
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "BOOL": torch.bool,
+}
 SCALES = re.compile(r"(^|\.)(scaled_fp8|comfy_quant|absmax|SCB|scale_(weight|input)|(weight|input)_scale(_inv|_2)?)$")
 NO_PART = re.compile(  # of CLIP's text encoders: what no part of a pipeline takes, or an index that is counted anew
     r"position_ids$|logit_scale$|attn_mask$|(^|\.)(visual|text)_projection(\.weight)?$|(^|\.)vision_model\."
 )
 
 
-def check_stored(path: Path) -> list[str]:
-    """The names in a safetensors file, of which the header alone is read.
+def check_stored(path: Path) -> dict[str, Tensor]:
+    """The tensors in a safetensors file by name, without memory: its header alone is read.
 
     Raises UserError if weights are kept in 8 bits or less, with or without scales: nothing here could multiply them.
     """
+    found = {}
     with safe_open(path, framework="pt") as file:
-        names = list(file.keys())
-        for name in names:
-            kind = file.get_slice(name).get_dtype()
-            if kind not in WIDE or SCALES.search(name):
-                raise UserError(
-                    f"{path}: {name} ({kind}) is of quantised weights, which are not read; name the model in 16 or 32 "
-                    "bits"
-                )
-    return names
+        for name in file.keys():  # noqa: SIM118, for it is no dict
+            stored = file.get_slice(name)
+            kind = stored.get_dtype()
+            if kind not in DTYPES or SCALES.search(name):
+                what = "is of quantised weights, which are not read; name the model in 16 or 32 bits"
+                raise UserError(f"{path}: {name} ({kind}) {what}")
+            found[name] = torch.empty(stored.get_shape(), dtype=DTYPES[kind], device="meta")
+    return found
 
 
 def check_finite(where: object, tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -43,25 +52,33 @@ def check_finite(where: object, tensors: Iterable[tuple[str, Tensor]]) -> None:
             raise UserError(f"{where}: {name} holds NaN or infinity; fetch the model again, or name another checkpoint")
 
 
-def check_names(where: object, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+def check_names(
+    where: object, missing: Iterable[str], unexpected: Iterable[str], files: Mapping[str, object] | None = None
+) -> None:
     """Raises UserError unless every tensor has its place; the libraries would go on with random weights, or without."""
     missing, unexpected = sorted(missing), sorted(name for name in unexpected if not NO_PART.search(name))
     if missing:
         raise UserError(f"{where} lacks {len(missing)} tensors ({missing[0]}, ...); fetch the model again")
     if unexpected:
         raise UserError(
-            f"{where} holds {len(unexpected)} tensors that no part takes ({unexpected[0]}, ...); it is "
-            "another model's, or has additions that are not supported"
+            f"{(files or {}).get(unexpected[0], where)} holds {len(unexpected)} tensors that no part takes "
+            f"({unexpected[0]}, ...); it is another model's, or has additions that are not supported"
         )
+
+
+def check_fits(
+    where: object, needs: Mapping[str, Tensor], found: Mapping[str, Tensor], files: Mapping[str, object] | None = None
+) -> None:
+    """Raises UserError unless names and shapes are those of the configuration; `files` has the places of tensors."""
+    check_names(where, needs.keys() - found.keys(), found.keys() - needs.keys(), files)
+    for name, tensor in needs.items():
+        if found[name].shape != tensor.shape:
+            sizes = f"{name} is {list(found[name].shape)} in the file, {list(tensor.shape)} by its configuration"
+            raise UserError(f"{(files or {}).get(name, where)}: has other sizes than its configuration: {sizes}")
 
 
 def load_checked(where: object, network: torch.nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Puts the weights into the network; raises UserError unless names, shapes and numbers are as they should be."""
-    known = {name: tensor.shape for name, tensor in network.state_dict().items()}
-    check_names(where, known.keys() - weights.keys(), weights.keys() - known.keys())
-    for name, shape in known.items():
-        if weights[name].shape != shape:
-            sizes = f"{list(weights[name].shape)} in the file, {list(shape)} by its configuration"
-            raise UserError(f"{where}: has other sizes than its configuration: {name} is {sizes}")
+    check_fits(where, network.state_dict(), weights)
     check_finite(where, weights.items())
     network.load_state_dict(weights, strict=False)  # without the harmless ones
