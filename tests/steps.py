@@ -1,14 +1,41 @@
-"""What the tests of training methods and of their runs share: batches, random numbers, states, an interrupt."""
+"""What the tests of training methods and of their runs share: methods, batches, recorded calls, states, interrupts."""
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fewstep.models.image_model import ImageModel
+from fewstep.runtime.checkpoint import checkpoints, load_state
 from fewstep.seeding import Draws
+from fewstep.training.dmd2 import DMD2
+from fewstep.training.regression import PairLoss
+from fewstep.training.roles import make_roles
+from fewstep.training.settings import DMD2Settings
+
+SHORT = ["batch_size=8", "sample_every=100", "num_steps=12", "device=cpu"]
+SMALL = ["model.block_out_channels=[8, 8]", "model.norm_num_groups=4"]
+LR = {"optimizer": {"lr": 1e-3}}
+GAN = {"student_weight": 0.1, "critic_weight": 0.1}
+PAIRS = {"pairs": "somewhere", "sampler": "heun:5"}
+
+
+def make_dmd2(
+    model: ImageModel, batch_size: int, guidance_scale: float = 1.0, dtype: torch.dtype = torch.float32, **settings
+) -> DMD2:
+    """Of 20 steps on the model itself; a GAN and three timesteps unless the settings say otherwise."""
+    torch.manual_seed(1)
+    settings = DMD2Settings(
+        **{"student_every": 2, "student": {"num_timesteps": 3, **LR}, "critic": LR, "gan": GAN, **settings}
+    )
+    num_stops = settings.student.num_timesteps if settings.critic.condition_on_stop else 0
+    roles = make_roles(model, guidance_scale, num_stops=num_stops, dtype=dtype)
+    return DMD2(settings, model, roles, 20, batch_size, seed=0, pair_loss=PairLoss(model))
 
 
 def whole(batch: dict, num: int) -> list[tuple[range, dict]]:
@@ -32,12 +59,49 @@ def draws(num: int, seed: int = 0) -> Draws:
     return Draws(torch.Generator().manual_seed(seed), range(num), num)
 
 
+@contextmanager
+def recorded_calls(module: nn.Module) -> Iterator[list[tuple]]:
+    """(arguments, output, whether a graph is recorded) of every call."""
+    calls: list[tuple] = []
+    handle = module.register_forward_hook(lambda m, args, out: calls.append((args, out, torch.is_grad_enabled())))
+    yield calls
+    handle.remove()
+
+
+def received(method: object, role: str) -> list[Tensor]:
+    """Fills with the gradients that the role's optimizer is given, before it clears them."""
+    found: list[Tensor] = []
+    optimizer = getattr(method, f"{role}_optimizer")
+    step = optimizer.step
+
+    def caught(finite: Tensor) -> tuple[Tensor, Tensor]:
+        found.extend(p.grad.clone() for p in optimizer.parameters)
+        return step(finite)
+
+    optimizer.step = caught
+    return found
+
+
 def flat(state: object) -> list[Tensor]:
-    """Every tensor of a nested state."""
-    if isinstance(state, Tensor):
-        return [state]
+    """Every tensor of a nested state, or parameter of a module."""
+    if isinstance(state, Tensor | nn.Module):
+        return [state] if isinstance(state, Tensor) else list(state.parameters())
     values = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else []
     return [tensor for value in values for tensor in flat(value)]
+
+
+def weights(*modules: nn.Module) -> list[Tensor]:
+    """Copies, as they are now."""
+    return [p.detach().clone() for p in flat(modules)]
+
+
+def same(first: object, second: object) -> bool:
+    """Whether two states, or modules, are equal bit for bit."""
+    return all(torch.equal(a, b) for a, b in zip(flat(first), flat(second), strict=True))
+
+
+def last_state(run: Path) -> dict:
+    return load_state(checkpoints(run)[-1])
 
 
 def quiet(step: int, metrics: dict[str, float]) -> None:

@@ -2,39 +2,21 @@
 
 import copy
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fewstep.diffusion.sampling import rollout
 from fewstep.models.pixel_model import PixelModel
-from fewstep.seeding import Draws
+from fewstep.seeding import Draws, generator
 from fewstep.training.dmd2 import DMD2, Fakes
-from fewstep.training.method import Metrics, Term, of_parts
-from fewstep.training.roles import make_roles
-from fewstep.training.settings import DMD2Settings
-from steps import draws, whole
+from fewstep.training.method import Term, of_parts
+from steps import GAN, draws, make_dmd2, recorded_calls, same, weights, whole
 
 BATCH = 6
-
-
-def make(model: PixelModel, num_steps: int = 20, guidance_scale: float = 1.0, **settings) -> DMD2:
-    torch.manual_seed(1)
-    settings = DMD2Settings(
-        **{
-            "student_every": 3,
-            "student": {"num_timesteps": 3, "optimizer": {"lr": 1e-3}},
-            "critic": {"optimizer": {"lr": 1e-3}},
-            "gan": {"student_weight": 0.1, "critic_weight": 0.1},
-            **settings,
-        }
-    )
-    model = copy.deepcopy(model)
-    num_stops = settings.student.num_timesteps if settings.critic.condition_on_stop else 0
-    return DMD2(settings, model, make_roles(model, guidance_scale, num_stops=num_stops), num_steps, BATCH, seed=0)
+make = partial(make_dmd2, batch_size=BATCH, student_every=3)
 
 
 def real_batch(step: int = 0) -> list[tuple[range, dict[str, Tensor]]]:
@@ -43,9 +25,9 @@ def real_batch(step: int = 0) -> list[tuple[range, dict[str, Tensor]]]:
     return whole({"image": image, "label": torch.randint(0, 3, (BATCH,), generator=drawn)}, BATCH)
 
 
-def update_student(method: DMD2, fake: Tensor, condition: dict[str, Tensor], numbers: Draws) -> Metrics:
-    found = of_parts([method.student_gradients(fake, condition, numbers, {})])
-    return method.update_student(found, torch.tensor(True))
+def update_student(method: DMD2, fake: Tensor, condition: dict[str, Tensor], numbers: Draws) -> None:
+    method.student_gradients(fake, condition, numbers, {})
+    method.update_student(torch.tensor(True))
 
 
 def update_critic(method: DMD2, fake: Tensor, condition: dict[str, Tensor], numbers: Draws) -> None:
@@ -55,25 +37,6 @@ def update_critic(method: DMD2, fake: Tensor, condition: dict[str, Tensor], numb
     method.critic_optimizer.step(torch.tensor(True))
 
 
-def weights(*modules: nn.Module) -> list[Tensor]:
-    return [p.detach().clone() for module in modules for p in module.parameters()]
-
-
-def changed(before: list[Tensor], after: list[Tensor]) -> bool:
-    return any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
-
-
-@contextmanager
-def recorded_calls(module: nn.Module) -> Iterator[list[tuple[Tensor, Tensor, Tensor | None, bool]]]:
-    """(x_t, t, x0, whether a graph is recorded) of every call."""
-    calls: list = []
-    handle = module.register_forward_hook(
-        lambda m, args, output: calls.append((*args[:2], output, torch.is_grad_enabled()))
-    )
-    yield calls
-    handle.remove()
-
-
 def student_fake(method: DMD2, grad: bool) -> tuple[Tensor, dict[str, Tensor], Draws]:
     numbers = draws(BATCH)
     condition = method.model.draw_condition({}, numbers)
@@ -81,25 +44,16 @@ def student_fake(method: DMD2, grad: bool) -> tuple[Tensor, dict[str, Tensor], D
     return rollout(method.student, noise, method.timesteps, condition, 0, grad=grad), condition, numbers
 
 
-def test_the_students_update_leaves_critic_head_and_teacher_bit_for_bit(tiny_model: PixelModel) -> None:
+@pytest.mark.parametrize(
+    ("update", "moved"), [(update_student, ("student",)), (update_critic, ("critic", "discriminator"))]
+)
+def test_an_update_leaves_the_others_bit_for_bit(tiny_model: PixelModel, update, moved: tuple[str, ...]) -> None:
     method = make(tiny_model)
-    others = (method.critic, method.discriminator, method.teacher)
-    before, student_before = weights(*others), weights(method.student)
-    update_student(method, *student_fake(method, grad=True))
-    assert changed(student_before, weights(method.student))
-    assert not changed(before, weights(*others))
-    assert all(p.grad is None for module in others for p in module.parameters())
-
-
-def test_the_critics_update_leaves_student_and_teacher_bit_for_bit(tiny_model: PixelModel) -> None:
-    method = make(tiny_model)
-    before, critic_before = weights(method.student, method.teacher), weights(method.critic)
-    head_before = weights(method.discriminator)
-    update_critic(method, *student_fake(method, grad=False))
-    assert changed(critic_before, weights(method.critic))
-    assert changed(head_before, weights(method.discriminator))
-    assert not changed(before, weights(method.student, method.teacher))
-    assert all(p.grad is None for module in (method.student, method.teacher) for p in module.parameters())
+    before = {name: weights(getattr(method, name)) for name in ("teacher", "student", "critic", "discriminator")}
+    update(method, *student_fake(method, grad=update is update_student))
+    for name, old in before.items():
+        assert same(old, getattr(method, name)) == (name not in moved), name
+        assert name in moved or all(p.grad is None for p in getattr(method, name).parameters())
 
 
 @pytest.mark.parametrize("student_every", [1, 3, 5])
@@ -109,7 +63,7 @@ def test_a_cycle_is_one_student_and_n_critic_updates(tiny_model: PixelModel, stu
     for step in range(2 * student_every):
         student, critic = weights(method.student), weights(method.critic)
         method.step(real_batch(step), step)
-        turns.append((changed(student, weights(method.student)), changed(critic, weights(method.critic))))
+        turns.append((not same(student, method.student), not same(critic, method.critic)))
     cycle = [(True, True)] + [(False, True)] * (student_every - 1)
     assert turns == 2 * cycle
     assert method.ema.num_updates == 2
@@ -122,22 +76,14 @@ def test_backward_simulation_feeds_the_students_own_rollout(tiny_model: PixelMod
         with recorded_calls(method.student) as calls:
             method.step(real_batch(step), step)
         assert len(calls) == method.draw_stop(step) + 1
-        assert torch.allclose(calls[0][0].std(), torch.tensor(80.0), rtol=0.15)
-        for k, (x_t, t, _, _) in enumerate(calls):
+        assert [grad for *_, grad in calls] == [False] * (len(calls) - 1) + [step % 3 == 0]  # of the last call alone
+        assert torch.allclose(calls[0][0][0].std(), torch.tensor(80.0), rtol=0.15)
+        for k, ((x_t, t, _), _, _) in enumerate(calls):
             assert torch.equal(t, times[k].expand(BATCH))
             if k:  # the input is the student's own x0, renoised with unit noise that is its own for every sample
-                eps = (x_t - calls[k - 1][2]) / schedule.alpha_sigma(t)[1].float().view(-1, 1, 1, 1)
+                eps = (x_t - calls[k - 1][1]) / schedule.alpha_sigma(t)[1].float().view(-1, 1, 1, 1)
                 assert 0.8 < eps.std() < 1.2
-                assert abs(torch.corrcoef(torch.stack([eps.flatten(), calls[k - 1][0].flatten()]))[0, 1]) < 0.2
-
-
-def test_only_the_last_call_of_a_students_turn_carries_gradient(tiny_model: PixelModel) -> None:
-    method = make(tiny_model)
-    for step in range(9):
-        with recorded_calls(method.student) as calls:
-            method.step(real_batch(step), step)
-        expected = [False] * (len(calls) - 1) + [step % 3 == 0]
-        assert [grad for *_, grad in calls] == expected
+                assert abs(torch.corrcoef(torch.stack([eps.flatten(), calls[k - 1][0][0].flatten()]))[0, 1]) < 0.2
 
 
 def test_stops_are_a_function_of_the_step_and_equally_likely(tiny_model: PixelModel) -> None:
@@ -151,11 +97,7 @@ def test_stops_are_a_function_of_the_step_and_equally_likely(tiny_model: PixelMo
 # settings -> passes of (teacher, critic whole, critic left early) in a student's turn, then in the critic's
 PASSES = {
     "shared": ({}, (1, 1, 0), (0, 1, 1)),
-    "independent": (
-        {"gan": {"student_weight": 0.1, "critic_weight": 0.1, "independent_noise": True}},
-        (1, 1, 1),
-        (0, 1, 2),
-    ),
+    "independent": ({"gan": GAN | {"independent_noise": True}}, (1, 1, 1), (0, 1, 2)),
     "without GAN": ({"gan": {"student_weight": 0, "critic_weight": 0}}, (1, 1, 0), (0, 1, 0)),
     "without DM": ({"dm": {"weight": 0}}, (0, 0, 1), (0, 1, 1)),
 }
@@ -183,11 +125,10 @@ def test_no_pass_is_thrown_away(tiny_model: PixelModel, case: str) -> None:
 
 def test_shared_terms_see_one_noised_sample_and_independent_ones_do_not(tiny_model: PixelModel) -> None:
     for independent in (False, True):
-        gan = {"student_weight": 0.1, "critic_weight": 0.1, "independent_noise": independent}
-        method = make(tiny_model, gan=gan)
+        method = make(tiny_model, gan=GAN | {"independent_noise": independent})
         with recorded_calls(method.critic.network) as calls:
             update_critic(method, *student_fake(method, grad=False))
-        times = [t for _, t, _, _ in calls]
+        times = [args[1] for args, *_ in calls]
         assert all(torch.equal(times[0], t) for t in times) != independent
 
 
@@ -202,13 +143,12 @@ def test_the_students_gradients_are_the_closed_forms(tiny_model: PixelModel) -> 
     dm, gan = (torch.autograd.grad(terms[name].loss.mean(), fake)[0] for name in ("dm", "gan"))
     numbers.generator.set_state(state)
     x_t, t = method.noised(fake, method.student_levels, numbers)
-    captured = []
     layer = method.critic.network.get_submodule(method.feature_layer)
-    handle = layer.register_forward_hook(lambda m, args, output: captured.append(output[0]))
-    critic_x0, teacher_x0 = method.critic(x_t, t, condition).detach(), method.teacher(x_t, t, condition).detach()
-    handle.remove()
+    with recorded_calls(layer) as captured:
+        critic_x0, teacher_x0 = method.critic(x_t, t, condition).detach(), method.teacher(x_t, t, condition).detach()
+    feature = captured[0][1][0]
     expected_dm = (critic_x0 - teacher_x0) / (fake - teacher_x0).abs().mean(dim=(1, 2, 3), keepdim=True) / fake.numel()
-    expected_gan = torch.autograd.grad(torch.log1p(torch.exp(-method.discriminator(captured[0]))).mean(), fake)[0]
+    expected_gan = torch.autograd.grad(torch.log1p(torch.exp(-method.discriminator(feature))).mean(), fake)[0]
     for gradient, expected in ((dm, expected_dm), (gan, expected_gan)):
         assert expected.norm() > 0
         assert (gradient - expected).norm() < 1e-4 * expected.norm()
@@ -255,15 +195,14 @@ def test_a_new_loss_is_a_function_and_a_term(tiny_model: PixelModel) -> None:
 
 def test_logged_gradient_norms_are_those_at_the_image(tiny_model: PixelModel) -> None:
     method = make(tiny_model, gan={"student_weight": 0.3, "critic_weight": 0.1})
-    fake, condition, numbers = student_fake(method, grad=True)
-    state = numbers.generator.get_state()
-    expected = {
-        name: torch.autograd.grad(term.loss.mean(), fake, retain_graph=True)[0].norm()
-        for name, term in method.student_losses(fake, condition, numbers).items()
-    }
-    numbers.generator.set_state(state)
-    metrics = update_student(method, fake, condition, numbers)
-    for name, norm in expected.items():
+    numbers, ((_, batch),) = Draws(generator(0, "dmd2", 0), range(BATCH), BATCH), real_batch()
+    given = method.model.encode_condition(batch)
+    fake, condition, _ = method.simulated_fake(given, method.draw_stop(0), numbers, grad=True)
+    terms = method.student_losses(fake, condition, numbers)
+    metrics = method.step(real_batch(), 0)
+    assert {name for name in metrics if "image" in name} == {f"{name}_image_grad_norm" for name in terms}
+    for name, term in terms.items():
+        norm = torch.autograd.grad(term.loss.mean(), fake, retain_graph=True)[0].norm()
         torch.testing.assert_close(metrics[f"{name}_image_grad_norm"], norm)
 
 
@@ -271,8 +210,8 @@ def test_guidance_reaches_the_teacher_alone(tiny_model: PixelModel) -> None:
     method = make(tiny_model, guidance_scale=3.0)
     with recorded_calls(method.teacher.denoiser) as teacher, recorded_calls(method.critic) as critic:
         update_student(method, *student_fake(method, grad=True))
-    assert [len(call[0]) for call in teacher] == [2 * BATCH]
-    assert [len(call[0]) for call in critic] == [BATCH]
+    assert [len(args[0]) for args, *_ in teacher] == [2 * BATCH]
+    assert [len(args[0]) for args, *_ in critic] == [BATCH]
 
 
 def test_a_critic_conditioned_on_the_stop_learns_the_stops_that_were_drawn(tiny_model: PixelModel) -> None:
@@ -299,11 +238,10 @@ def test_sampling_is_the_rollout_of_the_averaged_weights(tiny_model: PixelModel)
     for step in range(6):
         method.step(real_batch(step), step)
     noise = torch.randn(3, BATCH, 1, 8, 8)
-    raw = copy.deepcopy(method.student)
+    raw = weights(method.student)
     averaged = copy.deepcopy(method.student)
-    for parameter, average in zip(averaged.parameters(), method.ema.averages_of().values(), strict=True):
-        parameter.data.copy_(average)
+    averaged.load_state_dict(averaged.state_dict() | method.ema.averages_of())
     condition = {"label": torch.arange(BATCH) % 3}
     expected = method.model.decode(rollout(averaged, noise, method.timesteps, condition, stop=2))
     assert torch.equal(method.sample(noise), expected)
-    assert not changed(weights(raw), weights(method.student))
+    assert same(raw, method.student)

@@ -23,15 +23,15 @@ from fewstep.runtime.tracking import read_metrics
 from fewstep.training.dmd2 import DMD2
 from fewstep.training.roles import make_roles
 from fewstep.training.settings import DMD2Settings
-from steps import flat, interrupt_at, quiet
+from steps import SHORT, SMALL, interrupt_at, last_state, quiet, same
 from tiny_pipelines import TINY as TINY_PIPELINES
 
-TINY = ["batch_size=8", "log_every=2", "sample_every=100", "checkpoint_every=4", "num_steps=12", "device=cpu"]
-SMALL = ["model.block_out_channels=[8, 8]", "model.norm_num_groups=4"]
+TINY = [*SHORT, "log_every=2", "checkpoint_every=4"]
 UNLABELLED = ["model.num_classes=0", "model.null_class=false", "class_dropout=0"]  # no classifier is trained to judge
 LR = ["student.optimizer.lr=1e-2"]
 DECAYS = "student.ema_decay=[0.2, 0.05, 0]"
 OTHERS = ("0.05", "0")
+MODELS = ("model", "model-ema0.05", "model-ema0")
 
 
 class Moments(torch.nn.Module):
@@ -64,14 +64,8 @@ def weights(folder: Path) -> Tensor:
 
 def test_every_average_is_saved_as_a_model_of_its_own(place: Path) -> None:
     (*_, newest) = checkpoints(place / "whole")
-    assert {path.name for path in newest.iterdir()} == {
-        "model",
-        "model-ema0.05",
-        "model-ema0",
-        "state.pt",
-        "manifest.json",
-    }
-    first, *others = (weights(newest / name) for name in ("model", "model-ema0.05", "model-ema0"))
+    assert {path.name for path in newest.iterdir()} == {*MODELS, "state.pt", "manifest.json"}
+    first, *others = (weights(newest / name) for name in MODELS)
     state = load_state(newest)["method"]
     trained = torch.cat([value.flatten() for value in state["student"].values()])
     assert torch.equal(others[1], trained)  # a decay of 0 keeps no history
@@ -95,11 +89,11 @@ def test_one_decay_in_a_list_is_that_decay(place: Path, tmp_path: Path) -> None:
     for name, decay in (("one", "0.9"), ("listed", "[0.9]")):
         settings = [f"student.ema_decay={decay}", "evaluation.every=null"]
         distill(recipe(place, *settings), tmp_path / name, report=quiet)
-    ours, theirs = (checkpoints(tmp_path / name)[-1] for name in ("one", "listed"))
-    for folder in (ours, theirs):
-        assert {path.name for path in folder.iterdir()} == {"model", "state.pt", "manifest.json"}
-    assert load_state(ours)["method"]["ema"].keys() == {"averages", "num_updates"}
-    assert all(torch.equal(a, b) for a, b in zip(flat(load_state(ours)), flat(load_state(theirs)), strict=True))
+        newest = checkpoints(tmp_path / name)[-1]
+        assert {path.name for path in newest.iterdir()} == {"model", "state.pt", "manifest.json"}
+    ours, theirs = (last_state(tmp_path / name) for name in ("one", "listed"))
+    assert ours["method"]["ema"].keys() == {"averages", "num_updates"}
+    assert same(ours, theirs)
 
 
 def test_further_averages_change_nothing_in_training_or_in_the_first(place: Path, tmp_path: Path) -> None:
@@ -117,10 +111,9 @@ def test_a_stopped_run_with_several_averages_resumes_exactly(place: Path, tmp_pa
     distill(recipe(place), tmp_path / "parts", resume=True, report=quiet)
     for name in ("metrics.jsonl", "evaluations.jsonl"):
         assert (tmp_path / "parts" / name).read_text() == (place / "whole" / name).read_text()
+    assert same(last_state(tmp_path / "parts"), last_state(place / "whole"))
     ours, theirs = (checkpoints(run)[-1] for run in (tmp_path / "parts", place / "whole"))
-    assert all(torch.equal(a, b) for a, b in zip(flat(load_state(ours)), flat(load_state(theirs)), strict=True))
-    for name in ("model", "model-ema0.05", "model-ema0"):
-        assert torch.equal(weights(ours / name), weights(theirs / name))
+    assert all(torch.equal(weights(ours / name), weights(theirs / name)) for name in MODELS)
 
 
 def test_a_model_is_opened_by_its_average(place: Path) -> None:
@@ -152,7 +145,7 @@ def test_a_second_stage_starts_from_the_best_of_an_average(place: Path, tmp_path
     distill(recipe(place, *still, f"init_from={start}"), tmp_path / "second", report=quiet)
     state = load_state(find(start).checkpoint)["method"]["student"]
     trained = torch.cat([value.flatten() for value in state.values()])
-    for name in ("model", "model-ema0.05", "model-ema0"):
+    for name in MODELS:
         assert (weights(checkpoints(tmp_path / "second")[-1] / name) - trained).abs().max() < 1e-6
 
 

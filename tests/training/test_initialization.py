@@ -15,18 +15,13 @@ from fewstep.errors import UserError
 from fewstep.recipes.loading import load_recipe
 from fewstep.runtime.checkpoint import checkpoints, load_state
 from fewstep.training.dmd2 import DMD2
+from steps import SHORT, SMALL, last_state, quiet, same
 
-TINY = ["batch_size=8", "sample_every=100", "checkpoint_every=2", "num_steps=4", "device=cpu"]
-SMALL = ["model.block_out_channels=[8, 8]", "model.norm_num_groups=4"]
-
-
-def quiet(step: int, metrics: dict[str, float]) -> None:
-    pass
+TINY = [*SHORT, "checkpoint_every=2", "num_steps=4"]
 
 
 def fresh(teacher: Path, *overrides: str):
-    settings = [*TINY, "student_every=1", f"teacher={teacher}", *overrides]
-    return load_recipe("digits-4step", settings)
+    return load_recipe("digits-4step", [*TINY, "student_every=1", f"teacher={teacher}", *overrides])
 
 
 @pytest.fixture(scope="module")
@@ -77,12 +72,8 @@ def test_student_and_critic_are_the_other_runs_and_the_rest_is_new(
     method = start(fresh(runs / "teacher", f"init_from={runs / 'told'}{choice}"), tmp_path / "run", monkeypatch)
     assert_equal(method.student, saved["student"])
     assert_equal(method.critic, saved["critic"])
-    assert any(
-        not torch.equal(a, b) for a, b in zip(method.student.parameters(), saved["ema"]["averages"], strict=True)
-    )
-    assert all(
-        torch.equal(a, b) for a, b in zip(method.ema.averages_of().values(), method.student.parameters(), strict=True)
-    )
+    assert not same(method.student, saved["ema"]["averages"])
+    assert same(method.ema.averages_of(), method.student)
     assert_equal(method.teacher, plain.teacher.state_dict())
     assert_equal(method.discriminator, plain.discriminator.state_dict())
     assert any(not torch.equal(a, saved["discriminator"][n]) for n, a in method.discriminator.state_dict().items())
@@ -92,7 +83,7 @@ def test_student_and_critic_are_the_other_runs_and_the_rest_is_new(
 
 
 def test_the_stop_embedding_alone_may_be_missing(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told, untold = (load_state(checkpoints(runs / name)[-1])["method"]["critic"] for name in ("told", "untold"))
+    told, untold = (last_state(runs / name)["method"]["critic"] for name in ("told", "untold"))
     embedding = "network.stop_embedding.weight"
     assert told[embedding].norm() > 0
     method = start(fresh(runs / "teacher", f"init_from={runs / 'untold'}"), tmp_path / "run", monkeypatch)
@@ -108,7 +99,7 @@ def test_the_stop_embedding_alone_may_be_missing(runs: Path, tmp_path: Path, mon
 def test_another_number_of_timesteps_matters_to_a_critic_that_is_told_them_alone(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    saved = load_state(checkpoints(runs / "two")[-1])["method"]
+    saved = last_state(runs / "two")["method"]
     with pytest.raises(UserError, match=r"init_from: .*its critic is of another number of timesteps"):
         start(fresh(runs / "teacher", f"init_from={runs / 'two'}"), tmp_path / "run", monkeypatch)
     recipe = fresh(runs / "teacher", f"init_from={runs / 'two'}", "critic.condition_on_stop=false")
@@ -147,6 +138,6 @@ def test_a_run_that_has_begun_no_longer_needs_the_other(runs: Path, tmp_path: Pa
     shutil.rmtree(checkpoints(tmp_path / "parts")[-1])
     shutil.rmtree(tmp_path / "first")
     distill(recipe, tmp_path / "parts", resume=True, report=quiet)
-    ours, theirs = (load_state(checkpoints(tmp_path / name)[-1])["method"]["student"] for name in ("whole", "parts"))
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    ours, theirs = (last_state(tmp_path / name)["method"]["student"] for name in ("whole", "parts"))
+    assert same(ours, theirs)
     assert yaml.safe_load((tmp_path / "whole" / "recipe.yaml").read_text())["init_from"] == str(tmp_path / "first")

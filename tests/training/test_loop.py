@@ -22,18 +22,17 @@ from fewstep.models.pixel_model import PixelModel
 from fewstep.recipes.loading import load_recipe
 from fewstep.recipes.schema import DistillRecipe, TeachRecipe
 from fewstep.runtime import checkpoint
-from fewstep.runtime.checkpoint import checkpoints, load_state
+from fewstep.runtime.checkpoint import checkpoints
 from fewstep.runtime.manifest import write_manifest
 from fewstep.runtime.tracking import read_metrics
 from fewstep.training.method import Method
-from steps import flat, interrupt_at, quiet
+from steps import SHORT, SMALL, flat, interrupt_at, last_state, quiet, same
 
-TINY = ["batch_size=8", "log_every=2", "sample_every=100", "checkpoint_every=4", "num_steps=12"]
+TINY = [*SHORT, "log_every=2", "checkpoint_every=4"]
 
 
 def teach_recipe(*overrides: str) -> TeachRecipe:
-    small = ["model.block_out_channels=[8, 8]", "model.norm_num_groups=4"]
-    return load_recipe("digits-teacher", [*TINY, *small, *overrides])
+    return load_recipe("digits-teacher", [*TINY, *SMALL, *overrides])
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +49,10 @@ def distill_recipe(teacher_run: Path, *overrides: str) -> DistillRecipe:
 def assert_same_end(first: Path, second: Path) -> None:
     """Same metrics to the letter, same weights, averages and optimizer states bit for bit."""
     assert (first / "metrics.jsonl").read_text() == (second / "metrics.jsonl").read_text()
-    ours, theirs = (flat(load_state(checkpoints(run)[-1])) for run in (first, second))
-    assert len(ours) == len(theirs) > 100
-    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-    ours, theirs = (list(open_model(run).denoiser.parameters()) for run in (first, second))
-    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    ours, theirs = last_state(first), last_state(second)
+    assert len(flat(ours)) > 100
+    assert same(ours, theirs)
+    assert same(open_model(first).denoiser, open_model(second).denoiser)
 
 
 @pytest.mark.parametrize(
@@ -64,24 +62,22 @@ def assert_same_end(first: Path, second: Path) -> None:
         (7, []),
         (7, ["precision=bfloat16"]),
         (5, ["precision=bfloat16", "accumulate=2", "checkpointing=blocks", "gan.student_weight=3e-3"]),
+        (5, None),
     ],
 )
-def test_a_stopped_and_resumed_distillation_equals_an_uninterrupted_one(
-    teacher_run: Path, tmp_path: Path, stop: int, settings: list[str]
+def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(
+    teacher_run: Path, tmp_path: Path, stop: int, settings: list[str] | None
 ) -> None:
-    recipe = distill_recipe(teacher_run, *settings)
-    distill(recipe, tmp_path / "whole", report=quiet)
+    """Of a distillation; without settings of a teacher."""
+    verb, recipe, whole = distill, distill_recipe(teacher_run, *(settings or [])), tmp_path / "whole"
+    if settings is None:
+        verb, recipe, whole = teach, teach_recipe(), teacher_run
+    else:
+        distill(recipe, whole, report=quiet)
     with pytest.raises(Interrupted, match=f"stopped at step {stop + 1} of 12"):
-        distill(recipe, tmp_path / "stopped", report=interrupt_at(stop))
-    distill(recipe, tmp_path / "stopped", resume=True, report=quiet)
-    assert_same_end(tmp_path / "whole", tmp_path / "stopped")
-
-
-def test_a_stopped_and_resumed_teacher_equals_an_uninterrupted_one(teacher_run: Path, tmp_path: Path) -> None:
-    with pytest.raises(Interrupted):
-        teach(teach_recipe(), tmp_path / "stopped", report=interrupt_at(5))
-    teach(teach_recipe(), tmp_path / "stopped", resume=True, report=quiet)
-    assert_same_end(teacher_run, tmp_path / "stopped")
+        verb(recipe, tmp_path / "stopped", report=interrupt_at(stop))
+    verb(recipe, tmp_path / "stopped", resume=True, report=quiet)
+    assert_same_end(whole, tmp_path / "stopped")
 
 
 def test_a_run_killed_while_writing_loses_only_the_steps_since_the_last_checkpoint(
@@ -193,15 +189,11 @@ def test_a_run_folder_holds_what_the_readme_says(teacher_run: Path) -> None:
     assert [path.name for path in (teacher_run / "samples").iterdir()] == ["00000012.png"]
 
 
-def test_a_stray_folder_is_no_checkpoint(teacher_run: Path, tmp_path: Path) -> None:
-    shutil.copytree(teacher_run, tmp_path / "run")
-    (tmp_path / "run" / "checkpoints" / "99 old").mkdir()
-    assert checkpoints(tmp_path / "run")[-1].name == "00000012"
-
-
 def test_a_checkpoint_of_something_else_is_refused(teacher_run: Path, tmp_path: Path) -> None:
     shutil.copytree(teacher_run, tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "99 old").mkdir()  # a stray folder is no checkpoint
     newest = checkpoints(tmp_path / "run")[-1]
+    assert newest.name == "00000012"
     torch.save({"step": 12, "weights": torch.zeros(3)}, newest / "state.pt")
     write_manifest(newest)
     with pytest.raises(UserError, match="00000012: the checkpoint is not of this run; remove it"):

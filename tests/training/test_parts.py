@@ -1,7 +1,8 @@
-"""A batch in parts is the same batch: draws, gradients, metrics, weights."""
+"""All methods: a batch in parts is the same batch (draws, gradients, metrics, weights), and a state goes on."""
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,16 +17,12 @@ from fewstep.recipes.loading import load_recipe
 from fewstep.runtime.tracking import is_count
 from fewstep.seeding import Draws, generator
 from fewstep.training.autoencoder import AutoencoderTraining
-from fewstep.training.dmd2 import DMD2
-from fewstep.training.pair_loss import PairLoss
-from fewstep.training.regression import Regression
-from fewstep.training.roles import make_roles
-from fewstep.training.settings import AutoencoderSettings, DMD2Settings, RegressSettings, TeacherSettings
+from fewstep.training.regression import PairLoss, Regression
+from fewstep.training.settings import AutoencoderSettings, RegressSettings, TeacherSettings
 from fewstep.training.teacher import TeacherTraining
-from steps import in_parts
+from steps import GAN, PAIRS, in_parts, make_dmd2, same
 
 NUM = 6
-PAIRS = {"pairs": "somewhere", "sampler": "heun:5"}
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 6])
@@ -61,17 +58,13 @@ def test_they_are_as_they_say() -> None:
 SLOW = {"lr": 1e-3, "eps": 1e-3}  # AdamW divides by the gradient's size: without it, rounding of nothing becomes a step
 
 
-def dmd2(model: PixelModel, **settings: object) -> DMD2:
+def dmd2(**settings: object) -> Callable:
     settings = {
-        "student_every": 2,
         "student": {"num_timesteps": 3, "optimizer": SLOW},
         "critic": {"optimizer": SLOW, "condition_on_stop": True},
-        "gan": {"student_weight": 0.1, "critic_weight": 0.1},
         **settings,
     }
-    torch.manual_seed(1)
-    roles = make_roles(model, 2.0, num_stops=3)
-    return DMD2(DMD2Settings(**settings), model, roles, 20, NUM, seed=0, pair_loss=PairLoss(model))
+    return lambda model: make_dmd2(model, NUM, 2.0, **settings)
 
 
 def regression(model: PixelModel) -> Regression:
@@ -90,14 +83,10 @@ def autoencoder(model: PixelModel) -> AutoencoderTraining:
 
 
 METHODS: dict[str, Callable] = {
-    "dmd2": dmd2,
-    "dmd2, independent": lambda model: dmd2(
-        model, gan={"student_weight": 0.1, "critic_weight": 0.1, "independent_noise": True}
-    ),
-    "dmd2, without simulation": lambda model: dmd2(
-        model, student={"num_timesteps": 3, "optimizer": SLOW, "backward_simulation": False}
-    ),
-    "dmd2, pairs": lambda model: dmd2(model, regression_weight=0.5, regression=PAIRS),
+    "dmd2": dmd2(),
+    "dmd2, independent": dmd2(gan=GAN | {"independent_noise": True}),
+    "dmd2, without simulation": dmd2(student={"num_timesteps": 3, "optimizer": SLOW, "backward_simulation": False}),
+    "dmd2, pairs": dmd2(regression_weight=0.5, regression=PAIRS),
     "regression": regression,
     "teacher": teacher,
     "autoencoder": autoencoder,
@@ -136,6 +125,22 @@ def test_weights_and_metrics_are_those_of_one_piece(tiny_model: PixelModel, name
             assert not (is_count(key) and value)
     if name == "autoencoder":
         torch.testing.assert_close(method.variance, other.variance)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_state_holds_what_goes_on_bit_for_bit(tiny_model: PixelModel, tmp_path: Path, name: str) -> None:
+    straight, first, second = (METHODS[name](copy.deepcopy(tiny_model)) for _ in range(3))
+    for method, steps in ((straight, range(4)), (first, range(2))):
+        for step in steps:
+            method.step(in_parts(batch(name, tiny_model, step), NUM, 1), step)
+    torch.save(first.state_dict(), tmp_path / "state.pt")
+    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    for step in range(2, 4):
+        second.step(in_parts(batch(name, tiny_model, step), NUM, 1), step)
+    assert same(second.state_dict(), straight.state_dict())
+    assert not same(first.state_dict(), straight.state_dict())
+    with second.averaged_model() as ours, straight.averaged_model() as theirs:
+        assert same(*(each.vae if name == "autoencoder" else each.denoiser for each in (ours, theirs)))
 
 
 def test_parts_that_do_not_divide_the_batch_are_refused_at_the_door() -> None:

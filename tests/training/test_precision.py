@@ -12,9 +12,7 @@ from fewstep.models.loading.pretrained import load
 from fewstep.runtime.tracking import is_count
 from fewstep.training.dmd2 import DMD2
 from fewstep.training.method import Term
-from fewstep.training.roles import make_roles
-from fewstep.training.settings import DMD2Settings
-from steps import draws, whole
+from steps import LR, draws, make_dmd2, received, same, weights, whole
 from tiny_pipelines import TINY
 
 BATCH = 3
@@ -26,16 +24,11 @@ def model(tmp_path: Path) -> LatentModel:
     return LatentModel(TINY["sdxl"](tmp_path / "vocabularies"))
 
 
-def make(model: LatentModel, dtype: torch.dtype, guidance_scale: float = 8.0) -> DMD2:
-    torch.manual_seed(0)
-    settings = DMD2Settings(
-        student_every=2,
-        student={"num_timesteps": 4, "optimizer": {"lr": 1e-3}},
-        critic={"optimizer": {"lr": 1e-3}, "condition_on_stop": True},
-        gan={"student_weight": 5e-3, "critic_weight": 1e-2},
-    )
+def make(model: LatentModel, dtype: torch.dtype) -> DMD2:
     model.encode_in(dtype)
-    return DMD2(settings, model, make_roles(model, guidance_scale, num_stops=4, dtype=dtype), 20, BATCH, seed=0)
+    student, critic = {"num_timesteps": 4, **LR}, LR | {"condition_on_stop": True}
+    gan = {"student_weight": 5e-3, "critic_weight": 1e-2}
+    return make_dmd2(model, BATCH, 8.0, dtype, student=student, critic=critic, gan=gan)
 
 
 def captioned(seed: int = 0) -> dict:
@@ -147,16 +140,8 @@ def test_gradients_are_those_of_float32_up_to_rounding(tmp_path: Path, role: str
     gradients = {}
     for dtype in (torch.float32, torch.bfloat16):
         method = make(LatentModel(TINY["sdxl"](tmp_path / str(dtype))), dtype)
-        received: list[Tensor] = []
-        module = getattr(method, role)
-        optimizer = getattr(method, f"{role}_optimizer")
-        update = optimizer.step
-        optimizer.step = lambda f, m=module, r=received, u=update: (
-            r.extend(p.grad.clone() for p in m.parameters()) or u(f)
-        )
-        step = long_turn(method, True)
-        method.step(whole(captioned(), BATCH), step)
-        gradients[dtype] = received
+        gradients[dtype] = received(method, role)
+        method.step(whole(captioned(), BATCH), long_turn(method, True))
     for ours, exact in zip(gradients[torch.bfloat16], gradients[torch.float32], strict=True):
         assert bool(ours.norm()) == bool(exact.norm())
     ours, exact = (torch.cat([g.flatten() for g in each]) for each in gradients.values())
@@ -165,10 +150,9 @@ def test_gradients_are_those_of_float32_up_to_rounding(tmp_path: Path, role: str
 
 def test_what_is_saved_is_what_was_loaded(model: LatentModel, tmp_path: Path) -> None:
     """The student's folder holds the teacher's own autoencoder and text encoders, not their roundings."""
-    before = {name: p.clone() for name, p in model.pipeline.vae.named_parameters()}
-    method = make(model, torch.bfloat16)
-    method.save_model(tmp_path / "student")
+    before = weights(model.pipeline.vae)
+    make(model, torch.bfloat16).save_model(tmp_path / "student")
     saved = load(tmp_path / "student")
-    assert all(torch.equal(p, before[name]) for name, p in saved.pipeline.vae.named_parameters())
+    assert same(before, saved.pipeline.vae)
     for part in (saved.network, saved.pipeline.vae, saved.pipeline.text_encoder, saved.pipeline.text_encoder_2):
         assert {p.dtype for p in part.parameters()} == {torch.float32}

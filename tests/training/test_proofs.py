@@ -1,7 +1,6 @@
 """On an SDXL-shaped model: the closed-form gradient, training inputs as at inference, ranks, and the ablation."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,10 +14,7 @@ from fewstep.models.pixel_model import PixelModel
 from fewstep.models.sampler import default_sampler, sample
 from fewstep.runtime.ema import EMA
 from fewstep.seeding import Draws, generator
-from fewstep.training.dmd2 import DMD2
-from fewstep.training.roles import make_roles
-from fewstep.training.settings import DMD2Settings
-from steps import draws, whole
+from steps import LR, draws, make_dmd2, recorded_calls, same, weights, whole
 from tiny_pipelines import TINY
 
 BATCH = 5
@@ -30,36 +26,14 @@ def latent_model(tmp_path: Path) -> LatentModel:
     return LatentModel(TINY["sdxl"](tmp_path / "vocabularies"))
 
 
-def make(model: ImageModel, guidance_scale: float = 1.0, **settings) -> DMD2:
-    torch.manual_seed(0)
-    settings = DMD2Settings(
-        **{
-            "student_every": 2,
-            "student": {"num_timesteps": 4, "optimizer": {"lr": 1e-3}},
-            "gan": {"student_weight": 0.1, "critic_weight": 0.1},
-            **settings,
-        }
-    )
-    num_stops = settings.student.num_timesteps if settings.critic.condition_on_stop else 0
-    roles = make_roles(model, guidance_scale, num_stops=num_stops)
-    return DMD2(settings, model, roles, 20, BATCH, seed=0)
+make = partial(make_dmd2, batch_size=BATCH)
+FOUR = {"num_timesteps": 4, **LR}
 
 
 def batch() -> dict:
     draws = torch.Generator().manual_seed(3)
-    return {
-        "image": torch.randint(0, 256, (BATCH, 3, 16, 16), generator=draws).to(torch.uint8),
-        "caption": CAPTIONS,
-    }
-
-
-@contextmanager
-def recorded_inputs(network: nn.Module) -> Iterator[list[tuple]]:
-    """(x, t, condition) of every call."""
-    calls: list[tuple] = []
-    handle = network.register_forward_pre_hook(lambda m, args: calls.append(args))
-    yield calls
-    handle.remove()
+    images = torch.randint(0, 256, (BATCH, 3, 16, 16), generator=draws)
+    return {"image": images.to(torch.uint8), "caption": CAPTIONS}
 
 
 def eps_of(unet: nn.Module, x_t: Tensor, t: Tensor, text: Tensor, pooled: Tensor, time_ids: Tensor) -> Tensor:
@@ -73,7 +47,7 @@ def test_the_parameter_gradient_of_distribution_matching_is_the_closed_form(late
     Teacher and critic are called here as a pipeline would, with guidance in eps as the official code has it.
     """
     scale, stop = 8.0, 2
-    method = make(latent_model, scale, gan={"student_weight": 0, "critic_weight": 0})
+    method = make(latent_model, guidance_scale=scale, student=FOUR, gan={"student_weight": 0, "critic_weight": 0})
     for role in (method.teacher, method.student, method.critic):
         role.double()
     method.ema = EMA(method.student, decay=0)
@@ -110,21 +84,19 @@ def test_the_parameter_gradient_of_distribution_matching_is_the_closed_form(late
 @pytest.mark.parametrize("stop", range(4))
 def test_training_feeds_the_student_what_sampling_feeds_it(latent_model: LatentModel, stop: int) -> None:
     """The same noise in a training step and in the sampler of `fewstep sample`: equal inputs bit for bit."""
-    method = make(latent_model)
+    method = make(latent_model, student=FOUR)
     step = next(step for step in range(1, 99, 2) if method.draw_stop(step) == stop)
     student = latent_model.student(method.student, method.timesteps)
     noise = torch.randn(4, BATCH, *latent_model.shape)
-    drawn = torch.randn((stop + 1, BATCH, *latent_model.shape), generator=generator(0, "dmd2", step))
-    noise[: stop + 1] = drawn
-    with recorded_inputs(method.student.network) as inference:
+    noise[: stop + 1] = torch.randn((stop + 1, *noise.shape[1:]), generator=generator(0, "dmd2", step))
+    with recorded_calls(method.student.network) as inference:
         sample(student, default_sampler(student), noise, latent_model.text_condition(CAPTIONS))
-    with recorded_inputs(method.student.network) as training:
+    with recorded_calls(method.student.network) as training:
         method.step(whole(batch(), BATCH), step)
     assert (len(inference), len(training)) == (4, stop + 1)
-    for (x, t, condition), (other_x, other_t, other) in zip(training, inference[: stop + 1], strict=True):
-        assert torch.equal(x, other_x)
-        assert torch.equal(t, other_t)
-        assert all(torch.equal(condition[name], other[name]) for name in other)
+    for (ours, *_), (theirs, *_) in zip(training, inference[: stop + 1], strict=True):
+        assert same(ours[:2], theirs[:2])
+        assert same([ours[2][name] for name in theirs[2]], theirs[2])
 
 
 def real_batch(model: ImageModel) -> dict:
@@ -150,15 +122,12 @@ def test_without_backward_simulation_the_student_sees_noised_reals(
     model.encode_x0 = lambda *args: encoded.append(encode(*args)) or encoded[-1]
     residues, stops_seen = [], set()
     for step in range(6):
-        with (
-            recorded_inputs(method.student) as student,
-            recorded_inputs(method.critic) as critic,
-        ):
+        with recorded_calls(method.student) as student, recorded_calls(method.critic) as critic:
             method.step(whole(real_batch(model), BATCH), step)
-        ((x_t, t, condition),) = student
+        (((x_t, t, condition), *_),) = student
         stops = (t[:, None] == method.timesteps).long().argmax(dim=1)
         assert torch.equal(method.timesteps[stops], t)
-        assert all(torch.equal(seen["stop"], stops) for _, _, seen in critic)
+        assert all(torch.equal(seen["stop"], stops) for (_, _, seen), *_ in critic)
         alpha, sigma = (each.float().reshape(-1, 1, 1, 1) for each in method.schedule.alpha_sigma(t))
         first = (stops == 0).reshape(-1, 1, 1, 1)
         scale = 80.0 if family == "pixel" else 1.0
@@ -176,9 +145,9 @@ def test_without_backward_simulation_the_student_sees_noised_reals(
 def test_a_one_step_student_without_backward_simulation_starts_from_pure_noise(latent_model: LatentModel) -> None:
     student = {"num_timesteps": 1, "timesteps": [399], "backward_simulation": False}
     method = make(latent_model, student=student)
-    with recorded_inputs(method.student) as calls:
+    with recorded_calls(method.student) as calls:
         method.step(whole(batch(), BATCH), 0)
-    ((x_t, t, _),) = calls
+    (((x_t, t, _), *_),) = calls
     numbers = Draws(generator(0, "dmd2", 0), range(BATCH), BATCH)
     method.model.encode_x0(batch(), numbers)
     numbers.randint(0, 1)
@@ -187,9 +156,8 @@ def test_a_one_step_student_without_backward_simulation_starts_from_pure_noise(l
 
 
 def test_the_students_turn_of_the_ablation_alone_carries_gradient(tiny_model: PixelModel) -> None:
-    method = make(tiny_model, student={"num_timesteps": 4, "backward_simulation": False, "optimizer": {"lr": 1e-3}})
+    method = make(tiny_model, student=FOUR | {"backward_simulation": False})
     for step in range(4):
-        before = [p.detach().clone() for p in method.student.parameters()]
+        before = weights(method.student)
         metrics = method.step(whole(real_batch(tiny_model), BATCH), step)
-        moved = any(not torch.equal(a, b) for a, b in zip(before, method.student.parameters(), strict=True))
-        assert moved == (step % 2 == 0) == ("dm_loss" in metrics)
+        assert (not same(before, method.student)) == (step % 2 == 0) == ("dm_loss" in metrics)

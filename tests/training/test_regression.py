@@ -20,13 +20,11 @@ from fewstep.models.loading.pretrained import load
 from fewstep.models.pixel_model import PixelModel
 from fewstep.networks.precision import trainable
 from fewstep.training.dmd2 import DMD2
-from fewstep.training.pair_loss import PairLoss
-from fewstep.training.regression import Regression
-from fewstep.training.roles import make_roles
+from fewstep.training.regression import PairLoss, Regression
 from fewstep.training.settings import DMD2Settings, RegressSettings
+from steps import PAIRS, make_dmd2, received, same, whole
 from tiny_pipelines import TINY
 
-PAIRS = {"pairs": "somewhere", "sampler": "heun:5"}
 NUM = 6
 
 
@@ -39,10 +37,6 @@ def pairs_of(model: PixelModel) -> dict[str, Tensor]:
     noise, label = noise_of(model.shape).half(), torch.arange(NUM) % 3
     end = heun(model.denoiser, noise.float(), model.denoiser.schedule.ode_grid(5), {"label": label})
     return {"noise": noise, "x0": end.half(), "label": label}
-
-
-def in_one(batch: dict) -> list[tuple[range, dict]]:
-    return [(range(NUM), batch)]
 
 
 def regression(model: PixelModel, num_steps: int = 20, **student: object) -> Regression:
@@ -61,8 +55,8 @@ def test_the_loss_is_the_squared_error_of_what_the_student_makes_of_pure_noise(t
 
 def test_the_student_learns_the_ends_of_the_teachers_ode(tiny_model: PixelModel) -> None:
     batch, method = pairs_of(tiny_model), regression(tiny_model, 60, optimizer={"lr": 5e-3})
-    before = method.step(in_one(batch), 0)["regression_loss"].item()
-    [method.step(in_one(batch), step) for step in range(1, 60)]
+    before = method.step(whole(batch, NUM), 0)["regression_loss"].item()
+    [method.step(whole(batch, NUM), step) for step in range(1, 60)]
     x0 = rollout(method.student, batch["noise"].float()[None], method.timesteps, {"label": batch["label"]}, stop=0)
     assert (x0 - batch["x0"]).square().mean().item() < 0.005 * before
 
@@ -98,32 +92,16 @@ def test_it_falls_to_what_least_squares_allows() -> None:
     assert floor * 0.9999 < losses[-1] < floor * 1.001
 
 
-def test_the_state_holds_what_goes_on_bit_for_bit(tiny_model: PixelModel) -> None:
-    batch = pairs_of(tiny_model)
-    whole, first, second = (regression(tiny_model, ema_decay=0.5) for _ in range(3))
-    [whole.step(in_one(batch), step) for step in range(4)]
-    [first.step(in_one(batch), step) for step in range(2)]
-    second.load_state_dict(copy.deepcopy(first.state_dict()))
-    [second.step(in_one(batch), step) for step in (2, 3)]
-    assert first.state_dict().keys() == {"student", "ema", "student_optimizer"}
-    for ours, theirs in zip(whole.student.parameters(), second.student.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
-    assert torch.equal(
-        whole.sample(noise_of(whole.model.shape)[None]), second.sample(noise_of(whole.model.shape)[None])
-    )
-
-
 def test_what_is_saved_is_the_averaged_student_with_its_timestep(tiny_model: PixelModel, tmp_path: Path) -> None:
     batch, method = pairs_of(tiny_model), regression(tiny_model, ema_decay=0.5)
-    [method.step(in_one(batch), step) for step in range(3)]
+    [method.step(whole(batch, NUM), step) for step in range(3)]
     method.save_model(tmp_path)
     saved = load(tmp_path)
     assert saved.timesteps == [80.0]
-    with method.ema.applied():
-        averages = [p.detach().clone() for p in method.student.parameters()]
-    assert all(torch.equal(a, b) for a, b in zip(averages, saved.denoiser.parameters(), strict=True))
-    pairs = zip(averages, method.student.parameters(), strict=True)
-    assert any(not torch.equal(average, trained) for average, trained in pairs)
+    averages = method.ema.averages_of()
+    assert method.state_dict().keys() == {"student", "ema", "student_optimizer"}
+    assert same(averages, saved.denoiser)
+    assert not same(averages, method.student)
 
 
 def test_it_is_of_one_timestep() -> None:
@@ -199,43 +177,27 @@ def test_what_is_no_tiny_autoencoder_is_refused(tmp_path: Path) -> None:
 
 
 def dmd2(model: PixelModel, weight: float) -> DMD2:
-    torch.manual_seed(1)
-    model = copy.deepcopy(model)
-    settings = DMD2Settings(
-        student={"num_timesteps": 2, "optimizer": {"lr": 1e-3, "clip_norm": 1e9}},
-        gan={"student_weight": 0.1, "critic_weight": 0.1},
-        regression_weight=weight,
-        regression=PAIRS if weight else None,
-    )
-    method = DMD2(settings, model, make_roles(model), 20, NUM, seed=0, pair_loss=PairLoss(model))
+    student = {"num_timesteps": 2, "optimizer": {"lr": 1e-3, "clip_norm": 1e9}}
+    pairs = {"regression_weight": weight, "regression": PAIRS} if weight else {}
+    method = make_dmd2(copy.deepcopy(model), NUM, student=student, **pairs)
     with torch.no_grad():  # a critic that has moved away from the teacher
-        [
+        for p in method.critic.parameters():
             p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
-            for p in method.critic.parameters()
-        ]
     return method
 
 
-def student_gradients(method: DMD2, batch: dict, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Tensor], dict]:
-    """Of step 0, before the optimizer clears them."""
-    found: list[Tensor] = []
-    step = method.student_optimizer.step
-
-    def caught(finite: Tensor) -> tuple[Tensor, Tensor]:
-        found.extend(p.grad.detach().clone() for p in method.student.parameters())
-        return step(finite)
-
-    monkeypatch.setattr(method.student_optimizer, "step", caught)
-    return found, method.step(in_one(batch), 0)
+def student_gradients(method: DMD2, batch: dict) -> tuple[list[Tensor], dict]:
+    """Of step 0."""
+    return received(method, "student"), method.step(whole(batch, NUM), 0)
 
 
-def test_the_students_gradient_is_the_sum_of_its_parts(tiny_model: PixelModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_students_gradient_is_the_sum_of_its_parts(tiny_model: PixelModel) -> None:
     draws = torch.Generator().manual_seed(2)
     real = torch.randint(0, 256, (NUM, *tiny_model.shape), generator=draws, dtype=torch.uint8)
     batch = {"image": real, "label": torch.arange(NUM) % 3}
     pairs = pairs_of(tiny_model) | {"x0": torch.randn(NUM, *tiny_model.shape, generator=draws)}
-    both, together = student_gradients(dmd2(tiny_model, 0.25), batch | {"pair": pairs}, monkeypatch)
-    dm, alone = student_gradients(dmd2(tiny_model, 0), batch, monkeypatch)
+    both, together = student_gradients(dmd2(tiny_model, 0.25), batch | {"pair": pairs})
+    dm, alone = student_gradients(dmd2(tiny_model, 0), batch)
     method = dmd2(tiny_model, 0)
     loss = PairLoss(tiny_model)(method.student, method.timesteps, pairs).mean()
     pair = torch.autograd.grad(loss, list(method.student.parameters()))

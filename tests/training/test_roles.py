@@ -18,51 +18,28 @@ def storages(module) -> set[int]:
     return {tensor.untyped_storage().data_ptr() for tensor in [*module.parameters(), *module.buffers()]}
 
 
-def without_null_class() -> PixelModel:
-    config = PixelModelConfig(num_classes=3, block_out_channels=[8, 8], norm_num_groups=4)
-    return PixelModel(config, build_unet(config))
-
-
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
-def test_the_copies_share_no_memory(tiny_model, guidance_scale):
+def test_the_copies_share_no_memory_and_only_the_teacher_is_frozen(tiny_model, guidance_scale):
+    make_roles(tiny_model)  # a model that has been a teacher before is frozen; its copies must not be
     roles = make_roles(tiny_model, guidance_scale)
     teacher, student, critic = storages(roles.teacher), storages(roles.student), storages(roles.critic)
     assert teacher >= storages(tiny_model.denoiser)
     assert (teacher & student, teacher & critic, student & critic) == (set(), set(), set())
-
-
-def test_student_and_critic_start_as_the_teacher(tiny_model):
-    roles = make_roles(tiny_model)
-    expected = tiny_model.denoiser(*BATCH)
-    assert torch.equal(roles.student(*BATCH), expected)
-    assert torch.equal(roles.critic(*BATCH), expected)
-    assert torch.equal(roles.teacher(*BATCH), expected)
-
-
-def test_training_the_student_moves_neither_teacher_nor_critic(tiny_model):
-    roles = make_roles(tiny_model)
-    before = roles.teacher(*BATCH)
-    with torch.no_grad():
-        for parameter in roles.student.parameters():
-            parameter.add_(0.1)
-    assert torch.equal(roles.teacher(*BATCH), before)
-    assert torch.equal(roles.critic(*BATCH), before.detach())
-    assert not torch.equal(roles.student(*BATCH), before)
-
-
-@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
-def test_only_the_teacher_is_frozen(tiny_model, guidance_scale):
-    roles = make_roles(tiny_model, guidance_scale)
     assert not any(parameter.requires_grad for parameter in roles.teacher.parameters())
     for trained in (roles.student, roles.critic, roles.discriminator):
         assert all(parameter.requires_grad for parameter in trained.parameters())
 
 
-def test_student_and_critic_of_a_frozen_model_can_train(tiny_model):
-    """A model that has been a teacher before is frozen; its copies must not be."""
-    make_roles(tiny_model)
+def test_student_and_critic_start_as_the_teacher_and_the_student_moves_alone(tiny_model):
     roles = make_roles(tiny_model)
-    assert all(p.requires_grad for role in (roles.student, roles.critic) for p in role.parameters())
+    assert roles.teacher is tiny_model.denoiser  # unguided
+    expected = tiny_model.denoiser(*BATCH)
+    assert all(torch.equal(role(*BATCH), expected) for role in (roles.teacher, roles.student, roles.critic))
+    with torch.no_grad():
+        for parameter in roles.student.parameters():
+            parameter.add_(0.1)
+    moved = [not torch.equal(role(*BATCH), expected) for role in (roles.teacher, roles.student, roles.critic)]
+    assert moved == [False, True, False]
 
 
 def test_all_roles_run_without_dropout(tiny_config):
@@ -81,14 +58,12 @@ def test_the_teacher_is_guided_with_the_null_class(tiny_model):
     torch.testing.assert_close(teacher(*BATCH), null + 2.5 * (conditional - null))
 
 
-def test_scale_one_leaves_the_teacher_unguided(tiny_model):
-    assert make_roles(tiny_model).teacher is tiny_model.denoiser
-
-
 def test_guidance_without_a_null_class_is_a_user_error():
+    config = PixelModelConfig(num_classes=3, block_out_channels=[8, 8], norm_num_groups=4)
+    model = PixelModel(config, build_unet(config))
     with pytest.raises(UserError, match=r"guidance_scale.*no null class"):
-        make_roles(without_null_class(), guidance_scale=2.0)
-    make_roles(without_null_class(), guidance_scale=1.0)
+        make_roles(model, guidance_scale=2.0)
+    make_roles(model, guidance_scale=1.0)
 
 
 @pytest.mark.parametrize("layer", ["unet.mid_blok", "unet.down_blocks", "unet.time_embedding"])

@@ -24,10 +24,8 @@ from fewstep.runtime.runs import find, run_folder
 from fewstep.runtime.tracking import Report
 from fewstep.training.batches import BatchAt, image_batches, pair_batches, text_batches
 from fewstep.training.dmd2 import DMD2
-from fewstep.training.initialization import start_from
-from fewstep.training.pair_loss import PairLoss
-from fewstep.training.regression import Regression
-from fewstep.training.roles import Roles, make_roles
+from fewstep.training.regression import PairLoss, Regression
+from fewstep.training.roles import Roles, make_roles, start_from
 from fewstep.training.settings import RegressionSettings
 
 

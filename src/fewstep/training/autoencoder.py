@@ -1,7 +1,6 @@
 """Training a small autoencoder from scratch, for a text-to-image job that needs no download."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,32 +10,31 @@ from torch import Tensor
 from fewstep.models.autoencoder import Autoencoder
 from fewstep.models.image_model import Asked
 from fewstep.networks.codec import to_images, to_pixels
+from fewstep.runtime.ema import EMA
 from fewstep.seeding import Draws, generator
-from fewstep.training.method import Batch, Metrics, Part, can_learn, count_broken, of_parts
+from fewstep.training.method import Batch, Method, Metrics, Part, can_learn, count_broken, of_parts
 from fewstep.training.optimization import Optimizer
 from fewstep.training.settings import AutoencoderSettings
 
 
-class AutoencoderTraining:
+class AutoencoderTraining(Method):
     """loss = mean (x - x')^2 + w_1 mean|x - x'| + w_KL mean KL(q(z|x) || N(0, 1)) (arXiv 1312.6114, appendix B)."""
 
-    num_noises = 1
-    other_emas: Sequence[str] = ()
+    STATE = ("vae", "optimizer")
     VARIANCE_DECAY = 0.99  # of the running variance of the latents
 
     def __init__(self, settings: AutoencoderSettings, model: Autoencoder, num_steps: int, batch_size: int, seed: int):
         self.settings, self.model, self.batch_size, self.seed = settings, model, batch_size, seed
-        model.vae.train()
-        self.optimizer = Optimizer(model.vae.parameters(), settings.optimizer, num_steps)
+        self.vae = model.vae.train()
+        self.optimizer = Optimizer(self.vae.parameters(), settings.optimizer, num_steps)
+        self.ema = EMA(self.vae, 0)  # not averaged
         self.variance = torch.ones((), device=model.device)
 
     def step(self, parts: Sequence[Part], step: int) -> Metrics:
         """One update; gives the losses and the gradient norm before clipping."""
         halves = [self._gradients(rows, batch, step, 1 / len(parts)) for rows, batch in parts]
-        found, variance = (
-            of_parts([metrics for _, metrics in halves]),
-            torch.cat([latent for latent, _ in halves]).var(),
-        )
+        found = of_parts([metrics for _, metrics in halves])
+        variance = torch.cat([latent for latent, _ in halves]).var()
         norm, skipped = self.optimizer.step(can_learn(found, parts))
         # The scaling factor is saved with the weights: what an update is skipped for must not enter it either.
         self.variance = self.variance.lerp(torch.where(skipped > 0, self.variance, variance), 1 - self.VARIANCE_DECAY)
@@ -46,9 +44,9 @@ class AutoencoderTraining:
     def _gradients(self, rows: range, batch: Batch, step: int, weight: float) -> tuple[Tensor, Metrics]:
         draws = Draws(generator(self.seed, "autoencoder", step, self.model.device), rows, self.batch_size)
         pixels = to_pixels(batch["image"].to(self.model.device))  # (B, 3, H, W)
-        posterior = self.model.vae.encode(pixels).latent_dist  # mean, std, var: (B, C, h, w)
+        posterior = self.vae.encode(pixels).latent_dist  # mean, std, var: (B, C, h, w)
         latent = posterior.mean + posterior.std * draws.randn(*posterior.mean.shape[1:])  # (B, C, h, w)
-        error = self.model.vae.decode(latent).sample - pixels
+        error = self.vae.decode(latent).sample - pixels
         # Of N(mean, var) from N(0, 1), per number of a latent: it keeps the latents near unit variance.
         kl = (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean() / 2
         squared, absolute = error.square().mean(), error.abs().mean()
@@ -59,25 +57,19 @@ class AutoencoderTraining:
     def sample(self, noise: Tensor, first: int = 0, asked: Asked = None) -> Tensor:
         """uint8 pictures of the last batch and what became of them in turn; `noise` only says how many."""
         pixels = to_pixels(self.shown[first // 2 : (first + noise.shape[1]) // 2].to(self.model.device))
-        self.model.vae.eval()
+        self.vae.eval()
         restored = self.model.reconstruct(pixels)
-        self.model.vae.train()
+        self.vae.train()
         return torch.stack([to_images(pixels), restored], dim=1).flatten(0, 1)
-
-    @contextmanager
-    def averaged_model(self, ema: str | None = None) -> Iterator[Autoencoder]:
-        """The autoencoder; its weights are not averaged."""
-        yield self.model
 
     def save_model(self, folder: Path, frozen: Path | None = None) -> None:
         """Writes the autoencoder with the scaling factor that gives its latents unit variance."""
-        self.model.vae.register_to_config(scaling_factor=1 / self.variance.sqrt().item())
+        self.vae.register_to_config(scaling_factor=1 / self.variance.sqrt().item())
         self.model.save(folder)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"vae": self.model.vae.state_dict(), "optimizer": self.optimizer.state_dict(), "variance": self.variance}
+        return super().state_dict() | {"variance": self.variance}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.model.vae.load_state_dict(state["vae"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        super().load_state_dict(state)
         self.variance = state["variance"].to(self.model.device)

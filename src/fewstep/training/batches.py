@@ -110,10 +110,8 @@ def text_batches(
     """
     told = list(images.captions or []) if images else []
     keep = partial(open_texts, conditioner=model.conditioner, settings=embeddings, folder=_folder(embeddings, runs))
-    captions, prompts = (
-        keep(texts, what) if texts else None for texts, what in ((told, "captions"), (wanted, "prompts"))
-    )
-    if all(texts is None or texts.rows is not None for texts in (captions, prompts)):
+    captions, prompts = told and keep(told, "captions"), wanted and keep(wanted, "prompts")
+    if all(not texts or texts.rows is not None for texts in (captions, prompts)):
         model.conditioner.to("cpu")  # gigabytes of a GPU that nothing in a step uses
 
     def batch_at(step: int, rows: range) -> Batch:
@@ -157,14 +155,8 @@ def open_texts(
     if num_cut:
         print(f"{num_cut:,} of {len(texts):,} {what} are longer than {conditioner.max_length} tokens and were cut")
     with progress_bar(f"embed {what}", len(number)) as show, torch.no_grad():
-        rows = cached_embeddings(
-            list(number),
-            conditioner.embed,
-            conditioner.fingerprint(),
-            folder,
-            settings.max_gb,
-            lambda done: show(done, {}),
-        )
+        key, tell = conditioner.fingerprint(), lambda done: show(done, {})
+        rows = cached_embeddings(list(number), conditioner.embed, key, folder, settings.max_gb, tell)
     if rows is None and settings.max_gb:
         print(f"embeddings of {len(number):,} {what} exceed embeddings.max_gb={settings.max_gb:g}; made at every step")
     return Texts(texts, row_of, rows)

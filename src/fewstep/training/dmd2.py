@@ -1,34 +1,26 @@
 """DMD2: distribution matching with a two time-scale critic, a GAN on it, and backward simulation (arXiv 2405.14867)."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from fewstep.diffusion import losses
 from fewstep.diffusion.denoiser import Condition
-from fewstep.diffusion.losses import (
-    denoising_loss,
-    dmd_loss,
-    finite_samples,
-    gan_critic_loss,
-    gan_student_loss,
-    without_samples,
-)
+from fewstep.diffusion.losses import finite_samples, without_samples
 from fewstep.diffusion.sampling import rollout
 from fewstep.models.image_model import ImageModel
 from fewstep.networks.features import features, x0_and_features
-from fewstep.runtime.ema import EMA
 from fewstep.seeding import Draws, generator
 from fewstep.training.method import Batch, Metrics, Part, Term, can_learn, count_broken, of_parts
 from fewstep.training.noise_levels import NoiseLevelSampler, level_sampler
 from fewstep.training.optimization import Optimizer
-from fewstep.training.pair_loss import PairLoss
+from fewstep.training.regression import PairLoss
 from fewstep.training.roles import Roles
 from fewstep.training.settings import DMD2Settings
-from fewstep.training.student import StudentMethod, student_timesteps
+from fewstep.training.student import StudentMethod
 
 SQUARED = "_image_grad_norm"  # what parts give the share of the square of
 
@@ -59,23 +51,16 @@ class DMD2(StudentMethod):
         seed: int,
         pair_loss: PairLoss | None = None,
     ):
-        self.pair_loss = pair_loss
-        self.settings, self.model, self.batch_size, self.seed = settings, model, batch_size, seed
-        self.teacher, self.student, self.critic = roles.teacher, roles.student, roles.critic
+        super().__init__(settings.student, model, roles.student, -(-num_steps // settings.student_every))
+        self.settings, self.batch_size, self.seed, self.pair_loss = settings, batch_size, seed, pair_loss
+        self.teacher, self.critic, self.schedule = roles.teacher, roles.critic, roles.student.schedule
         self.discriminator, self.feature_layer = roles.discriminator, roles.feature_layer
-        self.schedule = roles.student.schedule
-        self.timesteps = student_timesteps(settings.student, self.schedule).to(model.device)
-        num_student_updates = -(-num_steps // settings.student_every)
-        self.student_optimizer = Optimizer(self.student.parameters(), settings.student.optimizer, num_student_updates)
+        self.gan = settings.gan.student_weight > 0
+        self.shared = self.gan and not settings.gan.independent_noise
         critic_parameters = chain(self.critic.parameters(), self.discriminator.parameters() if self.gan else ())
         self.critic_optimizer = Optimizer(critic_parameters, settings.critic.optimizer, num_steps)
-        self.ema = EMA(self.student, settings.student.ema_decay)
         self.student_levels = level_sampler(settings.dm.noise, self.schedule, model.device)
         self.critic_levels = level_sampler(settings.critic.noise, self.schedule, model.device)
-
-    @property
-    def gan(self) -> bool:
-        return self.settings.gan.student_weight > 0
 
     def step(self, parts: Sequence[Part], step: int) -> Metrics:
         """Makes fakes, updates the student if it is its turn, then the critic on the same fakes.
@@ -87,7 +72,8 @@ class DMD2(StudentMethod):
         halves = [self._fakes_of(part, step, students_turn, weight) for part in parts]
         metrics = of_parts([found for _, found in halves])
         if students_turn:
-            metrics = self.update_student(metrics, can_learn(metrics, parts))
+            norms = {name: value.sqrt() for name, value in metrics.items() if name.endswith(SQUARED)}
+            metrics = self.update_student(can_learn(metrics, parts)) | metrics | norms
         found = of_parts([self.critic_gradients(fakes, weight) for fakes, _ in halves])
         norm, skipped = self.critic_optimizer.step(can_learn(found, parts))
         return metrics | found | {"critic_grad_norm": norm, "skipped_critic": skipped}
@@ -105,18 +91,15 @@ class DMD2(StudentMethod):
         else:
             real, condition = self.model.encode_x0(batch, draws), real_condition
             # A broken image must not reach the student: its x0 would be one, too, and with it all gradients.
-            fake, stops = self.fake_of_real(
-                without_samples(real, finite_samples(real)), condition, draws, students_turn
-            )
+            usable = without_samples(real, finite_samples(real))
+            fake, stops = self.fake_of_real(usable, condition, draws, students_turn)
         if self.settings.critic.condition_on_stop:
             condition, real_condition = condition | {"stop": stops}, real_condition | {"stop": stops}
         # Here, not in a loop of its own: the graph of this part is freed before the next one is built.
         metrics = self.student_gradients(fake, condition, draws, batch, weight) if students_turn else {}
-        if not self.gan:
-            real = None
-        elif real is None:
+        if self.gan and real is None:
             real = self.model.encode_x0(batch, draws)
-        return Fakes(draws, fake.detach(), condition, real, real_condition), metrics
+        return Fakes(draws, fake.detach(), condition, real if self.gan else None, real_condition), metrics
 
     def simulated_fake(self, given: Condition, stop: int, draws: Draws, grad: bool) -> tuple[Tensor, Condition, Tensor]:
         """The student's x0 behind its own rollout up to `stop`, its condition, and the stop of each sample (B,)."""
@@ -142,14 +125,6 @@ class DMD2(StudentMethod):
 
     # --- the student -------------------------------------------------------------------------------------------------
 
-    def update_student(self, metrics: Metrics, finite: Tensor) -> Metrics:
-        """One update along the gradients that the parts have added, with the metrics of all of them."""
-        norm, skipped = self.student_optimizer.step(finite)
-        # Also behind a skipped update, in which the weights stayed: an average is one over turns.
-        self.ema.update()
-        norms = {name: value.sqrt() for name, value in metrics.items() if name.endswith(SQUARED)}
-        return {"student_grad_norm": norm, **metrics, **norms, "skipped_student": skipped}
-
     def student_gradients(
         self, fake: Tensor, condition: Condition, draws: Draws, batch: Batch, weight: float = 1.0
     ) -> Metrics:
@@ -159,14 +134,13 @@ class DMD2(StudentMethod):
         at the image are given as their squares' share of the whole batch's.
         """
         terms = self.student_losses(fake, condition, draws)
-        # each (B, C, H, W)
         gradients = {name: torch.autograd.grad(term.loss.mean(), fake)[0] for name, term in terms.items()}
         # One backward pass of the student for all terms at the image.
         pull = sum((weight * term.weight * gradients[name] for name, term in terms.items()), torch.zeros_like(fake))
         torch.autograd.backward(fake, pull)
-        extra = {name: term_of(batch) for name, term_of in self.extra_terms(batch).items()}
+        extra = self.extra_terms(batch)  # behind the others, whose graphs are gone
         for term in extra.values():
-            torch.autograd.backward(weight * term.weight * term.loss.mean())  # behind the others, whose graphs are gone
+            torch.autograd.backward(weight * term.weight * term.loss.mean())
         metrics: Metrics = {}
         for name, term in (terms | extra).items():
             metrics |= {f"{name}_loss": term.loss.detach().mean(), **term.counts}
@@ -177,36 +151,31 @@ class DMD2(StudentMethod):
 
     def student_losses(self, fake: Tensor, condition: Condition, draws: Draws) -> dict[str, Term]:
         """The losses at the image that are on; without independent noise one pass of the critic serves both."""
-        dm = self.settings.dm.weight > 0
-        shared = dm and self.gan and not self.settings.gan.independent_noise
-        terms: dict[str, Term] = {}
-        if dm:
+        dm, terms = self.settings.dm.weight, dict[str, Term]()
+        shared = dm > 0 and self.shared
+        if dm > 0:
             x_t, t = self.noised(fake, self.student_levels, draws)
             with torch.no_grad():
                 teacher_x0 = self.teacher(x_t, t, condition)  # (B, C, H, W), guided
             if shared:
-                critic_x0, fake_features = self.x0_and_features(x_t, t, condition, features_only_grad=True)
+                critic_x0, fake_features = x0_and_features(self.critic, self.feature_layer, x_t, t, condition, True)
             else:
                 with torch.no_grad():
                     critic_x0 = self.critic(x_t, t, condition)  # without guidance, which it is never trained with
-            terms["dm"] = Term(
-                dmd_loss(fake, teacher_x0, critic_x0), self.settings.dm.weight, count_broken(teacher=teacher_x0)
-            )
+            terms["dm"] = Term(losses.dmd_loss(fake, teacher_x0, critic_x0), dm, count_broken(teacher=teacher_x0))
         if self.gan:
             if not shared:
                 fake_features = self.noised_features(fake, condition, draws)
-            loss = gan_student_loss(self.discriminator(fake_features))  # (B,)
+            loss = losses.gan_student_loss(self.discriminator(fake_features))  # (B,)
             terms["gan"] = Term(loss, self.settings.gan.student_weight)
         return terms
 
-    def extra_terms(self, batch: Batch) -> Mapping[str, Callable[[Batch], Term]]:
-        """Further losses of the student, which call it themselves, on what the batch has for them."""
-        return {"regression": self.regression} if "pair" in batch else {}
-
-    def regression(self, batch: Batch) -> Term:
-        """The distance from the teacher's own images of a batch of noises."""
-        assert self.pair_loss is not None
-        return Term(self.pair_loss(self.student, self.timesteps, batch["pair"]), self.settings.regression_weight)
+    def extra_terms(self, batch: Batch) -> dict[str, Term]:
+        """Further losses of the student, which call it themselves: the distance from the teacher's images of pairs."""
+        if self.pair_loss is None or "pair" not in batch:
+            return {}
+        loss = self.pair_loss(self.student, self.timesteps, batch["pair"])
+        return {"regression": Term(loss, self.settings.regression_weight)}
 
     # --- the critic --------------------------------------------------------------------------------------------------
 
@@ -214,33 +183,28 @@ class DMD2(StudentMethod):
         """Adds the gradients of critic and discriminator on constants; the critic has neither guidance nor dropout."""
         fake, draws = fakes.fake, fakes.draws
         x_t, t = self.noised(fake, self.critic_levels, draws)  # (B, C, H, W), (B,)
-        shared = self.gan and not self.settings.gan.independent_noise
-        if shared:
-            x0_hat, fake_features = self.x0_and_features(x_t, t, fakes.condition)
+        if self.shared:
+            x0_hat, fake_features = x0_and_features(self.critic, self.feature_layer, x_t, t, fakes.condition)
         else:
             x0_hat = self.critic(x_t, t, fakes.condition)
         # 1 / c_out^2 makes it the loss in what the network predicts: eps for SD, EDM's weight for EDM.
-        loss = denoising_loss(x0_hat, fake, self.critic.coefficients(t)[1]).mean()
+        loss = losses.denoising_loss(x0_hat, fake, self.critic.coefficients(t)[1]).mean()
         metrics = {"denoising_loss": loss.detach(), **count_broken(student=fake, critic=x0_hat.detach())}
         if fakes.real is not None:
-            if not shared:
+            if not self.shared:
                 fake_features = self.noised_features(fake, fakes.condition, draws)
             usable = finite_samples(fakes.real)
             real = without_samples(fakes.real, usable)
             # With shared noise levels the head can't tell fakes from reals by how noisy they are.
-            real_features = self.noised_features(real, fakes.real_condition, draws, t if shared else None)
+            real_features = self.noised_features(real, fakes.real_condition, draws, t if self.shared else None)
             fake_logits, real_logits = self.discriminator(fake_features), self.discriminator(real_features)  # (B,)
             real_logits = torch.where(usable, real_logits, real_logits.detach())  # nothing is learned from the others
-            gan_loss = gan_critic_loss(fake_logits, real_logits).mean()
+            gan_loss = losses.gan_critic_loss(fake_logits, real_logits).mean()
             loss = loss + self.settings.gan.critic_weight * gan_loss
             metrics |= {"gan_critic_loss": gan_loss.detach(), "logit_gap": (real_logits - fake_logits).mean().detach()}
             metrics |= count_broken(data=fakes.real)
         torch.autograd.backward(weight * loss)
         return metrics
-
-    def x0_and_features(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """The critic's x0 prediction and the discriminator's features, from one pass."""
-        return x0_and_features(self.critic, self.feature_layer, *args, **kwargs)
 
     def noised_features(self, x0: Tensor, condition: Condition, draws: Draws, t: Tensor | None = None) -> Tensor:
         """The discriminator's features of x0, freshly noised to t (by default random levels of the critic)."""

@@ -46,21 +46,22 @@ class Guard:
         """Raises UserError, which names what was not finite, if too many updates in a row were skipped."""
         if not self.longest:
             return
-        counts = {**self.longest, **{f"now {name}": value for name, value in self.in_a_row.items()}, **self.broken}
+        counts = (self.longest, self.in_a_row, self.broken)
         # One stack, one wait for the device.
-        found = dict(zip(counts, torch.stack([value.float() for value in counts.values()]).tolist(), strict=True))
-        worst = max(self.longest, key=lambda name: found[name])
-        if found[worst] >= self.max_skipped:
-            broken = [source for source in SOURCES if found.get(f"not_finite_{source}")]
-            source = broken[0] if broken else worst.removeprefix("skipped_")
+        values = iter(torch.stack([value.float() for each in counts for value in each.values()]).tolist())
+        longest, in_a_row, broken = ({name: next(values) for name in each} for each in counts)
+        worst = max(longest, key=longest.__getitem__)
+        if longest[worst] >= self.max_skipped:
+            sources = [source for source in SOURCES if broken.get(f"not_finite_{source}")]
+            source = sources[0] if sources else worst.removeprefix("skipped_")
             what, advice = SOURCES[source]
-            what = f"{what} were" if broken else f"the gradient of the {source} was"
+            what = f"{what} were" if sources else f"the gradient of the {source} was"
             raise UserError(
                 f"step {step}: {what} not finite; {self.max_skipped} updates in a row were skipped (max_skipped): "
                 f"{advice}; the newest checkpoint is whole"
             )
         # Old troubles must not be named as the cause of new ones.
-        if not any(found[f"now {name}"] for name in self.in_a_row):
+        if not any(in_a_row.values()):
             self.broken = {}
 
 

@@ -102,21 +102,18 @@ def sample_grid(method: Method, noise: Tensor, asked: Asked = None) -> Image:
 
 def _resume(method: Method, metrics: Metrics, run: Path) -> int:
     """The step to go on from, with the state of that step loaded."""
-    newest = newest_whole(run)
-    if newest is None:
-        _rewind(run, 0)
-        return 0
-    state = load_state(newest)
-    try:
-        method.load_state_dict(state["method"])
-        metrics.load_state_dict(state["metrics"], method.model.device)
-    except (KeyError, ValueError, RuntimeError) as error:
-        raise UserError(f"{newest}: the checkpoint is not of this run; remove it to go on from before it") from error
-    _rewind(run, state["step"])  # lines behind the checkpoint are written anew
-    return int(state["step"])
-
-
-def _rewind(run: Path, step: int) -> None:
+    newest, step = newest_whole(run), 0
+    if newest is not None:
+        state = load_state(newest)
+        try:
+            method.load_state_dict(state["method"])
+            metrics.load_state_dict(state["metrics"], method.model.device)
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"{newest}: the checkpoint is not of this run; remove it to go on from before it"
+            ) from error
+        step = int(state["step"])
     for path in (run / METRICS, run / EVALUATIONS):
         if path.exists():
-            rewind(path, step)
+            rewind(path, step)  # lines behind the checkpoint are written anew
+    return step

@@ -1,17 +1,17 @@
 """What the loop asks of a training algorithm."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fewstep.diffusion.losses import finite_samples
-from fewstep.models.image_model import Asked, ImageModel
+from fewstep.models.image_model import Asked
 from fewstep.runtime.checkpoint import ema_folder
 from fewstep.runtime.ema import EMA
 from fewstep.runtime.tracking import is_count
@@ -51,31 +51,18 @@ def count_broken(**samples: Tensor) -> Metrics:
     return {f"not_finite_{source}": (~finite_samples(x)).sum() for source, x in samples.items()}
 
 
-class TrainedModel(Protocol):
-    """An `ImageModel`, or an autoencoder by itself."""
-
-    shape: tuple[int, ...]
-
-    @property
-    def sampling_batch(self) -> int: ...
-
-    @property
-    def device(self) -> torch.device: ...
-
-    def release(self) -> None: ...
-
-
-class Method(Protocol):
+class Method(ABC):
     """A training algorithm: one `step` per batch; everything random in it is a function of (seed, step)."""
 
-    @property
-    def model(self) -> TrainedModel:
-        """What the loop draws noise for."""
+    STATE: tuple[str, ...]
+    """The attributes that a checkpoint holds."""
+    model: Any
+    """What the loop draws noise for: an `ImageModel`, or an autoencoder by itself."""
+    ema: EMA
+    num_noises: int = 1
+    """How many noises per image `sample` wants: K for a student."""
 
-    @property
-    def num_noises(self) -> int:
-        """How many noises per image `sample` wants: K for a student, 1 for a teacher."""
-
+    @abstractmethod
     def step(self, parts: Sequence[Part], step: int) -> Metrics:
         """One update on a batch in equal parts, whose numbers do not depend on how many they are.
 
@@ -83,6 +70,7 @@ class Method(Protocol):
         (`is_count`): `skipped_NAME` of an update, `not_finite_SOURCE` of samples.
         """
 
+    @abstractmethod
     def sample(self, noise: Tensor, first: int = 0, asked: Asked = None) -> Tensor:
         """uint8 images (B, C, H, W) number `first` and on from noise (K, B, ...), with the averaged weights.
 
@@ -91,43 +79,20 @@ class Method(Protocol):
 
     @property
     def other_emas(self) -> Sequence[str]:
-        """The averages that are kept beside the first, by name; most methods have none."""
+        """The averages that are kept beside the first, by name."""
+        return self.ema.others
 
-    def averaged_model(self, ema: str | None = None) -> AbstractContextManager[Any]:
-        """The image model with the averaged weights, inside the context alone: what is saved and judged.
-
-        They are the first, or those of one of `other_emas`.
-        """
+    @contextmanager
+    def averaged_model(self, ema: str | None = None) -> Iterator[Any]:
+        """The model with its first averages, or those of `ema`, inside the context alone: what is saved and judged."""
+        with self.ema.applied(ema):
+            yield self.model
 
     def save_model(self, folder: Path, frozen: Path | None = None) -> None:
-        """Writes the averaged weights as a model folder, and `other_emas` in folders beside it (`ema_folder`).
+        """Writes the model with its first averages, and with `other_emas` in folders beside it (`ema_folder`).
 
         In `frozen` lies, from the first time on, what all of them have in common.
         """
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-class Averaged(ABC):
-    """A method whose weights are averaged: how it is saved and resumed."""
-
-    STATE: tuple[str, ...]
-    """The attributes that a checkpoint holds."""
-    model: ImageModel
-    ema: EMA
-
-    @property
-    def other_emas(self) -> Sequence[str]:
-        return self.ema.others
-
-    @abstractmethod
-    def averaged_model(self, ema: str | None = None) -> AbstractContextManager[ImageModel]:
-        """The image model with the first averages, or those of `ema`, inside the context alone."""
-
-    def save_model(self, folder: Path, frozen: Path | None = None) -> None:
-        """Writes the model with its first averages; with other averages beside it."""
         for ema in (None, *self.other_emas):
             with self.averaged_model(ema) as model:
                 model.save(ema_folder(folder, ema) if ema else folder, frozen)

@@ -24,14 +24,9 @@ class Optimizer:
     def __init__(self, parameters: Iterable[nn.Parameter], settings: OptimizerSettings, num_updates: int):
         self.parameters = [p for p in parameters if p.requires_grad]
         self.clip_norm = settings.clip_norm
-        self.adamw = torch.optim.AdamW(
-            self.parameters,
-            lr=settings.lr,
-            betas=settings.betas,
-            weight_decay=settings.weight_decay,
-            eps=settings.eps,
-            fused=True,  # one kernel, and the only one that can skip without the host
-        )
+        given = settings.model_dump(include={"lr", "betas", "weight_decay", "eps"})
+        # Fused: one kernel, and the only one that can skip without the host.
+        self.adamw = torch.optim.AdamW(self.parameters, **given, fused=True)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.adamw, lambda update: learning_rate_factor(update, num_updates, settings)
         )

@@ -1,18 +1,45 @@
 """Regression of a one-step student on pairs of its teacher, the start of one-step SDXL (DMD2, 5.2; spec, 1.7)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 from fewstep.diffusion.denoiser import Denoiser
+from fewstep.diffusion.sampling import rollout
+from fewstep.models.autoencoder import Decode
 from fewstep.models.image_model import ImageModel
 from fewstep.networks.blocks import checkpoint_blocks
-from fewstep.runtime.ema import EMA
 from fewstep.training.method import Batch, Metrics, Part, can_learn, count_broken, of_parts
-from fewstep.training.optimization import Optimizer
-from fewstep.training.pair_loss import PairLoss
 from fewstep.training.settings import RegressSettings
-from fewstep.training.student import StudentMethod, student_timesteps
+from fewstep.training.student import StudentMethod
+
+Distance = Callable[[Tensor, Tensor], Tensor]
+"""From two batches of pixels (B, C, H, W) around [-1, 1] to (B,), with gradient."""
+
+
+class PairLoss:
+    """LPIPS(decode(x0), decode(target)), or mean (x0 - target)^2 without `lpips`; one number per sample.
+
+    x0 is the student's at its first timestep, from the pair's own noise (spec, 1.7; DMD, arXiv 2311.18828, equation 9).
+    """
+
+    def __init__(self, model: ImageModel, lpips: Distance | None = None, decode: Decode | None = None):
+        self.model, self.lpips, self.decode = model, lpips, decode or model.decode_pixels
+
+    def __call__(self, student: Denoiser, timesteps: Tensor, batch: Batch) -> Tensor:
+        """The loss (B,) of {"noise", "x0": (B, C, H, W), ...} with what `encode_condition` takes; timesteps (K,)."""
+        # half precision on disk
+        noise, target = (batch[name].to(self.model.device).float() for name in ("noise", "x0"))
+        condition = self.model.encode_condition(batch)
+        # the same call as at inference: (B, C, H, W)
+        x0 = rollout(student, noise[None], timesteps, condition, stop=0, grad=True)
+        if self.lpips is None:
+            squares: Tensor = (x0 - target).square()  # (B, C, H, W)
+            return squares.flatten(1).mean(1)
+        with torch.no_grad():
+            wanted = self.decode(target)  # pixels, without a graph
+        return self.lpips(self.decode(x0), wanted)
 
 
 class Regression(StudentMethod):
@@ -23,19 +50,15 @@ class Regression(StudentMethod):
     def __init__(
         self, settings: RegressSettings, model: ImageModel, student: Denoiser, pair_loss: PairLoss, num_steps: int
     ):
-        self.model, self.student, self.loss = model, student, pair_loss
-        self.timesteps = student_timesteps(settings.student, student.schedule).to(model.device)
         if settings.checkpointing == "blocks":
             checkpoint_blocks(student.network)  # before any pass
-        self.student_optimizer = Optimizer(student.parameters(), settings.student.optimizer, num_steps)
-        self.ema = EMA(student, settings.student.ema_decay)
+        super().__init__(settings.student, model, student, num_steps)
+        self.loss = pair_loss
 
     def step(self, parts: Sequence[Part], step: int) -> Metrics:
         """One update; nothing in it is random."""
         found = of_parts([self._gradients(batch, 1 / len(parts)) for _, batch in parts])
-        norm, skipped = self.student_optimizer.step(can_learn(found, parts))
-        self.ema.update()
-        return found | {"student_grad_norm": norm, "skipped_student": skipped}
+        return found | self.update_student(can_learn(found, parts))
 
     def _gradients(self, batch: Batch, weight: float) -> Metrics:
         loss = self.loss(self.student, self.timesteps, batch).mean()  # of (B,)

@@ -1,11 +1,13 @@
-"""Teacher, student, critic and discriminator, out of one image model, in one place."""
+"""Teacher, student, critic and discriminator, out of one image model, or further from another run's weights."""
 
 import copy
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor, nn
 
 from fewstep.diffusion.denoiser import Denoiser, Guided
 from fewstep.errors import UserError
@@ -15,6 +17,9 @@ from fewstep.networks.discriminator import Discriminator
 from fewstep.networks.features import features
 from fewstep.networks.precision import trainable
 from fewstep.networks.stop_embedding import condition_on_stop
+from fewstep.runtime.checkpoint import load_state
+
+STOP_EMBEDDING = "network.stop_embedding.weight"  # of a critic with `condition_on_stop`, zero at first
 
 
 @dataclass
@@ -38,33 +43,27 @@ def make_roles(
 ) -> Roles:
     """Freezes the model as teacher (guided, unless the scale is 1) and copies it as student and critic.
 
-    All run in evaluation mode, i.e. without dropout, as the official system does. `feature_layer` names the critic's
-    layer that the discriminator reads; by default the adapter's bottleneck. With `num_stops` the critic is conditioned
-    on the student's timestep, of so many. In bfloat16 the teacher is held in it, and the copies only compute in it; the
-    head stays in float32. `checkpointing` of `blocks` saves memory. Raises UserError where the model has no null class,
-    or no such layer.
+    All run without dropout, as in the official system. `feature_layer` is the critic's that the discriminator reads, by
+    default the bottleneck. With `num_stops` the critic is told the student's timestep, of so many. In bfloat16 the
+    teacher is held in it, and the copies only compute in it; the head stays in float32. Raises UserError where the
+    model has no null class, or no such layer.
     """
     # Before the teacher is cast: student and critic are trained in float32 weights.
     copies = (copy.deepcopy(model.denoiser).eval().requires_grad_(True) for _ in range(2))
     student, critic = (trainable(denoiser, dtype) for denoiser in copies)
     base = model.denoiser.eval().requires_grad_(False).to(dtype)
     layer = feature_layer or model.bottleneck
-    teacher: Denoiser | Guided = base
-    if guidance_scale != 1:
-        null_condition = model.null_condition
-        if null_condition is None:
-            raise UserError(
-                "guidance_scale: the teacher has no null class; teach one with null_class and class_dropout, or set 1"
-            )
-        # the critic has no guidance: it tracks what the student gives
-        teacher = Guided(base, guidance_scale, null_condition)
-    # The critic alone: teacher and student know the timestep as it is.
-    if num_stops:
+    null_condition = model.null_condition if guidance_scale != 1 else None
+    if guidance_scale != 1 and null_condition is None:
+        advice = "teach one with null_class and class_dropout, or set 1"
+        raise UserError(f"guidance_scale: the teacher has no null class; {advice}")
+    # The teacher alone: the critic tracks what the student gives, without guidance.
+    teacher = Guided(base, guidance_scale, null_condition) if null_condition is not None else base
+    if num_stops:  # the critic alone: teacher and student know the timestep as it is
         condition_on_stop(critic.network, model.family.time_layer, num_stops)
-    # The teacher has no graph, so nothing of it is kept anyway.
-    if checkpointing == "blocks":
-        checkpoint_blocks(student.network)
-        checkpoint_blocks(critic.network)
+    if checkpointing == "blocks":  # the teacher has no graph, so nothing of it is kept anyway
+        for trained in (student, critic):
+            checkpoint_blocks(trained.network)
     return Roles(teacher, student, critic, _make_discriminator(model, layer), layer)
 
 
@@ -79,3 +78,32 @@ def _make_discriminator(model: ImageModel, layer: str) -> Discriminator:
     if feature is None or feature.ndim != 4:
         raise UserError(f"gan.feature_layer: no layer {layer!r} gives (B, C, H, W) features; try {model.bottleneck!r}")
     return Discriminator(*feature.shape[1:]).to(model.device)
+
+
+def start_from(roles: Roles, checkpoint: Path) -> None:
+    """Loads student and critic from a checkpoint of `fewstep distill`; optimizers, averages and head start anew.
+
+    A regression has no critic: it stays the teacher, as published (spec, 2). They are the weights as trained, not the
+    averaged ones: the paper has no average, and the critic has tracked this student. A stop embedding that only one
+    side has is left out, or stays zero. Raises UserError if the checkpoint is of something else or of another
+    architecture.
+    """
+    state = load_state(checkpoint, lazy=True).get("method", {})  # moments and averages stay on the disk
+    if "student" not in state:
+        raise UserError(f"{checkpoint}: holds no student; name a run of `fewstep distill`")
+    for name, module in (("student", roles.student), ("critic", roles.critic)):
+        if name in state:
+            _load(module, state[name], f"{checkpoint}: its {name}")
+
+
+def _load(module: nn.Module, weights: dict[str, Tensor], what: str) -> None:
+    """All of the weights, but for a stop embedding on one side only."""
+    ours = module.state_dict()
+    shared = {name: weights[name] for name in weights.keys() & ours.keys()}
+    # A second stage may begin or cease to tell the critic the stop.
+    lone = (weights.keys() ^ ours.keys()) - {STOP_EMBEDDING}
+    other = sorted(lone) + sorted(name for name, weight in shared.items() if weight.shape != ours[name].shape)
+    if other:
+        stops = "another number of timesteps" if other == [STOP_EMBEDDING] else "another architecture"
+        raise UserError(f"{what} is of {stops} than this recipe's: {other[0]} differs, one of {len(other)}")
+    module.load_state_dict(shared, strict=False)

@@ -11,20 +11,30 @@ from fewstep.diffusion.sampling import rollout
 from fewstep.diffusion.schedules import NoiseSchedule
 from fewstep.errors import UserError
 from fewstep.models.image_model import Asked, ImageModel
-from fewstep.training.method import Averaged
+from fewstep.runtime.ema import EMA
+from fewstep.training.method import Method, Metrics
+from fewstep.training.optimization import Optimizer
 from fewstep.training.settings import StudentSettings
 
 
-class StudentMethod(Averaged):
-    """A student in training: how it is sampled and judged."""
+class StudentMethod(Method):
+    """A student in training: how it is updated, sampled and judged."""
 
-    student: Denoiser
-    timesteps: Tensor
-    """(K,) native times, decreasing."""
+    model: ImageModel
 
-    @property
-    def num_noises(self) -> int:
-        return len(self.timesteps)
+    def __init__(self, settings: StudentSettings, model: ImageModel, student: Denoiser, num_updates: int):
+        self.model, self.student = model, student
+        self.timesteps = student_timesteps(settings, student.schedule).to(model.device)  # (K,) native times, decreasing
+        self.num_noises = len(self.timesteps)
+        self.student_optimizer = Optimizer(student.parameters(), settings.optimizer, num_updates)
+        self.ema = EMA(student, settings.ema_decay)
+
+    def update_student(self, finite: Tensor) -> Metrics:
+        """One update along the gradients that the parts have added."""
+        norm, skipped = self.student_optimizer.step(finite)
+        # Also behind a skipped update, in which the weights stayed: an average is one over turns.
+        self.ema.update()
+        return {"student_grad_norm": norm, "skipped_student": skipped}
 
     def sample(self, noise: Tensor, first: int = 0, asked: Asked = None) -> Tensor:
         """uint8 images number `first` and on from noise (K, B, ...) with the averaged weights."""

@@ -11,16 +11,15 @@ from fewstep.diffusion.sampling import heun
 from fewstep.models.image_model import Asked, ImageModel
 from fewstep.runtime.ema import EMA
 from fewstep.seeding import Draws, generator
-from fewstep.training.method import Averaged, Batch, Metrics, Part, can_learn, count_broken, of_parts
+from fewstep.training.method import Batch, Method, Metrics, Part, can_learn, count_broken, of_parts
 from fewstep.training.noise_levels import level_sampler
 from fewstep.training.optimization import Optimizer
 from fewstep.training.settings import TeacherSettings
 
 
-class TeacherTraining(Averaged):
+class TeacherTraining(Method):
     """loss = mean ((x0_hat - x0) / c_out)^2 at random levels: EDM's loss, and eps- or v-MSE for other networks."""
 
-    num_noises = 1
     STATE = ("denoiser", "ema", "optimizer")
     NUM_SAMPLER_STEPS = 18  # Heun, 35 calls: for the sample grids
 
@@ -59,7 +58,7 @@ class TeacherTraining(Averaged):
     @contextmanager
     def averaged_model(self, ema: str | None = None) -> Iterator[ImageModel]:
         """The model with the averaged weights and without dropout, inside the context alone."""
-        self.denoiser.eval()  # without dropout
-        with self.ema.applied():
-            yield self.model
+        self.denoiser.eval()
+        with super().averaged_model(ema) as model:
+            yield model
         self.denoiser.train()
