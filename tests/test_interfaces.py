@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection
 
@@ -28,7 +28,7 @@ from fewstep.training.dmd2 import DMD2
 from fewstep.training.roles import make_roles
 from fewstep.training.settings import DMD2Settings
 from steps import whole
-from tiny_pipelines import text_encoder, tokenizer
+from tiny_pipelines import autoencoder, text_encoder, tokenizer
 
 BATCH, T5_TOKENS = 3, 256
 
@@ -112,20 +112,11 @@ def tiny_sd3(folder: Path) -> StableDiffusion3Pipeline:
     )
     for parameter in transformer.parameters():  # some of them start from zero
         nn.init.normal_(parameter, std=0.1)
-    vae = AutoencoderKL(
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=4,
-        scaling_factor=1.5305,
-        shift_factor=0.0609,
-    )
     encoders = [text_encoder(CLIPTextModelWithProjection, seed) for seed in (1, 2)]
     tokens = [tokenizer(folder / name) for name in ("one", "two")]
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler, vae = FlowMatchEulerDiscreteScheduler(shift=3.0), autoencoder(1.5305, shift_factor=0.0609)
     pipeline = StableDiffusion3Pipeline(
-        transformer, scheduler, vae.eval(), encoders[0], tokens[0], encoders[1], tokens[1], None, None
+        transformer, scheduler, vae, encoders[0], tokens[0], encoders[1], tokens[1], None, None
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -38,7 +38,7 @@ def text_encoder(kind: type, seed: int, **settings: object) -> CLIPTextModel:
     return kind(CLIPTextConfig(**sizes | ends | settings)).eval()
 
 
-def autoencoder(scaling_factor: float) -> AutoencoderKL:
+def autoencoder(scaling_factor: float, **extra: object) -> AutoencoderKL:
     torch.manual_seed(3)
     return AutoencoderKL(
         block_out_channels=(8, 16),
@@ -48,6 +48,7 @@ def autoencoder(scaling_factor: float) -> AutoencoderKL:
         norm_num_groups=4,
         sample_size=16,
         scaling_factor=scaling_factor,
+        **extra,
     ).eval()
 
 

@@ -3,6 +3,7 @@
 import copy
 import filecmp
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -28,10 +29,9 @@ def pipeline(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 def embeddings(pipeline, prompts: list[str]) -> dict[str, torch.Tensor]:
     """What the pipeline itself makes of prompts, with the embedding of its null prompt."""
+    options = {"device": "cpu", "num_images_per_prompt": 1, "do_classifier_free_guidance": True}
     with torch.no_grad():
-        outputs = pipeline.encode_prompt(
-            prompts, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True
-        )
+        outputs = pipeline.encode_prompt(prompts, **options)
     return dict(zip(("text", "null text", "pooled", "null pooled"), outputs, strict=False))
 
 
@@ -57,9 +57,8 @@ def test_the_rollout_is_the_whole_pipeline_call_with_the_lcm_scheduler(pipeline,
     model = LatentModel(pipeline)
     pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
     draws = torch.Generator().manual_seed(0)
-    theirs = pipeline(
-        "a red cat", timesteps=timesteps, guidance_scale=scale, generator=draws, output_type="latent"
-    ).images
+    options = {"timesteps": timesteps, "guidance_scale": scale, "generator": draws, "output_type": "latent"}
+    theirs = pipeline("a red cat", **options).images
     draws = torch.Generator().manual_seed(0)
     noise = torch.stack([torch.randn(1, 4, 8, 8, generator=draws) for _ in timesteps])
     denoiser = Guided(model.denoiser, scale, model.null_condition) if scale != 1 else model.denoiser
@@ -182,27 +181,22 @@ def test_the_fingerprint_of_a_conditioner_is_of_its_weights_and_its_tokenizers(p
     model.text_condition(PROMPTS)
     assert model.conditioner.fingerprint() == before == LatentModel(pipeline).conditioner.fingerprint()
     model.conditioner.tokenizers[-1].pad_token = "#"
-    assert model.conditioner.fingerprint() != before
-    model = LatentModel(copy.deepcopy(pipeline))
+    assert (by_tokens := model.conditioner.fingerprint()) != before
     list(model.conditioner.parameters())[-1].data[0] += 1e-6
-    assert model.conditioner.fingerprint() != before
+    assert model.conditioner.fingerprint() not in (before, by_tokens)
 
 
 def tracked(model: LatentModel, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     """The moves of what surrounds the denoiser, as (part, device); back from the device `meta` there is no way."""
     moves: list[tuple[str, str]] = []
+    for name in ("autoencoder", "conditioner"):
+        part = getattr(model, name)
 
-    def track(name: str, part: torch.nn.Module) -> None:
-        to = part.to
-
-        def move(device: object) -> torch.nn.Module:
+        def move(device: object, name: str = name, part=part, to=part.to) -> torch.nn.Module:
             moves.append((name, str(device)))
             return to(device) if str(device) == "meta" else part
 
         monkeypatch.setattr(part, "to", move)
-
-    track("autoencoder", model.autoencoder)
-    track("conditioner", model.conditioner)
     return moves
 
 
@@ -232,11 +226,12 @@ def test_saving_with_a_frozen_folder_links_weights_and_copies_what_people_edit(p
     (tmp_path / ".frozen.tmp" / "half written").mkdir(parents=True)
     for name in ("first", "second"):
         model.save(tmp_path / name, tmp_path / "frozen")
-    plain = LatentModel(pipeline)
-    plain.save(tmp_path / "plain")
-    files = {path.relative_to(tmp_path / "plain") for path in (tmp_path / "plain").rglob("*") if path.is_file()}
-    for name in ("first", "second"):
-        assert files == {path.relative_to(tmp_path / name) for path in (tmp_path / name).rglob("*") if path.is_file()}
+    model.save(tmp_path / "plain")
+    files, *others = (
+        {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
+        for folder in (tmp_path / "plain", tmp_path / "first", tmp_path / "second")
+    )
+    assert others == [files, files]
     assert not (tmp_path / "first" / "half written").exists()
     for file in files:
         first, second = tmp_path / "first" / file, tmp_path / "second" / file
@@ -249,12 +244,8 @@ def test_saving_with_a_frozen_folder_links_weights_and_copies_what_people_edit(p
 def test_without_links_on_the_file_system_the_folder_is_as_complete(
     pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(source: str, target: str) -> None:
-        raise PermissionError(source)
-
-    monkeypatch.setattr("os.link", refuse)
-    model = LatentModel(pipeline)
-    model.save(tmp_path / "model", tmp_path / "frozen")
+    monkeypatch.setattr("os.link", Mock(side_effect=PermissionError))
+    LatentModel(pipeline).save(tmp_path / "model", tmp_path / "frozen")
     weights = tmp_path / "model" / "vae" / "diffusion_pytorch_model.safetensors"
     assert weights.stat().st_nlink == 1
     assert filecmp.cmp(weights, tmp_path / "frozen" / "vae" / weights.name, shallow=False)

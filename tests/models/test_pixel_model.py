@@ -70,26 +70,16 @@ def test_attention_sits_at_the_asked_levels_on_both_sides(attention):
 def test_the_unet_has_adms_layout(tiny_config):
     """What NVIDIA's ImageNet-64 checkpoint needs to convert exactly."""
     config = build_unet(tiny_config).config
-    assert (config.resnet_time_scale_shift, config.downsample_type, config.upsample_type) == (
-        "scale_shift",
-        "resnet",
-        "resnet",
-    )
+    types = (config.resnet_time_scale_shift, config.downsample_type, config.upsample_type)
+    assert types == ("scale_shift", "resnet", "resnet")
     assert (config.flip_sin_to_cos, config.freq_shift, config.center_input_sample) == (True, 0, False)
     assert config.num_class_embeds == 4
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"attention": [False]},
-        {"image_size": 9},
-        {"norm_num_groups": 3},
-        {"null_class": True, "num_classes": 0},
-        {"chanels": 3},
-    ],
-    ids=lambda wrong: ",".join(wrong),
-)
+WRONG = [{"attention": [False]}, {"image_size": 9}, {"norm_num_groups": 3}, {"null_class": True, "num_classes": 0}]
+
+
+@pytest.mark.parametrize("wrong", [*WRONG, {"chanels": 3}], ids=",".join)
 def test_a_config_that_cannot_be_built_is_refused(wrong):
     with pytest.raises(ValidationError):
         PixelModelConfig(**({"block_out_channels": [8, 8]} | wrong))
@@ -101,18 +91,12 @@ def test_encoding_maps_black_to_minus_one_and_white_to_one(tiny_model):
     x0, condition = tiny_model.encode_x0(batch, draws), tiny_model.encode_condition(batch)
     torch.testing.assert_close(x0[:, 0, 0, 0], torch.tensor([-1.0, -0.6, 1.0]))
     assert torch.equal(condition["label"], LABEL)
+    assert tiny_model.encode_condition({"image": image}) == {}
 
 
-def test_images_without_labels_have_no_condition(tiny_model):
-    assert tiny_model.encode_condition({"image": torch.zeros(1, 1, 8, 8, dtype=torch.uint8)}) == {}
-
-
-def test_decoding_undoes_encoding_for_every_pixel_value(tiny_model):
+def test_decoding_undoes_encoding_for_every_pixel_value_and_clips_and_rounds(tiny_model):
     image = torch.arange(256, dtype=torch.uint8).reshape(4, 1, 8, 8)
     assert torch.equal(tiny_model.decode(tiny_model.encode_x0({"image": image}, torch.Generator())), image)
-
-
-def test_decoding_clips_and_rounds(tiny_model):
     x0 = torch.tensor([-7.0, -1 + 0.9 / 127.5, 1 - 0.9 / 127.5, 7.0])
     assert tiny_model.decode(x0).tolist() == [0, 1, 254, 255]
 
@@ -145,21 +129,16 @@ def test_dropout_replaces_the_asked_share_by_the_null_class_and_keeps_the_rest(t
     assert unconditional.drop_condition({}, probability, draws(4)) == {}
 
 
-@pytest.mark.parametrize("timesteps", [None, [80.0, 2.5, 0.8]])
-def test_a_saved_model_loads_bit_for_bit(tiny_model, tmp_path, timesteps):
-    tiny_model.timesteps = timesteps
-    tiny_model.save(tmp_path)
+@pytest.mark.parametrize(("labelled", "timesteps"), [(True, None), (True, [80.0, 2.5, 0.8]), (False, None)])
+def test_a_saved_model_loads_bit_for_bit(tiny_model, unconditional, tmp_path, labelled, timesteps):
+    model, condition = (tiny_model, {"label": LABEL}) if labelled else (unconditional, {})
+    model.timesteps = timesteps
+    model.denoiser.eval()
+    model.save(tmp_path)
     loaded = load(tmp_path)
-    condition = {"label": LABEL}
-    assert torch.equal(loaded.denoiser(X_T, SIGMA, condition), tiny_model.denoiser(X_T, SIGMA, condition))
-    assert (loaded.config, loaded.timesteps) == (tiny_model.config, timesteps)
+    assert torch.equal(loaded.denoiser(X_T, SIGMA, condition), model.denoiser(X_T, SIGMA, condition))
+    assert (loaded.config, loaded.timesteps) == (model.config, timesteps)
     assert not loaded.denoiser.training
-
-
-def test_a_saved_model_keeps_its_unconditional_config(unconditional, tmp_path):
-    unconditional.denoiser.eval()
-    unconditional.save(tmp_path)
-    assert torch.equal(load(tmp_path).denoiser(X_T, SIGMA, {}), unconditional.denoiser(X_T, SIGMA, {}))
 
 
 def test_a_student_is_the_same_model_around_other_weights(tiny_model, tiny_config, tmp_path):

@@ -14,14 +14,10 @@ from fewstep.diffusion.schedules import EDM, VP
 from fewstep.errors import UserError
 from fewstep.models.latent_model import LatentModel
 from fewstep.models.sampler import Sampler, default_sampler, euler, generate, multistep, sample
-from tiny_pipelines import TINY
+from tiny_pipelines import BETAS, TINY
 
-SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-SCHEDULERS = {
-    "euler": EulerDiscreteScheduler,
-    "dpm++": DPMSolverMultistepScheduler,
-    "unipc": UniPCMultistepScheduler,
-}
+SCHEDULERS = {"euler": EulerDiscreteScheduler, "unipc": UniPCMultistepScheduler}
+SCHEDULERS |= {"dpm++": DPMSolverMultistepScheduler}
 KINDS = {"epsilon": eps, "v_prediction": v}
 MEAN, STD = 0.4, 0.6
 
@@ -32,7 +28,7 @@ class Optimal(nn.Module):
     def __init__(self, prediction_type: str):
         super().__init__()
         self.prediction_type = prediction_type
-        self.abar = DDIMScheduler(**SD_BETAS).alphas_cumprod.double()
+        self.abar = DDIMScheduler(**BETAS).alphas_cumprod.double()
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         abar = self.abar[t.long()].to(x.dtype).reshape(-1, 1, 1, 1)
@@ -54,7 +50,7 @@ def noise(dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def scheduler_of(kind: str, num_steps: int, prediction_type: str = "epsilon"):
-    scheduler = SCHEDULERS[kind](**SD_BETAS, prediction_type=prediction_type, timestep_spacing="trailing")
+    scheduler = SCHEDULERS[kind](**BETAS, prediction_type=prediction_type, timestep_spacing="trailing")
     scheduler.set_timesteps(num_steps)
     return scheduler
 
@@ -75,7 +71,7 @@ def test_on_vp_it_is_diffusers_with_trailing_spacing(kind: str, prediction_type:
     x = noise() * scheduler.init_noise_sigma
     for t in scheduler.timesteps:
         x = scheduler.step(network(scheduler.scale_model_input(x, t), t.expand(3), {}), t, x).prev_sample
-    denoiser = Denoiser(network, VP(DDIMScheduler(**SD_BETAS).alphas_cumprod), KINDS[prediction_type])
+    denoiser = Denoiser(network, VP(DDIMScheduler(**BETAS).alphas_cumprod), KINDS[prediction_type])
     difference = (solve(denoiser, kind, num_steps, noise()) - x).abs().max()
     assert difference < (2e-5 if kind == "euler" else 1e-4) * x.abs().max()
 
@@ -120,7 +116,7 @@ def test_multistep_samplers_reach_the_data_and_want_betas(kind: str) -> None:
 
 
 def test_the_betas_are_diffusers() -> None:
-    theirs = DDIMScheduler(**SD_BETAS).betas.double()
+    theirs = DDIMScheduler(**BETAS).betas.double()
     assert torch.allclose(VP.scaled_linear().betas, theirs, rtol=1e-5, atol=0)
     betas = torch.tensor([0.1, 0.5, 0.25], dtype=torch.float64)
     assert torch.allclose(VP(torch.tensor([0.9, 0.45, 0.3375])).betas, betas, rtol=1e-6)

@@ -75,12 +75,11 @@ def test_the_features_gradient_does_not_need_the_graph_behind_them(tiny_model, b
     assert all(torch.equal(a, b) for a, b in zip(gradient, expected, strict=True))
 
 
-def test_with_features_only_grad_x0_is_a_constant(tiny_model, batch):
+@pytest.mark.parametrize("only", [True, False])
+def test_with_features_only_grad_x0_is_a_constant(tiny_model, batch, only):
     x_t = batch[0].clone().requires_grad_()
-    x0, feature = x0_and_features(tiny_model.denoiser, LAYERS[1], x_t, *batch[1:], features_only_grad=True)
-    assert (x0.requires_grad, feature.requires_grad) == (False, True)
-    x0, feature = x0_and_features(tiny_model.denoiser, LAYERS[1], x_t, *batch[1:])
-    assert (x0.requires_grad, feature.requires_grad) == (True, True)
+    x0, feature = x0_and_features(tiny_model.denoiser, LAYERS[1], x_t, *batch[1:], features_only_grad=only)
+    assert (x0.requires_grad, feature.requires_grad) == (not only, True)
 
 
 @layers
@@ -97,30 +96,22 @@ def test_with_features_only_grad_nothing_behind_the_layer_is_kept_for_a_backward
 
 @pytest.mark.parametrize("enabled", [True, False])
 @pytest.mark.parametrize("features_only_grad", [True, False])
-def test_the_grad_mode_is_put_back(tiny_model, batch, enabled, features_only_grad):
+def test_the_grad_mode_is_put_back_and_no_hook_stays_behind(tiny_model, batch, enabled, features_only_grad):
     with torch.set_grad_enabled(enabled):
         x0_and_features(tiny_model.denoiser, LAYERS[1], *batch, features_only_grad=features_only_grad)
         assert torch.is_grad_enabled() == enabled
         features(tiny_model.denoiser, LAYERS[1], *batch)
         assert torch.is_grad_enabled() == enabled
-
-
-def test_no_hook_stays_behind(tiny_model, batch):
-    features(tiny_model.denoiser, LAYERS[1], *batch)
-    x0_and_features(tiny_model.denoiser, LAYERS[1], *batch, features_only_grad=True)
     assert hooks(tiny_model) == 0
 
 
-def test_an_error_behind_the_layer_leaves_neither_hook_nor_grad_mode_behind(tiny_model, batch):
-    fail_in(tiny_model.network.conv_out)
+@pytest.mark.parametrize("layer", ["conv_in", "conv_out"])
+def test_an_error_before_or_behind_the_layer_leaves_neither_hook_nor_grad_mode_behind(tiny_model, batch, layer):
+    fail_in(getattr(tiny_model.network, layer))
     with pytest.raises(RuntimeError, match="the decoder failed"):
         x0_and_features(tiny_model.denoiser, LAYERS[1], *batch, features_only_grad=True)
+    if layer == "conv_in":
+        with pytest.raises(RuntimeError, match="the decoder failed"):
+            features(tiny_model.denoiser, LAYERS[1], *batch)
     assert hooks(tiny_model) == 1  # the one that failed
     assert torch.is_grad_enabled()
-
-
-def test_an_error_before_the_layer_is_not_swallowed(tiny_model, batch):
-    fail_in(tiny_model.network.conv_in)
-    with pytest.raises(RuntimeError, match="the decoder failed"):
-        features(tiny_model.denoiser, LAYERS[1], *batch)
-    assert hooks(tiny_model) == 1
