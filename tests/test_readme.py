@@ -1,13 +1,9 @@
 """What the README shows works: its commands (with fewer steps), its Python, its make targets, its links."""
 
-import io
-import json
 import re
 import shlex
 import sys
-import tarfile
 import tomllib
-import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,8 +13,10 @@ import yaml
 from diffusers import AutoencoderTiny
 from PIL import Image
 
+from command_line import fewstep
 from edm_files import small_network, write_checkpoint
-from fewstep.cli import app, main
+from fewstep.commands.options import VERBS
+from image_sets import encoded, write_edm_zip, write_tar
 from tiny_pipelines import TINY
 
 ROOT = Path(__file__).parent.parent
@@ -40,34 +38,29 @@ PAGES = [README, *(page.read_text() for page in sorted((ROOT / "docs").glob("*.m
 SHELL = [block for page in PAGES for block in blocks("sh", page) if "make " not in block and "pip " not in block]
 
 
-def run(line: str, patch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def run(line: str) -> None:
     """A line as it is shown, with fewer steps and images: what is said last counts."""
     _, verb, *words = shlex.split(line.removeprefix("$ "), comments=True)
     less = SMALL.get(f"{verb} {words[0]}", SMALL.get(verb, "")) if words else ""
-    patch.setattr("sys.argv", ["fewstep", verb, *words, *less.split()])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code == 0, f"{line}\n{capsys.readouterr().err}"
+    code, _, errors = fewstep(f"{shlex.join([verb, *words])} {less}")
+    assert code == 0, f"{line}\n{errors}"
 
 
-def test_the_commands_run_in_the_order_shown(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_the_commands_run_in_the_order_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     lines = "\n".join(blocks("console")).splitlines()
     assert len(lines) >= 6
     for line in lines:
-        run(line, monkeypatch, capsys)
-    for made in (
+        run(line)
+    made = [
         "threes.png",
         "threes/00000.png",
         "both/00000-2.png",
         "digits-1step/README.md",
-        "evaluation/report.html",
-        "evaluation/results.json",
         "runs/digits-1step/recipe.yaml",
-    ):
-        assert (tmp_path / made).stat().st_size > 0
+    ]
+    for name in [*made, "evaluation/report.html", "evaluation/results.json"]:
+        assert (tmp_path / name).stat().st_size > 0
 
 
 class Brightness(torch.nn.Module):
@@ -87,14 +80,6 @@ class Distance(torch.nn.Module):
         return (first - second).abs().mean(dim=(1, 2, 3), keepdim=True)
 
 
-def picture(size: int, index: int) -> bytes:
-    stream = io.BytesIO()
-    Image.new("L" if size < 1024 else "RGB", (size, size), 5 * index if size < 1024 else (5 * index, 90, 200)).save(
-        stream, "PNG"
-    )
-    return stream.getvalue()
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the README takes for granted: tiny models under the names shown, captioned pictures, and small files."""
@@ -106,16 +91,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     torch.jit.script(Brightness()).save(folder / "inception.pt")
     (folder / "prompts.txt").write_text("a cat\na red dog\ntwo birds")
-    with tarfile.open(folder / "captioned.tar", "w") as tar:
-        for index in range(40):  # as many as judging needs, of the size that --min-side lets pass
-            for name, content in ((f"{index}.png", picture(1024, index)), (f"{index}.txt", f"a {index}".encode())):
-                member = tarfile.TarInfo(name)
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
-    with zipfile.ZipFile(folder / "imagenet-64x64.zip", "w") as archive:
-        labels = [[f"{index}.png", index % 10] for index in range(20)]
-        [archive.writestr(name, picture(8, index)) for index, (name, _) in enumerate(labels)]
-        archive.writestr("dataset.json", json.dumps({"labels": labels}))
+    large = {f"{i}.png": encoded(Image.new("RGB", (1024, 1024), (5 * i, 90, 200))) for i in range(40)}  # of --min-side,
+    write_tar(
+        folder / "captioned.tar", large | {f"{i}.txt": f"a {i}".encode() for i in range(40)}
+    )  # enough to judge by
+    small = {f"{i}.png": encoded(Image.new("L", (8, 8), 5 * i)) for i in range(20)}
+    write_edm_zip(folder / "imagenet-64x64.zip", small, [[f"{i}.png", i % 10] for i in range(20)])
     network = small_network(img_resolution=8, img_channels=1, label_dim=10, channel_mult=[1, 1])
     write_checkpoint(folder / "edm-imagenet-64x64-cond-adm.pkl", network)
     return folder
@@ -123,13 +104,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("block", SHELL, ids=range(len(SHELL)))
 def test_the_lines_of_a_block_run_as_shown_in_the_place_of_those_before(
-    block: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    block: str, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(place)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(place / "cache"))
     monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=Distance))
     for line in block.strip().splitlines():
-        run(line, monkeypatch, capsys)
+        run(line)
 
 
 def test_what_the_blocks_make_is_there(place: Path) -> None:
@@ -152,10 +133,8 @@ def test_the_python_runs() -> None:
 
 def test_the_make_targets_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
-    targets = re.findall(r"make ([a-z-]+)", README)
-    assert {"demo", "test"} <= set(targets)
-    for target in targets:
-        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+    targets = set(re.findall(r"make ([a-z-]+)", README))
+    assert {"demo", "test"} <= targets <= set(re.findall(r"^([\w-]+):", makefile, flags=re.MULTILINE))
 
 
 def test_the_oldest_versions_are_the_bounds() -> None:
@@ -172,14 +151,11 @@ def test_the_links_lead_somewhere() -> None:
 
 
 def test_the_files_named_exist() -> None:
-    files = {str(path) for path in (ROOT / "src" / "fewstep").rglob("*.py")} | {
-        str(path) for path in ROOT.glob("tests/**/*.py")
-    }
-    for page in PAGES:
-        for name in re.findall(r"[\w/]+\.py\b", page):
-            assert any(path.endswith(f"/{name}") for path in files), name
+    files = {str(path) for folder in ("src/fewstep", "tests") for path in (ROOT / folder).rglob("*.py")}
+    for name in re.findall(r"[\w/]+\.py\b", "\n".join(PAGES)):
+        assert any(path.endswith(f"/{name}") for path in files), name
 
 
 def test_the_verbs_named_exist() -> None:
-    verbs = {command.name or command.callback.__name__ for command in app.registered_commands}
+    verbs = {name for name in VERBS if " " not in name}
     assert set(re.findall(r"`?fewstep (demo|teach|distill|sample|evaluate|export|recipes)", README)) == verbs

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,48 +13,46 @@ import pytest
 from command_line import fewstep, refused
 from fewstep.commands import demo as module
 from fewstep.metric_table import metrics_of
+from fewstep.models.sampler import images_per_second
 from fewstep.runtime.checkpoint import newest_whole
 
-KEYS = ["model", "sampler", "nfe", *metrics_of("features", "classes", "clock")]
-ROWS = [
-    ("real", None, None),
-    ("digits-teacher", "heun 18", 35),
-    ("digits-teacher", "ddim 1", 1),
-    ("digits-teacher", "ddim 2", 2),
-    ("digits-teacher", "ddim 4", 4),
-    ("digits-teacher", "ddim 8", 8),
-    ("digits-1step", "student", 1),
-    ("digits-4step", "student", 4),
-]
+TEACHERS = [("heun 18", 35), ("ddim 1", 1), ("ddim 2", 2), ("ddim 4", 4), ("ddim 8", 8)]
+ROWS = {
+    "": [
+        *(("digits-teacher", *row) for row in TEACHERS),
+        ("digits-1step", "student", 1),
+        ("digits-4step", "student", 4),
+    ],
+    "--text": [
+        *(("shapes-teacher", "ddim 2 @1.5", 4), ("shapes-teacher", "unipc 2", 2)),
+        *(("shapes-1step", "student", 1), ("shapes-4step", "student", 4)),
+    ],
+}
+KEYS = {
+    "": metrics_of("features", "classes", "clock"),
+    "--text": [*metrics_of("features", "scenes", "clock"), "attributes"],
+}
 
 
-TEXT_KEYS = ["model", "sampler", "nfe", *metrics_of("features", "scenes", "clock"), "attributes", "intervals"]
-TEXT_ROWS = [
-    ("real", None, None),
-    ("shapes-teacher", "ddim 2 @1.5", 4),
-    ("shapes-teacher", "unipc 2", 2),
-    ("shapes-1step", "student", 1),
-    ("shapes-4step", "student", 4),
-]
-
-
-@pytest.mark.parametrize(
-    ("option", "keys", "expected"), [("", [*KEYS, "intervals"], ROWS), ("--text", TEXT_KEYS, TEXT_ROWS)]
-)
+@pytest.mark.parametrize("option", ROWS)
 def test_a_demo_runs_writes_what_it_says_and_overwrites_nothing(
-    option: str, keys: list[str], expected: list[tuple], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = module.SHAPES._replace(num_latents=64, samplers=("ddim:2@1.5", "unipc:2"))
+    job = module.SHAPES._replace(num_latents=64, samplers=("ddim:2@1.5", "unipc:2"), speed_batch=2)
     monkeypatch.setattr(module, "SHAPES", job)
+    monkeypatch.setattr(module, "DIGITS", module.DIGITS._replace(speed_batch=2))
+    monkeypatch.setattr(module, "images_per_second", partial(images_per_second, min_seconds=0))
     line = f"demo {option} --out {tmp_path}/demo --set num_steps=2 --set batch_size=4 --num-samples 100"
     assert fewstep(line)[0] == 0
     rows = json.loads((tmp_path / "demo" / "results.json").read_text())
-    assert [list(row) for row in rows] == [keys] * len(expected)
+    assert [list(row) for row in rows] == [["model", "sampler", "nfe", *KEYS[option], "intervals"]] * (
+        1 + len(ROWS[option])
+    )
     assert all(row["intervals"]["fid"][0] < row["fid"] < row["intervals"]["fid"][1] for row in rows[1:])
-    assert [(row["model"], row["sampler"], row["nfe"]) for row in rows] == expected
+    assert [(row["model"], row["sampler"], row["nfe"]) for row in rows] == [("real", None, None), *ROWS[option]]
     page = (tmp_path / "demo" / "report.html").read_text()
     assert page.count("data:image/png;base64,") == len(rows) + 1  # a grid per row, and the curves
-    assert all(f"{model}, {sampler} (nfe {nfe})" in page for model, sampler, nfe in expected[1:])
+    assert all(f"{model}, {sampler} (nfe {nfe})" in page for model, sampler, nfe in ROWS[option])
     refused(fewstep(line), "continue it with --resume")
 
 

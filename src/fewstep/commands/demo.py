@@ -35,13 +35,8 @@ from fewstep.runtime.workers import NUM_PROCESSES, Task, TaskRunner, task_runner
 
 CHUNK = 640  # images per task of the evaluation
 Recipes = dict[str, AnyRecipe]
-
-
-class Source(NamedTuple):
-    """What the images of one row of the table are drawn from."""
-
-    name: str
-    sampler: Sampler
+Source = tuple[str, Sampler]
+"""What the images of one row of the table are drawn from: the name of a recipe, and how."""
 
 
 class Job(NamedTuple):
@@ -75,8 +70,7 @@ SHAPES = Job(
     teacher="shapes-teacher",
     students=(("shapes-1step",), ("shapes-4step",)),
     samplers=(
-        *("ddim:50@1.5", "ddim:4@1.5"),  # 100 and 8 calls: guidance takes two
-        *("ddim:1@1.5", "ddim:2@1.5", "dpm++:2@1.5", "unipc:2@1.5"),
+        *("ddim:50@1.5", "ddim:4@1.5", "ddim:1@1.5", "ddim:2@1.5", "dpm++:2@1.5", "unipc:2@1.5"),  # guided: two calls
         *("ddim:1", "ddim:2", "ddim:4", "dpm++:4", "unipc:4"),
     ),
     data=DataSettings(source="shapes"),
@@ -95,14 +89,13 @@ def demo(order: Demo) -> None:
         check_target(out / name, recipe, order.resume)
     out.mkdir(parents=True, exist_ok=True)
     with task_runner() as run:
+        teaching = [training(out, job.teacher, recipes, threads=NUM_PROCESSES)]
         if job.autoencoder:
             run([training(out, job.autoencoder, recipes, threads=NUM_PROCESSES)])
-            encoding = Task("encode pictures", job.num_latents, _encode, (job, out))
-            run([encoding])
-            run([training(out, job.teacher, recipes, threads=NUM_PROCESSES)])
+            run([Task("encode pictures", job.num_latents, _encode, (job, out))])
         else:
-            classifier = Task("classifier", CLASSIFIER_STEPS, _classify, (recipes[job.teacher], out))
-            run([classifier, training(out, job.teacher, recipes, threads=NUM_PROCESSES)])
+            teaching.insert(0, Task("classifier", CLASSIFIER_STEPS, _classify, (recipes[job.teacher], out)))
+        run(teaching)
         torch.set_num_threads(1)
         num = order.num_samples or job.num_samples
         judge = make_judge(job.data, open_model(out / job.teacher), None, out, num, MAX_REAL)
@@ -115,20 +108,17 @@ def train_students(
 ) -> dict[Source, Tensor]:
     """Trains the students of a job and draws `num` images of every row of its table, the teacher's meanwhile."""
     ranges = [range(start, min(start + CHUNK, num)) for start in range(0, num, CHUNK)]
-    sources = [Source(job.teacher, parse_sampler(text)) for text in job.samplers]
+    sources = [(job.teacher, parse_sampler(text)) for text in job.samplers]
 
     def drawing(sources: Sequence[Source]) -> list[Task]:
-        return [
-            Task("draw images", len(part), _generate, (out / name, sampler, part, prompts))
-            for name, sampler in sources
-            for part in ranges
-        ]
+        given = [(out / name, sampler, part, prompts) for name, sampler in sources for part in ranges]
+        return [Task("draw images", len(each[2]), _generate, each) for each in given]
 
     first, *later = [[training(out, name, recipes) for name in group] for group in job.students]
     drawn = run([*first, *drawing(sources)])[len(first) :]
     for group in later:
         run([task._replace(threads=NUM_PROCESSES // len(group)) for task in group])
-    students = [Source(name, default_sampler(open_model(out / name))) for group in job.students for name in group]
+    students = [(name, default_sampler(open_model(out / name))) for group in job.students for name in group]
     drawn += run(drawing(students))
     return {
         source: torch.cat(drawn[index * len(ranges) : (index + 1) * len(ranges)])
@@ -138,7 +128,6 @@ def train_students(
 
 def demo_recipes(job: Job, out: Path, overrides: Sequence[str]) -> Recipes:
     """The recipes of a demo, with the same overrides, but `model.` for the teacher alone; they build on each other."""
-    names = (*([job.autoencoder] if job.autoencoder else []), job.teacher, *chain(*job.students))
     latents = out / LATENTS if job.autoencoder else job.data.source
     built_on = {
         "teach": [f"data.source={job.data.source}"],
@@ -147,10 +136,9 @@ def demo_recipes(job: Job, out: Path, overrides: Sequence[str]) -> Recipes:
         "distill": [f"data.source={latents}", f"teacher={out / job.teacher}"],
     }
     recipes: Recipes = {}
-    for name in names:
-        kind = load_recipe(name).kind
+    for name in filter(None, (job.autoencoder, job.teacher, *chain(*job.students))):
         fitting = [each for each in overrides if name == job.teacher or not each.startswith("model.")]
-        recipes[name] = load_recipe(name, [*fitting, *built_on[kind]])
+        recipes[name] = load_recipe(name, [*fitting, *built_on[load_recipe(name).kind]])
     return recipes
 
 
@@ -161,7 +149,7 @@ def training(out: Path, name: str, recipes: Recipes, threads: int = 1) -> Task:
 
 def judge_job(job: Job, out: Path, judge: Judge, images: dict[Source, Tensor]) -> None:
     """Judges the images of a job, measures speeds on the now quiet machine, and publishes table and page."""
-    models = {source.name: open_model(out / source.name) for source in images}
+    models = {name: open_model(out / name) for name, _ in images}
     rows = [judge.floor]
     for (name, sampler), fakes in images.items():
         speed = images_per_second(models[name], sampler, job.speed_batch)

@@ -104,9 +104,9 @@ def initialize(roles: Roles, source: str, runs: Path) -> None:
     """
     name = str(run_folder(source))
     if name in recipe_names() and not Path(name).exists():
-        if not (runs / name).exists():
+        if not (there := runs / name).exists():
             raise UserError(
-                f"init_from: {runs / name}: no such run; `fewstep distill {name}` makes it, null takes the teacher"
+                f"init_from: {there}: no such run; `fewstep distill {name}` makes it, null takes the teacher"
             )
         source = str(runs / source)
     try:

@@ -1,10 +1,21 @@
-"""What every verb can be told, each option declared once: a class per verb. Nothing heavy, for --help is quick."""
+"""What every verb can be told, each option declared once: a class per verb, whose docstring is the verb's help.
 
+Nothing heavy is imported, for --help is quick.
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, NamedTuple, dataclass_transform
 
 from typer import Argument, Option
+
+
+def option(help: str, default: Any = None, *names: str, **more: Any) -> Any:
+    """A field of that default which the command line knows by these names; `more` is typer's."""
+    told = {"option": Option(*names, help=help, **more)}
+    return field(default_factory=list, metadata=told) if default == [] else field(default=default, metadata=told)
+
 
 Set = Annotated[list[str], Option("--set", metavar="KEY=VALUE", help="Override a setting; repeatable.")]
 Resume = Annotated[bool, Option("--resume", help="Continue the run in that folder.")]
@@ -13,94 +24,107 @@ Device = Annotated[str, Option(help="auto, cpu or cuda.")]
 Texts = Annotated[str | None, Option(metavar="FILE", help="Prompts: .txt, .csv, .tsv or .parquet.", show_default=False)]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Demo:
-    """Of `fewstep demo`."""
+class Order:
+    """What a verb is told."""
 
-    out: Annotated[
-        Path | None, Option(help="Folder of the runs, the table and the page.", show_default="runs/demo[-text]")
-    ] = None
+    def arguments(self) -> tuple[Any, ...]:
+        """Of the function that does the work, found before what that needs is imported."""
+        return (self,)
+
+
+class Verb(NamedTuple):
+    """What it is told, the function of `commands` that does the work, as module.name, and how it is called."""
+
+    order: type[Order]
+    work: str
+    example: str
+
+
+VERBS: dict[str, Verb] = {}
+"""By name, that of its group before it; in the order of --help."""
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(option, field))
+def verb(name: str, work: str, example: str) -> Callable[[type[Order]], Any]:
+    """Makes a class what a new verb is told."""
+
+    def add(order: type[Order]) -> type[Order]:
+        VERBS[name] = Verb(dataclass(frozen=True, kw_only=True)(order), work, f"fewstep {name} {example}")
+        return VERBS[name].order
+
+    return add
+
+
+@verb("demo", "demo.demo", "--text")
+class Demo(Order):
+    """Teach, distil and judge on an embedded set: the whole job on a CPU, digits in 4 minutes or --text in 25."""
+
+    out: Path | None = option("Folder of the runs, the table and the page.", show_default="runs/demo[-text]")
     resume: Resume = False
     set_: Set = field(default_factory=list)
-    num_samples: Annotated[
-        int | None, Option(min=100, help="Images per row of the table.", show_default="5000; 5120 for --text")
-    ] = None
-    text: Annotated[bool, Option("--text", help="Text to image, on drawn shapes, instead of digits.")] = False
+    num_samples: int | None = option("Images per row of the table.", min=100, show_default="5000; 5120 for --text")
+    text: bool = option("Text to image, on drawn shapes, instead of digits.", False, "--text")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """Of `fewstep teach` and `fewstep distill`."""
+@verb("teach", "teach.teach", "digits-teacher --set num_steps=500")
+class Teach(Order):
+    """Train a teacher from scratch."""
 
     recipe: Annotated[str, Argument(help="Recipe name or YAML file.")]
-    out: Annotated[Path | None, Option(help="Run folder; by default runs/RECIPE.", show_default=False)] = None
+    out: Path | None = option("Run folder; by default runs/RECIPE.")
     resume: Resume = False
     set_: Set = field(default_factory=list)
 
-    @property
-    def folder(self) -> Path:
-        """Of the run."""
-        return self.out or Path("runs") / Path(self.recipe).stem
+    def arguments(self) -> tuple[Any, ...]:
+        """Recipe, whose mistakes are told before torch is imported, run folder, and whether it goes on there."""
+        from fewstep.recipes.loading import load_recipe
+
+        recipe = load_recipe(self.recipe, self.set_, type(self).__name__.lower())
+        return recipe, self.out or Path("runs") / Path(self.recipe).stem, self.resume
 
 
-@dataclass(frozen=True, kw_only=True)
-class Recipes:
-    """Of `fewstep recipes`."""
+@verb("distill", "distill.distill", "digits-1step --set student_every=10")
+class Distill(Teach):
+    """Distil a teacher into a few-step student."""
+
+
+@verb("recipes", "recipes.recipes", "show digits-4step")
+class Recipes(Order):
+    """List recipes, show one with the meaning of every setting, or check one."""
 
     action: Annotated[str, Argument(help="list, show or check.")] = "list"
     recipe: Annotated[str | None, Argument(help="Recipe name or YAML file.", show_default=False)] = None
     set_: Set = field(default_factory=list)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sample:
-    """Of `fewstep sample`: what is to be drawn."""
+@verb("sample", "sample.sample", "runs/digits-1step --compare runs/digits-teacher")
+class Sample(Order):
+    """Draw images from a model, or from two on the same noise.
+
+    Of two, --steps is for the first, --sampler and --guidance for teachers.
+    """
 
     path: Annotated[str, Argument(help="Run folder, model folder, .safetensors file or hub id.")]
-    out: Annotated[Path, Option(metavar="PNG", help="Grid to write.")] = Path("samples.png")
-    grid_only: Annotated[bool, Option("--grid-only", help="Without the folder of single images.")] = False
-    num: Annotated[
-        int | None, Option(metavar="N", min=1, help="Images.", show_default="40; of text 4, or one per prompt")
-    ] = None
+    out: Path = option("Grid to write.", Path("samples.png"), metavar="PNG")
+    grid_only: bool = option("Without the folder of single images.", False, "--grid-only")
+    num: int | None = option("Images.", metavar="N", min=1, show_default="40; of text 4, or one per prompt")
     seed: Seed = 0
-    label: Annotated[
-        int | None,
-        Option("--class", "--label", metavar="N", help="Class; by default all in turn.", show_default=False),
-    ] = None
-    prompt: Annotated[list[str], Option(metavar="TEXT", help="For text-to-image; repeatable.", show_default=False)] = (
-        field(default_factory=list)
-    )
+    label: int | None = option("Class; by default all in turn.", None, "--class", "--label", metavar="N")
+    prompt: list[str] = option("For text-to-image; repeatable.", [], metavar="TEXT", show_default=False)
     prompts: Texts = None
-    steps: Annotated[
-        int | None,
-        Option(
-            metavar="N",
-            min=1,
-            help="Instead of the sampler's own, or of those of a student whose several steps are evenly spaced.",
-            show_default=False,
-        ),
-    ] = None
-    sampler: Annotated[
-        str | None,
-        Option(
-            metavar="KIND:N",
-            help="Of a teacher: heun, euler, ddim, dpm++, unipc.",
-            show_default="heun:18; ddim:50 for text",
-        ),
-    ] = None
-    guidance: Annotated[float, Option(metavar="S", min=1, help="Of a teacher; 1 is none.")] = 1.0
-    compare: Annotated[
-        str | None,
-        Option(metavar="OTHER", help="A second model, on the same noise, in every other column.", show_default=False),
-    ] = None
+    steps: int | None = option(
+        "Instead of the sampler's own, or of those of a student whose several steps are evenly spaced.",
+        metavar="N",
+        min=1,
+    )
+    sampler: str | None = option(
+        "Of a teacher: heun, euler, ddim, dpm++, unipc.", metavar="KIND:N", show_default="heun:18; ddim:50 for text"
+    )
+    guidance: float = option("Of a teacher; 1 is none.", 1.0, metavar="S", min=1)
+    compare: str | None = option("A second model, on the same noise, in every other column.", metavar="OTHER")
     device: Device = "auto"
-    config: Annotated[
-        str | None, Option(metavar="DIR", help="Of a file: diffusers folder of its family.", show_default=False)
-    ] = None
-    prediction_type: Annotated[
-        str | None,
-        Option(metavar="TYPE", help="epsilon or v_prediction, if the model is wrong.", show_default=False),
-    ] = None
+    config: str | None = option("Of a file: diffusers folder of its family.", metavar="DIR")
+    prediction_type: str | None = option("epsilon or v_prediction, if the model is wrong.", metavar="TYPE")
 
     @property
     def folder(self) -> Path:
@@ -108,94 +132,89 @@ class Sample:
         return self.out.with_suffix("")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Evaluate:
-    """Of `fewstep evaluate`."""
+@verb("evaluate", "evaluate.evaluate", "runs/digits-teacher runs/digits-1step")
+class Evaluate(Order):
+    """Judge runs side by side: FID with its noise floor, precision, recall, accuracy, speed."""
 
     runs: Annotated[list[str], Argument(help="Runs, or RUN@STEP, RUN@best-fid; the first one's data is the reference.")]
-    out: Annotated[Path, Option(help="Folder for results.json and report.html.")] = Path("evaluation")
-    features: Annotated[
-        str | None,
-        Option(
-            help="TorchScript file, `classifier` (a small one trained on the labels) or `autoencoder` (the model's).",
-            show_default="classifier; autoencoder for text-to-image",
-        ),
-    ] = None
-    num_samples: Annotated[int, Option(min=100, help="Images per row.")] = 5000
-    num_real: Annotated[int, Option(min=100, help="Real images to compare with, at most.")] = 50_000
-    samplers: Annotated[
-        list[str],
-        Option(
-            "--sampler",
-            help="Of teachers, repeatable: heun:18, ddim:50@3 (guided), dpm++:4, unipc:4.",
-            show_default="heun:18; ddim:50 for text-to-image",
-        ),
-    ] = field(default_factory=list)
+    out: Path = option("Folder for results.json and report.html.", Path("evaluation"))
+    features: str | None = option(
+        "TorchScript file, `classifier` (a small one trained on the labels) or `autoencoder` (the model's).",
+        show_default="classifier; autoencoder for text-to-image",
+    )
+    num_samples: int = option("Images per row.", 5000, min=100)
+    num_real: int = option("Real images to compare with, at most.", 50_000, min=100)
+    samplers: list[str] = option(
+        "Of teachers, repeatable: heun:18, ddim:50@3 (guided), dpm++:4, unipc:4.",
+        [],
+        "--sampler",
+        show_default="heun:18; ddim:50 for text-to-image",
+    )
     seed: Seed = 0
     device: Device = "auto"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Export:
-    """Of `fewstep export`: what is exported, and how; None is the target's own default."""
+@verb("export", "exporting.export", "runs/sdxl-4step --to diffusers sdxl-4step --license openrail++")
+class Export(Order):
+    """Write a student as a diffusers folder, or as one file for ComfyUI and A1111."""
 
+    # None is the target's own default
     run: Annotated[str, Argument(help="RUN, RUN@STEP or RUN@best-METRIC.")]
     out: Annotated[Path, Argument(help="Folder, or .safetensors file, to write.")]
-    to: Annotated[str, Option("--to", help="diffusers or single-file.")] = "diffusers"
-    ema: Annotated[
-        str | None, Option(help="Average to take, where a run keeps several: 0.9999.", show_default="the first")
-    ] = None
-    raw: Annotated[bool, Option("--raw", help="The weights as trained, not averaged.")] = False
-    dtype: Annotated[
-        str | None,
-        Option(
-            help="float32, float16 (in diffusers as variant fp16) or bfloat16.",
-            show_default="float32; float16 for a single file",
-        ),
-    ] = None
-    shard_size: Annotated[str | None, Option(help="Largest file of weights in a folder.", show_default="5GB")] = None
-    license: Annotated[str, Option(help="For the card, as the hub names them; other: the teacher's applies.")] = "other"
-    evaluation: Annotated[
-        Path | None, Option(help="Folder of `fewstep evaluate` whose rows the card shows.", show_default="the run's")
-    ] = None
-    overwrite: Annotated[bool, Option("--overwrite", help="Replace an export that is there, whole.")] = False
+    to: str = option("diffusers or single-file.", "diffusers")
+    ema: str | None = option("Average to take, where a run keeps several: 0.9999.", show_default="the first")
+    raw: bool = option("The weights as trained, not averaged.", False, "--raw")
+    dtype: str | None = option(
+        "float32, float16 (in diffusers as variant fp16) or bfloat16.",
+        show_default="float32; float16 for a single file",
+    )
+    shard_size: str | None = option("Largest file of weights in a folder.", show_default="5GB")
+    license: str = option("For the card, as the hub names them; other: the teacher's applies.", "other")
+    evaluation: Path | None = option(
+        "Folder of `fewstep evaluate` whose rows the card shows.", show_default="the run's"
+    )
+    overwrite: bool = option("Replace an export that is there, whole.", False, "--overwrite")
+
+    def arguments(self) -> tuple[Any, ...]:
+        """Run, target, place, and all options."""
+        return self.run, self.to, self.out, self
 
 
-@dataclass(frozen=True, kw_only=True)
-class ImportEdm:
-    """Of `fewstep import edm`."""
+@verb("import edm", "importing.import_edm", "edm-imagenet-64x64-cond-adm.pkl --out models/imagenet64")
+class ImportEdm(Order):
+    """Convert an EDM checkpoint, exactly; the code that is stored in it is not run."""
 
     file: Annotated[Path, Argument(help="Checkpoint of NVIDIA's EDM (.pkl) with an ADM network.")]
     out: Annotated[Path, Option(help="Model folder to write, for `teacher`, sample and evaluate.")]
 
+    def arguments(self) -> tuple[Any, ...]:
+        """File and folder."""
+        return self.file, self.out
 
-@dataclass(frozen=True, kw_only=True)
-class Latents:
-    """Of `fewstep data latents`."""
+
+@verb("data latents", "data.latents", "--model models/sdxl --source laion.tar --out latents --min-side 1024")
+class Latents(Order):
+    """Encode captioned images once, as latents that `data.source` takes."""
 
     model: Annotated[Path, Option(help="Model folder with the autoencoder, or a run folder.")]
     source: Annotated[str, Option(help="Captioned images: a folder, a parquet file, a WebDataset tar.")]
     out: Annotated[Path, Option(help="Folder of the latents; the same command goes on after a stop.")]
-    min_side: Annotated[int, Option(min=0, help="Smaller side of the stored image in pixels; paper: 1024.")] = 0
-    unsafe_column: Annotated[
-        str | None, Option(help="Drop what is true, UNSAFE, NSFW or above --max-unsafe here, or empty.")
-    ] = None
-    max_unsafe: Annotated[float, Option(help="Largest score in --unsafe-column.")] = 0.5
-    aesthetic_column: Annotated[str | None, Option(help="Column of aesthetic scores.")] = None
-    min_aesthetic: Annotated[
-        float | None, Option(help="Smallest score there; paper: 5.5 for images, 6.25 for prompts.")
-    ] = None
-    image_column: Annotated[str | None, Option(help="By default image, png, jpg, jpeg or webp.")] = None
-    caption_column: Annotated[str | None, Option(help="By default caption, text, txt or prompt.")] = None
-    split: Annotated[str, Option(help="The split to read, where there are several.")] = "train"
-    batch_size: Annotated[int, Option(min=1, help="Images per pass of the autoencoder.")] = 8
+    min_side: int = option("Smaller side of the stored image in pixels; paper: 1024.", 0, min=0)
+    unsafe_column: str | None = option("Drop what is true, UNSAFE, NSFW or above --max-unsafe here, or empty.")
+    max_unsafe: float = option("Largest score in --unsafe-column.", 0.5)
+    aesthetic_column: str | None = option("Column of aesthetic scores.")
+    min_aesthetic: float | None = option("Smallest score there; paper: 5.5 for images, 6.25 for prompts.")
+    image_column: str | None = option("By default image, png, jpg, jpeg or webp.")
+    caption_column: str | None = option("By default caption, text, txt or prompt.")
+    split: str = option("The split to read, where there are several.", "train")
+    batch_size: int = option("Images per pass of the autoencoder.", 8, min=1)
     seed: Seed = 0
     device: Device = "auto"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Pairs:
-    """Of `fewstep data pairs`."""
+@verb("data pairs", "pairs.pairs", "--teacher sdxl --num 10000 --sampler euler:50@8 --prompts p.txt --out pairs")
+class Pairs(Order):
+    """Draw pairs of noise and image by a teacher's sampler; under torchrun every rank makes its share."""
 
     teacher: Annotated[str, Option(help="Run folder, model folder, .safetensors file or hub id of the teacher.")]
     num: Annotated[int, Option(min=1, help="Pairs of noise and image; paper: 10000.")]
@@ -204,10 +223,10 @@ class Pairs:
     ]
     out: Annotated[Path, Option(help="Folder of the pairs; the same command goes on after a stop.")]
     prompts: Texts = None
-    prompt_column: Annotated[str | None, Option(help="By default prompt, caption or text.")] = None
-    classes: Annotated[str, Option(help="Of a teacher with classes: turn, or uniform at random.")] = "turn"
+    prompt_column: str | None = option("By default prompt, caption or text.")
+    classes: str = option("Of a teacher with classes: turn, or uniform at random.", "turn")
     seed: Seed = 0
-    batch_size: Annotated[int | None, Option(min=1, help="Pairs drawn at once; by default by size.")] = None
+    batch_size: int | None = option("Pairs drawn at once; by default by size.", min=1)
     device: Device = "auto"
-    precision: Annotated[str, Option(help="float32, bfloat16 or float16 (paper) of the teacher.")] = "float32"
-    teacher_config: Annotated[str | None, Option(help="For a single file: a diffusers folder or hub id.")] = None
+    precision: str = option("float32, bfloat16 or float16 (paper) of the teacher.", "float32")
+    teacher_config: str | None = option("For a single file: a diffusers folder or hub id.")

@@ -26,14 +26,8 @@ from fewstep.runtime.tracking import progress_bar
 COLUMNS = 10
 CHUNK = "fewstep"  # the PNG text chunk with all settings as JSON
 SINGLE = re.compile(r"\d{5,}(-[12])?\.png")
-SAMPLER_NAMES = {  # of A1111
-    "student": "LCM",
-    "ddim": "DDIM",
-    "heun": "Heun",
-    "euler": "Euler",
-    "dpm++": "DPM++ 2M",
-    "unipc": "UniPC",
-}
+SAMPLER_NAMES = {"student": "LCM", "heun": "Heun", "euler": "Euler"}  # of A1111
+SAMPLER_NAMES |= {"ddim": "DDIM", "dpm++": "DPM++ 2M", "unipc": "UniPC"}
 
 
 @dataclass(frozen=True)
@@ -52,7 +46,11 @@ def sample(order: Sample) -> None:
     Image i of a seed has the same noise and the same class or prompt for every model, here and in `evaluate`.
     """
     check_out(order)
-    device, prompts = pick_device(order.device), read_prompts(order)
+    device = pick_device(order.device)
+    try:
+        prompts = [*order.prompt, *(load_prompts(order.prompts) if order.prompts else [])]
+    except UserError as error:
+        raise UserError(str(error).replace("prompts.source: ", "--prompts ")) from error
     painters = make_painters(order, prompts)
     num = order.num or (max(4, len(prompts)) if prompts else 40)
     images = [draw(painter, order, number, num, device) for number, painter in enumerate(painters, 1)]
@@ -97,22 +95,14 @@ def single_path(order: Sample, number: int, index: int) -> Path:
     return order.folder / f"{index:05d}{f'-{number}' if order.compare else ''}.png"
 
 
-def read_prompts(order: Sample) -> list[str]:
-    """Those of the command line, then those of the file."""
-    try:
-        return [*order.prompt, *(load_prompts(order.prompts) if order.prompts else [])]
-    except UserError as error:
-        raise UserError(str(error).replace("prompts.source: ", "--prompts ")) from error
-
-
 def make_painters(order: Sample, prompts: list[str]) -> list[Painter]:
     """One or two models, open on the CPU, with their samplers; raises UserError for what they can't do."""
     sources = [order.path, *([order.compare] if order.compare else [])]
     configured = [source for source in sources if Path(source).suffix == SUFFIX] or sources[:1]
     models: list[ImageModel] = []
     for source in sources:
-        changes = order.prediction_type if not models else None  # of the first
-        models.append(open_model(source, order.config if source in configured else None, changes))
+        prediction_type = order.prediction_type if not models else None  # of the first
+        models.append(open_model(source, order.config if source in configured else None, prediction_type))
         ask_for(models[-1], order.label, prompts)
     check_alike(sources, models)
     asked: Asked = prompts or (None if order.label is None else [order.label])

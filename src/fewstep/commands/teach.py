@@ -11,12 +11,7 @@ from fewstep.embedded.sources import open_captioned, open_captioned_images, open
 from fewstep.models.autoencoder import Autoencoder, load_autoencoder
 from fewstep.models.latent_model import LatentModel
 from fewstep.models.pixel_model import PixelModel, build_unet
-from fewstep.recipes.schema import (
-    AutoencoderRecipe,
-    TeachingRecipe,
-    TeachRecipe,
-    TeachTextRecipe,
-)
+from fewstep.recipes.schema import AutoencoderRecipe, TeachingRecipe, TeachRecipe, TeachTextRecipe
 from fewstep.runtime.runs import find
 from fewstep.runtime.tracking import Report
 from fewstep.training.autoencoder import AutoencoderTraining

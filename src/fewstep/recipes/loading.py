@@ -9,25 +9,11 @@ import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from fewstep.errors import UserError
-from fewstep.recipes.schema import (
-    AnyRecipe,
-    AutoencoderRecipe,
-    DistillRecipe,
-    Recipe,
-    RegressRecipe,
-    TeachRecipe,
-    TeachTextRecipe,
-)
+from fewstep.recipes.schema import AnyRecipe, Recipe
 
 FOLDER = Path(__file__).parent
 _ADAPTER: TypeAdapter[AnyRecipe] = TypeAdapter(Recipe)
-KINDS: dict[object, type[AnyRecipe]] = {
-    "teach": TeachRecipe,
-    "teach-text": TeachTextRecipe,
-    "teach-autoencoder": AutoencoderRecipe,
-    "distill": DistillRecipe,
-    "regress": RegressRecipe,
-}
+KINDS: dict[object, type[AnyRecipe]] = {each.model_fields["kind"].default: each for each in get_args(AnyRecipe)}
 
 
 def recipe_names() -> list[str]:
@@ -40,7 +26,7 @@ def load_recipe(name: str, overrides: Sequence[str] = (), verb: str | None = Non
 
     Raises UserError for an unknown name, key or type, naming the nearest right one, or if it is not for the `verb`.
     """
-    content, given = _extended(find(name)), _extended(find(name), shipped=False)
+    content, given = (_extended(find(name), shipped=shipped) for shipped in (True, False))
     for override in overrides:
         _put(content, override)
         _put(given, override)
@@ -74,9 +60,7 @@ def _extended(path: Path, heirs: tuple[Path, ...] = (), shipped: bool = True) ->
 
 def _over(base: dict[str, Any], content: dict[str, Any]) -> dict[str, Any]:
     """Nested settings with those of `content` in their place; a list is a single value."""
-    both = {
-        key for key in base.keys() & content.keys() if isinstance(base[key], dict) and isinstance(content[key], dict)
-    }
+    both = [key for key, value in content.items() if isinstance(value, dict) and isinstance(base.get(key), dict)]
     return {**base, **content, **{key: _over(base[key], content[key]) for key in both}}
 
 
@@ -86,9 +70,8 @@ def find(name: str) -> Path:
     if path.suffix in {".yaml", ".yml"} and path.is_file():
         return path
     if name not in recipe_names():
-        raise UserError(
-            f"no recipe or YAML file {name!r}{_nearest(name, recipe_names())}; `fewstep recipes` lists them"
-        )
+        near = _nearest(name, recipe_names())
+        raise UserError(f"no recipe or YAML file {name!r}{near}; `fewstep recipes` lists them")
     return FOLDER / f"{name}.yaml"
 
 

@@ -63,48 +63,44 @@ class AutoencoderRecipe(RunSettings, AutoencoderSettings):
         return self
 
 
-class DistillRecipe(RunSettings, DMD2Settings):
-    """Distils a teacher into a few-step student."""
+class WithTeacher(RunSettings):
+    """What every run has whose student is made of a teacher."""
 
-    kind: Literal["distill"] = "distill"
     teacher: str
-    """A run folder (RUN@best-fid: its best checkpoint), a model folder, or the name of a `teach` recipe, which is run
-    first if its run does not exist."""
-    init_from: str | None = None
-    """A distillation or regression whose student, and critic if it has one, this one starts from: RUN (its newest
-    checkpoint), RUN@5000 (that step) or RUN@best-fid (the best by a metric of its evaluation). RUN is a folder, or the
-    name of a recipe whose run lies beside this one. Optimizers and discriminator start anew."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16 computes every network in it but the discriminator: teacher, autoencoder and text encoders are held in
-    it, student and critic keep float32 weights. There is no float16, in which EDM's training diverges (spec, 1.1)."""
-    """A run folder, a model folder (diffusers' or ours), one `.safetensors` file of an SD or SDXL fine-tune, a hub id
-    `owner/name`, or the name of a `teach` recipe, which is run first if its run does not exist."""
+    """A run folder (RUN@best-fid: its best checkpoint), a model folder (diffusers' or ours), one `.safetensors` file of
+    an SD or SDXL fine-tune, a hub id `owner/name`, or the name of a `teach` recipe, which is run first if its run does
+    not exist."""
     teacher_config: str | None = None
     """For a single file: a diffusers folder or hub id of its family, for configuration, tokenizers and the parts that
     the file lacks; by default its base model on the hub."""
     teacher_prediction_type: Literal["epsilon", "v_prediction"] | None = None
     """What a text-to-image teacher predicts, where the scheduler in its folder or `teacher_config` says it wrongly."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16 computes teacher, student, critic, autoencoder and text encoders in it, but neither the discriminator
+    nor LPIPS and an AutoencoderTiny; student and critic keep float32 weights, all else is held in it. There is no
+    float16, in which EDM's training diverges (spec, 1.1)."""
+    embeddings: EmbeddingSettings = EmbeddingSettings()
+
+
+class DistillRecipe(WithTeacher, DMD2Settings):
+    """Distils a teacher into a few-step student."""
+
+    kind: Literal["distill"] = "distill"
+    init_from: str | None = None
+    """A distillation or regression whose student, and critic if it has one, this one starts from: RUN (its newest
+    checkpoint), RUN@5000 (that step) or RUN@best-fid (the best by a metric of its evaluation). RUN is a folder, or the
+    name of a recipe whose run lies beside this one. Optimizers and discriminator start anew."""
     guidance_scale: float = Field(1.0, ge=1)
     """Classifier-free guidance on the teacher, uncond + s (cond - uncond); 1 is none. SD 1.5: 1.75, SDXL: 8."""
     prompts: PromptSettings | None = None
     """Prompts for the student (keys source, column); by default the captions of the real images, as in the released
     4-step model. The paper has captions of LAION-Aesthetics 6.25+ here."""
-    embeddings: EmbeddingSettings = EmbeddingSettings()
 
 
-class RegressRecipe(RunSettings, RegressSettings):
+class RegressRecipe(WithTeacher, RegressSettings):
     """Pretrains a one-step student on pairs of its teacher's noise and image, for `init_from` of a distillation."""
 
     kind: Literal["regress"] = "regress"
-    teacher: str
-    """As for `distill`: what the student starts from, and what the pairs must be of."""
-    teacher_config: str | None = None
-    """As for `distill`."""
-    teacher_prediction_type: Literal["epsilon", "v_prediction"] | None = None
-    """As for `distill`."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """What the student and the model's own autoencoder compute in; LPIPS and an AutoencoderTiny stay in float32."""
-    embeddings: EmbeddingSettings = EmbeddingSettings()
 
 
 TeachingRecipe = TeachRecipe | TeachTextRecipe | AutoencoderRecipe
