@@ -288,22 +288,20 @@ def test_no_text_encoder_runs_in_a_step(run: Run, place: Path, monkeypatch: pyte
     assert in_steps  # the count would show it
 
 
-def test_cut_captions_are_told_once(run: Run) -> None:
-    for settings in ("", "--set embeddings.max_gb=0"):
-        code, told, error = run(f"fewstep distill recipe.yaml --out run{len(settings)} {settings}")
-        assert (code, error) == (0, "")
-        assert told.splitlines() == [
-            "pictures: 6 RGB images with captions, 16x16; taken as they are",
-            "1 of 6 captions are longer than 20 tokens and were cut",
-        ]
-
-
-def test_a_list_over_the_limit_is_told_and_embedded_at_every_step(run: Run, place: Path, batches: list[dict]) -> None:
-    code, told, _ = run("fewstep distill recipe.yaml --out runs/x --set embeddings.max_gb=1.0e-6")
-    assert code == 0
-    assert told.splitlines()[2:] == ["embeddings of 6 captions exceed embeddings.max_gb=1e-06; made at every step"]
-    assert all("text" not in batch for batch in batches)
-    assert not (place / "runs" / "embeddings").exists()
+def test_cut_captions_and_a_list_over_the_limit_are_told_once(run: Run, batches: list[dict]) -> None:
+    told = [
+        "pictures: 6 RGB images with captions, 16x16; taken as they are",
+        "1 of 6 captions are longer than 20 tokens and were cut",
+    ]
+    assert run("fewstep distill recipe.yaml --out kept/x") == (0, "\n".join([*told, ""]), "")
+    assert all("text" in batch for batch in batches)
+    batches.clear()
+    assert run("fewstep distill recipe.yaml --out none/x --set embeddings.max_gb=0") == (0, "\n".join([*told, ""]), "")
+    code, over, _ = run("fewstep distill recipe.yaml --out over/x --set embeddings.max_gb=1.0e-6")
+    excess = "embeddings of 6 captions exceed embeddings.max_gb=1e-06; made at every step"
+    assert (code, over.splitlines()) == (0, [*told, excess])
+    assert not any("text" in batch for batch in batches)
+    assert [Path(name, "embeddings").exists() for name in ("kept", "none", "over")] == [True, False, False]
 
 
 def test_a_full_disk_is_told_before_anything_is_written(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fewstep.data.shards import ROWS, Report, Rows, ShardFolder, digest, open_shard, save_shard
+from fewstep.data.shards import ROWS, Report, Rows, ShardFolder, chunks, digest, open_shard, save_shard
 
 TEXTS_PER_BATCH = 64
 Embed = Callable[[list[str]], dict[str, Tensor]]
@@ -27,8 +27,7 @@ def cached_embeddings(
     kept = ShardFolder(folder / name, "text embeddings", {}, len(texts), ROWS)
 
     def make(path: Path, rows: range, told: Report) -> None:
-        starts = range(rows.start, rows.stop, TEXTS_PER_BATCH)
-        parts = [embed(texts[start : min(start + TEXTS_PER_BATCH, rows.stop)]) for start in starts]
+        parts = [embed(texts[part.start : part.stop]) for part in chunks(rows, TEXTS_PER_BATCH)]
         save_shard(path, {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]})
 
     otherwise = "name another embeddings.folder, or set embeddings.max_gb=0 to embed prompts at every step"

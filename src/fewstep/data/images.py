@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fewstep.data.edm_zip import is_edm_set, open_edm_set
 from fewstep.data.settings import DataSettings
+from fewstep.data.shards import chunks
 from fewstep.data.stored import BROKEN, Stored, describe, open_cell
 from fewstep.data.tables import open_table, read_captions, read_labels
 from fewstep.errors import UserError
@@ -125,10 +126,10 @@ def in_memory(images: ImageSet, bytes_per_image: int, name: str) -> ImageSet:
         return images
     first = images.fetch(torch.tensor([0]))
     whole = first.new_empty(images.length, *first.shape[1:])
-    quiet, starts = not sys.stderr.isatty(), range(0, images.length, 1000)
+    parts, quiet = chunks(range(images.length), 1000), not sys.stderr.isatty()
     console = Console(stderr=True, quiet=quiet)
-    for start in track(starts, f"reading {name}", transient=True, console=console, disable=quiet):
-        whole[start : start + 1000] = images.fetch(torch.arange(start, min(start + 1000, images.length)))
+    for part in track(parts, f"reading {name}", transient=True, console=console, disable=quiet):
+        whole[part.start : part.stop] = images.fetch(torch.tensor(part))
     return replace(images, fetch=whole.__getitem__)
 
 

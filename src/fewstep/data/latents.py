@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fewstep.data.images import ImageSet, Unusable
-from fewstep.data.shards import ROWS, Report, Rows, ShardFolder, digest, naming_damage, open_shard, save_shard
+from fewstep.data.shards import ROWS, Report, Rows, ShardFolder, chunks, digest, naming_damage, open_shard, save_shard
 from fewstep.errors import UserError
 from fewstep.seeding import generator
 
@@ -82,8 +82,7 @@ def _encode_rows(
     """The latents of one file, and its captions and counts."""
     latents, captions = [torch.empty(0, *shape, dtype=torch.float16)], []
     dropped: Counter[str] = Counter()
-    for start in range(rows.start, rows.stop, batch_size):
-        chunk = range(start, min(start + batch_size, rows.stop))
+    for chunk in chunks(rows, batch_size):
         usable: dict[int, Tensor] = {}
         for index in chunk:
             try:

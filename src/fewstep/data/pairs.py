@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.data.shards import Report, ShardFolder, digest, naming_damage
+from fewstep.data.shards import Report, ShardFolder, chunks, digest, naming_damage
 from fewstep.errors import UserError
 from fewstep.files import written_whole
 from fewstep.seeding import generator
@@ -59,9 +59,9 @@ def write_pairs(
 
     def make(path: Path, rows: range, told: Report) -> None:
         parts = []
-        for start in range(rows.start, rows.stop, batch_size):
-            parts.append(_draw(draw, given, plan, range(start, min(start + batch_size, rows.stop))))
-            told(min(start + batch_size, rows.stop) - rows.start)
+        for chunk in chunks(rows, batch_size):
+            parts.append(_draw(draw, given, plan, chunk))
+            told(chunk.stop - rows.start)
         noise, x0 = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         _save(path, {"noise": noise, "x0": x0}, _rows(given, rows), plan)
 

@@ -22,6 +22,11 @@ Report = Callable[[int], None]
 """Told the number of rows that are done."""
 
 
+def chunks(rows: range, size: int) -> list[range]:
+    """The rows in their order, `size` at a time."""
+    return [rows[first : first + size] for first in range(0, len(rows), size)]
+
+
 @dataclass(frozen=True)
 class ShardFolder:
     """A folder of files of `rows_per_file` rows, with a plan in `NAME.json`: all that decides what the rows are.
@@ -62,9 +67,8 @@ class ShardFolder:
     @property
     def files(self) -> dict[Path, range]:
         """Every file and its rows."""
-        starts = range(0, self.num_rows, self.rows_per_file)
-        rows = (range(start, min(start + self.rows_per_file, self.num_rows)) for start in starts)
-        return {self.path / f"{number:05d}{self.suffix}": part for number, part in enumerate(rows)}
+        parts = enumerate(chunks(range(self.num_rows), self.rows_per_file))
+        return {self.path / f"{number:05d}{self.suffix}": part for number, part in parts}
 
     def missing(self) -> list[Path]:
         """The files that are not there yet."""

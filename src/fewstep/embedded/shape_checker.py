@@ -109,10 +109,7 @@ def _templates() -> tuple[Tensor, list[str], Tensor]:
     low, high = SIZES["small"][0] - 0.5, SIZES["large"][1] + 0.7
     scales, angles = torch.arange(low, high, 0.2), torch.linspace(-1.2 * MAX_ANGLE, 1.2 * MAX_ANGLE, 7)
     scale, angle = torch.cartesian_prod(scales, angles).unbind(1)
-    drawn = [
-        coverage(shape, axis[None, None, :], axis[None, :, None], scale[:, None, None], angle[:, None, None])
-        for shape in SHAPES
-    ]
+    drawn = [coverage(shape, axis, axis[:, None], scale[:, None, None], angle[:, None, None]) for shape in SHAPES]
     masks = torch.cat(drawn)
     kinds = [shape for shape in SHAPES for _ in scale]
     return _centred(masks, _middles(masks)).flatten(1), kinds, scale.repeat(len(SHAPES))
