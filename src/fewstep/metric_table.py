@@ -13,16 +13,12 @@ class Metric:
 
     name: str
     better: Literal["lower", "higher"]
-    interval: Literal["jackknife", "wilson"] | None = None
-    """How its 95 % interval is found."""
-    per_fake: bool = False
-    """Whether it is the share of all generated images, so that their number alone gives its interval."""
+    interval: Literal["jackknife", "wilson"] | None = None  # how its 95 % interval is found
+    per_fake: bool = False  # it is the share of all generated images: their number alone gives its interval
     needs: Literal["features", "classes", "prompts", "scenes", "clock"] = "features"
     """Without it the metric is left out; `scenes` are prompts that a program reads back, `clock` is not of images."""
-    head: str | None = ""
-    """Above its column in a terminal, where its name is too long; None keeps it out of that narrow table."""
-    digits: int | None = 3
-    """Behind the point; None for three that count, which is for numbers of any size."""
+    head: str | None = ""  # of its column in a terminal, if its name is too long; None: not in that narrow table
+    digits: int | None = 3  # behind the point; None: three that count, for numbers of any size
 
     def text(self, value: float) -> str:
         """A value as tables show it."""

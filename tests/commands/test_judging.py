@@ -76,7 +76,7 @@ def test_images_that_are_not_finite_are_told_with_model_and_step_and_nothing_is_
 def test_the_reals_are_gathered_once_and_again_for_another_network_or_number(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The runs judged themselves: `evaluate` finds what they kept."""
+    """The runs judged themselves: `evaluate` finds what they kept, the classifier as well."""
     (kept,) = runs.glob("reference-digits-*.safetensors")
     before = kept.stat().st_mtime_ns
     gathered: list[str] = []
@@ -88,6 +88,7 @@ def test_the_reals_are_gathered_once_and_again_for_another_network_or_number(
         return json.loads((tmp_path / "results.json").read_text())[0]
 
     whole = floor(50_000)
+    assert len(list(runs.glob("classifier-digits-*.safetensors"))) == 1
     assert (gathered, kept.stat().st_mtime_ns) == ([], before)
     assert floor(500) != whole
     assert floor(500) != whole
@@ -107,10 +108,6 @@ def test_sources_of_the_same_name_or_of_other_content_are_told_apart(tmp_path: P
     assert reference.identity(images, data) == before
     (tmp_path / "new.png").write_bytes(b"picture")
     assert reference.identity(images, data) != before
-
-
-def test_the_classifier_is_kept_where_evaluate_looks_for_it(runs: Path) -> None:
-    assert len(list(runs.glob("classifier-digits-*.safetensors"))) == 1
 
 
 def test_judging_changes_nothing_in_the_training(runs: Path, tmp_path: Path) -> None:

@@ -10,12 +10,7 @@ from fewstep.data.images import ImageSet
 from fewstep.embedded.sources import digits
 from fewstep.errors import UserError
 from fewstep.evaluation import extractors
-from fewstep.evaluation.extractors import (
-    Classifier,
-    TorchScriptExtractor,
-    open_classifier,
-    train_classifier,
-)
+from fewstep.evaluation.extractors import Classifier, TorchScriptExtractor, open_classifier, train_classifier
 from fewstep.models.settings import PixelModelConfig
 
 INCEPTION = Path(__file__).parents[2] / ".." / "shared" / "data" / "inception_768.pt"
@@ -30,11 +25,7 @@ class MeanColour(nn.Module):
         return images.double().mean(dim=(2, 3), keepdim=True)
 
 
-class Probabilities(nn.Module):
-    """Class probabilities of the mean colours."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        return images.double().mean(dim=(2, 3)).softmax(1)
+PROBABILITIES = nn.Sequential(MeanColour(), nn.Flatten(), nn.Softmax(1))  # as of classes
 
 
 class Nvidias(nn.Module):
@@ -72,14 +63,14 @@ def test_a_network_gets_uint8_rgb_in_evaluation_mode_and_gives_features(
     extractor, images = scripted(network, tmp_path / "inception-2015-12-05.pt"), pixels(5, channels)
     assert torch.equal(extractor.features(images), images.double().mean(dim=(2, 3)).expand(5, 3))
     assert extractor.name == "inception-2015-12-05"
-    other = scripted(Probabilities(), tmp_path / "other.pt")
+    other = scripted(PROBABILITIES, tmp_path / "other.pt")
     assert extractor.identity == TorchScriptExtractor(extractor.path).identity != other.identity
 
 
 @pytest.mark.parametrize(
     ("network", "told"),
     [
-        (Probabilities(), "gives class probabilities, 3 numbers that sum to 1; .* in the layer before its classes"),
+        (PROBABILITIES, "gives class probabilities, 3 numbers that sum to 1; .* in the layer before its classes"),
         (nn.Linear(4, 2), r"must take uint8 images \(2, 3, 6, 6\)"),
         (nn.Bilinear(4, 4, 1), "wants input1, input2; must be called with images alone"),
     ],

@@ -42,22 +42,21 @@ def test_what_a_stream_leaves_is_what_the_whole_set_gives(batch_size: int) -> No
 
 def test_the_images_of_a_stream_are_let_go() -> None:
     """However many there are, no more than two batches are alive beside the one that is being made."""
-    alive: list[weakref.ref[Tensor]] = []
-    most = 0
+    made: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
 
     def stream() -> Iterator[Tensor]:
-        nonlocal most
         for seed in range(40):
             batch = images(50, seed)
-            alive.append(weakref.ref(batch))
-            most = max(most, sum(each() is not None for each in alive))
+            made.append(weakref.ref(batch))
+            alive.append(sum(each() is not None for each in made))
             yield batch
 
     def check(batch: Tensor, numbers: range) -> list[dict[str, bool]]:
         return [{"even": number % 2 == 0} for number in numbers]
 
     found = gather(stream(), EXTRACTOR, 2000, "source", check=check)
-    assert most <= 3
+    assert max(alive) <= 3
     assert found.sums.count == 2000
     assert found.shares == {"even": (1000, 2000)}
     assert found.pictures.untyped_storage().nbytes() == 40 * SIDE * SIDE

@@ -114,8 +114,11 @@ def test_the_parameters_come_back_behind_an_exception(
 ) -> None:
     ema = EMA(layer, 0.9)
     moved(layer, 1)
-    before = [*(p.tolist() for p in layer.parameters()), *(each.tolist() for each in ema.averages_of().values())]
-    clone, calls = Tensor.clone, []
+
+    def values() -> list[list]:
+        return [each.tolist() for each in (*layer.parameters(), *ema.averages_of().values())]
+
+    before, clone, calls = values(), Tensor.clone, []
 
     def full(tensor: Tensor) -> Tensor:
         calls.append(tensor)
@@ -126,8 +129,7 @@ def test_the_parameters_come_back_behind_an_exception(
     monkeypatch.setattr(Tensor, "clone", full)
     with pytest.raises(RuntimeError, match=place), ema.applied():
         raise RuntimeError("inside")
-    after = [*(p.tolist() for p in layer.parameters()), *(each.tolist() for each in ema.averages_of().values())]
-    assert after == before
+    assert values() == before
 
 
 def test_training_goes_on_behind_applied_as_if_nothing_had_been() -> None:

@@ -67,10 +67,9 @@ class TorchScriptExtractor:
             told = f"must take uint8 images {shape} and give features (B, D) (--features)"
             raise UserError(f"{self.path}: {told}") from error
         if found.shape[1] > 1 and (found >= 0).all() and ((found.sum(1) - 1).abs() < 1e-3).all():
-            raise UserError(
-                f"{self.path}: gives class probabilities, {found.shape[1]} numbers that sum to 1; a FID is of "
-                "features: give a network that ends in the layer before its classes (--features)"
-            )
+            what = f"gives class probabilities, {found.shape[1]} numbers that sum to 1; a FID is of features"
+            advice = "give a network that ends in the layer before its classes (--features)"
+            raise UserError(f"{self.path}: {what}: {advice}")
         return found
 
 
@@ -100,8 +99,7 @@ class Classifier(nn.Module):
     """A small convolutional classifier; its features are what feeds the last layer, (B, 64)."""
 
     name = "classifier"
-    held_out_accuracy: Tensor
-    """The share of images, other than those of its training, that it recognises."""
+    held_out_accuracy: Tensor  # the share of images, other than those of its training, that it recognises
 
     def __init__(self, channels: int, num_classes: int):
         super().__init__()

@@ -74,16 +74,11 @@ class Gathered:
     The images come in random order, so that their first are a random subset.
     """
 
-    groups: list[Sums]
-    """Of consecutive parts of equal size, which a jackknife leaves out in turn."""
-    features: Tensor
-    """(min(N, MAX_KEPT), D) as the network gave them: for what compares pairs."""
-    pictures: Tensor
-    """uint8 (min(N, GRID_IMAGES), C, H, W)."""
-    shares: Mapping[str, Share] = field(default_factory=dict)
-    """Of what was checked in each image."""
-    prompts: Sequence[str] = ()
-    """What the images were made for, in turn."""
+    groups: list[Sums]  # of consecutive parts of equal size, which a jackknife leaves out in turn
+    features: Tensor  # (min(N, MAX_KEPT), D) as the network gave them: for what compares pairs
+    pictures: Tensor  # uint8 (min(N, GRID_IMAGES), C, H, W)
+    shares: Mapping[str, Share] = field(default_factory=dict)  # of what was checked in each image
+    prompts: Sequence[str] = ()  # what the images were made for, in turn
 
     @classmethod
     def of(cls, features: Tensor) -> "Gathered":
@@ -133,10 +128,10 @@ def gather(
     return Gathered([*groups.values()], torch.cat(features), torch.cat(pictures), shares, prompts)
 
 
+@torch.no_grad()
 def _features(extractor: Extractor, images: Tensor, source: str) -> Tensor:
     """Features (B, D) on the CPU."""
-    with torch.no_grad():
-        found = extractor.features(images).cpu()
+    found = extractor.features(images).cpu()
     if not found.isfinite().all():
         raise UserError(f"{source}: features of {extractor.name} are not finite; look at the images, or at --features")
     return found

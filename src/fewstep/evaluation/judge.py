@@ -37,12 +37,9 @@ class Judge:
     extractor: Extractor
     real: Gathered
     check: Check
-    needs: frozenset[str]
-    """Of the metrics: what there is here."""
-    floor: Row
-    """The line of the real images: half against half."""
-    prompts: Sequence[str] = ()
-    """Of text-to-image models: what images number 0, 1, 2, ... are drawn for, in turn."""
+    needs: frozenset[str]  # of the metrics: what there is here
+    floor: Row  # the line of the real images: half against half
+    prompts: Sequence[str] = ()  # of text-to-image models: what images number 0, 1, 2, ... are drawn for, in turn
 
     def row(
         self, name: str, sampler: Sampler, batches: Iterable[Tensor], num: int, speed: float = 0, intervals: bool = True
@@ -99,10 +96,9 @@ def _class_judge(data: DataSettings, model: ImageModel, features: str | None, fo
     named = 0 < model.num_classes <= MAX_CLASSES
     own = features in (None, "classifier")
     if own and not named:
-        raise UserError(
-            f"features: the classifier serves 1 to {MAX_CLASSES} classes, the model has {model.num_classes}; give a "
-            "TorchScript file such as inception-2015-12-05.pt (--features, in a recipe evaluation.features)"
-        )
+        what = f"the classifier serves 1 to {MAX_CLASSES} classes, the model has {model.num_classes}"
+        advice = "a TorchScript file such as inception-2015-12-05.pt (--features, in a recipe evaluation.features)"
+        raise UserError(f"features: {what}; give {advice}")
     images = open_images(data, model)
     if images.length < GRID_IMAGES:
         raise UserError(f"data.source: has {images.length} images; judging needs at least {GRID_IMAGES}")

@@ -32,15 +32,12 @@ class Row:
 
     model: str
     sampler: str | None
-    nfe: int | None
-    """Both None for the real images."""
+    nfe: int | None  # as the sampler None for the real images
     values: dict[str, float]
-    intervals: dict[str, Interval] = field(default_factory=dict)
-    """Of 95 %, where one is known."""
+    intervals: dict[str, Interval] = field(default_factory=dict)  # of 95 %, where one is known
     attributes: dict[str, dict[str, float]] = field(default_factory=dict)
     """What prompts say, and the share of the images in which it is so: a table of its own per kind of prompt."""
-    grid: bytes = b""
-    """A picture of its first images."""
+    grid: bytes = b""  # a picture of its first images
 
     @property
     def title(self) -> str:
