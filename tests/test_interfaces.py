@@ -97,19 +97,10 @@ SD3 = Family(
 
 def tiny_sd3(folder: Path) -> StableDiffusion3Pipeline:
     torch.manual_seed(5)
-    transformer = SD3Transformer2DModel(
-        sample_size=8,
-        patch_size=2,
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=40,
-        caption_projection_dim=16,
-        pooled_projection_dim=24,
-        pos_embed_max_size=8,
-    )
+    sizes = {"sample_size": 8, "patch_size": 2, "in_channels": 4, "out_channels": 4, "num_layers": 2}
+    sizes |= {"attention_head_dim": 8, "num_attention_heads": 2, "pos_embed_max_size": 8}
+    widths = {"joint_attention_dim": 40, "caption_projection_dim": 16, "pooled_projection_dim": 24}
+    transformer = SD3Transformer2DModel(**sizes, **widths)
     for parameter in transformer.parameters():  # some of them start from zero
         nn.init.normal_(parameter, std=0.1)
     encoders = [text_encoder(CLIPTextModelWithProjection, seed) for seed in (1, 2)]

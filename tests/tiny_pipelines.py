@@ -40,31 +40,17 @@ def text_encoder(kind: type, seed: int, **settings: object) -> CLIPTextModel:
 
 def autoencoder(scaling_factor: float, **extra: object) -> AutoencoderKL:
     torch.manual_seed(3)
-    return AutoencoderKL(
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=16,
-        scaling_factor=scaling_factor,
-        **extra,
-    ).eval()
+    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    sizes = {"block_out_channels": (8, 16), "latent_channels": 4, "norm_num_groups": 4, "sample_size": 16}
+    return AutoencoderKL(**kinds, **sizes, scaling_factor=scaling_factor, **extra).eval()
 
 
 def unet(text_width: int, **extra: object) -> UNet2DConditionModel:
     torch.manual_seed(4)
-    return UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=text_width,
-        attention_head_dim=8,
-        norm_num_groups=8,
-        **extra,
-    ).eval()
+    sizes = {"sample_size": 8, "layers_per_block": 1, "attention_head_dim": 8, "norm_num_groups": 8}
+    down, up = ("DownBlock2D", "CrossAttnDownBlock2D"), ("CrossAttnUpBlock2D", "UpBlock2D")
+    sizes |= {"block_out_channels": (16, 32), "cross_attention_dim": text_width}
+    return UNet2DConditionModel(down_block_types=down, up_block_types=up, **sizes, **extra).eval()
 
 
 def tiny_sd(folder: Path) -> StableDiffusionPipeline:
