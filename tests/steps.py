@@ -18,7 +18,7 @@ from fewstep.training.regression import PairLoss
 from fewstep.training.roles import make_roles
 from fewstep.training.settings import DMD2Settings
 
-SHORT = ["batch_size=8", "sample_every=100", "num_steps=12", "device=cpu"]
+SHORT = ["batch_size=8", "log_every=50", "sample_every=100", "num_steps=12", "device=cpu"]
 SMALL = ["model.block_out_channels=[8, 8]", "model.norm_num_groups=4"]
 LR = {"optimizer": {"lr": 1e-3}}
 GAN = {"student_weight": 0.1, "critic_weight": 0.1}

@@ -1,6 +1,7 @@
 """What is not finite never reaches the weights: it is left out or skipped, counted, named, and ends the run in time."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -244,11 +245,18 @@ def teacher_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def start(kind: str, run: Path, teacher_run: Path, *overrides: str, resume: bool = False, report=quiet) -> None:
-    names = {"distill": "digits-4step", "teach": "digits-teacher", "autoencoder": "shapes-autoencoder"}
-    given = {"distill": [f"teacher={teacher_run}", "student_every=2"], "teach": SMALL}.get(kind, [])
-    recipe = load_recipe(names[kind], [*TINY, *given, *overrides])
-    (distill if kind == "distill" else teach)(recipe, run, resume=resume, report=report)
+@pytest.fixture
+def start(teacher_run: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Trains what is of the kind, in a folder that it gives."""
+
+    def run(kind: str, *overrides: str, resume: bool = False, report=quiet) -> Path:
+        names = {"distill": "digits-4step", "teach": "digits-teacher", "autoencoder": "shapes-autoencoder"}
+        given = {"distill": [f"teacher={teacher_run}", "student_every=2"], "teach": SMALL}.get(kind, [])
+        recipe = load_recipe(names[kind], [*TINY, *given, *overrides])
+        (distill if kind == "distill" else teach)(recipe, tmp_path / "run", resume=resume, report=report)
+        return tmp_path / "run"
+
+    return run
 
 
 def break_gradients(monkeypatch: pytest.MonkeyPatch, first: int, last: int = 10**9) -> None:
@@ -273,43 +281,47 @@ KINDS = pytest.mark.parametrize("kind", ["teach", "distill", "autoencoder"])
 
 @KINDS
 def test_a_run_that_diverges_between_log_lines_ends_with_good_checkpoints(
-    kind: str, teacher_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, start: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
         break_gradients(patch, first=4)
         with pytest.raises(UserError, match=r"^step 8: .* 4 updates in a row were skipped \(max_skipped\)"):
-            start(kind, tmp_path / "run", teacher_run, "max_skipped=4")
+            start(kind, "max_skipped=4")
     assert [path.name for path in checkpoints(tmp_path / "run")] == ["00000004", "00000006"]
     assert_finite(tmp_path / "run")
-    start(kind, tmp_path / "run", teacher_run, "max_skipped=4", resume=True)  # what broke it is gone
-    assert_finite(tmp_path / "run")
+    assert_finite(start(kind, "max_skipped=4", resume=True))  # what broke it is gone
 
 
 @KINDS
 def test_ctrl_c_between_log_lines_saves_what_is_finite(
-    kind: str, teacher_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, start: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     break_gradients(monkeypatch, first=5)
     with pytest.raises(Interrupted, match="stopped at step 7"):
-        start(kind, tmp_path / "run", teacher_run, report=interrupt_at(6))
+        start(kind, report=interrupt_at(6))
     assert checkpoints(tmp_path / "run")[-1].name == "00000007"
     assert_finite(tmp_path / "run")
 
 
-def test_a_run_goes_on_behind_skipped_updates_and_tells_them(
-    teacher_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_goes_on_behind_skipped_updates_and_tells_them(start: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     break_gradients(monkeypatch, first=4, last=6)
-    start("teach", tmp_path / "run", teacher_run, "log_every=6")
-    first, second = read_metrics(tmp_path / "run" / "metrics.jsonl")
-    assert first["skipped_updates"] == 2
-    assert second["skipped_updates"] == 1
-    assert all(value == value for line in (first, second) for value in line.values())  # no NaN among the means
+    run = start("teach", "log_every=6")
+    lines = read_metrics(run / "metrics.jsonl")
+    assert [line["skipped_updates"] for line in lines] == [2, 1]
+    assert all(value == value for line in lines for value in line.values())  # no NaN among the means
+    assert_finite(run)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [  # one update can be finite and what it makes of the weights not
+        (["lr=1e39", "warmup_steps=0"], r"^step 2: (denoiser|ema) is not finite and was not saved; lower the learning"),
+        (["lr=1e30", "clip_norm=1e30"], "the network's predictions were not finite; 3 updates in a row"),
+    ],
+)
+def test_weights_that_overflow_are_not_saved(start: Callable, tmp_path: Path, settings: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        start("teach", "max_skipped=3", *(f"optimizer.{each}" for each in settings))
     assert_finite(tmp_path / "run")
-
-
-def test_weights_that_overflow_are_not_saved(teacher_run: Path, tmp_path: Path) -> None:
-    """One update can be finite and what it makes of the weights not."""
-    with pytest.raises(UserError, match=r"^step 2: (denoiser|ema) is not finite and was not saved; lower the learning"):
-        start("teach", tmp_path / "run", teacher_run, "optimizer.lr=1e39", "optimizer.warmup_steps=0")
-    assert checkpoints(tmp_path / "run") == []
+    if "step 2" in said:
+        assert checkpoints(tmp_path / "run") == []

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -38,24 +39,26 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_name_of_a_recipe_is_its_run_beside_this_one(
-    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def start(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., DMD2]:
+    """Gives the method of a run before its first step."""
+
+    def method(*overrides: str) -> DMD2:
+        begun: list[DMD2] = []
+        with monkeypatch.context() as patch:
+            patch.setattr("fewstep.commands.runs.start_run", lambda job, *args: begun.append(job.method))
+            distill(fresh(runs / "teacher", *overrides), tmp_path / "run", report=quiet)
+        return begun[0]
+
+    return method
+
+
+def test_the_name_of_a_recipe_is_its_run_beside_this_one(runs: Path, tmp_path: Path, start: Callable) -> None:
     (tmp_path / "digits-4step").symlink_to(runs / "told")
     saved = load_state(runs / "told" / "checkpoints" / "00000002")["method"]
-    method = start(fresh(runs / "teacher", "init_from=digits-4step@2"), tmp_path / "run", monkeypatch)
-    assert_equal(method.student, saved["student"])
+    assert_equal(start("init_from=digits-4step@2").student, saved["student"])
     with pytest.raises(UserError, match="digits-1step: no such run; `fewstep distill digits-1step` makes it"):
-        start(fresh(runs / "teacher", "init_from=digits-1step@2"), tmp_path / "run", monkeypatch)
-
-
-def start(recipe, run: Path, monkeypatch: pytest.MonkeyPatch) -> DMD2:
-    """The method of a run before its first step."""
-    begun: list[DMD2] = []
-    monkeypatch.setattr("fewstep.commands.runs.start_run", lambda job, *args: begun.append(job.method))
-    distill(recipe, run, report=quiet)
-    monkeypatch.undo()
-    return begun[0]
+        start("init_from=digits-1step@2")
 
 
 def assert_equal(module: nn.Module, weights: dict[str, Tensor]) -> None:
@@ -65,11 +68,10 @@ def assert_equal(module: nn.Module, weights: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize(("choice", "step"), [("", 4), ("@2", 2), ("@best-fid", 2)])
 def test_student_and_critic_are_the_other_runs_and_the_rest_is_new(
-    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, choice: str, step: int
+    runs: Path, start: Callable, choice: str, step: int
 ) -> None:
     saved = load_state(runs / "told" / "checkpoints" / f"{step:08d}")["method"]
-    plain = start(fresh(runs / "teacher"), tmp_path / "plain", monkeypatch)
-    method = start(fresh(runs / "teacher", f"init_from={runs / 'told'}{choice}"), tmp_path / "run", monkeypatch)
+    plain, method = start(), start(f"init_from={runs / 'told'}{choice}")
     assert_equal(method.student, saved["student"])
     assert_equal(method.critic, saved["critic"])
     assert not same(method.student, saved["ema"]["averages"])
@@ -82,28 +84,24 @@ def test_student_and_critic_are_the_other_runs_and_the_rest_is_new(
     assert method.ema.num_updates == 0
 
 
-def test_the_stop_embedding_alone_may_be_missing(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_stop_embedding_alone_may_be_missing(runs: Path, start: Callable) -> None:
     told, untold = (last_state(runs / name)["method"]["critic"] for name in ("told", "untold"))
     embedding = "network.stop_embedding.weight"
     assert told[embedding].norm() > 0
-    method = start(fresh(runs / "teacher", f"init_from={runs / 'untold'}"), tmp_path / "run", monkeypatch)
-    state = method.critic.state_dict()
+    state = start(f"init_from={runs / 'untold'}").critic.state_dict()
     assert state.pop(embedding).norm() == 0
     assert all(torch.equal(value, untold[name]) for name, value in state.items())
-    recipe = fresh(runs / "teacher", f"init_from={runs / 'told'}", "critic.condition_on_stop=false")
-    state = start(recipe, tmp_path / "run", monkeypatch).critic.state_dict()
+    state = start(f"init_from={runs / 'told'}", "critic.condition_on_stop=false").critic.state_dict()
     assert told.keys() - state.keys() == {embedding}
     assert all(torch.equal(value, told[name]) for name, value in state.items())
 
 
-def test_another_number_of_timesteps_matters_to_a_critic_that_is_told_them_alone(
-    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_number_of_timesteps_matters_to_a_critic_that_is_told_them_alone(runs: Path, start: Callable) -> None:
     saved = last_state(runs / "two")["method"]
     with pytest.raises(UserError, match=r"init_from: .*its critic is of another number of timesteps"):
-        start(fresh(runs / "teacher", f"init_from={runs / 'two'}"), tmp_path / "run", monkeypatch)
-    recipe = fresh(runs / "teacher", f"init_from={runs / 'two'}", "critic.condition_on_stop=false")
-    assert_equal(start(recipe, tmp_path / "run", monkeypatch).student, saved["student"])
+        start(f"init_from={runs / 'two'}")
+    method = start(f"init_from={runs / 'two'}", "critic.condition_on_stop=false")
+    assert_equal(method.student, saved["student"])
 
 
 @pytest.mark.parametrize(
