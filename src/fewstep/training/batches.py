@@ -109,7 +109,8 @@ def text_batches(
     kept, the text encoders are left on the CPU, where only grids need them.
     """
     told = list(images.captions or []) if images else []
-    keep = partial(open_texts, conditioner=model.conditioner, settings=embeddings, folder=_folder(embeddings, runs))
+    folder = Path(embeddings.folder or runs / "embeddings")
+    keep = partial(open_texts, conditioner=model.conditioner, settings=embeddings, folder=folder)
     captions, prompts = told and keep(told, "captions"), wanted and keep(wanted, "prompts")
     if all(not texts or texts.rows is not None for texts in (captions, prompts)):
         model.conditioner.to("cpu")  # gigabytes of a GPU that nothing in a step uses
@@ -132,17 +133,14 @@ def pair_batches(
     """Pairs with the embeddings of their prompts, kept as `text_batches` does; and the prompts that grids show."""
     texts, prompts = None, pairs.given.get("prompt")
     if prompts:
-        texts = open_texts(prompts, "prompts of pairs", model.conditioner, embeddings, _folder(embeddings, runs))
+        folder = Path(embeddings.folder or runs / "embeddings")
+        texts = open_texts(prompts, "prompts of pairs", model.conditioner, embeddings, folder)
 
     def batch_at(step: int, rows: range) -> Batch:
         indices = _indices(pairs.length, settings, step, rows, "pairs")
         return pairs.batch(indices) | (texts.batch(indices) if texts else {})
 
     return batch_at, prompts and prompts[:NUM_GRID_PROMPTS]
-
-
-def _folder(embeddings: EmbeddingSettings, runs: Path) -> Path:
-    return Path(embeddings.folder or runs / "embeddings")
 
 
 def open_texts(

@@ -14,13 +14,12 @@ from fewstep.diffusion.sampling import rollout
 from fewstep.models.image_model import ImageModel
 from fewstep.networks.features import features, x0_and_features
 from fewstep.seeding import Draws, generator
-from fewstep.training.method import Batch, Metrics, Part, Term, can_learn, count_broken, of_parts
+from fewstep.training.method import Batch, Metrics, Part, StudentMethod, Term, can_learn, count_broken, of_parts
 from fewstep.training.noise_levels import NoiseLevelSampler, level_sampler
 from fewstep.training.optimization import Optimizer
 from fewstep.training.regression import PairLoss
 from fewstep.training.roles import Roles
 from fewstep.training.settings import DMD2Settings
-from fewstep.training.student import StudentMethod
 
 SQUARED = "_image_grad_norm"  # what parts give the share of the square of
 

@@ -68,15 +68,14 @@ class Guard:
 def check_finite(state: dict[str, Any], step: int) -> None:
     """Raises UserError if a number of a method's state is not finite, before it is saved."""
     # Weights, averages and moments: one finite update can still overflow what it is added to.
-    finite = {name: torch.stack([x.isfinite().all().cpu() for x in _tensors(part)]) for name, part in state.items()}
-    broken = [name for name, each in finite.items() if not each.all()]
+    broken = next((name for name, part in state.items() if not all(x.isfinite().all() for x in _tensors(part))), None)
     if broken:
         advice = "lower the learning rate or the GAN weights, and go on from the newest checkpoint, which is whole"
-        raise UserError(f"step {step}: {broken[0]} is not finite and was not saved; {advice}")
+        raise UserError(f"step {step}: {broken} is not finite and was not saved; {advice}")
 
 
 def _tensors(state: Any) -> list[Tensor]:
     if isinstance(state, Tensor):
         return [state]
     values = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else []
-    return [tensor for value in values for tensor in _tensors(value)] or [torch.zeros(())]
+    return [tensor for value in values for tensor in _tensors(value)]

@@ -11,15 +11,7 @@ from torch import Tensor
 from fewstep.errors import Interrupted, UserError
 from fewstep.models.image_model import Asked
 from fewstep.pictures import grid, save_png
-from fewstep.runtime.checkpoint import (
-    EVALUATIONS,
-    FROZEN,
-    METRICS,
-    load_state,
-    newest_whole,
-    save_checkpoint,
-    step_name,
-)
+from fewstep.runtime import checkpoint
 from fewstep.runtime.runs import best_steps
 from fewstep.runtime.tracking import Metrics, Report, read_metrics, rewind, stop_request, write_line
 from fewstep.seeding import generator
@@ -48,7 +40,7 @@ def train(
     `evaluation.every` steps and at the end, and every judged step gets a checkpoint. `asked` is what grids show. Raises
     Interrupted, behind a checkpoint, if the user stops it, and UserError if too many updates are skipped.
     """
-    metrics, guard = Metrics(run / METRICS), Guard(settings.max_skipped)
+    metrics, guard = Metrics(run / checkpoint.METRICS), Guard(settings.max_skipped)
     start, num_steps = _resume(method, metrics, run), settings.num_steps
     shape = (method.num_noises, settings.grid_images, *method.model.shape)
     noise = torch.randn(shape, generator=generator(settings.seed, "grid"))  # the same in every grid: (K, N, C, H, W)
@@ -66,12 +58,12 @@ def train(
             if evaluate is not None and judged:
                 # Before the checkpoint: a kill in between makes it judge again, and no step is kept without its scores.
                 scores = evaluate(method, done)
-                write_line(run / EVALUATIONS, done, scores)
+                write_line(run / checkpoint.EVALUATIONS, done, scores)
                 shown = scores | shown
             stopped = stop_requested()  # asked once, so that what is saved and what is told agree
             report(done, shown)
             if done % settings.sample_every == 0 or last:
-                save_png(sample_grid(method, noise, asked), run / "samples" / f"{step_name(done)}.png")
+                save_png(sample_grid(method, noise, asked), run / "samples" / f"{checkpoint.step_name(done)}.png")
                 method.model.release()  # autoencoder and text encoders, which only grids use
             if done % settings.checkpoint_every == 0 or last or stopped or judged:
                 guard.check(done)
@@ -84,9 +76,9 @@ def _save(method: Method, metrics: Metrics, run: Path, step: int) -> None:
     """A checkpoint of finite numbers."""
     state = method.state_dict()
     check_finite(state, step)
-    best = best_steps(read_metrics(run / EVALUATIONS)).values()  # these are kept beside the newest
-    save_model = partial(method.save_model, frozen=run / FROZEN)
-    save_checkpoint(run, step, {"method": state, "metrics": metrics.state_dict()}, save_model, best)
+    best = best_steps(read_metrics(run / checkpoint.EVALUATIONS)).values()  # these are kept beside the newest
+    save_model = partial(method.save_model, frozen=run / checkpoint.FROZEN)
+    checkpoint.save_checkpoint(run, step, {"method": state, "metrics": metrics.state_dict()}, save_model, best)
 
 
 def sample_grid(method: Method, noise: Tensor, asked: Asked = None) -> Image:
@@ -102,9 +94,9 @@ def sample_grid(method: Method, noise: Tensor, asked: Asked = None) -> Image:
 
 def _resume(method: Method, metrics: Metrics, run: Path) -> int:
     """The step to go on from, with the state of that step loaded."""
-    newest, step = newest_whole(run), 0
+    newest, step = checkpoint.newest_whole(run), 0
     if newest is not None:
-        state = load_state(newest)
+        state = checkpoint.load_state(newest)
         try:
             method.load_state_dict(state["method"])
             metrics.load_state_dict(state["metrics"], method.model.device)
@@ -113,7 +105,7 @@ def _resume(method: Method, metrics: Metrics, run: Path) -> int:
                 f"{newest}: the checkpoint is not of this run; remove it to go on from before it"
             ) from error
         step = int(state["step"])
-    for path in (run / METRICS, run / EVALUATIONS):
+    for path in (run / checkpoint.METRICS, run / checkpoint.EVALUATIONS):
         if path.exists():
             rewind(path, step)  # lines behind the checkpoint are written anew
     return step

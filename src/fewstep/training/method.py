@@ -1,4 +1,4 @@
-"""What the loop asks of a training algorithm."""
+"""What the loop asks of a training algorithm, and what those of a few-step student share."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -10,11 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.losses import finite_samples
-from fewstep.models.image_model import Asked
+from fewstep.diffusion.sampling import rollout
+from fewstep.diffusion.schedules import NoiseSchedule
+from fewstep.errors import UserError
+from fewstep.models.image_model import Asked, ImageModel
 from fewstep.runtime.checkpoint import ema_folder
 from fewstep.runtime.ema import EMA
 from fewstep.runtime.tracking import is_count
+from fewstep.training.optimization import Optimizer
+from fewstep.training.settings import StudentSettings
 
 Batch = dict[str, Any]
 """What an image model encodes; under "prompt" what fakes are drawn for, where that is not the real data's condition."""
@@ -103,3 +109,49 @@ class Method(ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name in self.STATE:
             getattr(self, name).load_state_dict(state[name])
+
+
+class StudentMethod(Method):
+    """A student in training: how it is updated, sampled and judged."""
+
+    model: ImageModel
+
+    def __init__(self, settings: StudentSettings, model: ImageModel, student: Denoiser, num_updates: int):
+        self.model, self.student = model, student
+        self.timesteps = student_timesteps(settings, student.schedule).to(model.device)  # (K,) native times, decreasing
+        self.num_noises = len(self.timesteps)
+        self.student_optimizer = Optimizer(student.parameters(), settings.optimizer, num_updates)
+        self.ema = EMA(student, settings.ema_decay)
+
+    def update_student(self, finite: Tensor) -> Metrics:
+        """One update along the gradients that the parts have added."""
+        norm, skipped = self.student_optimizer.step(finite)
+        # Also behind a skipped update, in which the weights stayed: an average is one over turns.
+        self.ema.update()
+        return {"student_grad_norm": norm, "skipped_student": skipped}
+
+    def sample(self, noise: Tensor, first: int = 0, asked: Asked = None) -> Tensor:
+        """uint8 images number `first` and on from noise (K, B, ...) with the averaged weights."""
+        condition = self.model.conditions(range(first, first + noise.shape[1]), asked)
+        with self.ema.applied():
+            # what training calls, too
+            x0 = rollout(self.student, noise, self.timesteps, condition, stop=len(self.timesteps) - 1)
+        return self.model.decode(x0)
+
+    @contextmanager
+    def averaged_model(self, ema: str | None = None) -> Iterator[ImageModel]:
+        """The student with its timesteps and its averaged weights, inside the context alone."""
+        with self.ema.applied(ema):
+            yield self.model.student(self.student, self.timesteps.tolist())
+
+
+def student_timesteps(settings: StudentSettings, schedule: NoiseSchedule) -> Tensor:
+    """The K native times of the recipe, or evenly spaced ones; raises UserError if the schedule has no such times."""
+    if settings.timesteps is None:
+        return schedule.grid(settings.num_timesteps)
+    timesteps = torch.tensor(settings.timesteps, dtype=torch.float64)  # EDM's are noise levels, not integers
+    try:
+        schedule.check_timesteps(timesteps)
+    except ValueError as error:
+        raise UserError(f"student.timesteps: {error}") from error
+    return timesteps

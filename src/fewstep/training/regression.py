@@ -10,9 +10,8 @@ from fewstep.diffusion.sampling import rollout
 from fewstep.models.autoencoder import Decode
 from fewstep.models.image_model import ImageModel
 from fewstep.networks.blocks import checkpoint_blocks
-from fewstep.training.method import Batch, Metrics, Part, can_learn, count_broken, of_parts
+from fewstep.training.method import Batch, Metrics, Part, StudentMethod, can_learn, count_broken, of_parts
 from fewstep.training.settings import RegressSettings
-from fewstep.training.student import StudentMethod
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 """From two batches of pixels (B, C, H, W) around [-1, 1] to (B,), with gradient."""
