@@ -7,17 +7,9 @@ import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, LCMScheduler
 
+from fewstep.diffusion import timesteps
 from fewstep.diffusion.schedules import EDM
-from fewstep.diffusion.timesteps import (
-    index_grid,
-    karras_grid,
-    logit_normal,
-    lognormal_sigma,
-    shift_time,
-    shifted_uniform,
-    trailing_grid,
-    uniform_level,
-)
+from fewstep.diffusion.timesteps import index_grid, karras_grid, shift_time, trailing_grid
 from steps import draws
 
 NUM = 200_000
@@ -26,10 +18,10 @@ NUM = 200_000
 @pytest.mark.parametrize(
     ("draw", "inverse", "mean", "std"),
     [
-        (lognormal_sigma, torch.log, -1.2, 1.2),
-        (lognormal_sigma, torch.log, 0.5, 0.7),
-        (logit_normal, torch.logit, 0.0, 1.0),
-        (logit_normal, torch.logit, 1.0, 0.5),
+        (timesteps.lognormal_sigma, torch.log, -1.2, 1.2),
+        (timesteps.lognormal_sigma, torch.log, 0.5, 0.7),
+        (timesteps.logit_normal, torch.logit, 0.0, 1.0),
+        (timesteps.logit_normal, torch.logit, 1.0, 0.5),
     ],
 )
 def test_normals_have_the_asked_moments(draw, inverse, mean, std):
@@ -40,14 +32,14 @@ def test_normals_have_the_asked_moments(draw, inverse, mean, std):
 
 def test_lognormal_sigma_defaults_to_edms_training_distribution():
     """P_mean = -1.2, P_std = 1.2 (arXiv 2206.00364, table 1): half of all levels are under exp(-1.2)."""
-    sigma = lognormal_sigma(draws(NUM))
+    sigma = timesteps.lognormal_sigma(draws(NUM))
     assert (sigma < math.exp(-1.2)).float().mean().item() == pytest.approx(0.5, abs=0.005)
     assert (sigma < math.exp(0)).float().mean().item() == pytest.approx(0.8413, abs=0.005)
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_shifted_uniform_is_uniform_before_the_shift(shift):
-    t = shifted_uniform(draws(NUM), shift)
+    t = timesteps.shifted_uniform(draws(NUM), shift)
     uniform = t / (shift - (shift - 1) * t)  # the inverse of the shift
     quantiles = torch.quantile(uniform, torch.tensor([0.1, 0.5, 0.9]))
     assert quantiles.tolist() == pytest.approx([0.1, 0.5, 0.9], abs=0.01)
@@ -55,27 +47,30 @@ def test_shifted_uniform_is_uniform_before_the_shift(shift):
 
 @pytest.mark.parametrize(("low", "high"), [(0, 999), (20, 980), (399, 399)])
 def test_uniform_level_stays_in_its_range_and_reaches_both_ends(low, high):
-    t = uniform_level(draws(NUM), torch.arange(1000), low, high)
+    t = timesteps.uniform_level(draws(NUM), torch.arange(1000), low, high)
     assert (t.min().item(), t.max().item()) == (low, high)
 
 
 def test_uniform_level_draws_every_level_equally_often():
-    counts = torch.bincount(uniform_level(draws(NUM), torch.arange(10), 2, 9), minlength=10)
+    counts = torch.bincount(timesteps.uniform_level(draws(NUM), torch.arange(10), 2, 9), minlength=10)
     assert counts[:2].tolist() == [0, 0]
     assert counts[2:].tolist() == pytest.approx([NUM / 8] * 8, rel=0.03)
 
 
 def test_uniform_level_is_uniform_over_karras_indices_for_edm():
     """Half of all draws are under sigma = 2.5 (spec, 1.3), far from uniform in sigma."""
-    sigma = uniform_level(draws(NUM), EDM().levels)
+    sigma = timesteps.uniform_level(draws(NUM), EDM().levels)
     assert (sigma < 2.5265).float().mean().item() == pytest.approx(0.5, abs=0.005)
     assert set(sigma.unique().tolist()) == set(EDM().levels.tolist())
 
 
-SHIFTED, LEVEL = partial(shifted_uniform, shift=3.0), partial(uniform_level, levels=torch.arange(1000))
+SHIFTED, LEVEL = (
+    partial(timesteps.shifted_uniform, shift=3.0),
+    partial(timesteps.uniform_level, levels=torch.arange(1000)),
+)
 
 
-@pytest.mark.parametrize("draw", [lognormal_sigma, logit_normal, SHIFTED, LEVEL])
+@pytest.mark.parametrize("draw", [timesteps.lognormal_sigma, timesteps.logit_normal, SHIFTED, LEVEL])
 def test_times_are_a_function_of_the_generator_alone_and_differ_within_a_batch(draw):
     torch.manual_seed(98)
     first = draw(draws(8, seed=1))

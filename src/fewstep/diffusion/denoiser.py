@@ -17,9 +17,7 @@ class Denoiser(nn.Module):
 
     def __init__(self, network: nn.Module, schedule: NoiseSchedule, parameterization: Parameterization):
         super().__init__()
-        self.network = network
-        self.schedule = schedule
-        self.parameterization = parameterization
+        self.network, self.schedule, self.parameterization = network, schedule, parameterization
 
     def coefficients(self, t: Tensor) -> Coefficients:
         """c_skip, c_out, c_in in float64, each (B,)."""
@@ -45,9 +43,7 @@ class Guided(nn.Module):
 
     def __init__(self, denoiser: Denoiser, scale: float, null_condition: Condition):
         super().__init__()
-        self.denoiser = denoiser
-        self.scale = scale
-        self.null_condition = null_condition
+        self.denoiser, self.scale, self.null_condition = denoiser, scale, null_condition
 
     @property
     def schedule(self) -> NoiseSchedule:
@@ -55,9 +51,8 @@ class Guided(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         null = {key: value.expand(len(x_t), *value.shape[1:]) for key, value in self.null_condition.items()}  # (B, ...)
-        # (2B, ...), in one pass
+        # (2B, ...), in one pass, null first, as in diffusers
         both = {key: torch.cat([null.get(key, value), value]) for key, value in condition.items()}
-        # null first, as in diffusers
         x0_null, x0_cond = self.denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
         x0: Tensor = x0_null + self.scale * (x0_cond - x0_null)
         return x0

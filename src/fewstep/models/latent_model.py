@@ -56,7 +56,6 @@ class LatentModel(ImageModel):
 
     @property
     def latent_space(self) -> dict[str, Any]:
-        """What latents on disk must agree in: the autoencoder's fingerprint, their shape, the images' size."""
         codec: Codec = self.family.codec(self.pipeline.vae)  # as loaded, whatever a run encodes in
         return codec.latent_space(self.image_size)
 
@@ -88,10 +87,7 @@ class LatentModel(ImageModel):
         return part.to(self.device) if moved else part
 
     def release(self) -> None:
-        """Sends autoencoder and text encoders back to the CPU, until they are used again.
-
-        For behind what uses them once: making the roles, caching latents and embeddings, a grid of samples.
-        """
+        """Behind what uses autoencoder and text encoders once: roles, caches of latents, a grid of samples."""
         self.autoencoder.to("cpu")
         self.conditioner.to("cpu")
 

@@ -18,25 +18,22 @@ def build_unet(config: PixelModelConfig) -> UNet2DModel:
     """The `UNet2DModel` in ADM's layout (scale-shift time embedding, residual resampling), randomly initialised."""
     down = ["AttnDownBlock2D" if attention else "ResnetDownsampleBlock2D" for attention in config.attention]
     up = ["AttnUpBlock2D" if attention else "ResnetUpsampleBlock2D" for attention in reversed(config.attention)]
+    same = {"block_out_channels", "layers_per_block", "attention_head_dim", "norm_num_groups", "dropout"}
     return UNet2DModel(
         sample_size=config.image_size,
         in_channels=config.channels,
         out_channels=config.channels,
-        block_out_channels=config.block_out_channels,
-        layers_per_block=config.layers_per_block,
         down_block_types=down,
         up_block_types=up,
         downsample_type="resnet",
         upsample_type="resnet",
         resnet_time_scale_shift="scale_shift",
-        attention_head_dim=config.attention_head_dim,
-        norm_num_groups=config.norm_num_groups,
         attn_norm_num_groups=config.norm_num_groups,
         add_attention=any(config.attention) or config.middle_attention,
-        dropout=config.dropout,
         flip_sin_to_cos=True,
         freq_shift=0,
         num_class_embeds=config.num_classes + config.null_class or None,
+        **config.model_dump(include=same),
     )
 
 

@@ -172,17 +172,16 @@ def images_per_second(model: ImageModel, sampler: Sampler, batch_size: int = 0, 
     batch_size = batch_size or model.sampling_batch
     noise = draw_noise(model, sampler.num_noises, 0, batch_size, seed=0)
     condition = model.conditions(range(batch_size))
-    seconds: list[float] = []
-    model.decode(sample(model, sampler, noise, condition))
-    while len(seconds) < 3 or sum(seconds) < min_seconds:
-        _wait(model.device)
-        start = time.perf_counter()
+
+    def draw() -> None:
         model.decode(sample(model, sampler, noise, condition))
-        _wait(model.device)
+        if model.device.type == "cuda":
+            torch.cuda.synchronize(model.device)
+
+    seconds: list[float] = []
+    draw()
+    while len(seconds) < 3 or sum(seconds) < min_seconds:
+        start = time.perf_counter()
+        draw()
         seconds.append(time.perf_counter() - start)
     return batch_size / sorted(seconds)[len(seconds) // 2]
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -14,18 +14,15 @@ class Discriminator(nn.Module):
 
     def __init__(self, channels: int, height: int, width: int):
         super().__init__()
-        layers: list[nn.Module] = []
+        stages = []
         while max(height, width) > 4:
-            layers += self._stage(nn.Conv2d(channels, channels, 4, stride=2, padding=1))
+            stages.append(nn.Conv2d(channels, channels, 4, stride=2, padding=1))
             height, width = height // 2, width // 2
-        layers += self._stage(nn.Conv2d(channels, channels, (height, width)))
-        self.layers = nn.Sequential(*layers, nn.Conv2d(channels, 1, 1))
-
-    @staticmethod
-    def _stage(convolution: nn.Conv2d) -> list[nn.Module]:
-        channels = convolution.out_channels
+        stages.append(nn.Conv2d(channels, channels, (height, width)))
         # 32 groups for 768 and 1280 channels; a group of one channel would be normalised to a constant at 1x1.
-        return [convolution, nn.GroupNorm(math.gcd(32, channels, max(channels // 4, 1)), channels), nn.SiLU()]
+        groups = math.gcd(32, channels, max(channels // 4, 1))
+        layers = [layer for stage in stages for layer in (stage, nn.GroupNorm(groups, channels), nn.SiLU())]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(channels, 1, 1))
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits (B,), high for real; computed in the head's own dtype."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations  # diffusers is imported only where a network is made
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from fewstep.diffusion.denoiser import Condition
-from fewstep.diffusion.parameterizations import Parameterization, edm
+from fewstep.diffusion.parameterizations import edm
 from fewstep.diffusion.schedules import EDM
 from fewstep.networks.family import Family, unet_map
 
@@ -34,10 +34,6 @@ class PixelUNet(nn.Module):
         return output
 
 
-def _schedule(config: Any) -> tuple[EDM, Parameterization]:
-    return EDM(config.sigma_min, config.sigma_max), edm(config.sigma_data)
-
-
 # Its "pipeline" is the model's configuration (`PixelModelConfig`), labels are the condition, and x0 is the picture.
 PIXELS = Family(
     pipeline="UNet2DModel",
@@ -48,7 +44,7 @@ PIXELS = Family(
     adapter=PixelUNet,
     conditioner=lambda config, image_size: None,
     codec=lambda autoencoder: None,
-    schedule=_schedule,
+    schedule=lambda config: (EDM(config.sigma_min, config.sigma_max), edm(config.sigma_data)),
     image_size=lambda config: int(config.image_size),
     # the last encoder block, as in the official EDM runs (spec, 1.4)
     feature_layer=lambda unet: f"unet.down_blocks.{len(unet.down_blocks) - 1}",
