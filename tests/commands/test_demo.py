@@ -1,10 +1,13 @@
 """The demo: quickly, that it runs; slowly, that it reaches its figures."""
 
 import json
+import pickle
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +18,7 @@ from fewstep.commands import demo as module
 from fewstep.metric_table import metrics_of
 from fewstep.models.sampler import images_per_second
 from fewstep.runtime.checkpoint import newest_whole
+from steps import quiet
 
 TEACHERS = [("heun 18", 35), ("ddim 1", 1), ("ddim 2", 2), ("ddim 4", 4), ("ddim 8", 8)]
 ROWS = {
@@ -34,6 +38,12 @@ KEYS = {
 }
 
 
+@contextmanager
+def run_here() -> Iterator[Callable]:
+    """In place of the workers, whose tasks come through a pipe; the demo of digits has those."""
+    yield lambda tasks: [task.function(*task.arguments, quiet) for task in pickle.loads(pickle.dumps(tasks))]
+
+
 @pytest.mark.parametrize("option", ROWS)
 def test_a_demo_runs_writes_what_it_says_and_overwrites_nothing(
     option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -42,7 +52,11 @@ def test_a_demo_runs_writes_what_it_says_and_overwrites_nothing(
     monkeypatch.setattr(module, "SHAPES", job)
     monkeypatch.setattr(module, "DIGITS", module.DIGITS._replace(speed_batch=2))
     monkeypatch.setattr(module, "images_per_second", partial(images_per_second, min_seconds=0))
-    line = f"demo {option} --out {tmp_path}/demo --set num_steps=2 --set batch_size=4 --num-samples 100"
+    monkeypatch.setattr(module, "NUM_PROCESSES", 1)  # threads of a training
+    if option:
+        monkeypatch.setattr(module, "task_runner", run_here)
+    small = "--set num_steps=2 --set batch_size=4 --set model.block_out_channels=[16,32] --num-samples 100"
+    line = f"demo {option} --out {tmp_path}/demo {small}"
     assert fewstep(line)[0] == 0
     rows = json.loads((tmp_path / "demo" / "results.json").read_text())
     assert [list(row) for row in rows] == [["model", "sampler", "nfe", *KEYS[option], "intervals"]] * (
