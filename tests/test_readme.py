@@ -91,10 +91,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     torch.jit.script(Brightness()).save(folder / "inception.pt")
     (folder / "prompts.txt").write_text("a cat\na red dog\ntwo birds")
-    large = {f"{i}.png": encoded(Image.new("RGB", (1024, 1024), (5 * i, 90, 200))) for i in range(40)}  # of --min-side,
-    write_tar(
-        folder / "captioned.tar", large | {f"{i}.txt": f"a {i}".encode() for i in range(40)}
-    )  # enough to judge by
+    large = [encoded(Image.new("RGB", (1024, 1024), (5 * i, 90, 200))) for i in range(40)]  # enough to judge by
+    pairs = [((f"{i}.png", image), (f"{i}.txt", f"a {i}".encode())) for i, image in enumerate(large)]
+    write_tar(folder / "captioned.tar", dict(member for pair in pairs for member in pair))
     small = {f"{i}.png": encoded(Image.new("L", (8, 8), 5 * i)) for i in range(20)}
     write_edm_zip(folder / "imagenet-64x64.zip", small, [[f"{i}.png", i % 10] for i in range(20)])
     network = small_network(img_resolution=8, img_channels=1, label_dim=10, channel_mult=[1, 1])
