@@ -179,9 +179,10 @@ def test_a_single_file_has_the_provenance_and_the_weights_that_were_asked_for(ru
     assert not (tmp_path / "pixel.safetensors").exists()
 
 
-def snapshot(*folders: Path) -> dict[Path, bytes]:
-    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
-    return {path: path.read_bytes() for path in files}
+def snapshot(*folders: Path) -> dict[Path, bytes | None]:
+    """Every file with its bytes, and every folder."""
+    paths = [path for folder in folders for path in folder.rglob("*")]
+    return {path: path.read_bytes() if path.is_file() else None for path in paths}
 
 
 @pytest.mark.parametrize(
@@ -218,10 +219,10 @@ def snapshot(*folders: Path) -> dict[Path, bytes]:
 def test_what_is_wrong_is_one_line_and_nothing_is_written(
     run: Run, workshop: Path, line: str, fragments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = ("cache", "student", "teacher", "latent", "latent-teacher")
-    for name in names:
-        (tmp_path / name).mkdir() if name == "cache" else (tmp_path / name).symlink_to(workshop / name)
-    (tmp_path / "empty").mkdir()
+    for name in ("student", "teacher", "latent", "latent-teacher"):
+        (tmp_path / name).symlink_to(workshop / name)
+    for name in ("cache", "empty"):
+        (tmp_path / name).mkdir()
     for file in ("empty/recipe.yaml", "d.yaml", "recipe-file"):
         shutil.copy(workshop / "student" / "recipe.yaml", tmp_path / file)
     (tmp_path / "there.safetensors").touch()
@@ -234,9 +235,7 @@ def test_what_is_wrong_is_one_line_and_nothing_is_written(
     weights.write_bytes(weights.read_bytes()[:-1] + b"?")
     monkeypatch.chdir(tmp_path)
     before = snapshot(tmp_path, workshop)
-    paths = set(tmp_path.rglob("*"))
     refused(run(line), *fragments)
-    assert set(tmp_path.rglob("*")) == paths
     assert snapshot(tmp_path, workshop) == before
 
 

@@ -3,9 +3,7 @@
 Everything goes through the command line, by the packaged recipes in their own run folders; only sizes are changed.
 """
 
-import io
 import json
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +26,7 @@ from fewstep.recipes.loading import load_recipe
 from fewstep.runtime.checkpoint import checkpoints, load_state
 from fewstep.runtime.runs import best_steps, find
 from fewstep.runtime.tracking import read_metrics
+from image_sets import encoded, write_edm_zip
 
 FASHION = Path(__file__).parents[2] / ".." / "shared" / "data" / "fashion_mnist_test.parquet"
 NUM_IMAGES, SIZE = 200, 8
@@ -42,26 +41,16 @@ class Brightness(torch.nn.Module):
         return images.float().mean(dim=1).mean(dim=2)[:, ::2]
 
 
-def pictures() -> tuple[list[Image.Image], list[int]]:
-    """Real grey pictures of ten classes: Fashion-MNIST where it is, else the digits."""
+def write_data(path: Path) -> None:
+    """Real grey pictures of ten classes, Fashion-MNIST where it is, else the digits, as EDM's zip."""
     if FASHION.is_file():
         rows = datasets.Dataset.from_parquet(str(FASHION)).select(range(NUM_IMAGES))
-        return list(rows["image"]), list(rows["label"])
-    images = digits()
-    arrays = images.fetch(torch.arange(NUM_IMAGES))[:, 0].numpy()
-    return [Image.fromarray(array) for array in arrays], images.labels[:NUM_IMAGES].tolist()  # type: ignore[index]
-
-
-def write_data(path: Path) -> None:
-    """A zip as EDM's dataset_tool writes it."""
-    images, labels = pictures()
-    names = [f"{index // 100:05d}/img{index:08d}.png" for index in range(len(images))]
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, image in zip(names, images, strict=True):
-            buffer = io.BytesIO()
-            image.save(buffer, "PNG")
-            archive.writestr(name, buffer.getvalue())
-        archive.writestr("dataset.json", json.dumps({"labels": list(map(list, zip(names, labels, strict=True)))}))
+        images, labels = list(rows["image"]), list(rows["label"])
+    else:
+        arrays = digits().fetch(torch.arange(NUM_IMAGES))[:, 0].numpy()
+        images, labels = list(map(Image.fromarray, arrays)), digits().labels[:NUM_IMAGES].tolist()
+    files = {f"{i // 100:05d}/img{i:08d}.png": encoded(image) for i, image in enumerate(images)}
+    write_edm_zip(path, files, [[name, label] for name, label in zip(files, labels, strict=True)])
 
 
 @pytest.fixture(scope="module")

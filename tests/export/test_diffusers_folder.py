@@ -132,9 +132,9 @@ def test_uneven_timesteps_must_be_named_and_a_call_without_them_is_refused(teach
     with pytest.raises(ValueError, match="num_inference_steps"):
         theirs(PROMPT, num_inference_steps=len(timesteps), guidance_scale=0)
     assert f"timesteps={timesteps}" in (tmp_path / "out" / "README.md").read_text()
-    noise, seed = drawn(model.shape, len(timesteps)), torch.Generator().manual_seed(5)
-    call = {"timesteps": timesteps, "guidance_scale": 0, "latents": noise[0], "generator": seed}
-    latent = theirs(PROMPT, **call, output_type="latent").images
+    noise, call = drawn(model.shape, len(timesteps)), {"timesteps": timesteps, "guidance_scale": 0}
+    call |= {"latents": noise[0], "generator": torch.Generator().manual_seed(5), "output_type": "latent"}
+    latent = theirs(PROMPT, **call).images
     close(expected(model, model.text_condition([PROMPT]), noise), latent)
 
 

@@ -49,14 +49,10 @@ def export(text: str, target: str, out: Path, options: Export) -> None:
             write_file(stored, out, provenance, dtype, report)
         else:
             written = Format(dtype, options.shard_size or Format.shard_size)
-            write_diffusers_folder(stored, out, provenance, written, newest_grid(found), options.overwrite, report)
+            grids = sorted(path for path in (found.run / "samples").glob("*.png") if path.stem <= step_name(found.step))
+            grid = grids[-1] if grids else None  # the last picture that is not younger than the model
+            write_diffusers_folder(stored, out, provenance, written, grid, options.overwrite, report)
     print(f"wrote {out}")
-
-
-def newest_grid(found: Found) -> Path | None:
-    """The last picture of the run's samples that is not younger than the model."""
-    grids = sorted(path for path in (found.run / "samples").glob("*.png") if path.stem <= step_name(found.step))
-    return grids[-1] if grids else None
 
 
 def check_options(target: str, out: Path, options: Export) -> torch.dtype:
@@ -106,12 +102,16 @@ def trace(found: Found, stored: StoredModel, recipe: StudentRecipe, options: Exp
     run = found.run
     judged = [] if options.raw else read_metrics(run / EVALUATIONS)  # which are of the averaged weights
     num = recipe.evaluation.num_samples
+    if isinstance(recipe, DistillRecipe):
+        guidance = recipe.guidance_scale
+    else:  # of a regression: the teacher's on the pairs
+        guidance = parse_sampler(recipe.regression.sampler).guidance_scale
     results = options.evaluation or (run if (run / "results.json").is_file() else None)
     return Provenance(
         teacher=recipe.teacher,
         recipe=(run / RECIPE).read_text(),
         timesteps=stored.description["timesteps"],
-        guidance_scale=guidance(recipe),
+        guidance_scale=guidance,
         step=found.step,
         ema="raw" if options.raw else found.ema or first_decay(recipe),
         license=options.license,
@@ -121,13 +121,6 @@ def trace(found: Found, stored: StoredModel, recipe: StudentRecipe, options: Exp
         },
         table=read_table(results, run.name) if results else [],
     )
-
-
-def guidance(recipe: StudentRecipe) -> float:
-    """The teacher's, in training; of a regression, on the pairs."""
-    if isinstance(recipe, DistillRecipe):
-        return recipe.guidance_scale
-    return parse_sampler(recipe.regression.sampler).guidance_scale
 
 
 def first_decay(recipe: StudentRecipe) -> str:

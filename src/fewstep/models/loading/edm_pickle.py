@@ -294,10 +294,6 @@ def _number(dtype: Number, blob: Blob) -> Any:
         return struct.unpack(dtype, file.read(size))[0]
 
 
-def _empty() -> dict[str, Any]:
-    return {}
-
-
 def _encode(text: str | Blob, encoding: str) -> Blob:
     """How protocol 2 holds bytes."""
     if encoding != "latin1":
@@ -314,8 +310,8 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "numpy.core.multiarray.scalar": _number,
     "numpy._core.multiarray.scalar": _number,
     "numpy.dtype": _number_type,
-    "collections.OrderedDict": _empty,
-    "dnnlib.util.EasyDict": _empty,
+    "collections.OrderedDict": lambda: {},  # noqa: PIE807, for `dict` would take arguments
+    "dnnlib.util.EasyDict": lambda: {},  # noqa: PIE807
     "_codecs.encode": _encode,  # protocol 2
     "__builtin__.set": lambda items: set(map(only_text, items)),  # protocol 2
     "builtins.set": lambda items: set(map(only_text, items)),  # protocol 3

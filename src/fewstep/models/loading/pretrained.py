@@ -90,8 +90,8 @@ def _load_pixel_model(folder: Path, description: dict[str, Any]) -> PixelModel:
     timesteps = description["timesteps"] and [float(t) for t in description["timesteps"]]
     unet, files = build_unet(config), sorted((folder / "unet").glob("*.safetensors"))
     stored = json.loads((folder / "unet" / "config.json").read_text())
-    for name, value in unet.config.items():
-        if not name.startswith("_") and name in stored and _plain(stored[name]) != _plain(value):
+    for name, value in json.loads(json.dumps(dict(unet.config))).items():  # lists for tuples, as the file has them
+        if not name.startswith("_") and name in stored and stored[name] != value:
             raise UserError(
                 f"{folder}: unet/config.json says {name} {stored[name]}, {DESCRIPTION} {value}; they are of two models"
             )
@@ -101,11 +101,6 @@ def _load_pixel_model(folder: Path, description: dict[str, Any]) -> PixelModel:
     model = PixelModel(config, unet, timesteps)
     model.denoiser.eval()
     return model
-
-
-def _plain(value: Any) -> Any:
-    """As JSON has it."""
-    return json.loads(json.dumps(value))
 
 
 def _load_file(path: Path, config: str | Path | None, prediction_type: str | None) -> LatentModel:

@@ -49,7 +49,8 @@ def read(path: Path) -> Weights:
         _check_family(path, names)
         with safe_open(path, framework="pt") as file:
             weights = {name: file.get_tensor(name) for name in names}
-        _check_taken(path, weights)
+        prefixes = tuple(PREFIXES[pipeline_name(weights)].values())
+        check_names(path, (), [name for name in weights if not name.startswith(prefixes) and not HARMLESS.search(name)])
         return weights
     except UserError:
         raise
@@ -109,12 +110,6 @@ def scheduler_changes(path: Path, weights: Weights, prediction_type: str | None)
         )
     changes: dict[str, Any] = {"prediction_type": said.pop()} if said else {}
     return changes | ({"rescale_betas_zero_snr": True} if "ztsnr" in weights else {})
-
-
-def _check_taken(path: Path, weights: Weights) -> None:
-    """Raises UserError for a tensor that is of no part."""
-    prefixes = tuple(PREFIXES[pipeline_name(weights)].values())
-    check_names(path, (), [name for name in weights if not name.startswith(prefixes) and not HARMLESS.search(name)])
 
 
 def convert(weights: Weights, part: str, model: nn.Module) -> Weights:
