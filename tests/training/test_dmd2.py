@@ -13,7 +13,7 @@ from fewstep.models.pixel_model import PixelModel
 from fewstep.seeding import Draws, generator
 from fewstep.training.dmd2 import DMD2, Fakes
 from fewstep.training.method import Term, of_parts
-from steps import GAN, draws, make_dmd2, recorded_calls, same, weights, whole
+from steps import GAN, LR, draws, make_dmd2, recorded_calls, same, weights, whole
 
 BATCH = 6
 make = partial(make_dmd2, batch_size=BATCH, student_every=3)
@@ -56,16 +56,17 @@ def test_an_update_leaves_the_others_bit_for_bit(tiny_model: PixelModel, update,
         assert name in moved or all(p.grad is None for p in getattr(method, name).parameters())
 
 
-@pytest.mark.parametrize("student_every", [1, 3, 5])
-def test_a_cycle_is_one_student_and_n_critic_updates(tiny_model: PixelModel, student_every: int) -> None:
-    method = make(tiny_model, student_every=student_every)
-    turns = []
+@pytest.mark.parametrize(("student_every", "simulation"), [(1, True), (3, True), (5, True), (2, False)])
+def test_a_cycle_is_one_student_and_n_critic_updates(
+    tiny_model: PixelModel, student_every: int, simulation: bool
+) -> None:
+    student = {"num_timesteps": 3, "backward_simulation": simulation, **LR}
+    method, turns = make(tiny_model, student_every=student_every, student=student), []
     for step in range(2 * student_every):
-        student, critic = weights(method.student), weights(method.critic)
-        method.step(real_batch(step), step)
-        turns.append((not same(student, method.student), not same(critic, method.critic)))
-    cycle = [(True, True)] + [(False, True)] * (student_every - 1)
-    assert turns == 2 * cycle
+        before = weights(method.student), weights(method.critic)
+        metrics = method.step(real_batch(step), step)
+        turns.append((not same(before[0], method.student), not same(before[1], method.critic), "dm_loss" in metrics))
+    assert turns == 2 * ([(True, True, True)] + [(False, True, False)] * (student_every - 1))
     assert method.ema.num_updates == 2
 
 

@@ -23,7 +23,7 @@ from fewstep.runtime.tracking import read_metrics
 from fewstep.training.dmd2 import DMD2
 from fewstep.training.roles import make_roles
 from fewstep.training.settings import DMD2Settings
-from steps import SHORT, SMALL, interrupt_at, last_state, quiet, same
+from steps import SHORT, SMALL, flat, interrupt_at, last_state, quiet, same
 from tiny_pipelines import TINY as TINY_PIPELINES
 
 TINY = [*SHORT, "log_every=2", "checkpoint_every=4"]
@@ -59,7 +59,11 @@ def recipe(folder: Path, *overrides: str) -> DistillRecipe:
 
 
 def weights(folder: Path) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in load(folder).denoiser.parameters()])
+    return joined(load(folder).denoiser)
+
+
+def joined(state: object) -> Tensor:
+    return torch.cat([value.detach().flatten() for value in flat(state)])
 
 
 def test_every_average_is_saved_as_a_model_of_its_own(place: Path) -> None:
@@ -67,10 +71,10 @@ def test_every_average_is_saved_as_a_model_of_its_own(place: Path) -> None:
     assert {path.name for path in newest.iterdir()} == {*MODELS, "state.pt", "manifest.json"}
     first, *others = (weights(newest / name) for name in MODELS)
     state = load_state(newest)["method"]
-    trained = torch.cat([value.flatten() for value in state["student"].values()])
+    trained = joined(state["student"])
     assert torch.equal(others[1], trained)  # a decay of 0 keeps no history
-    assert torch.equal(first, torch.cat([value.flatten() for value in state["ema"]["averages"]]))
-    assert torch.equal(others[0], torch.cat([value.flatten() for value in state["ema"]["others"]["0.05"]]))
+    assert torch.equal(first, joined(state["ema"]["averages"]))
+    assert torch.equal(others[0], joined(state["ema"]["others"]["0.05"]))
     distances = [(each - trained).norm().item() for each in (first, *others)]
     assert distances[0] > distances[1] > distances[2] == 0
 
@@ -120,8 +124,7 @@ def test_a_model_is_opened_by_its_average(place: Path) -> None:
     run, best = place / "whole", best_steps(read_metrics(place / "whole" / "evaluations.jsonl"))
     found = find(f"{run}@best-ema0.05_fid")
     assert (found.step, found.ema) == (best["ema0.05_fid"], "0.05")
-    opened = torch.cat([p.flatten() for p in open_model(f"{run}@best-ema0.05_fid").denoiser.parameters()])
-    assert torch.equal(opened, weights(found.folder))
+    assert same(open_model(f"{run}@best-ema0.05_fid").denoiser, load(found.folder).denoiser)
 
 
 def test_evaluate_has_a_row_for_each_with_the_numbers_of_the_run(
@@ -143,8 +146,7 @@ def test_a_second_stage_starts_from_the_best_of_an_average(place: Path, tmp_path
     still = ["student.optimizer.lr=1e-12", "student.optimizer.weight_decay=0", "num_steps=2", "evaluation.every=null"]
     start = f"{place}/whole@best-ema0.05_fid"
     distill(recipe(place, *still, f"init_from={start}"), tmp_path / "second", report=quiet)
-    state = load_state(find(start).checkpoint)["method"]["student"]
-    trained = torch.cat([value.flatten() for value in state.values()])
+    trained = joined(load_state(find(start).checkpoint)["method"]["student"])
     for name in MODELS:
         assert (weights(checkpoints(tmp_path / "second")[-1] / name) - trained).abs().max() < 1e-6
 

@@ -258,13 +258,9 @@ class DMD2Settings(MemorySettings):
     """For `regression_weight` (keys pairs, sampler, lpips, lpips_size, decoder)."""
 
     @model_validator(mode="after")
-    def _pairs_are_named(self) -> Self:
+    def _something_trains_the_student(self) -> Self:
         if self.regression_weight and self.regression is None:
             raise ValueError("regression_weight: needs regression.pairs and regression.sampler")
-        return self
-
-    @model_validator(mode="after")
-    def _something_trains_the_student(self) -> Self:
         if not self.dm.weight and not self.gan.student_weight:
             raise ValueError("dm.weight and gan.student_weight are both 0: nothing would train the student")
         return self
