@@ -7,30 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep.data.images import ImageSet, Unusable
-from fewstep.data.latents import load_latents, write_latents
+from fewstep.data.latents import write_latents
 from fewstep.data.shards import open_shard, save_shard
 from fewstep.errors import UserError
 from fewstep.seeding import generator
-
-NUM = 11
-SPACE = {"autoencoder": "a1", "shape": [4, 2, 2], "image_size": 4}
-
-
-def captioned(broken: tuple[int, ...] = ()) -> ImageSet:
-    """Image i is all i; those that are `broken` can't be fetched."""
-
-    def fetch(indices: Tensor) -> Tensor:
-        for index in indices.tolist():
-            if index in broken:
-                raise Unusable(f"image {index}", "not a readable 8-bit image")
-        return indices.to(torch.uint8)[:, None, None, None].expand(-1, 3, 4, 4)
-
-    return ImageSet(fetch, None, NUM, [f"caption {index}" for index in range(NUM)])
-
-
-def encode(images: Tensor, noise: Tensor) -> Tensor:
-    return images.float().mean(dim=(1, 2, 3))[:, None, None, None] + 0.1 * noise
+from kept_rows import NUM, SPACE, captioned, encode, load_latents
 
 
 def latent(index: int, seed: int = 0) -> Tensor:
@@ -41,7 +22,7 @@ def latent(index: int, seed: int = 0) -> Tensor:
 def test_every_batch_holds_latents_and_captions_of_its_images(batch_size: int, tmp_path: Path) -> None:
     description = write_latents(captioned(), encode, SPACE, tmp_path / "out", seed=5, batch_size=batch_size)
     assert (description["count"], description["dropped"]) == (NUM, {})
-    latents = load_latents(tmp_path / "out", SPACE)
+    latents = load_latents(tmp_path / "out")
     batch = latents.batch(torch.tensor([10, 0, 4, 4, 7]))
     assert batch["caption"] == ["caption 10", "caption 0", "caption 4", "caption 4", "caption 7"]
     assert batch["latent"].dtype == torch.float16
@@ -55,7 +36,7 @@ def test_unusable_images_are_left_out_and_counted(broken: tuple[int, ...], tmp_p
     assert description["count"] == NUM - len(broken)
     assert description["dropped"] == {"unsafe": 7, "not a readable 8-bit image": len(broken)}
     assert json.loads((tmp_path / "out" / "latents.json").read_text()) == description
-    latents = load_latents(tmp_path / "out", SPACE)
+    latents = load_latents(tmp_path / "out")
     kept = [index for index in range(NUM) if index not in broken]
     assert latents.captions == [f"caption {index}" for index in kept]
     everything = latents.batch(torch.arange(latents.length))["latent"]
@@ -72,4 +53,4 @@ def test_a_file_with_fewer_captions_than_latents_is_damaged(tmp_path: Path) -> N
     tensors, facts = open_shard(tmp_path / "00002.safetensors")
     save_shard(tmp_path / "00002.safetensors", tensors, {**facts, "captions": facts["captions"][1:]})
     with pytest.raises(UserError, match=r"00002\.safetensors: missing or damaged"):
-        load_latents(tmp_path, SPACE)
+        load_latents(tmp_path)

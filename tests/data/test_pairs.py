@@ -10,19 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep.data.pairs import Given, PairSet, load_pairs, write_pairs
+from fewstep.data.pairs import Given, write_pairs
 from fewstep.errors import UserError
 from fewstep.seeding import generator
+from kept_rows import NUM, PLAN, PROMPTS, draw, files, load_pairs
 
-NUM, SHAPE = 11, [2, 3, 3]
-PLAN = {"teacher": "a1", "sampler": "euler:50@8", "shape": SHAPE, "seed": 5, "num_pairs": NUM}
-PROMPTS: Given = {"prompt": [f"prompt {index}" for index in range(NUM)]}
-
-
-def draw(noise: Tensor, given: Given) -> Tensor:
-    """x0 depends on the noise and on the number that is in the prompt."""
-    numbers = torch.tensor([float(text.split()[1]) for text in given["prompt"]])
-    return noise.square() + numbers[:, None, None, None]
+SHAPE = [2, 3, 3]
 
 
 def expected(index: int, seed: int = 5) -> tuple[Tensor, Tensor]:
@@ -30,18 +23,10 @@ def expected(index: int, seed: int = 5) -> tuple[Tensor, Tensor]:
     return noise, (noise.float().square() + index).half()
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-
-
-def load(folder: Path) -> PairSet:
-    return load_pairs(folder, "a1", "euler:50@8", tuple(SHAPE))
-
-
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 def test_every_row_is_its_pair(batch_size: int, tmp_path: Path) -> None:
     assert write_pairs(draw, PROMPTS, PLAN, tmp_path, batch_size) == 0
-    pairs, wanted = load(tmp_path), [10, 0, 4, 4, 7, 2]
+    pairs, wanted = load_pairs(tmp_path), [10, 0, 4, 4, 7, 2]
     batch = pairs.batch(torch.tensor(wanted))
     assert pairs.length == NUM
     assert batch["caption"] == [f"prompt {index}" for index in wanted]
@@ -52,9 +37,9 @@ def test_every_row_is_its_pair(batch_size: int, tmp_path: Path) -> None:
 
 def test_labels_and_no_condition(tmp_path: Path) -> None:
     write_pairs(lambda noise, given: noise, {"label": list(range(NUM))}, PLAN, tmp_path / "labels")
-    assert load(tmp_path / "labels").batch(torch.tensor([9, 1]))["label"].tolist() == [9, 1]
+    assert load_pairs(tmp_path / "labels").batch(torch.tensor([9, 1]))["label"].tolist() == [9, 1]
     write_pairs(lambda noise, given: noise, {}, PLAN, tmp_path / "none")
-    assert load(tmp_path / "none").batch(torch.tensor([9, 1])).keys() == {"noise", "x0"}
+    assert load_pairs(tmp_path / "none").batch(torch.tensor([9, 1])).keys() == {"noise", "x0"}
 
 
 def test_other_programs_read_it_as_documented(tmp_path: Path) -> None:
@@ -132,7 +117,7 @@ def test_a_file_in_place_of_another_is_damage(tmp_path: Path) -> None:
     (tmp_path / "00002.parquet").rename(tmp_path / "00001.parquet")
     (tmp_path / "00002.parquet").write_bytes((tmp_path / "00000.parquet").read_bytes())
     with pytest.raises(UserError, match=r"0000[12]\.parquet: missing or damaged"):
-        load(tmp_path)
+        load_pairs(tmp_path)
 
 
 def test_a_flipped_bit_is_found_when_its_row_is_read(tmp_path: Path) -> None:
@@ -142,7 +127,7 @@ def test_a_flipped_bit_is_found_when_its_row_is_read(tmp_path: Path) -> None:
     place = content.index(expected(5)[1].numpy().tobytes())
     content[place + 7] ^= 1
     path.write_bytes(content)
-    pairs = load(tmp_path)
+    pairs = load_pairs(tmp_path)
     assert torch.equal(pairs.batch(torch.tensor([3, 6]))["x0"][1], expected(6)[1])  # another group of rows
     with pytest.raises(UserError, match=r"00001\.parquet: missing or damaged"):
         pairs.batch(torch.tensor([5]))

@@ -17,14 +17,10 @@ from torch import Tensor
 from fewstep.data import embeddings, latents, pairs
 from fewstep.data.images import ImageSet
 from fewstep.errors import UserError
+from kept_rows import CAPTIONS, NUM, PLAN, PROMPTS, SPACE, captioned, draw, encode, files, load_latents, load_pairs
 from steps import dying
 
-NUM = 11
 NAMES = ["00000", "00001", "00002"]  # of 4, 4 and 3 rows, each made in two calls
-SPACE = {"autoencoder": "a1", "shape": [4, 2, 2], "image_size": 4}
-PLAN = {"teacher": "a1", "sampler": "euler:50@8", "shape": [2, 3, 3], "seed": 0, "num_pairs": NUM}
-PROMPTS: pairs.Given = {"prompt": [f"prompt {index}" for index in range(NUM)]}
-TEXTS = [f"text {index}" for index in range(NUM)]
 Tick = Callable[[], object]
 """Called at every call of what makes rows."""
 
@@ -39,33 +35,22 @@ def ticking(tick: Tick, made: Callable[..., object]) -> Callable[..., object]:
 
 
 def write_latents(out: Path, tick: Tick = int, report: Callable[[int], None] = id, **changes: object) -> None:
-    images = ImageSet(lambda rows: rows.to(torch.uint8)[:, None, None, None].expand(-1, 3, 4, 4), None, NUM, TEXTS)
     space = SPACE | {key: value for key, value in changes.items() if key in SPACE}
     others = {key: value for key, value in changes.items() if key not in SPACE}
-    encode = ticking(tick, lambda images, noise: images.float().mean((1, 2, 3))[:, None, None, None] + noise)
-    arguments = {"images": images, "settings": {"min_side": 1024}, "batch_size": 2, "report": report, **others}
-    latents.write_latents(encode=encode, space=space, out=out, **arguments)
+    arguments = {"images": captioned(), "settings": {"min_side": 1024}, "batch_size": 2, "report": report, **others}
+    latents.write_latents(encode=ticking(tick, encode), space=space, out=out, **arguments)
 
 
 def write_pairs(out: Path, tick: Tick = int, report: Callable[[int], None] = id, **changes: object) -> None:
     given = changes.pop("given", PROMPTS)
-    draw = ticking(tick, lambda noise, given: noise.square())
-    pairs.write_pairs(draw, given, PLAN | changes, out, batch_size=2, report=report)
+    pairs.write_pairs(ticking(tick, draw), given, PLAN | changes, out, batch_size=2, report=report)
 
 
 def write_embeddings(out: Path, tick: Tick = int, report: Callable[[int], None] = id) -> None:
     def embed(texts: list[str]) -> dict[str, Tensor]:
         return {"text": torch.tensor([[float(sum(map(ord, text))), len(text)] for text in texts])}
 
-    embeddings.cached_embeddings(TEXTS, ticking(tick, embed), "f", out, 1.0, report)
-
-
-def load_latents(out: Path, **asked: object) -> latents.LatentSet:
-    return latents.load_latents(out, SPACE | asked)
-
-
-def load_pairs(out: Path, teacher: str = "a1", sampler: str = "euler:50@8", shape: tuple = (2, 3, 3)) -> pairs.PairSet:
-    return pairs.load_pairs(out, teacher, sampler, shape)
+    embeddings.cached_embeddings(CAPTIONS, ticking(tick, embed), "f", out, 1.0, report)
 
 
 class Kind(NamedTuple):
@@ -87,10 +72,6 @@ PLANNED = ["latents", "pairs"]  # and say how they were made
 @pytest.fixture(params=KINDS)
 def kind(request: pytest.FixtureRequest) -> Kind:
     return KINDS[request.param]
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def shards(folder: Path) -> list[Path]:
@@ -160,9 +141,9 @@ def test_a_folder_of_other_files_is_left_alone(name: str, tmp_path: Path) -> Non
         ("latents", {"seed": 1}, "seed: 0 -> 1"),
         ("latents", {"settings": {"min_side": 512}}, "min_side: 1024 -> 512"),
         ("latents", {"autoencoder": "b2"}, "autoencoder: a1 -> b2"),
-        ("latents", {"images": ImageSet(int, None, NUM, TEXTS[::-1])}, "captions: [0-9a-f]{16} -> [0-9a-f]{16}"),
-        ("latents", {"images": ImageSet(int, None, NUM - 1, TEXTS)}, "num_images: 11 -> 10"),
-        ("pairs", {"seed": 1}, "seed: 0 -> 1"),
+        ("latents", {"images": ImageSet(int, None, NUM, CAPTIONS[::-1])}, "captions: [0-9a-f]{16} -> [0-9a-f]{16}"),
+        ("latents", {"images": ImageSet(int, None, NUM - 1, CAPTIONS)}, "num_images: 11 -> 10"),
+        ("pairs", {"seed": 1}, "seed: 5 -> 1"),
         ("pairs", {"sampler": "ddim:4"}, "sampler: euler:50@8 -> ddim:4"),
         ("pairs", {"teacher": "b2"}, "teacher: a1 -> b2"),
         ("pairs", {"num_pairs": 4}, "num_pairs: 11 -> 4"),
@@ -276,7 +257,7 @@ def test_files_are_mapped_and_not_read(name: str, tmp_path: Path, monkeypatch: p
 
     if name == "latents":  # 8 MB a row
         shape = [4, 1024, 1024]
-        images = ImageSet(lambda rows: rows.to(torch.uint8)[:, None, None, None], None, 11, TEXTS)
+        images = ImageSet(lambda rows: rows.to(torch.uint8)[:, None, None, None], None, 11, CAPTIONS)
         encode = lambda images, noise: images.half().expand(-1, *shape)  # noqa: E731
         latents.write_latents(images, encode, SPACE | {"shape": shape}, tmp_path)
     else:

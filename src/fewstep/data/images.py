@@ -83,10 +83,9 @@ def labels_of_classes(
     found = sorted(set(labels.tolist()))
     if found != list(range(num_classes)):
         named = f" ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})" if names else ""
-        raise UserError(
-            f"{source}: has {len(found)} classes, numbered {found[0]} to {found[-1]}{named}, but the model has "
-            f"{num_classes}, numbered 0 to {num_classes - 1} (model.num_classes)"
-        )
+        has = f"has {len(found)} classes, numbered {found[0]} to {found[-1]}{named}"
+        wanted = f"the model has {num_classes}, numbered 0 to {num_classes - 1}"
+        raise UserError(f"{source}: {has}, but {wanted} (model.num_classes)")
     return labels
 
 

@@ -59,10 +59,9 @@ def see(images: Tensor) -> list[list[Seen]]:
 def _regions(saturation: Tensor) -> list[Tensor]:
     """Masks (H, W) of the connected saturated regions, each widened by one pixel to take in its blurred edge."""
     labels, _ = ndimage.label((saturation > SATURATED).numpy())
-    found = torch.from_numpy(labels).long()
-    kept = [label for label, size in enumerate(found.flatten().bincount().tolist()) if label and size >= MIN_PIXELS]
-    masks = [found == label for label in kept]
-    return [torch.from_numpy(ndimage.binary_dilation(mask.numpy())) for mask in masks]
+    sizes = torch.from_numpy(labels).flatten().bincount().tolist()
+    kept = [label for label, size in enumerate(sizes) if label and size >= MIN_PIXELS]
+    return [torch.from_numpy(ndimage.binary_dilation(labels == label)) for label in kept]
 
 
 def _middles(strength: Tensor) -> Tensor:
