@@ -9,7 +9,7 @@ from fewstep.data import latents, pairs
 from fewstep.data.images import ImageSet, Unusable
 
 NUM = 11
-SPACE = {"autoencoder": "a1", "shape": [4, 2, 2], "image_size": 4}
+SPACE = {"autoencoder": "a1", "shape": [4, 2, 2], "image_size": 4, "seed": 5, "min_side": 1024}
 PLAN = {"teacher": "a1", "sampler": "euler:50@8", "shape": [2, 3, 3], "seed": 5, "num_pairs": NUM}
 PROMPTS: pairs.Given = {"prompt": [f"prompt {index}" for index in range(NUM)]}
 CAPTIONS = [f"caption {index}" for index in range(NUM)]

@@ -35,10 +35,8 @@ def ticking(tick: Tick, made: Callable[..., object]) -> Callable[..., object]:
 
 
 def write_latents(out: Path, tick: Tick = int, report: Callable[[int], None] = id, **changes: object) -> None:
-    space = SPACE | {key: value for key, value in changes.items() if key in SPACE}
-    others = {key: value for key, value in changes.items() if key not in SPACE}
-    arguments = {"images": captioned(), "settings": {"min_side": 1024}, "batch_size": 2, "report": report, **others}
-    latents.write_latents(encode=ticking(tick, encode), space=space, out=out, **arguments)
+    images, draw_latents = changes.pop("images", captioned()), ticking(tick, encode)
+    latents.write_latents(images, draw_latents, SPACE | changes, out, batch_size=2, report=report)
 
 
 def write_pairs(out: Path, tick: Tick = int, report: Callable[[int], None] = id, **changes: object) -> None:
@@ -138,8 +136,8 @@ def test_a_folder_of_other_files_is_left_alone(name: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("latents", {"seed": 1}, "seed: 0 -> 1"),
-        ("latents", {"settings": {"min_side": 512}}, "min_side: 1024 -> 512"),
+        ("latents", {"seed": 1}, "seed: 5 -> 1"),
+        ("latents", {"min_side": 512}, "min_side: 1024 -> 512"),
         ("latents", {"autoencoder": "b2"}, "autoencoder: a1 -> b2"),
         ("latents", {"images": ImageSet(int, None, NUM, CAPTIONS[::-1])}, "captions: [0-9a-f]{16} -> [0-9a-f]{16}"),
         ("latents", {"images": ImageSet(int, None, NUM - 1, CAPTIONS)}, "num_images: 11 -> 10"),

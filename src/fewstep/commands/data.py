@@ -34,7 +34,7 @@ def latents(given: Latents) -> None:
     if not images.length:
         raise UserError(f"{given.source}: no image is left; {describe_dropped(dropped)}")
     settings = {"source": origin(given.source), **files, **columns, **asdict(filter)}
-    made = (images, model.encode_images, model.latent_space, given.out, given.seed, settings, dropped)
+    made = (images, model.encode_images, {**model.latent_space, "seed": given.seed, **settings}, given.out, dropped)
     try:
         with progress_bar("encode images", images.length) as show:
             description = write_latents(*made, given.batch_size, lambda done: show(done, {}))

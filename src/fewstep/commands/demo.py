@@ -176,15 +176,9 @@ def _classify(recipe: TeachRecipe, out: Path, report: Report) -> None:
 def _encode(job: Job, out: Path, report: Report) -> None:
     model = open_encoder(out / str(job.autoencoder))
     images = open_captioned_images(job.data, model.image_size)
-    write_latents(
-        replace(images, length=min(images.length, job.num_latents)),
-        model.encode_images,
-        model.latent_space,
-        out / LATENTS,
-        settings={"source": job.data.source},
-        batch_size=100,
-        report=lambda done: report(done, {}),
-    )
+    images = replace(images, length=min(images.length, job.num_latents))
+    plan = {**model.latent_space, "seed": 0, "source": job.data.source}
+    write_latents(images, model.encode_images, plan, out / LATENTS, {}, 100, lambda done: report(done, {}))
 
 
 def _generate(run: Path, sampler: Sampler, indices: range, prompts: Sequence[str], report: Report) -> Tensor:

@@ -42,30 +42,28 @@ class LatentSet:
 def write_latents(
     images: ImageSet,
     encode: Encode,
-    space: dict[str, Any],
+    plan: dict[str, Any],
     out: Path,
-    seed: int = 0,
-    settings: dict[str, Any] | None = None,
     dropped: dict[str, int] | None = None,
     batch_size: int = 8,
     report: Report = lambda done: None,
 ) -> dict[str, Any]:
     """Writes the latents of captioned images into the folder `out`, or goes on with it; returns its description.
 
-    `space` is the model's `latent_space`; the noise of image i is a function of (seed, i). Unusable images are left out
-    and counted in the description's `dropped`, on top of those given. Raises UserError if `out` holds something else,
-    as it does if the captions are others than when it was begun.
+    `plan` is the model's `latent_space` with a `seed`, and what else decides; the noise of image i is a function of
+    (seed, i). Unusable images are left out and counted in the description's `dropped`, on top of those given. Raises
+    UserError if `out` holds something else, as it does if the captions are others than when it was begun.
     """
     captions = digest((images.captions or [])[: images.length])
-    plan = {**space, "seed": seed, "num_images": images.length, "rows_per_file": ROWS, "captions": captions}
-    folder = ShardFolder(out, "latents", plan | (settings or {}), images.length, ROWS)
+    plan = {**plan, "num_images": images.length, "rows_per_file": ROWS, "captions": captions}
+    folder = ShardFolder(out, "latents", plan, images.length, ROWS)
     folder.start()
 
     def make(path: Path, rows: range, told: Report) -> None:
-        latents, facts = _encode_rows(images, encode, tuple(space["shape"]), rows, seed, batch_size, told)
+        latents, facts = _encode_rows(images, encode, plan, rows, batch_size, told)
         save_shard(path, {"latent": latents}, facts)
 
-    folder.fill(make, 2 * math.prod(space["shape"]), report)
+    folder.fill(make, 2 * math.prod(plan["shape"]), report)
     all_facts = [open_shard(path)[1] for path in folder.files]
     left_out = sum((Counter(facts["dropped"]) for facts in all_facts), Counter(dropped))
     count = sum(len(facts["captions"]) for facts in all_facts)
@@ -77,10 +75,10 @@ def write_latents(
 
 
 def _encode_rows(
-    images: ImageSet, encode: Encode, shape: tuple[int, ...], rows: range, seed: int, batch_size: int, report: Report
+    images: ImageSet, encode: Encode, plan: dict[str, Any], rows: range, batch_size: int, report: Report
 ) -> tuple[Tensor, dict[str, Any]]:
     """The latents of one file, and its captions and counts."""
-    latents, captions = [torch.empty(0, *shape, dtype=torch.float16)], []
+    latents, captions = [torch.empty(0, *plan["shape"], dtype=torch.float16)], []
     dropped: Counter[str] = Counter()
     for chunk in chunks(rows, batch_size):
         usable: dict[int, Tensor] = {}
@@ -93,7 +91,7 @@ def _encode_rows(
             usable[index] = batch["image"]
             captions += batch["caption"]
         if usable:
-            noise = [torch.randn(shape, generator=generator(seed, "latent", index)) for index in usable]
+            noise = [torch.randn(plan["shape"], generator=generator(plan["seed"], "latent", row)) for row in usable]
             latents.append(encode(torch.cat(list(usable.values())), torch.stack(noise)).half().cpu())
         report(chunk.stop - rows.start)
     return torch.cat(latents), {"captions": captions, "dropped": dropped}
