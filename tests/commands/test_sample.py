@@ -30,9 +30,8 @@ GRID = PixelModel(PixelModelConfig(**CONFIG), build_unet(PixelModelConfig(**CONF
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pixel models and tiny SD ones, teachers and students, in folders and in a file."""
     place = tmp_path_factory.mktemp("models")
-    for seed, (name, timesteps) in enumerate(
-        {"teacher": None, "one": [80.0], "four": GRID, "uneven": [80.0, 1.0]}.items()
-    ):
+    students = {"one": [80.0], "four": GRID, "uneven": [80.0, 1.0]}
+    for seed, (name, timesteps) in enumerate({"teacher": None, **students}.items()):
         pixel_model(seed, timesteps).save(place / name)
     pixel_model(9, None, num_classes=4).save(place / "classes")
     pixel_model(9, None, image_size=16).save(place / "large")
@@ -108,28 +107,12 @@ def test_what_a_picture_is_stands_in_it(command: Tell, tmp_path: Path) -> None:
     path = tmp_path / "samples" / "00001.png"
     prompt, shown = parameters(path)
     assert prompt == "class 1"
-    assert shown == {
-        "Steps": "5",
-        "Sampler": "DDIM",
-        "CFG scale": "2.5",
-        "Seed": "3",
-        "Model": "teacher",
-        "Version": f"fewstep {__version__}",
-        "Image": "1",
-    }
+    told = {"Steps": "5", "Sampler": "DDIM", "CFG scale": "2.5", "Seed": "3", "Model": "teacher"}
+    assert shown == {**told, "Version": f"fewstep {__version__}", "Image": "1"}
     whole = settings(path)
     assert re.fullmatch("[0-9a-f]{16}", whole.pop("fingerprint"))
-    assert whole == {
-        "class": 1,
-        "model": "teacher",
-        "sampler": "ddim",
-        "num_steps": 5,
-        "timesteps": None,
-        "guidance_scale": 2.5,
-        "seed": 3,
-        "index": 1,
-        "version": __version__,
-    }
+    how = {"sampler": "ddim", "num_steps": 5, "timesteps": None, "guidance_scale": 2.5}
+    assert whole == {"class": 1, "model": "teacher", **how, "seed": 3, "index": 1, "version": __version__}
 
 
 def test_steps_are_the_teachers(command: Tell, models: Path, tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ def differences(old: AnyRecipe, new: AnyRecipe) -> list[str]:
     """The dotted keys in which two recipes differ, as `key: old -> new`; of two kinds, only the kind."""
     if old.kind != new.kind:
         return [f"kind: {old.kind} -> {new.kind}"]
-    before, after = dict(_flat(old.model_dump())), dict(_flat(new.model_dump()))
+    before, after = ({key: value for key, value, _ in documented(recipe)} for recipe in (old, new))
     keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
     return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys]
 
@@ -118,14 +118,6 @@ def documented(recipe: BaseModel) -> Iterator[tuple[str, Any, str]]:
             yield from ((f"{name}.{key}", inner, text) for key, inner, text in documented(value))
         else:
             yield name, value, " ".join((field.description or "").split())
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _read(path: Path) -> dict[str, Any]:
