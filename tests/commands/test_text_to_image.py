@@ -1,6 +1,5 @@
 """From SD or SDXL as a folder, a file or on the hub to a student of it; what checkpoints cost, and what is where."""
 
-import csv
 import json
 import shutil
 from functools import partial
@@ -18,6 +17,7 @@ from fewstep.models.latent_model import LatentModel
 from fewstep.models.loading.pretrained import load
 from fewstep.models.sampler import draw_noise, images_per_second
 from fewstep.training.dmd2 import DMD2
+from image_sets import write_captioned
 from single_files import original_weights, write_single_file
 from tiny_pipelines import TINY
 
@@ -43,13 +43,8 @@ def workplace(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     pipeline.save_pretrained(folder / "teacher")
     write_single_file(folder / "tuned.safetensors", original_weights(pipeline))
     shutil.copytree(folder / "teacher", folder / "config", ignore=shutil.ignore_patterns("*.safetensors"))
-    (folder / "pictures").mkdir()
-    with (folder / "pictures" / "metadata.csv").open("w") as file:
-        rows = csv.writer(file)
-        rows.writerow(["file_name", "text"])
-        for index in range(12):
-            Image.new("RGB", (20 + index, 24), (20 * index, 90, 200)).save(folder / "pictures" / f"{index}.png")
-            rows.writerow([f"{index}.png", f"a picture of {index}"])
+    pictures = [Image.new("RGB", (20 + index, 24), (20 * index, 90, 200)) for index in range(12)]
+    write_captioned(folder / "pictures", pictures, [f"a picture of {index}" for index in range(12)])
     (folder / "recipe.yaml").write_text(RECIPE)
     return folder
 
