@@ -19,6 +19,7 @@ from fewstep.models.sampler import draw_noise, images_per_second
 from fewstep.training.dmd2 import DMD2
 from image_sets import write_captioned
 from single_files import original_weights, write_single_file
+from steps import spy
 from tiny_pipelines import TINY
 
 CLOSED = "http://127.0.0.1:9"
@@ -297,25 +298,18 @@ def test_a_run_uses_in_its_steps_only_what_they_need_and_releases_the_rest(
     tell: Tell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: str, in_steps: set[str]
 ) -> None:
     events: list[str] = []
-    here, step, release = LatentModel._here, DMD2.step, LatentModel.release
+    step = DMD2.step
 
-    def use(model: LatentModel, part: torch.nn.Module) -> torch.nn.Module:
+    def used(model: LatentModel, part: torch.nn.Module) -> None:
         events.append("autoencoder" if part is model.autoencoder else "conditioner")
-        return here(model, part)
 
-    def counted_step(*arguments: object) -> dict:
-        events.append("step")
-        metrics = step(*arguments)
-        events.append("done")
-        return metrics
-
-    monkeypatch.setattr(LatentModel, "_here", use)
-    monkeypatch.setattr(LatentModel, "release", lambda model: (events.append("release"), release(model)))
-    monkeypatch.setattr(DMD2, "step", counted_step)
+    spy(monkeypatch, LatentModel, "_here", used)
+    spy(monkeypatch, LatentModel, "release", lambda model: events.append("release"))
+    monkeypatch.setattr(DMD2, "step", lambda *given: (events.append("step"), step(*given), events.append("done"))[1])
     assert tell(f"fewstep distill recipe.yaml --out {tmp_path}/run --set {settings}") == (0, "")
     before, *steps = " ".join(events).split("step")
     assert before.split()[-1] == "release"
     assert "autoencoder" not in before
-    used = {event for part in steps for event in part.split("done")[0].split()}
-    assert used == in_steps  # embeddings are kept, unless there is no room for them
+    found = {event for part in steps for event in part.split("done")[0].split()}
+    assert found == in_steps  # embeddings are kept, unless there is no room for them
     assert steps[-1].split("done")[1].split() == ["conditioner", "autoencoder", "release"]  # the grid
