@@ -34,14 +34,14 @@ def main() -> None:
     model = PixelModel(config, build_unet(config), timesteps=[80.0, 2.5, 0.8, 0.3])
     model.denoiser.eval()
     noise = draw_noise(model, 4, 0, arguments.batch_size, seed=0)
-    condition = model.numbered_condition(0, arguments.batch_size)
+    condition = model.conditions(range(arguments.batch_size))
     t = torch.ones(arguments.batch_size)
     print(f"{'sampler':<12}{'calls':>6}{'overhead':>10}   (median of {arguments.pairs} pairs; quartiles)")
     for sampler in (Sampler("student", 4), Sampler("ddim", 8), Sampler("heun", 18)):
 
         def bare(nfe: int = sampler.nfe) -> None:
             for _ in range(nfe):
-                model.unet(noise[0], t, class_labels=condition["label"], return_dict=False)
+                model.network(noise[0], t, class_labels=condition["label"], return_dict=False)
 
         def ours(sampler: Sampler = sampler) -> None:
             sample(model, sampler, noise, condition)

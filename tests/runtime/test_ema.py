@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fewstep.runtime.ema import EMA, ema_name
+from fewstep.runtime.ema import EMA, ema_name, load_trainable, trainable_state
 
 
 def moved(module: nn.Module, seed: int) -> None:
@@ -170,3 +170,21 @@ def test_a_loaded_average_goes_on_where_the_saved_one_was(
     other.update()
     for name in (None, *ema.others):
         assert torch.equal(ema.averages_of(name)["weight"], other.averages_of(name)["weight"])
+
+
+def test_what_is_trained_is_taken_and_put_back_by_name_without_the_frozen_base() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    network[0].requires_grad_(False)
+    state = {name: value.clone() for name, value in trainable_state(network).items()}
+    assert list(state) == ["1.weight", "1.bias"]
+    base = network[0].weight.clone()
+    with torch.no_grad():
+        network[1].weight.add_(1)
+    load_trainable(network, state)
+    assert torch.equal(network[1].weight, state["1.weight"])
+    assert torch.equal(network[0].weight, base)
+    with pytest.raises(KeyError, match="on one side alone"):
+        load_trainable(network, state | {"0.bias": torch.zeros(3)})
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        load_trainable(network, state | {"1.bias": torch.zeros(1)})  # not broadcast

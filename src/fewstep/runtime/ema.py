@@ -8,6 +8,18 @@ import torch
 from torch import Tensor, nn
 
 
+def trainable_state(module: nn.Module) -> dict[str, Tensor]:
+    """What is trained, by name, detached: all that checkpoints, averages and other runs take of a module."""
+    return {name: parameter.detach() for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def load_trainable(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """Puts back what `trainable_state` gave; raises KeyError or RuntimeError if it is of another module."""
+    if other := trainable_state(module).keys() ^ state.keys():
+        raise KeyError(f"{sorted(other)[0]}, one of {len(other)} parameters on one side alone")
+    module.load_state_dict(state, strict=False)  # what is not trained is not in it
+
+
 class EMA:
     """average <- d average + (1 - d) parameter, with d = min(decay, (1 + n) / (10 + n)) at update n, for every decay.
 

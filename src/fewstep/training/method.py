@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.losses import finite_samples
@@ -17,7 +17,7 @@ from fewstep.diffusion.schedules import NoiseSchedule
 from fewstep.errors import UserError
 from fewstep.models.image_model import Asked, ImageModel
 from fewstep.runtime.checkpoint import ema_folder
-from fewstep.runtime.ema import EMA
+from fewstep.runtime.ema import EMA, load_trainable, trainable_state
 from fewstep.runtime.tracking import is_count
 from fewstep.training.optimization import Optimizer
 from fewstep.training.settings import StudentSettings
@@ -104,11 +104,20 @@ class Method(ABC):
                 model.save(ema_folder(folder, ema) if ema else folder, frozen)
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name).state_dict() for name in self.STATE}
+        """What resuming needs: of modules what is trained in them, so that a frozen base is not written again."""
+        parts = {name: getattr(self, name) for name in self.STATE}
+        return {
+            name: trainable_state(part) if isinstance(part, nn.Module) else part.state_dict()
+            for name, part in parts.items()
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name in self.STATE:
-            getattr(self, name).load_state_dict(state[name])
+            part = getattr(self, name)
+            if isinstance(part, nn.Module):
+                load_trainable(part, state[name])
+            else:
+                part.load_state_dict(state[name])
 
 
 class StudentMethod(Method):

@@ -18,6 +18,7 @@ from fewstep.networks.features import features
 from fewstep.networks.precision import trainable
 from fewstep.networks.stop_embedding import condition_on_stop
 from fewstep.runtime.checkpoint import load_state
+from fewstep.runtime.ema import trainable_state
 
 STOP_EMBEDDING = "network.stop_embedding.weight"  # of a critic with `condition_on_stop`, zero at first
 
@@ -98,7 +99,7 @@ def start_from(roles: Roles, checkpoint: Path) -> None:
 
 def _load(module: nn.Module, weights: dict[str, Tensor], what: str) -> None:
     """All of the weights, but for a stop embedding on one side only."""
-    ours = module.state_dict()
+    ours = trainable_state(module)
     shared = {name: weights[name] for name in weights.keys() & ours.keys()}
     # A second stage may begin or cease to tell the critic the stop.
     lone = (weights.keys() ^ ours.keys()) - {STOP_EMBEDDING}
