@@ -200,10 +200,12 @@ def test_images_that_follow_from_their_prompt_have_no_diversity() -> None:
     assert diversity(points(15, 1), 4) is None  # too few of each
 
 
-@pytest.mark.parametrize(("share", "num"), [(0.0, 10), (0.9, 1000), (1.0, 50), (0.25, 40)])
+@pytest.mark.parametrize(("share", "num"), [(0.0, 10), (0.0, 1797), (0.9, 1000), (1.0, 50), (0.25, 40)])
 def test_the_interval_of_a_share_is_wilsons(share: float, num: int) -> None:
     reference = binomtest(round(share * num), num).proportion_ci(0.95, "wilson")
-    assert wilson_interval(share, num) == pytest.approx((reference.low, reference.high), abs=1e-9)
+    low, high = wilson_interval(share, num)
+    assert (low, high) == pytest.approx((reference.low, reference.high), abs=1e-9)
+    assert 0 <= low < high <= 1
 
 
 def test_the_interval_of_fid_is_as_wide_as_its_spread_over_draws() -> None:

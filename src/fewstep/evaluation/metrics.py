@@ -49,7 +49,8 @@ def wilson_interval(share: float, cases: int) -> Interval:
     """
     middle = share + Z**2 / (2 * cases)
     reach = Z * (share * (1 - share) / cases + Z**2 / (4 * cases**2)) ** 0.5
-    return (middle - reach) / (1 + Z**2 / cases), (middle + reach) / (1 + Z**2 / cases)
+    low, high = (middle - reach) / (1 + Z**2 / cases), (middle + reach) / (1 + Z**2 / cases)
+    return max(0.0, low), min(1.0, high)  # of no case and of all of them rounding would leave the interval of shares
 
 
 def jackknife_interval(function: Function, real: Gathered, fake: Gathered) -> Interval:
