@@ -2,10 +2,12 @@
 
 import errno
 import inspect
+import os
 import sys
 from dataclasses import MISSING, Field, fields
 from importlib import import_module
-from typing import Annotated, Any, get_type_hints
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
@@ -45,7 +47,8 @@ def _of_a_file(error: OSError) -> str:
 def add(group: typer.Typer, name: str, verb: Verb) -> None:
     """Adds a verb to a group: its options are the fields of its class, its help is the docstring of it."""
 
-    def call(**given: Any) -> None:
+    def call(**typed: Any) -> None:
+        given = {key: at_home(value) if is_place(hints[key]) else value for key, value in typed.items()}
         arguments, (module, work) = verb.order(**given).arguments(), verb.work.split(".")
         getattr(import_module(f"fewstep.commands.{module}"), work)(*arguments)
 
@@ -54,6 +57,18 @@ def add(group: typer.Typer, name: str, verb: Verb) -> None:
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     call.__annotations__ = {each.name: each.annotation for each in parameters}
     group.command(name, help=verb.order.__doc__, epilog=f"Example: {verb.example}")(call)
+
+
+def is_place(hint: Any) -> bool:
+    """Whether an option of this type is a path, or a text that is marked as one."""
+    return hint in (Path, "a place") or any(is_place(each) for each in get_args(hint))
+
+
+def at_home(value: Any) -> Any:
+    """With the home folder in the place of `~`, which no shell expands behind `--out=`."""
+    if isinstance(value, list):
+        return [at_home(each) for each in value]
+    return value if value is None else type(value)(os.path.expanduser(value))
 
 
 def parameter(of: Field[Any], hint: Any) -> inspect.Parameter:

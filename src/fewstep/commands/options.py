@@ -17,11 +17,14 @@ def option(help: str, default: Any = None, *names: str, **more: Any) -> Any:
     return field(default_factory=list, metadata=told) if default == [] else field(default=default, metadata=told)
 
 
+Place = Annotated[str, "a place"]
+PlaceIfAny = Annotated[str | None, "a place"]
+"""Texts that may be paths, or hub ids, or names of recipes; typed `~` is the home folder in them as in any Path."""
 Set = Annotated[list[str], Option("--set", metavar="KEY=VALUE", help="Override a setting; repeatable.")]
 Resume = Annotated[bool, Option("--resume", help="Continue the run in that folder.")]
 Seed = Annotated[int, Option(metavar="N", min=0, help="Image i is a function of it and i.")]
 Device = Annotated[str, Option(help="auto, cpu or cuda.")]
-Texts = Annotated[str | None, Option(metavar="FILE", help="Prompts: .txt, .csv, .tsv or .parquet.", show_default=False)]
+Texts = Annotated[PlaceIfAny, Option(metavar="FILE", help="Prompts: .txt, .csv, .tsv or .parquet.", show_default=False)]
 
 
 class Order:
@@ -70,7 +73,7 @@ class Demo(Order):
 class Teach(Order):
     """Train a teacher from scratch."""
 
-    recipe: Annotated[str, Argument(help="Recipe name or YAML file.")]
+    recipe: Annotated[Place, Argument(help="Recipe name or YAML file.")]
     out: Path | None = option("Run folder; by default runs/RECIPE.")
     resume: Resume = False
     set_: Set = field(default_factory=list)
@@ -93,7 +96,7 @@ class Recipes(Order):
     """List recipes, show one with the meaning of every setting, or check one."""
 
     action: Annotated[str, Argument(help="list, show or check.")] = "list"
-    recipe: Annotated[str | None, Argument(help="Recipe name or YAML file.", show_default=False)] = None
+    recipe: Annotated[PlaceIfAny, Argument(help="Recipe name or YAML file.", show_default=False)] = None
     set_: Set = field(default_factory=list)
 
 
@@ -104,7 +107,7 @@ class Sample(Order):
     Of two, --steps is for the first, --sampler and --guidance for teachers.
     """
 
-    path: Annotated[str, Argument(help="Run folder, model folder, .safetensors file or hub id.")]
+    path: Annotated[Place, Argument(help="Run folder, model folder, .safetensors file or hub id.")]
     out: Path = option("Grid to write.", Path("samples.png"), metavar="PNG")
     grid_only: bool = option("Without the folder of single images.", False, "--grid-only")
     num: int | None = option("Images.", metavar="N", min=1, show_default="40; of text 4, or one per prompt")
@@ -121,9 +124,9 @@ class Sample(Order):
         "Of a teacher: heun, euler, ddim, dpm++, unipc.", metavar="KIND:N", show_default="heun:18; ddim:50 for text"
     )
     guidance: float = option("Of a teacher; 1 is none.", 1.0, metavar="S", min=1)
-    compare: str | None = option("A second model, on the same noise, in every other column.", metavar="OTHER")
+    compare: PlaceIfAny = option("A second model, on the same noise, in every other column.", metavar="OTHER")
     device: Device = "auto"
-    config: str | None = option("Of a file: diffusers folder of its family.", metavar="DIR")
+    config: PlaceIfAny = option("Of a file: diffusers folder of its family.", metavar="DIR")
     prediction_type: str | None = option("epsilon or v_prediction, if the model is wrong.", metavar="TYPE")
 
     @property
@@ -136,9 +139,11 @@ class Sample(Order):
 class Evaluate(Order):
     """Judge runs side by side: FID with its noise floor, precision, recall, accuracy, speed."""
 
-    runs: Annotated[list[str], Argument(help="Runs, or RUN@STEP, RUN@best-fid; the first one's data is the reference.")]
+    runs: Annotated[
+        list[str], "a place", Argument(help="Runs, or RUN@STEP, RUN@best-fid; the first one's data is the reference.")
+    ]
     out: Path = option("Folder for results.json and report.html.", Path("evaluation"))
-    features: str | None = option(
+    features: PlaceIfAny = option(
         "TorchScript file, `classifier` (a small one trained on the labels) or `autoencoder` (the model's).",
         show_default="classifier; autoencoder for text-to-image",
     )
@@ -159,7 +164,7 @@ class Export(Order):
     """Write a student as a diffusers folder, or as one file for ComfyUI and A1111."""
 
     # None is the target's own default
-    run: Annotated[str, Argument(help="RUN, RUN@STEP or RUN@best-METRIC.")]
+    run: Annotated[Place, Argument(help="RUN, RUN@STEP or RUN@best-METRIC.")]
     out: Annotated[Path, Argument(help="Folder, or .safetensors file, to write.")]
     to: str = option("diffusers or single-file.", "diffusers")
     ema: str | None = option("Average to take, where a run keeps several: 0.9999.", show_default="the first")
@@ -197,7 +202,7 @@ class Latents(Order):
     """Encode captioned images once, as latents that `data.source` takes."""
 
     model: Annotated[Path, Option(help="Model folder with the autoencoder, or a run folder.")]
-    source: Annotated[str, Option(help="Captioned images: a folder, a parquet file, a WebDataset tar.")]
+    source: Annotated[Place, Option(help="Captioned images: a folder, a parquet file, a WebDataset tar.")]
     out: Annotated[Path, Option(help="Folder of the latents; the same command goes on after a stop.")]
     min_side: int = option("Smaller side of the stored image in pixels; paper: 1024.", 0, min=0)
     unsafe_column: str | None = option("Drop what is true, UNSAFE, NSFW or above --max-unsafe here, or empty.")
@@ -216,7 +221,7 @@ class Latents(Order):
 class Pairs(Order):
     """Draw pairs of noise and image by a teacher's sampler; under torchrun every rank makes its share."""
 
-    teacher: Annotated[str, Option(help="Run folder, model folder, .safetensors file or hub id of the teacher.")]
+    teacher: Annotated[Place, Option(help="Run folder, model folder, .safetensors file or hub id of the teacher.")]
     num: Annotated[int, Option(min=1, help="Pairs of noise and image; paper: 10000.")]
     sampler: Annotated[
         str, Option(help="heun:18 for EDM; euler:50@8 (paper), ddim, dpm++, unipc for text to image; @: CFG.")
@@ -229,4 +234,4 @@ class Pairs(Order):
     batch_size: int | None = option("Pairs drawn at once; by default by size.", min=1)
     device: Device = "auto"
     precision: str = option("float32, bfloat16 or float16 (paper) of the teacher.", "float32")
-    teacher_config: str | None = option("For a single file: a diffusers folder or hub id.")
+    teacher_config: PlaceIfAny = option("For a single file: a diffusers folder or hub id.")

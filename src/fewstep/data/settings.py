@@ -3,13 +3,13 @@
 from pydantic import Field
 
 from fewstep.errors import UserError
-from fewstep.settings import Settings
+from fewstep.settings import Settings, UserPath
 
 
 class DataSettings(Settings):
     """Where the real images come from; size, grey or RGB, and the number of classes are the model's."""
 
-    source: str | None = "digits"
+    source: UserPath | None = "digits"
     """`digits` or, with captions, `shapes` (both embedded), an image folder, a zip (or folder) of images with a
     dataset.json as EDM's dataset_tool writes them, a parquet file, a WebDataset tar, a folder of those, or of latents
     that `fewstep data latents` wrote; null for text-to-image with `prompts` and without GAN, which needs no images."""
@@ -33,7 +33,7 @@ class DataSettings(Settings):
 class PromptSettings(Settings):
     """What the student draws fakes for, where that is not the captions of the real images."""
 
-    source: str
+    source: UserPath
     """A .txt file with one prompt per line, or a .csv, .tsv or .parquet file."""
     column: str | None = None
     """Column of the prompts; by default the first of prompt, caption, text, in any capitals."""
@@ -45,5 +45,5 @@ class EmbeddingSettings(Settings):
     max_gb: float = Field(50.0, ge=0)
     """Limit for one list of texts in GB (SDXL: 0.64 MB per text in float32); beyond it, and with 0, texts are embedded
     at every step."""
-    folder: str | None = None
+    folder: UserPath | None = None
     """By default `embeddings` beside the run folder, so that runs share it."""

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from fewstep.settings import Settings
+from fewstep.settings import Settings, UserPath
 
 
 class AutoencoderConfig(Settings):
@@ -27,9 +27,9 @@ class TextModelConfig(Settings):
 
     architecture: Literal["sdxl", "sd"] = "sdxl"
     """`sdxl`: two text encoders, pooled embedding and time_ids; `sd`: one text encoder."""
-    autoencoder: str = "shapes-autoencoder"
+    autoencoder: UserPath = "shapes-autoencoder"
     """A run folder, or the name of an `autoencode` recipe, which is run first if its run does not exist."""
-    tokenizer: str | None = None
+    tokenizer: UserPath | None = None
     """Folder of a CLIP tokenizer; by default one is trained on the captions."""
     num_tokens: int = Field(16, ge=4)
     """Length of a prompt in tokens, start and end included; longer ones are cut. CLIP: 77."""

@@ -1,6 +1,7 @@
 """Finding, checking, overriding and printing recipes; every mistake in one is told in one line."""
 
 import difflib
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -49,7 +50,7 @@ def _extended(path: Path, heirs: tuple[Path, ...] = (), shipped: bool = True) ->
     content = _read(path) if shipped or path.parent != FOLDER else {}
     if "extends" not in content:
         return content
-    name = str(content.pop("extends"))
+    name = os.path.expanduser(str(content.pop("extends")))
     beside = path.parent / name
     try:
         base = find(str(beside) if beside.suffix and beside.is_file() else name)

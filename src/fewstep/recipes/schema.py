@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from fewstep.data.settings import DataSettings, EmbeddingSettings, PromptSettings
 from fewstep.embedded.settings import AutoencoderConfig, TextModelConfig
 from fewstep.models.settings import PixelModelConfig
+from fewstep.settings import UserPath
 from fewstep.training.settings import AutoencoderSettings, DMD2Settings, LoopSettings, RegressSettings, TeacherSettings
 
 
@@ -66,11 +67,11 @@ class AutoencoderRecipe(RunSettings, AutoencoderSettings):
 class WithTeacher(RunSettings):
     """What every run has whose student is made of a teacher."""
 
-    teacher: str
+    teacher: UserPath
     """A run folder (RUN@best-fid: its best checkpoint), a model folder (diffusers' or ours), one `.safetensors` file of
     an SD or SDXL fine-tune, a hub id `owner/name`, or the name of a `teach` recipe, which is run first if its run does
     not exist."""
-    teacher_config: str | None = None
+    teacher_config: UserPath | None = None
     """For a single file: a diffusers folder or hub id of its family, for configuration, tokenizers and the parts that
     the file lacks; by default its base model on the hub."""
     teacher_prediction_type: Literal["epsilon", "v_prediction"] | None = None
@@ -86,7 +87,7 @@ class DistillRecipe(WithTeacher, DMD2Settings):
     """Distils a teacher into a few-step student."""
 
     kind: Literal["distill"] = "distill"
-    init_from: str | None = None
+    init_from: UserPath | None = None
     """A distillation or regression whose student, and critic if it has one, this one starts from: RUN (its newest
     checkpoint), RUN@5000 (that step) or RUN@best-fid (the best by a metric of its evaluation). RUN is a folder, or the
     name of a recipe whose run lies beside this one. Optimizers and discriminator start anew."""

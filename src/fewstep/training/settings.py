@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from fewstep.settings import Settings
+from fewstep.settings import Settings, UserPath
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -62,7 +62,7 @@ class EvaluationSettings(Settings):
     """Steps per evaluation, which also writes a checkpoint; by default none. The paper picks its best by FID."""
     num_samples: int = Field(1000, ge=10)
     """Images per evaluation, always of the same noise and conditions."""
-    features: str | None = None
+    features: UserPath | None = None
     """The network in whose features FID is taken: a TorchScript file, `classifier`, trained on the data's labels, or
     `autoencoder`, the text-to-image model's; by default the one of the two that the model has."""
 
@@ -161,16 +161,16 @@ class StudentSettings(Settings):
 class RegressionSettings(Settings):
     """Pairs of a teacher's noise and image, and how a student's image is compared with the teacher's."""
 
-    pairs: str
+    pairs: UserPath
     """The folder that `fewstep data pairs` wrote."""
     sampler: str
     """What the pairs must have been drawn by, as `fewstep data pairs --sampler` has it; SDXL: euler:50@8."""
-    lpips: str | None = None
+    lpips: UserPath | None = None
     """LPIPS: a TorchScript file, or `lpips` for the package of that name (VGG, as published); by default the mean
     squared error of latents, or of pixels where the model has no latents."""
     lpips_size: int | None = Field(None, ge=16)
     """Pixels that pictures are resized to for LPIPS; the original DMD has 224 for images of 32 and 64."""
-    decoder: str | None = None
+    decoder: UserPath | None = None
     """A folder of diffusers' AutoencoderTiny that decodes latents for LPIPS; by default the model's own autoencoder,
     which takes far more memory."""
 
