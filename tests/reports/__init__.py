@@ -1,1 +1,1 @@
-"""Faults that people reported of tools like this one: the smallest input of each, two relatives, and the right value."""
+"""Faults that people reported of tools like this one: the smallest input of each, two relatives, the right value."""
