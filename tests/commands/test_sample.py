@@ -35,6 +35,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pixel_model(seed, timesteps).save(place / name)
     pixel_model(9, None, num_classes=4).save(place / "classes")
     pixel_model(9, None, image_size=16).save(place / "large")
+    for name, names in {"named": ["tabby cat", "dog", "2"], "twice": ["crane", "maillot", "crane"]}.items():
+        model = pixel_model(1, [80.0])
+        PixelModel(model.config, model.network, [80.0], names).save(place / name)
     pipeline = TINY["sd"](place / "scratch")
     pipeline.save_pretrained(place / "text")
     torch.manual_seed(5)
@@ -100,6 +103,27 @@ def test_one_class_by_either_name(command: Tell, models: Path, tmp_path: Path, o
     expected = generate(load(models / "one"), Sampler("student", 1), range(40), asked=[2])
     assert torch.equal(singles(tmp_path / "twos"), expected)
     assert parameters(tmp_path / "twos.png")[0] == "class 2"
+
+
+@pytest.mark.parametrize(
+    ("asked", "number", "name"), [("'tabby cat'", 0, "tabby cat"), ("1", 1, "dog"), ("2", 2, "2"), ("dog", 1, "dog")]
+)
+def test_a_class_by_its_name_or_its_number(
+    command: Tell, models: Path, tmp_path: Path, asked: str, number: int, name: str
+) -> None:
+    assert command(f"@named --class {asked} --num 2 --compare @one") == (0, "")
+    expected = generate(load(models / "named"), Sampler("student", 1), range(2), asked=[number])
+    assert torch.equal(singles(tmp_path / "samples", "*-1.png"), expected)
+    of_one = settings(tmp_path / "samples" / "00001-1.png")
+    assert (of_one["class"], of_one["class_name"]) == (number, name)
+    assert parameters(tmp_path / "samples.png")[0] == f"class {name}"
+
+
+def test_names_of_classes_go_from_folder_to_student(models: Path, tmp_path: Path) -> None:
+    student = load(models / "named").student(load(models / "teacher").denoiser, [80.0])
+    student.save(tmp_path / "student")
+    assert load(tmp_path / "student").class_names == ["tabby cat", "dog", "2"]
+    assert load(models / "one").class_names is None
 
 
 def test_what_a_picture_is_stands_in_it(command: Tell, tmp_path: Path) -> None:
@@ -267,6 +291,13 @@ def test_one_model_is_on_the_device_at_a_time(command: Tell, monkeypatch: pytest
         ("@four --steps 1001", ["--steps 1001", "1000 noise levels"]),
         ("@text --prompt cat --sampler dpm++:1001", ["--steps 1001", "1000 noise levels"]),
         ("@teacher --class 3", ["--class 3", "3 classes"]),
+        ("@teacher --class ''", ["--class : ", "3 classes"]),
+        (f"@teacher --class {'9' * 5000}", ["3 classes"]),
+        ("@named --class 'taby cat'", ["--class taby cat", "did you mean 'tabby cat'?"]),
+        ("@named --class DOG", ["did you mean 'dog'?"]),
+        ("@named --class xyzzy", ["3 classes", "from 'tabby cat' to '2'"]),
+        ("@twice --class crane", ["classes 0, 2 have this name", "give the number"]),
+        ("@named --compare @twice", ["of which 0 is 'crane'", "of which 0 is 'tabby cat'"]),
         ("@teacher --prompt cat", ["--prompt", "--class"]),
         ("@text", ["--prompt"]),
         ("@text --prompt cat --class 1", ["--prompt", "no --class"]),

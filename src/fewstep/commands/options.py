@@ -112,7 +112,7 @@ class Sample(Order):
     grid_only: bool = option("Without the folder of single images.", False, "--grid-only")
     num: int | None = option("Images.", metavar="N", min=1, show_default="40; of text 4, or one per prompt")
     seed: Seed = 0
-    label: int | None = option("Class; by default all in turn.", None, "--class", "--label", metavar="N")
+    label: str | None = option("Class, by its name or number; by default all in turn.", None, "--class", "--label")
     prompt: list[str] = option("For text-to-image; repeatable.", [], metavar="TEXT", show_default=False)
     prompts: Texts = None
     steps: int | None = option(

@@ -2,6 +2,7 @@
 
 import json
 import re
+from difflib import get_close_matches
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,12 @@ class Painter:
     sampler: Sampler
     asked: Asked
     facts: dict[str, Any]
+
+    def label(self, index: int) -> str:
+        """What image `index` is of: its prompt, or its class by name or number."""
+        asked = range(self.model.num_classes) if self.asked is None else self.asked
+        subject = asked[index % len(asked)] if asked else ""
+        return self.model.class_name(subject) if isinstance(subject, int) else subject
 
 
 def sample(order: Sample) -> None:
@@ -103,9 +110,10 @@ def make_painters(order: Sample, prompts: list[str]) -> list[Painter]:
     for source in sources:
         prediction_type = order.prediction_type if not models else None  # of the first
         models.append(open_model(source, order.config if source in configured else None, prediction_type))
-        ask_for(models[-1], order.label, prompts)
+        check_asked(models[-1], order.label, prompts)
     check_alike(sources, models)
-    asked: Asked = prompts or (None if order.label is None else [order.label])
+    named = next((model for model in models if model.class_names), models[0])
+    asked: Asked = prompts or (None if order.label is None else [class_number(named, order.label)])
     no_teacher = all(model.timesteps for model in models)
     chosen = [choose_sampler(model, order, model is models[0], no_teacher) for model in models]
     return [
@@ -114,15 +122,28 @@ def make_painters(order: Sample, prompts: list[str]) -> list[Painter]:
     ]
 
 
-def ask_for(model: ImageModel, label: int | None, prompts: list[str]) -> None:
+def check_asked(model: ImageModel, label: str | None, prompts: list[str]) -> None:
     """Raises UserError where the model does not take what is asked for."""
     if model.kind == "text":
         if label is not None or not prompts or not all(prompts):
             raise UserError("--prompt: a text-to-image model takes a prompt, and no --class")
     elif prompts:
         raise UserError("--prompt: this model takes no text; choose a class with --class")
-    elif label is not None and not 0 <= label < model.num_classes:
-        raise UserError(f"--class {label}: the model has {model.num_classes} classes, counted from 0")
+
+
+def class_number(model: ImageModel, label: str) -> int:
+    """Of the class of that name, else of that number; raises UserError if there is none, or several of the name."""
+    names = model.class_names or []
+    if found := [number for number, name in enumerate(names) if name == label]:
+        if len(found) > 1:
+            raise UserError(f"--class {label}: classes {', '.join(map(str, found))} have this name; give the number")
+        return found[0]
+    if label.isdecimal() and len(label) < 10 and int(label) < model.num_classes:
+        return int(label)
+    near = get_close_matches(label.lower(), [name.lower() for name in names], n=1, cutoff=0.5)
+    meant = [name for name in names if name.lower() in near]
+    told = f"; did you mean {meant[0]!r}?" if meant else f", from {names[0]!r} to {names[-1]!r}" if names else ""
+    raise UserError(f"--class {label}: the model has {model.num_classes} classes, counted from 0{told}")
 
 
 def check_alike(sources: list[str], models: list[ImageModel]) -> None:
@@ -132,6 +153,11 @@ def check_alike(sources: list[str], models: list[ImageModel]) -> None:
         + (f"of {model.num_classes} classes" if model.kind == "label" else "from text")
         for model in models
     ]
+    names = [model.class_names or [] for model in models]
+    for number, (here, there) in enumerate(zip(names[0], names[-1], strict=False)):
+        if here != there:
+            made = [f"{each}, of which {number} is {name!r}" for each, name in zip(made, (here, there), strict=True)]
+            break
     if made[-1] != made[0]:
         raise UserError(f"--compare {sources[-1]}: makes {made[-1]}, but {sources[0]} {made[0]}; compare models alike")
 
@@ -220,7 +246,9 @@ def single_text(painter: Painter, order: Sample, index: int) -> dict[str, str]:
     model = painter.model
     asked = range(model.num_classes) if painter.asked is None else painter.asked
     subject = {"prompt" if model.kind == "text" else "class": asked[index % len(asked)]} if asked else {}
-    title = " ".join(str(what) if kind == "prompt" else f"{kind} {what}" for kind, what in subject.items())
+    if model.class_names:
+        subject["class_name"] = model.class_name(int(subject["class"]))
+    title = painter.label(index) if model.kind == "text" or not asked else f"class {painter.label(index)}"
     return chunks(title, painter, order, {"Image": index}, {**subject, **painter.facts, "index": index})
 
 
@@ -228,9 +256,10 @@ def grid_text(painters: list[Painter], order: Sample, num: int, columns: int, pr
     """The text chunks of the grid; of two models it names the one that each column shows."""
     names = [f"{painter.facts['model']} {painter.sampler}" for painter in painters] * (columns // len(painters))
     facts = [painter.facts for painter in painters]
-    title = "; ".join(prompts) or ("" if order.label is None else f"class {order.label}")
+    label = None if order.label is None or not painters[0].asked else painters[0].asked[0]
+    title = "; ".join(prompts) or ("" if order.label is None else f"class {painters[0].label(0)}")
     shown = {"Columns": " | ".join(names)} if order.compare else {}
-    settings = {"models": facts, "prompts": prompts, "class": order.label, "num": num, "columns": names}
+    settings = {"models": facts, "prompts": prompts, "class": label, "num": num, "columns": names}
     return chunks(title, painters[0], order, shown, settings)
 
 

@@ -41,6 +41,8 @@ class ImageModel(ABC):
     channels: int
     """Of its pictures."""
     num_classes: int = 0
+    class_names: list[str] | None = None
+    """Of its classes, by number, where the images that it was taught on named them."""
     timesteps: list[float] | None
     """Of a few-step student; None for a teacher."""
     family: Family
@@ -67,6 +69,10 @@ class ImageModel(ABC):
         """Where the parameters are."""
         parameter: Tensor = next(self.denoiser.parameters())
         return parameter.device
+
+    def class_name(self, number: int) -> str:
+        """Its name, or the number where it has none."""
+        return self.class_names[number] if self.class_names else str(number)
 
     @property
     @abstractmethod

@@ -1,5 +1,7 @@
 """Image models on pixels: their configuration, their `UNet2DModel`, and how they are stored in a folder."""
 
+from collections.abc import Sequence
+from textwrap import shorten
 from typing import Any, Literal
 
 import torch
@@ -7,6 +9,7 @@ from diffusers import UNet2DModel
 from torch import Tensor
 
 from fewstep.diffusion.denoiser import Condition, Denoiser
+from fewstep.errors import UserError
 from fewstep.models.image_model import Asked, ImageModel
 from fewstep.models.settings import PixelModelConfig
 from fewstep.networks.codec import to_images, to_pixels
@@ -40,15 +43,23 @@ def build_unet(config: PixelModelConfig) -> UNet2DModel:
 class PixelModel(ImageModel):
     """A pixel-space image model: x0 is the image itself, (C, H, W) in [-1, 1].
 
-    `timesteps` are a few-step student's, None for a teacher.
+    `timesteps` are a few-step student's, None for a teacher. Raises UserError unless there are as many `class_names` as
+    classes.
     """
 
     kind: Literal["label"] = "label"
     family = PIXELS
 
-    def __init__(self, config: PixelModelConfig, unet: UNet2DModel, timesteps: list[float] | None = None):
+    def __init__(
+        self,
+        config: PixelModelConfig,
+        unet: UNet2DModel,
+        timesteps: list[float] | None = None,
+        class_names: Sequence[str] | None = None,
+    ):
         self.config, self.num_classes, self.channels = config, config.num_classes, config.channels
         self.image_size, self.timesteps = self.family.image_size(config), timesteps
+        self.class_names = check_class_names(class_names, config.num_classes)
         self.denoiser = Denoiser(self.family.adapter(unet), *self.family.schedule(config))
         self.shape = (config.channels, config.image_size, config.image_size)
 
@@ -86,4 +97,16 @@ class PixelModel(ImageModel):
         return x0
 
     def description(self) -> dict[str, Any]:
-        return {"family": "pixel", "config": self.config.model_dump(), "timesteps": self.timesteps}
+        names = {"class_names": self.class_names} if self.class_names else {}
+        return {"family": "pixel", "config": self.config.model_dump(), "timesteps": self.timesteps, **names}
+
+
+def check_class_names(names: Any, num_classes: int) -> list[str] | None:
+    """The names as a list, None of none or of a model without classes; raises UserError unless each class has one."""
+    if names is None or not num_classes:
+        return None
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) and name for name in names):
+        raise UserError(f"class_names: a list of {num_classes} names, one per class, not {shorten(repr(names), 60)}")
+    if len(names) != num_classes:
+        raise UserError(f"class_names: has {len(names)} names, but the model has {num_classes} classes")
+    return list(names)

@@ -98,7 +98,7 @@ def _load_pixel_model(folder: Path, description: dict[str, Any]) -> PixelModel:
     for file in files:
         check_stored(file)
     load_checked(folder / "unet", unet, {name: value for file in files for name, value in load_file(file).items()})
-    model = PixelModel(config, unet, timesteps)
+    model = PixelModel(config, unet, timesteps, description.get("class_names"))
     model.denoiser.eval()
     return model
 
