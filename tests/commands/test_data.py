@@ -113,7 +113,7 @@ def test_a_stop_is_told_and_the_same_command_goes_on(run: Run, place: Path, monk
     refused(run(f"{LATENTS} parts --seed 1"), "seed: 0 -> 1", "another --out")
     whole = (place / "pictures" / "5.png").read_bytes()
     picture(7, 16, 15).save(place / "pictures" / "5.png")
-    refused(run(f"{LATENTS} parts --batch-size 2"), "latents made otherwise (files: ", "another --out")
+    refused(run(f"{LATENTS} parts --batch-size 2"), "latents made otherwise (content: ", "another --out")
     (place / "pictures" / "5.png").write_bytes(whole)
     assert run(f"{LATENTS} parts --batch-size 2")[0] == 0
     names = sorted(path.name for path in (place / "whole").iterdir())

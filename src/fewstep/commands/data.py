@@ -6,10 +6,9 @@ from pathlib import Path
 from fewstep.commands.options import Latents
 from fewstep.commands.runs import check_writable, pick_device
 from fewstep.data.filters import Filter, load_filtered
-from fewstep.data.images import ImageSet
+from fewstep.data.images import ImageSet, content_digest
 from fewstep.data.latents import describe_dropped, write_latents
 from fewstep.data.settings import DataSettings
-from fewstep.data.tables import files_digest
 from fewstep.embedded.sources import open_captioned_images, origin
 from fewstep.errors import Interrupted, UserError
 from fewstep.models.autoencoder import Autoencoder, load_autoencoder
@@ -58,4 +57,4 @@ def _open_source(data: DataSettings, size: int, filter: Filter) -> tuple[ImageSe
     """The images that pass the filter, how many were dropped for which reason, and a digest of the files."""
     if data.source == "shapes":  # all of which pass
         return open_captioned_images(data, size), {}, {}
-    return *load_filtered(data, size, filter), {"files": files_digest(Path(data.required))}
+    return *load_filtered(data, size, filter), {"content": content_digest(data) or ""}

@@ -14,6 +14,7 @@ from rich.progress import track
 from torch import Tensor
 
 from fewstep.data.edm_zip import is_edm_set, open_edm_set
+from fewstep.data.listing import files_digest
 from fewstep.data.settings import DataSettings
 from fewstep.data.shards import chunks
 from fewstep.data.stored import BROKEN, Stored, describe, open_cell
@@ -40,6 +41,8 @@ class ImageSet:
     labels: Tensor | None
     length: int
     captions: Sequence[str] | None = None
+    class_names: Sequence[str] | None = None
+    """Of the classes by label, where the source has names for them; a class folder's is its own."""
     found: str | None = None
     """A line that says what was found, where that was asked for."""
 
@@ -72,6 +75,11 @@ def load_images(
         stored = Stored(cells, len(table), *read_labels(table, data.label_column, path, num_classes > 0))
     labels = labels_of_classes(stored.labels, num_classes, data.required, stored.class_names)
     return _opened(replace(stored, labels=labels), data.required, size, channels, shrink)
+
+
+def content_digest(data: DataSettings) -> str | None:
+    """16 hex digits that change with the files of the source, not with its place; None of an embedded set."""
+    return None if data.source in (None, "digits", "shapes") else files_digest(Path(data.required))
 
 
 def labels_of_classes(
@@ -116,7 +124,8 @@ def decoded(stored: Stored, size: int, channels: int, path: Path, min_side: int 
         cells = zip(stored.cells(indices.tolist()), indices.tolist(), strict=True)
         return torch.stack([_decode(cell, size, channels, path, row, min_side) for cell, row in cells])
 
-    return ImageSet(fetch, stored.labels, stored.length, stored.captions)
+    class_names = None if stored.labels is None else stored.class_names
+    return ImageSet(fetch, stored.labels, stored.length, stored.captions, class_names)
 
 
 def in_memory(images: ImageSet, bytes_per_image: int, name: str) -> ImageSet:

@@ -1,9 +1,21 @@
 """What a recipe says of images, prompts and the embeddings that are kept."""
 
-from pydantic import Field
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
 
 from fewstep.errors import UserError
 from fewstep.settings import Settings, UserPath
+
+
+def _is_colour(text: str) -> str:
+    from PIL import ImageColor
+
+    ImageColor.getrgb(text)
+    return text
+
+
+Colour = Annotated[str, AfterValidator(_is_colour)]
 
 
 class DataSettings(Settings):
@@ -21,6 +33,8 @@ class DataSettings(Settings):
     """Column of the class indices; by default the first of label, labels, class, cls."""
     caption_column: str | None = None
     """Column of the captions, for text-to-image; by default the first of caption, text, txt, prompt."""
+    background: Colour = "white"
+    """The ground under what is transparent: a colour by its name, #rrggbb or rgb(r, g, b)."""
 
     @property
     def required(self) -> str:

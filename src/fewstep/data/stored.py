@@ -4,6 +4,7 @@ import io
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median_low
 from typing import Any
 
@@ -28,6 +29,43 @@ class Stored:
     labels: Tensor | None = None
     class_names: Sequence[str] | None = None
     captions: Sequence[str] | None = None
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a source holds, by its index and some headers."""
+
+    num_images: int
+    sizes: Counter[tuple[int, int]]
+    """How often each (width, height) occurs among the images that were looked at."""
+    grey: bool
+    """Whether all of these are."""
+    class_names: Sequence[str] | None
+    """By label; numbers where the source has labels without names; None without classes."""
+    counts: list[int]
+    """Images of each class."""
+    captioned: bool
+
+
+def look(source: str) -> Look:
+    """Looks at files that `data.source` may name; raises UserError for whatever is wrong with them."""
+    from fewstep.data.edm_zip import is_edm_set, open_edm_set
+    from fewstep.data.settings import DataSettings
+    from fewstep.data.tables import open_table, read_captions, read_labels
+
+    path, captioned = Path(source), False
+    if is_edm_set(path):
+        stored = open_edm_set(path)
+    else:
+        table, cells = open_table(DataSettings(source=source))
+        captioned = bool({"caption", "text", "txt", "prompt"} & set(table.column_names))
+        captioned = captioned and None not in read_captions(table, None, path)
+        labelled = bool({"label", "labels", "class", "cls"} & set(table.column_names))
+        stored = Stored(cells, len(table), *read_labels(table, None, path, labelled))
+    sizes, num_grey = _look(stored)
+    counts = [] if stored.labels is None else stored.labels.bincount().tolist()
+    names = stored.class_names or [str(label) for label in range(len(counts))] or None
+    return Look(stored.length, sizes, num_grey == sizes.total(), names, counts, captioned)
 
 
 def open_cell(cell: Any) -> Image.Image:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from fewstep.data.settings import DataSettings
-from fewstep.data.shards import digest
 from fewstep.data.stored import Cells
 from fewstep.errors import UserError
 
@@ -71,13 +70,6 @@ def _kind(path: Path) -> str:
         raise UserError(f"{path}: a zip holds images with classes, as EDM's do; captions come from another source")
     kinds = "a folder of images, a .zip, a .parquet file or a WebDataset .tar"
     raise UserError(f"{path}: no images here; a source is {kinds}")
-
-
-def files_digest(path: Path) -> str:
-    """16 hex digits of the names and sizes of a source's files, as far as they hold images."""
-    suffixes = {*IMAGE_SUFFIXES, *SHARD_SUFFIXES.values()}
-    files = [path] if path.is_file() else sorted(each for each in path.rglob("*") if each.suffix.lower() in suffixes)
-    return digest([[file.relative_to(path.parent).as_posix(), file.stat().st_size] for file in files])
 
 
 def find_column(table: Any, wanted: str | None, usual: tuple[str, ...], field: str, path: Path) -> str:
