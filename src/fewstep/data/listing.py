@@ -41,7 +41,9 @@ def list_files(folder: Path) -> list[str]:
                     continue
                 if entry.is_dir():
                     waiting.append((f"{prefix}{entry.name}/", (*above, here), links + entry.is_symlink()))
-                elif entry.is_file() or (entry.is_symlink() and not os.path.exists(entry)):  # it is told where it is read
+                elif entry.is_file() or (
+                    entry.is_symlink() and not os.path.exists(entry)
+                ):  # it is told where it is read
                     names.append(prefix + entry.name)
     except OSError as error:
         raise UserError(f"{folder}: can't be read ({brief(error)}) (data.source)") from error
