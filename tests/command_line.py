@@ -7,7 +7,7 @@ from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
 
-from fewstep.cli import main
+from fewstep.cli.verbs import run
 
 Answer = tuple[int, str, str]
 """Exit code, standard output, standard error."""
@@ -22,7 +22,7 @@ def fewstep(line: str) -> Answer:
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(output), redirect_stderr(errors):
         patch.setattr("sys.argv", ["fewstep", *shlex.split(line.removeprefix("fewstep "))])
         with pytest.raises(SystemExit) as ended:
-            main()
+            run()
     return ended.value.code, output.getvalue(), errors.getvalue()  # type: ignore[return-value]
 
 

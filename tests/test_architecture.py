@@ -10,6 +10,7 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "fewstep"
 FLOORS = [
     {"errors", "settings", "metric_table"},
+    {"stopping"},
     {"seeding", "files"},
     {"pictures"},
     {"diffusion"},
@@ -20,6 +21,7 @@ FLOORS = [
     {"recipes"},
     {"commands"},
     {"cli"},
+    {"__main__"},
 ]
 FLOOR = {folder: height for height, folders in enumerate(FLOORS) for folder in folders}
 FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from fewstep.cli import app
+from fewstep.cli.verbs import app
 
 PROBE = """
 import sys

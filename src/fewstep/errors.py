@@ -8,9 +8,14 @@ class UserError(Exception):
 
 
 class Interrupted(UserError):
-    """The user stopped a long job; says how to go on. Exit code 130, as for any program stopped by Ctrl-C."""
+    """The user stopped a long job; says how to go on. Exit code 130 by Ctrl-C, and 143 by SIGTERM."""
 
-    exit_code = 130
+    def __init__(self, text: str, number: int = 2):
+        super().__init__(text, number)
+        self.exit_code = 128 + number
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 def brief(error: Exception) -> str:

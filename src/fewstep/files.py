@@ -3,7 +3,6 @@
 import errno
 import fcntl
 import os
-import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -12,6 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from fewstep.errors import UserError
+from fewstep.stopping import remove, temporary, undisturbed
 
 
 @contextmanager
@@ -26,21 +26,21 @@ def writing(path: Path) -> Iterator[None]:
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """A temporary path that takes the name `path` if the block ends well; several processes may write the same path."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            yield temporary
-            os.replace(temporary, path)
-    finally:
-        with suppress(OSError):  # of a folder that could not be made
-            temporary.unlink()
+    with temporary(_hidden(path, "tmp")) as hidden, writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield hidden
+        os.replace(hidden, path)
+
+
+def _hidden(path: Path, suffix: str) -> Path:
+    """A name beside it that nobody else takes."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.{suffix}")
 
 
 def write_text(path: Path, text: str) -> None:
     """Writes a whole file or nothing."""
-    with written_whole(path) as temporary:
-        temporary.write_text(text)
+    with written_whole(path) as hidden:
+        hidden.write_text(text, encoding="utf-8")
 
 
 @contextmanager
@@ -54,9 +54,9 @@ def folder_lock(folder: Path, name: str = ".lock", wait: bool = False) -> Iterat
         folder.mkdir(parents=True, exist_ok=True)
         file = _locked(path, wait)
     try:
-        yield
+        with temporary(path):  # removed while it is held
+            yield
     finally:
-        path.unlink(missing_ok=True)  # while it is held
         os.close(file)
 
 
@@ -85,24 +85,22 @@ def _locked(path: Path, wait: bool) -> int:
 def written_folder(out: Path) -> Iterator[Path]:
     """A temporary folder beside `out` that takes its name if the block ends well; else nothing is left of it."""
     out = out.resolve()
-    temporary, old = (out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.{suffix}") for suffix in ("tmp", "old"))
-    try:
-        with writing(out):
-            temporary.mkdir(parents=True)
-            yield temporary
-            _take_place(temporary, out, old)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with temporary(_hidden(out, "tmp")) as hidden, writing(out):
+        hidden.mkdir(parents=True)
+        yield hidden
+        _take_place(hidden, out)
 
 
-def _take_place(new: Path, out: Path, old: Path) -> None:
+def _take_place(new: Path, out: Path) -> None:
     """Renames; what was there is removed when the new folder stands, and put back if it can't."""
-    if out.exists():
-        out.rename(old)
-    try:
-        new.rename(out)
-    except OSError:
-        if old.exists():
-            old.rename(out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+    old = _hidden(out, "old")
+    with undisturbed():
+        if out.exists():
+            out.rename(old)
+        try:
+            new.rename(out)
+        except OSError:
+            if old.exists():
+                old.rename(out)
+            raise
+        remove(old)

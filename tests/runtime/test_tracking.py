@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from fewstep.errors import UserError
-from fewstep.runtime.tracking import Metrics, progress_bar, read_metrics, rewind, stop_request, write_line
+from fewstep.runtime.tracking import Metrics, progress_bar, read_metrics, rewind, write_line
+from fewstep.stopping import stop_request
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ import os, sys, time
 from pathlib import Path
 from fewstep.errors import Interrupted, UserError
 from fewstep.files import folder_lock
-from fewstep.runtime.tracking import stop_request
+from fewstep.stopping import stop_request
 from fewstep.runtime.workers import Task, task_runner
 
 def work(folder, report):

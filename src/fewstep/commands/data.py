@@ -10,13 +10,14 @@ from fewstep.data.images import ImageSet, content_digest
 from fewstep.data.latents import describe_dropped, write_latents
 from fewstep.data.settings import DataSettings
 from fewstep.embedded.sources import open_captioned_images, origin
-from fewstep.errors import Interrupted, UserError
+from fewstep.errors import UserError
 from fewstep.models.autoencoder import Autoencoder, load_autoencoder
 from fewstep.models.loading.pretrained import open_model
 from fewstep.recipes.loading import read_run_recipe
 from fewstep.runtime.checkpoint import RECIPE
 from fewstep.runtime.runs import find
 from fewstep.runtime.tracking import progress_bar
+from fewstep.stopping import advising
 
 
 def latents(given: Latents) -> None:
@@ -34,11 +35,8 @@ def latents(given: Latents) -> None:
         raise UserError(f"{given.source}: no image is left; {describe_dropped(dropped)}")
     settings = {"source": origin(given.source), **files, **columns, **asdict(filter)}
     made = (images, model.encode_images, {**model.latent_space, "seed": given.seed, **settings}, given.out, dropped)
-    try:
-        with progress_bar("encode images", images.length) as show:
-            description = write_latents(*made, given.batch_size, lambda done: show(done, {}))
-    except KeyboardInterrupt:
-        raise Interrupted(f"stopped; the same command goes on with {given.out}") from None
+    with advising(f"the same command goes on with {given.out}"), progress_bar("encode images", images.length) as show:
+        description = write_latents(*made, given.batch_size, lambda done: show(done, {}))
     total = images.length + sum(dropped.values())
     print(f"kept {description['count']:,} of {total:,} images; {describe_dropped(description['dropped'])}")
 

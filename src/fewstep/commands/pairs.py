@@ -11,7 +11,7 @@ from fewstep.commands.options import Pairs
 from fewstep.commands.runs import check_writable, pick_device
 from fewstep.data.pairs import Given, write_pairs
 from fewstep.data.prompts import load_prompts
-from fewstep.errors import Interrupted, UserError
+from fewstep.errors import UserError
 from fewstep.models.image_model import ImageModel
 from fewstep.models.latent_model import LatentModel
 from fewstep.models.loading.pretrained import open_model
@@ -20,6 +20,7 @@ from fewstep.models.sampler import MULTISTEP, Sampler, parse_sampler, sample
 from fewstep.networks.precision import INFERENCE_DTYPES
 from fewstep.runtime.tracking import progress_bar
 from fewstep.seeding import Draws, generator
+from fewstep.stopping import advising
 
 
 def pairs(given: Pairs) -> None:
@@ -38,11 +39,9 @@ def pairs(given: Pairs) -> None:
     _prepare(model, INFERENCE_DTYPES[given.precision], pick_device(given.device))
     made = (drawer(model, sampler), conditions, plan, out, given.batch_size or model.sampling_batch, rank, num_ranks)
     quiet = None if rank == 0 else lambda done, metrics: None
-    try:
-        with progress_bar("draw pairs", -(-num // num_ranks), quiet) as show:
-            missing = write_pairs(*made, lambda done: show(done, {}))
-    except KeyboardInterrupt:
-        raise Interrupted(f"stopped; the same command goes on with {out}") from None
+    bar = progress_bar("draw pairs", -(-num // num_ranks), quiet)
+    with advising(f"the same command goes on with {out}"), bar as show:
+        missing = write_pairs(*made, lambda done: show(done, {}))
     print(f"{out}: {num:,} pairs" if not missing else f"{out}: done; {missing} files of other ranks are not there yet")
 
 

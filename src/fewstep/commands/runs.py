@@ -70,6 +70,13 @@ def check_writable(folder: Path) -> None:
         raise UserError(f"--out: {nearest} is not a folder that can be written to; choose another")
 
 
+def tell_done(wrote: str, *next_commands: str) -> None:
+    """Prints what a verb wrote, and the command lines that come next, with or without the program's name."""
+    print(f"wrote {wrote}")
+    for command in next_commands:
+        print(f"next: fewstep {command.removeprefix('fewstep ')}")
+
+
 def tell_found(images: ImageSet | LatentSet | None) -> None:
     """Prints what was found in files and what is done with it."""
     if images and images.found:

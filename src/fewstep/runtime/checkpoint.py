@@ -18,6 +18,7 @@ import torch
 from fewstep.errors import UserError, brief
 from fewstep.files import written_folder
 from fewstep.runtime.manifest import faults, write_manifest
+from fewstep.stopping import temporary
 
 RECIPE = "recipe.yaml"
 METRICS = "metrics.jsonl"
@@ -61,11 +62,11 @@ def save_checkpoint(
     for left in (run / "checkpoints").glob(".*"):  # by a process that was killed
         shutil.rmtree(left, ignore_errors=True)
     try:
-        with written_folder(checkpoint_folder(run, step)) as temporary:
-            (temporary / "model").mkdir()
-            save_model(temporary / "model")
-            _save_state({"step": step, **state}, temporary / "state.pt")
-            write_manifest(temporary, checkpoints(run))
+        with written_folder(checkpoint_folder(run, step)) as hidden:
+            (hidden / "model").mkdir()
+            save_model(hidden / "model")
+            _save_state({"step": step, **state}, hidden / "state.pt")
+            write_manifest(hidden, checkpoints(run))
     except UserError as error:
         raise UserError(f"{error}; make room and --resume, which goes on from the checkpoint before it") from error
     for old in checkpoint_steps(run)[:-KEEP]:
@@ -82,9 +83,8 @@ def _save_state(state: dict[str, Any], path: Path) -> None:
 
 def _remove(checkpoint: Path) -> None:
     """Takes its name first, so that half of it never counts as a checkpoint."""
-    hidden = checkpoint.with_name(f".{checkpoint.name}.old")
-    checkpoint.rename(hidden)
-    shutil.rmtree(hidden, ignore_errors=True)
+    with temporary(checkpoint.with_name(f".{checkpoint.name}.old")) as hidden:
+        checkpoint.rename(hidden)
 
 
 def newest_whole(run: Path) -> Path | None:

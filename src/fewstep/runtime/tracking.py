@@ -1,13 +1,11 @@
-"""Metrics of a run, its progress bar, and a clean stop on Ctrl-C."""
+"""Metrics of a run, and its progress bar."""
 
 import json
 import math
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -123,23 +121,3 @@ def progress_bar(title: str, total: int, report: Report | None = None) -> Iterat
     with progress_columns() as progress:
         task = progress.add_task(title, total=total, note="")
         yield lambda step, metrics: advance(progress, task, step, first_metric(metrics))
-
-
-@contextmanager
-def stop_request() -> Iterator[Callable[[], bool]]:
-    """Inside, Ctrl-C and SIGTERM only set a flag, so that a step is never left half-done; a second one acts at once."""
-    requested: list[int] = []
-    previous = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        requested.append(number)
-        for each, handler in previous.items():
-            signal.signal(each, handler)
-
-    try:
-        for each in previous:
-            signal.signal(each, handle)
-        yield lambda: bool(requested)
-    finally:
-        for each, handler in previous.items():
-            signal.signal(each, handler)

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 
 from fewstep.errors import Interrupted, UserError
-from fewstep.runtime.tracking import advance, first_metric, progress_columns, stop_request
+from fewstep.runtime.tracking import advance, first_metric, progress_columns
+from fewstep.stopping import stop_request
 
 NUM_PROCESSES = 2
 _messages: Any = None  # in a worker: the queue on which it reports

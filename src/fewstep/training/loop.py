@@ -13,8 +13,9 @@ from fewstep.models.image_model import Asked
 from fewstep.pictures import grid, save_png
 from fewstep.runtime import checkpoint
 from fewstep.runtime.runs import best_steps
-from fewstep.runtime.tracking import Metrics, Report, read_metrics, rewind, stop_request, write_line
+from fewstep.runtime.tracking import Metrics, Report, read_metrics, rewind, write_line
 from fewstep.seeding import generator
+from fewstep.stopping import stop_request
 from fewstep.training.batches import BatchAt, parts_ahead
 from fewstep.training.guard import Guard, check_finite
 from fewstep.training.method import Method
@@ -69,7 +70,7 @@ def train(
                 guard.check(done)
                 _save(method, metrics, run, done)
             if stopped and not last:
-                raise Interrupted(f"stopped at step {done} of {num_steps}; continue with --resume --out {run}")
+                raise Interrupted(f"stopped at step {done} of {num_steps}; continue with --resume --out {run}", stopped)
 
 
 def _save(method: Method, metrics: Metrics, run: Path, step: int) -> None:

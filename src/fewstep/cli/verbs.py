@@ -1,0 +1,114 @@
+"""The verbs: each takes its class of options and imports what does the work when it is called."""
+
+import errno
+import inspect
+import os
+import sys
+import traceback
+from dataclasses import MISSING, Field, fields
+from importlib import import_module
+from io import TextIOWrapper
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_type_hints
+
+import typer
+
+import fewstep
+from fewstep.commands.options import VERBS, Verb
+from fewstep.errors import UserError, brief
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Distil a diffusion model into a one- to four-step generator (DMD2).",
+    epilog="Example: fewstep demo",
+)
+DEBUG = "--debug"
+GROUPS = {
+    "import": typer.Typer(no_args_is_help=True, help="Bring in models from elsewhere."),
+    "data": typer.Typer(no_args_is_help=True, help="Prepare data for runs."),
+}
+
+
+def run() -> None:
+    """Runs the command line; what a user can mend is one line on standard error, without a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # of terminals that are not UTF-8
+    debug = DEBUG in sys.argv
+    sys.argv = [word for word in sys.argv if word != DEBUG]  # wherever it stands
+    try:
+        app()
+    except (UserError, OSError) as error:
+        if debug:
+            traceback.print_exc()
+        print(f"fewstep: {error if isinstance(error, UserError) else _of_a_file(error)}", file=sys.stderr)
+        sys.exit(getattr(error, "exit_code", UserError.exit_code))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _tell_version(asked: bool) -> None:
+    if asked:
+        print(f"fewstep {fewstep.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _of_all_verbs(
+    version: Annotated[bool, typer.Option("--version", help="Show the version.", callback=_tell_version)] = False,
+    debug: Annotated[bool, typer.Option(DEBUG, help="Show where an error comes from; with every verb.")] = False,
+) -> None: ...
+
+
+def _of_a_file(error: OSError) -> str:
+    """The file, where the error names it, and what the system said."""
+    what = "written" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS) else "read or written"
+    return f"{error.filename or 'a file'}: can't be {what} ({error.strerror or brief(error)})"
+
+
+def add(group: typer.Typer, name: str, verb: Verb) -> None:
+    """Adds a verb to a group: its options are the fields of its class, its help is the docstring of it."""
+
+    def call(**typed: Any) -> None:
+        given = {key: at_home(value) if is_place(hints[key]) else value for key, value in typed.items()}
+        arguments, (module, work) = verb.order(**given).arguments(), verb.work.split(".")
+        getattr(import_module(f"fewstep.commands.{module}"), work)(*arguments)
+
+    hints = get_type_hints(verb.order, include_extras=True)
+    parameters = [parameter(each, hints[each.name]) for each in fields(verb.order)]  # type: ignore[arg-type]
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    call.__annotations__ = {each.name: each.annotation for each in parameters}
+    text = verb.order.__doc__ or ""
+    group.command(name, help=text, short_help=text.split(": ")[0], epilog=f"Example: {verb.example}")(call)
+
+
+def is_place(hint: Any) -> bool:
+    """Whether an option of this type is a path, or a text that is marked as one."""
+    return hint in (Path, "a place") or any(is_place(each) for each in get_args(hint))
+
+
+def at_home(value: Any) -> Any:
+    """With the home folder in the place of `~`, which no shell expands behind `--out=`."""
+    if isinstance(value, list):
+        return [at_home(each) for each in value]
+    return value if value is None else type(value)(os.path.expanduser(value))
+
+
+def parameter(of: Field[Any], hint: Any) -> inspect.Parameter:
+    """What typer makes an option or an argument of."""
+    default = of.default if of.default_factory is MISSING else of.default_factory()
+    return inspect.Parameter(
+        of.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=inspect.Parameter.empty if default is MISSING else default,
+        annotation=Annotated[hint, of.metadata["option"]] if of.metadata else hint,
+    )
+
+
+for words, verb in VERBS.items():
+    *above, name = words.split()
+    add(GROUPS[above[0]] if above else app, name, verb)
+for name, group in GROUPS.items():
+    app.add_typer(group, name=name)
