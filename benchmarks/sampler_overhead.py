@@ -12,8 +12,9 @@ import time
 
 import torch
 
-from fewstep.models.pixel_model import PixelModel, build_unet
+from fewstep.models.pixel_model import PixelModel
 from fewstep.models.sampler import Sampler, draw_noise, sample
+from fewstep.networks.families.edm import build_unet
 from fewstep.recipes.loading import load_recipe
 
 

@@ -2,14 +2,15 @@
 
 import os
 
-from fewstep.models.settings import PixelModelConfig
+from fewstep.networks.settings import PixelModelConfig
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
 
-from fewstep.models.pixel_model import PixelModel, build_unet
+from fewstep.models.pixel_model import PixelModel
+from fewstep.networks.families.edm import build_unet
 
 torch.set_num_threads(1)
 

@@ -73,7 +73,7 @@ class SD3Text(TextConditioner):
 
 
 SD3 = Family(
-    pipeline="StableDiffusion3Pipeline",
+    name="StableDiffusion3Pipeline",
     part="transformer",
     weights={
         "transformer": "SD3Transformer2DModel",
@@ -81,7 +81,6 @@ SD3 = Family(
         **dict.fromkeys(("text_encoder", "text_encoder_2"), "CLIPTextModelWithProjection"),
     },
     others=("scheduler", "tokenizer", "tokenizer_2"),
-    check=lambda pipeline: None,
     adapter=SD3Transformer,
     conditioner=SD3Text,
     codec=Codec,
@@ -89,7 +88,6 @@ SD3 = Family(
     image_size=lambda pipeline: pipeline.transformer.config.sample_size * pipeline.vae_scale_factor,
     feature_layer=lambda network: f"transformer.transformer_blocks.{len(network.transformer_blocks) // 2}",
     time_layer="transformer.time_text_embed",
-    no_guidance={"guidance_scale": 1.0},
 )
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -115,7 +113,7 @@ def tiny_sd3(folder: Path) -> StableDiffusion3Pipeline:
 
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ImageModel:
-    monkeypatch.setitem(FAMILIES, SD3.pipeline, SD3)
+    monkeypatch.setitem(FAMILIES, SD3.name, SD3)
     tiny_sd3(tmp_path / "scratch").save_pretrained(tmp_path / "sd3")
     return load(tmp_path / "sd3")
 

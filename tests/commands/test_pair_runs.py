@@ -15,8 +15,9 @@ from fewstep.commands import pairs as module
 from fewstep.data.pairs import PairSet, load_pairs
 from fewstep.models.latent_model import LatentModel
 from fewstep.models.loading.pretrained import load
-from fewstep.models.pixel_model import PixelModel, build_unet
-from fewstep.models.settings import PixelModelConfig
+from fewstep.models.pixel_model import PixelModel
+from fewstep.networks.families.edm import build_unet
+from fewstep.networks.settings import PixelModelConfig
 from fewstep.runtime.checkpoint import load_state
 from fewstep.runtime.runs import find
 from image_sets import write_captioned

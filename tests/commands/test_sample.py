@@ -16,9 +16,10 @@ from fewstep import __version__
 from fewstep.export.single_file import write_single_file
 from fewstep.models.latent_model import LatentModel
 from fewstep.models.loading.pretrained import load
-from fewstep.models.pixel_model import PixelModel, build_unet
+from fewstep.models.pixel_model import PixelModel
 from fewstep.models.sampler import Sampler, default_sampler, generate
-from fewstep.models.settings import PixelModelConfig
+from fewstep.networks.families.edm import build_unet
+from fewstep.networks.settings import PixelModelConfig
 from fewstep.pictures import grid
 from tiny_pipelines import TINY
 

@@ -18,7 +18,7 @@ from fewstep.data.images import ImageSet, batch_indices
 from fewstep.data.settings import DataSettings
 from fewstep.embedded.sources import digits, open_images
 from fewstep.errors import UserError
-from fewstep.models.settings import PixelModelConfig
+from fewstep.networks.settings import PixelModelConfig
 from image_sets import encoded, load, picture, write_edm_zip, write_files, write_tar
 
 SHARED = Path(__file__).parents[2] / ".." / "shared" / "data"

@@ -11,7 +11,7 @@ from fewstep.embedded.sources import digits
 from fewstep.errors import UserError
 from fewstep.evaluation import extractors
 from fewstep.evaluation.extractors import Classifier, TorchScriptExtractor, open_classifier, train_classifier
-from fewstep.models.settings import PixelModelConfig
+from fewstep.networks.settings import PixelModelConfig
 
 INCEPTION = Path(__file__).parents[2] / ".." / "shared" / "data" / "inception_768.pt"
 

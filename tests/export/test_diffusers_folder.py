@@ -24,8 +24,9 @@ from fewstep.export.diffusers_folder import Format, lcm_scheduler, write_diffuse
 from fewstep.export.stored import open_stored
 from fewstep.models.latent_model import LatentModel
 from fewstep.models.loading.pretrained import load
-from fewstep.models.pixel_model import PixelModel, build_unet
-from fewstep.models.settings import PixelModelConfig
+from fewstep.models.pixel_model import PixelModel
+from fewstep.networks.families.edm import build_unet
+from fewstep.networks.settings import PixelModelConfig
 from limits import file_size_limit
 from tiny_pipelines import BETAS, TINY
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from fewstep.errors import UserError
 from fewstep.export.weights import planned, write_safetensors, write_shards
-from fewstep.models.pixel_model import PixelModel, build_unet
-from fewstep.models.settings import PixelModelConfig
+from fewstep.models.pixel_model import PixelModel
+from fewstep.networks.families.edm import build_unet
+from fewstep.networks.settings import PixelModelConfig
 from limits import extra_memory
 
 

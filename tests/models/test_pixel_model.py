@@ -11,9 +11,9 @@ from torch import nn
 
 from fewstep.errors import UserError
 from fewstep.models.loading.pretrained import load
-from fewstep.models.pixel_model import PixelModel, build_unet
-from fewstep.models.settings import PixelModelConfig
-from fewstep.networks.families.edm import PixelUNet
+from fewstep.models.pixel_model import PixelModel
+from fewstep.networks.families.edm import PixelUNet, build_unet
+from fewstep.networks.settings import PixelModelConfig
 from steps import draws
 
 X_T = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))

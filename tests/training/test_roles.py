@@ -5,9 +5,10 @@ import torch
 
 from fewstep.diffusion.denoiser import Guided
 from fewstep.errors import UserError
-from fewstep.models.pixel_model import PixelModel, build_unet
-from fewstep.models.settings import PixelModelConfig
+from fewstep.models.pixel_model import PixelModel
+from fewstep.networks.families.edm import build_unet
 from fewstep.networks.features import features
+from fewstep.networks.settings import PixelModelConfig
 from fewstep.training.roles import make_roles
 
 X_T = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -16,6 +16,7 @@ from fewstep.models.autoencoder import load_tiny_decoder
 from fewstep.models.image_model import Asked, ImageModel
 from fewstep.models.loading.pretrained import is_loadable, open_model
 from fewstep.models.sampler import parse_sampler
+from fewstep.networks.families import use_family
 from fewstep.networks.precision import DTYPES, trainable
 from fewstep.recipes.loading import recipe_names
 from fewstep.recipes.schema import DistillRecipe, RegressRecipe, StudentRecipe
@@ -120,6 +121,7 @@ def initialize(roles: Roles, source: str, runs: Path) -> None:
 def open_teacher(recipe: StudentRecipe, runs: Path) -> Any:
     """The model at a path or on the hub, or of a `teach` recipe's run in the folder `runs`, finished if need be."""
     check_source(recipe, "teacher", recipe.teacher, runs)
+    use_family(recipe.teacher_family)
     name, told = recipe.teacher, (recipe.teacher_config, recipe.teacher_prediction_type)
     if not run_folder(name).exists() and not is_loadable(name):
         if any(told):

@@ -16,6 +16,7 @@ from fewstep.evaluation.report import Row
 from fewstep.models.image_model import ImageModel
 from fewstep.models.loading.pretrained import is_loadable, open_averages
 from fewstep.models.sampler import Sampler, default_sampler, generate_batches, images_per_second, parse_sampler
+from fewstep.networks.families import use_family
 from fewstep.recipes.loading import read_run_recipe
 from fewstep.runtime.checkpoint import METRICS, RECIPE, check_run
 from fewstep.runtime.runs import find, run_folder
@@ -29,6 +30,7 @@ def evaluate(given: Evaluate) -> None:
     """
     folders = [run_folder(run) for run in given.runs]
     check_run(folders[0])
+    use_family(given.family)
     check_writable(given.out)
     asked, device = [parse_sampler(text) for text in given.samplers], pick_device(given.device)
     recipe = read_run_recipe(folders[0] / RECIPE)

@@ -24,6 +24,9 @@ Set = Annotated[list[str], Option("--set", metavar="KEY=VALUE", help="Override a
 Resume = Annotated[bool, Option("--resume", help="Continue the run in that folder.")]
 Seed = Annotated[int, Option(metavar="N", min=0, help="Image i is a function of it and i.")]
 Device = Annotated[str, Option(help="auto, cpu or cuda.")]
+Family = Annotated[
+    str | None, Option(metavar="MODULE:NAME", help="Of models of a family of your own, which it imports.")
+]
 Texts = Annotated[PlaceIfAny, Option(metavar="FILE", help="Prompts: .txt, .csv, .tsv or .parquet.", show_default=False)]
 
 
@@ -128,6 +131,7 @@ class Sample(Order):
     device: Device = "auto"
     config: PlaceIfAny = option("Of a file: diffusers folder of its family.", metavar="DIR")
     prediction_type: str | None = option("epsilon or v_prediction, if the model is wrong.", metavar="TYPE")
+    family: Family = None
 
     @property
     def folder(self) -> Path:
@@ -157,6 +161,7 @@ class Evaluate(Order):
     )
     seed: Seed = 0
     device: Device = "auto"
+    family: Family = None
 
 
 @verb("export", "exporting.export", "runs/sdxl-4step --to diffusers sdxl-4step --license openrail++")
@@ -233,5 +238,6 @@ class Pairs(Order):
     seed: Seed = 0
     batch_size: int | None = option("Pairs drawn at once; by default by size.", min=1)
     device: Device = "auto"
+    family: Family = None
     precision: str = option("float32, bfloat16 or float16 (paper) of the teacher.", "float32")
     teacher_config: PlaceIfAny = option("For a single file: a diffusers folder or hub id.")

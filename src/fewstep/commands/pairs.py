@@ -17,6 +17,7 @@ from fewstep.models.latent_model import LatentModel
 from fewstep.models.loading.pretrained import open_model
 from fewstep.models.pixel_model import PixelModel
 from fewstep.models.sampler import MULTISTEP, Sampler, parse_sampler, sample
+from fewstep.networks.families import use_family
 from fewstep.networks.precision import INFERENCE_DTYPES
 from fewstep.runtime.tracking import progress_bar
 from fewstep.seeding import Draws, generator
@@ -30,6 +31,7 @@ def pairs(given: Pairs) -> None:
     sampler, rank, num_ranks = parse_sampler(given.sampler), _environment("RANK", 0), _environment("WORLD_SIZE", 1)
     if given.precision not in INFERENCE_DTYPES:
         raise UserError(f"--precision {given.precision!r}: write {', '.join(INFERENCE_DTYPES)}")
+    use_family(given.family)
     model = open_model(given.teacher, given.teacher_config)
     _check(model, given.teacher, sampler)
     conditions = _conditions(given, model)

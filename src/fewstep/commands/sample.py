@@ -19,6 +19,7 @@ from fewstep.models.image_model import Asked, ImageModel
 from fewstep.models.loading.hub import is_hub_id
 from fewstep.models.loading.pretrained import SUFFIX, open_model
 from fewstep.models.sampler import Sampler, default_sampler, generate, parse_sampler
+from fewstep.networks.families import use_family
 from fewstep.networks.fingerprint import fingerprint
 from fewstep.pictures import grid, parameters_text, read_text, save_png, to_picture
 from fewstep.runtime.runs import short_name
@@ -53,6 +54,7 @@ def sample(order: Sample) -> None:
     Image i of a seed has the same noise and the same class or prompt for every model, here and in `evaluate`.
     """
     check_out(order)
+    use_family(order.family)
     device = pick_device(order.device)
     try:
         prompts = [*order.prompt, *(load_prompts(order.prompts) if order.prompts else [])]

@@ -10,7 +10,8 @@ from fewstep.embedded.small_models import build_autoencoder, build_pipeline
 from fewstep.embedded.sources import open_captioned, open_captioned_images, open_images
 from fewstep.models.autoencoder import Autoencoder, load_autoencoder
 from fewstep.models.latent_model import LatentModel
-from fewstep.models.pixel_model import PixelModel, build_unet
+from fewstep.models.pixel_model import PixelModel
+from fewstep.networks.families.edm import build_unet
 from fewstep.recipes.schema import AutoencoderRecipe, TeachingRecipe, TeachRecipe, TeachTextRecipe
 from fewstep.runtime.runs import find
 from fewstep.runtime.tracking import Report

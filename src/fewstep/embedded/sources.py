@@ -14,7 +14,7 @@ from fewstep.errors import UserError
 from fewstep.models.autoencoder import Autoencoder
 from fewstep.models.image_model import ImageModel
 from fewstep.models.latent_model import LatentModel
-from fewstep.models.settings import PixelModelConfig
+from fewstep.networks.settings import PixelModelConfig
 
 
 def digits() -> ImageSet:

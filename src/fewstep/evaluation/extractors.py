@@ -13,9 +13,9 @@ from fewstep.data.images import ImageSet, batch_indices
 from fewstep.errors import UserError
 from fewstep.files import written_whole
 from fewstep.models.image_model import ImageModel
-from fewstep.models.settings import PixelModelConfig
 from fewstep.networks.codec import to_pixels
 from fewstep.networks.fingerprint import fingerprint
+from fewstep.networks.settings import PixelModelConfig
 from fewstep.runtime.tracking import Report, progress_bar
 from fewstep.seeding import generator
 

@@ -19,9 +19,9 @@ from fewstep.models.image_model import DESCRIPTION
 from fewstep.models.loading.hub import PIPELINE
 from fewstep.models.loading.pipeline import build_part, check_index, check_subfolders, library_class
 from fewstep.models.loading.weights import check_finite, check_fits, check_names, check_stored
-from fewstep.models.settings import PixelModelConfig
 from fewstep.networks.families.edm import PIXELS
 from fewstep.networks.family import Family
+from fewstep.networks.settings import PixelModelConfig
 
 Raw = tuple[Path, Mapping[str, Tensor]]
 """A file, and the trained network's weights in it by their names there."""

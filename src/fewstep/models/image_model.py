@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fewstep.diffusion.denoiser import Condition, Denoiser
@@ -20,6 +21,7 @@ from fewstep.networks.fingerprint import fingerprint
 from fewstep.seeding import Draws
 
 DESCRIPTION = "fewstep.json"
+WEIGHTS = "model.safetensors"
 NUMBERS_PER_BATCH = 2**18
 Asked = Sequence[str] | Sequence[int] | None
 """Prompts or class numbers, in turn."""
@@ -192,7 +194,11 @@ class ImageModel(ABC):
         carrier = copy.copy(self.network)  # shares all weights; only what it calls its state differs
         weights = {name: given.get(name, value).detach() for name, value in self.network.state_dict().items()}
         carrier.state_dict = lambda: weights
-        carrier.save_pretrained(folder / self.part)
+        if hasattr(carrier, "save_pretrained"):
+            carrier.save_pretrained(folder / self.part)
+        else:  # of no library
+            (folder / self.part).mkdir(parents=True, exist_ok=True)
+            save_file({name: weight.contiguous() for name, weight in weights.items()}, folder / self.part / WEIGHTS)
         write_description(folder, self.description())
 
     @abstractmethod

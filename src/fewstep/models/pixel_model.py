@@ -1,43 +1,20 @@
-"""Image models on pixels: their configuration, their `UNet2DModel`, and how they are stored in a folder."""
+"""Image models on pixels, asked for a class: a family's settings and the network that is made by them."""
 
 from collections.abc import Sequence
 from textwrap import shorten
 from typing import Any, Literal
 
 import torch
-from diffusers import UNet2DModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewstep.diffusion.denoiser import Condition, Denoiser
 from fewstep.errors import UserError
 from fewstep.models.image_model import Asked, ImageModel
-from fewstep.models.settings import PixelModelConfig
 from fewstep.networks.codec import to_images, to_pixels
 from fewstep.networks.families.edm import PIXELS
+from fewstep.networks.family import Family
+from fewstep.networks.settings import PixelSettings
 from fewstep.seeding import Draws
-
-
-def build_unet(config: PixelModelConfig) -> UNet2DModel:
-    """The `UNet2DModel` in ADM's layout (scale-shift time embedding, residual resampling), randomly initialised."""
-    down = ["AttnDownBlock2D" if attention else "ResnetDownsampleBlock2D" for attention in config.attention]
-    up = ["AttnUpBlock2D" if attention else "ResnetUpsampleBlock2D" for attention in reversed(config.attention)]
-    same = {"block_out_channels", "layers_per_block", "attention_head_dim", "norm_num_groups", "dropout"}
-    return UNet2DModel(
-        sample_size=config.image_size,
-        in_channels=config.channels,
-        out_channels=config.channels,
-        down_block_types=down,
-        up_block_types=up,
-        downsample_type="resnet",
-        upsample_type="resnet",
-        resnet_time_scale_shift="scale_shift",
-        attn_norm_num_groups=config.norm_num_groups,
-        add_attention=any(config.attention) or config.middle_attention,
-        flip_sin_to_cos=True,
-        freq_shift=0,
-        num_class_embeds=config.num_classes + config.null_class or None,
-        **config.model_dump(include=same),
-    )
 
 
 class PixelModel(ImageModel):
@@ -48,19 +25,19 @@ class PixelModel(ImageModel):
     """
 
     kind: Literal["label"] = "label"
-    family = PIXELS
 
     def __init__(
         self,
-        config: PixelModelConfig,
-        unet: UNet2DModel,
+        config: PixelSettings,
+        network: nn.Module,
         timesteps: list[float] | None = None,
         class_names: Sequence[str] | None = None,
+        family: Family = PIXELS,
     ):
         self.config, self.num_classes, self.channels = config, config.num_classes, config.channels
-        self.image_size, self.timesteps = self.family.image_size(config), timesteps
+        self.image_size, self.timesteps, self.family = config.image_size, timesteps, family
         self.class_names = check_class_names(class_names, config.num_classes)
-        self.denoiser = Denoiser(self.family.adapter(unet), *self.family.schedule(config))
+        self.denoiser = Denoiser(family.adapter(network), *family.schedule(config))
         self.shape = (config.channels, config.image_size, config.image_size)
 
     @property
@@ -98,7 +75,7 @@ class PixelModel(ImageModel):
 
     def description(self) -> dict[str, Any]:
         names = {"class_names": self.class_names} if self.class_names else {}
-        return {"family": "pixel", "config": self.config.model_dump(), "timesteps": self.timesteps, **names}
+        return {"family": self.family.name, "config": self.config.model_dump(), "timesteps": self.timesteps, **names}
 
 
 def check_class_names(names: Any, num_classes: int) -> list[str] | None:

@@ -1,7 +1,7 @@
-"""A family of models is one row: the parts of its pipeline, and how each of them is used."""
+"""A family of models is one row: what it is made of, and how each of its parts is used."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,39 +10,51 @@ from fewstep.diffusion.parameterizations import Parameterization
 from fewstep.diffusion.schedules import NoiseSchedule
 
 
-@dataclass(frozen=True)
-class Family:
-    """What is known of all models of one class of pipeline; nothing else in the package names the class.
+def _nothing(given: Any, *more: Any) -> Any:
+    """Of a family that has no such part."""
+    return None
 
-    The functions that take a pipeline raise UserError for what its files say and the family does not know.
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """What is known of all models of one kind; nothing else in the package names the kind.
+
+    It is either of pipelines of diffusers, asked for text, or of networks on pixels, asked for a class. The functions
+    that take a pipeline raise UserError for what its files say and the family does not know.
     """
 
-    pipeline: str
-    """Its class in diffusers."""
+    name: str
+    """The pipeline's class in diffusers; on pixels what `fewstep.json` in a model folder says."""
     part: str
     """What pipeline, folder and adapter call the trained network."""
-    weights: Mapping[str, str]
-    """The parts that have weights, and their classes."""
-    others: tuple[str, ...]
-    """The parts without: scheduler and tokenizers."""
-    check: Callable[[Any], None]
-    """Of a pipeline: refuses what the adapter could not tell the network."""
     adapter: Callable[[Any], nn.Module]
     """Of the network: from (x, native t, condition) to its call; has a `feature_map(output, x)`, too."""
-    conditioner: Callable[[Any, int], Any]
-    """Of (pipeline, image size)."""
-    codec: Callable[[Any], Any]
-    """Of the autoencoder."""
     schedule: Callable[[Any], tuple[NoiseSchedule, Parameterization]]
-    """Of the scheduler's configuration."""
-    image_size: Callable[[Any], int]
-    """Of a pipeline, in pixels: its configuration's, or the family's own where that says nothing."""
+    """Of the scheduler's configuration, or of the settings."""
     feature_layer: Callable[[Any], str]
     """Of the network: the dotted name in the adapter of the layer that the discriminator reads by default."""
     time_layer: str
     """The dotted name in the adapter of the layer that embeds native time."""
-    no_guidance: Mapping[str, float]
-    """The arguments of the pipeline's call that switch guidance off, for a student."""
+
+    # on pixels
+    settings: type[Any] | None = None
+    """All that a network is made by, a `PixelSettings`; None of pipelines."""
+    network: Callable[[Any], nn.Module] = _nothing
+    """Of the settings, randomly initialised."""
+
+    # of pipelines
+    weights: Mapping[str, str] = field(default_factory=dict)
+    """The parts that have weights, and their classes in diffusers or transformers."""
+    others: tuple[str, ...] = ()
+    """The parts without: scheduler and tokenizers."""
+    check: Callable[[Any], None] = _nothing
+    """Of a pipeline: refuses what the adapter could not tell the network."""
+    conditioner: Callable[[Any, int], Any] = _nothing
+    """Of (pipeline, image size)."""
+    codec: Callable[[Any], Any] = _nothing
+    """Of the autoencoder."""
+    image_size: Callable[[Any], int] = _nothing
+    """Of a pipeline, in pixels: its configuration's, or the family's own where that says nothing."""
 
     @property
     def parts(self) -> tuple[str, ...]:

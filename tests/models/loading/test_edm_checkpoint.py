@@ -13,7 +13,7 @@ from torch import nn
 from edm_files import EDMPrecond, small_network, write_checkpoint
 from fewstep.models.loading.edm_checkpoint import convert, find_network, read_network
 from fewstep.models.loading.edm_pickle import Blob, Part, Refused, StoredTensor, read_pickle
-from fewstep.models.settings import PixelModelConfig
+from fewstep.networks.settings import PixelModelConfig
 
 Change = Callable[[dict[str, Any]], object]
 SIGMAS = (0.01, 0.5, 5.0, 80.0)

@@ -17,8 +17,9 @@ from torch import Tensor
 from fewstep.errors import UserError, brief
 from fewstep.models.loading.edm_pickle import Part, Refused, StoredTensor, read_pickle, shown
 from fewstep.models.loading.weights import check_finite
-from fewstep.models.pixel_model import PixelModel, build_unet
-from fewstep.models.settings import PixelModelConfig
+from fewstep.models.pixel_model import PixelModel
+from fewstep.networks.families.edm import build_unet
+from fewstep.networks.settings import PixelModelConfig
 from fewstep.settings import Settings
 
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0  # EDM, table 1; the files say 0 and inf, where the network may be called at all

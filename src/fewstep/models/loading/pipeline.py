@@ -11,7 +11,7 @@ from fewstep.errors import UserError
 from fewstep.models.loading.hub import read_index
 from fewstep.models.loading.single_file import Weights, convert, parts_in, pipeline_name
 from fewstep.models.loading.weights import check_finite, check_names, check_stored, load_checked
-from fewstep.networks.families import FAMILIES
+from fewstep.networks.families import FAMILIES, find_family
 from fewstep.networks.family import Family
 
 Changes = dict[str, Any]
@@ -21,9 +21,10 @@ LIBRARIES = ("diffusers", "transformers")
 def check_index(source: object, index: dict[str, Any]) -> Family:
     """The family of a pipeline; raises UserError if it is unsupported, has foreign code, or other parts."""
     name = index.get("_class_name")
-    if name not in FAMILIES:
-        raise UserError(f"{source}: a {name}, which is not supported; supported are {', '.join(FAMILIES)}")
-    family = FAMILIES[name]
+    family = find_family(str(name))
+    if family is None or family.settings:
+        supported = ", ".join(each.name for each in FAMILIES.values() if not each.settings)
+        raise UserError(f"{source}: a {name}, which is not supported; supported are {supported}")
     entries = {part: index.get(part) or (None, None) for part in family.parts}
     missing = [part for part, (library, _) in entries.items() if library is None]
     if missing:
@@ -47,8 +48,8 @@ def load_pipeline(folder: Path, changes: Changes) -> Any:
 def load_single_file(path: Path, weights: Weights, config: Path, changes: Changes) -> Any:
     """The pipeline of a single file, in float32; its configuration, and the parts it lacks, come from `config`."""
     family = check_index(config, read_index(config))
-    if family.pipeline != pipeline_name(weights):
-        its = f"the configuration in {config} is a {family.pipeline}'s"
+    if family.name != pipeline_name(weights):
+        its = f"the configuration in {config} is a {family.name}'s"
         raise UserError(f"{path}: for a {pipeline_name(weights)}, but {its}")
     check_subfolders(config, family)
     there = parts_in(weights)
@@ -116,7 +117,7 @@ def build_part(kind: Any, folder: Path) -> nn.Module:
 
 def _assemble(folder: Path, family: Family, parts: dict[str, nn.Module], changes: Changes) -> Any:
     """The pipeline of these parts, with the folder's scheduler and tokenizers."""
-    kind = library_class(family.pipeline)
+    kind = library_class(family.name)
     others = {name for name, entry in read_index(folder).items() if isinstance(entry, list)}  # SD3's T5, say
     unwanted = (others | set(kind._optional_components)) - set(family.parts)
     pipeline = kind.from_pretrained(str(folder), local_files_only=True, **parts, **dict.fromkeys(unwanted))

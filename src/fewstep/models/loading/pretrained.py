@@ -14,9 +14,11 @@ from fewstep.models.loading import hub, single_file
 from fewstep.models.loading.hub import PIPELINE, read_index
 from fewstep.models.loading.pipeline import check_index, load_pipeline, load_single_file
 from fewstep.models.loading.weights import check_stored, load_checked
-from fewstep.models.pixel_model import PixelModel, build_unet
-from fewstep.models.settings import PixelModelConfig
+from fewstep.models.pixel_model import PixelModel
+from fewstep.networks.families import find_family
 from fewstep.networks.families.stable_diffusion import PARAMETERIZATIONS
+from fewstep.networks.family import Family
+from fewstep.networks.settings import PixelSettings
 from fewstep.runtime.runs import find
 
 SUFFIX = ".safetensors"
@@ -77,28 +79,35 @@ def _load_folder(folder: Path, prediction_type: str | None) -> PixelModel | Late
             f"{folder}: not a model folder (it has no {DESCRIPTION}); name a run or another checkpoint's model"
         )
     description = json.loads((folder / DESCRIPTION).read_text()) if (folder / DESCRIPTION).is_file() else {}
-    if (folder / PIPELINE).is_file() and description.get("family") != "pixel":
+    named = description.get("family", "latent")
+    if named == "latent":
         pipeline = load_pipeline(folder, {"prediction_type": prediction_type} if prediction_type else {})
         return LatentModel(pipeline, description.get("timesteps"), description.get("image_size"))
     if prediction_type:
         raise UserError(f"{folder}: a pixel model, which takes no prediction type")
-    return _load_pixel_model(folder, description)
+    family = find_family(named)
+    if family is None or family.settings is None:
+        raise UserError(
+            f"{folder}: of the family {named!r}, which is not known here; name it with --family MODULE:NAME"
+        )
+    return _load_pixel_model(folder, description, family, family.settings(**description["config"]))
 
 
-def _load_pixel_model(folder: Path, description: dict[str, Any]) -> PixelModel:
-    config = PixelModelConfig(**description["config"])
+def _load_pixel_model(folder: Path, description: dict[str, Any], family: Family, config: PixelSettings) -> PixelModel:
     timesteps = description["timesteps"] and [float(t) for t in description["timesteps"]]
-    unet, files = build_unet(config), sorted((folder / "unet").glob("*.safetensors"))
-    stored = json.loads((folder / "unet" / "config.json").read_text())
-    for name, value in json.loads(json.dumps(dict(unet.config))).items():  # lists for tuples, as the file has them
-        if not name.startswith("_") and name in stored and stored[name] != value:
-            raise UserError(
-                f"{folder}: unet/config.json says {name} {stored[name]}, {DESCRIPTION} {value}; they are of two models"
-            )
+    network, place = family.network(config), folder / family.part
+    if hasattr(network, "config"):
+        stored = json.loads((place / "config.json").read_text())
+        for name, value in json.loads(json.dumps(dict(network.config))).items():  # lists for tuples, as the file has
+            if not name.startswith("_") and name in stored and stored[name] != value:
+                raise UserError(
+                    f"{place}/config.json says {name} {stored[name]}, {DESCRIPTION} {value}; they are of two models"
+                )
+    files = sorted(place.glob("*.safetensors"))
     for file in files:
         check_stored(file)
-    load_checked(folder / "unet", unet, {name: value for file in files for name, value in load_file(file).items()})
-    model = PixelModel(config, unet, timesteps, description.get("class_names"))
+    load_checked(place, network, {name: value for file in files for name, value in load_file(file).items()})
+    model = PixelModel(config, network, timesteps, description.get("class_names"), family)
     model.denoiser.eval()
     return model
 

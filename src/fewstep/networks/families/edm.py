@@ -10,6 +10,7 @@ from fewstep.diffusion.denoiser import Condition
 from fewstep.diffusion.parameterizations import edm
 from fewstep.diffusion.schedules import EDM
 from fewstep.networks.family import Family, unet_map
+from fewstep.networks.settings import PixelModelConfig
 
 if TYPE_CHECKING:
     from diffusers import UNet2DModel
@@ -34,20 +35,40 @@ class PixelUNet(nn.Module):
         return output
 
 
-# Its "pipeline" is the model's configuration (`PixelModelConfig`), labels are the condition, and x0 is the picture.
+def build_unet(config: PixelModelConfig) -> UNet2DModel:
+    """The `UNet2DModel` in ADM's layout (scale-shift time embedding, residual resampling), randomly initialised."""
+    from diffusers import UNet2DModel
+
+    down = ["AttnDownBlock2D" if attention else "ResnetDownsampleBlock2D" for attention in config.attention]
+    up = ["AttnUpBlock2D" if attention else "ResnetUpsampleBlock2D" for attention in reversed(config.attention)]
+    same = {"block_out_channels", "layers_per_block", "attention_head_dim", "norm_num_groups", "dropout"}
+    return UNet2DModel(
+        sample_size=config.image_size,
+        in_channels=config.channels,
+        out_channels=config.channels,
+        down_block_types=down,
+        up_block_types=up,
+        downsample_type="resnet",
+        upsample_type="resnet",
+        resnet_time_scale_shift="scale_shift",
+        attn_norm_num_groups=config.norm_num_groups,
+        add_attention=any(config.attention) or config.middle_attention,
+        flip_sin_to_cos=True,
+        freq_shift=0,
+        num_class_embeds=config.num_classes + config.null_class or None,
+        **config.model_dump(include=same),
+    )
+
+
 PIXELS = Family(
-    pipeline="UNet2DModel",
+    name="pixel",
     part="unet",
+    settings=PixelModelConfig,
+    network=build_unet,
     weights={"unet": "UNet2DModel"},
-    others=(),
-    check=lambda config: None,
     adapter=PixelUNet,
-    conditioner=lambda config, image_size: None,
-    codec=lambda autoencoder: None,
-    schedule=lambda config: (EDM(config.sigma_min, config.sigma_max), edm(config.sigma_data)),
-    image_size=lambda config: int(config.image_size),
+    schedule=lambda settings: (EDM(settings.sigma_min, settings.sigma_max), edm(settings.sigma_data)),
     # the last encoder block, as in the official EDM runs (spec, 1.4)
     feature_layer=lambda unet: f"unet.down_blocks.{len(unet.down_blocks) - 1}",
     time_layer="unet.time_embedding",
-    no_guidance={},
 )

@@ -159,7 +159,7 @@ def _codec(ignored: tuple[str, ...], vae: Any) -> Codec:
 
 
 SD = Family(
-    pipeline="StableDiffusionPipeline",
+    name="StableDiffusionPipeline",
     part="unet",
     weights={"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"},
     others=("scheduler", "tokenizer"),
@@ -171,10 +171,9 @@ SD = Family(
     image_size=partial(_image_size, 512),
     feature_layer=lambda unet: "unet.mid_block",  # as in the official system (spec, 1.4)
     time_layer="unet.time_embedding",
-    no_guidance={"guidance_scale": 1.0},
 )
 SDXL = Family(
-    pipeline="StableDiffusionXLPipeline",
+    name="StableDiffusionXLPipeline",
     part="unet",
     weights={**SD.weights, "text_encoder_2": "CLIPTextModelWithProjection"},
     others=(*SD.others, "tokenizer_2"),
@@ -186,5 +185,4 @@ SDXL = Family(
     image_size=partial(_image_size, 1024),
     feature_layer=SD.feature_layer,
     time_layer=SD.time_layer,
-    no_guidance=SD.no_guidance,
 )

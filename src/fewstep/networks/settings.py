@@ -1,4 +1,4 @@
-"""What a recipe says of a pixel model that is trained from scratch."""
+"""What models on pixels are made by, in recipes and in model folders."""
 
 from typing import Literal, Self
 
@@ -6,18 +6,31 @@ from pydantic import Field, model_validator
 
 from fewstep.settings import Settings
 
+MAX_SIZE = 4096  # pixels; what a damaged file says beyond would take all memory
 
-class PixelModelConfig(Settings):
-    """An EDM-preconditioned `UNet2DModel` on pixels in [-1, 1]."""
 
-    image_size: int = Field(8, ge=4)
-    """Height and width in pixels; divisible by 2 for every level after the first."""
+class PixelSettings(Settings):
+    """A model on pixels in [-1, 1]; a family adds what its network and its schedule are made by."""
+
+    image_size: int = Field(8, ge=4, le=MAX_SIZE)
+    """Height and width in pixels; divisible by 2 for every level of a UNet after the first."""
     channels: Literal[1, 3] = 1
     """1 for grey, 3 for RGB."""
-    num_classes: int = Field(0, ge=0)
+    num_classes: int = Field(0, ge=0, le=10**6)
     """Number of class labels; 0 for an unconditional model."""
     null_class: bool = False
     """Whether there is one more class that means "no label", which guidance needs."""
+
+    @model_validator(mode="after")
+    def _has_classes(self) -> Self:
+        if self.null_class and not self.num_classes:
+            raise ValueError("null_class: a model without classes (num_classes 0) has none")
+        return self
+
+
+class PixelModelConfig(PixelSettings):
+    """An EDM-preconditioned `UNet2DModel`."""
+
     block_out_channels: list[int] = [32, 64]
     """Channels of each level; every level after the first halves the resolution."""
     attention: list[bool] = [False, False]
@@ -42,8 +55,6 @@ class PixelModelConfig(Settings):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         levels = len(self.block_out_channels)
-        if self.null_class and not self.num_classes:
-            raise ValueError("null_class: a model without classes (num_classes 0) has none")
         if self.sigma_min >= self.sigma_max:
             raise ValueError(f"sigma_min {self.sigma_min:g} is not below sigma_max {self.sigma_max:g}")
         if len(self.attention) != levels:
