@@ -77,8 +77,8 @@ class WithTeacher(RunSettings):
     teacher_prediction_type: Literal["epsilon", "v_prediction"] | None = None
     """What a text-to-image teacher predicts, where the scheduler in its folder or `teacher_config` says it wrongly."""
     teacher_family: str | None = None
-    """For a teacher of your own: MODULE:NAME of its family, in an installed module or one in the current folder, which is
-    imported (docs/adding-a-teacher.md); not needed where a package is installed that has it as an entry point."""
+    """For a teacher of your own: MODULE:NAME of its family, in a module here or an installed one, which is imported
+    (docs/adding-a-teacher.md); not needed where an installed package has it as an entry point."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 computes teacher, student, critic, autoencoder and text encoders in it, but neither the discriminator
     nor LPIPS and an AutoencoderTiny; student and critic keep float32 weights, all else is held in it. There is no
