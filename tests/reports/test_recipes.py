@@ -9,7 +9,7 @@ import yaml
 from PIL import Image
 
 from command_line import fewstep
-from fewstep.cli import VERBS, at_home, is_place
+from fewstep.cli.verbs import VERBS, at_home, is_place
 from fewstep.recipes.loading import documented, load_recipe
 from image_sets import encoded, write_files
 
