@@ -9,6 +9,7 @@ import torch
 
 from fewstep.data.images import ImageSet
 from fewstep.data.latents import LatentSet
+from fewstep.data.prompts import load_prompts
 from fewstep.embedded.sources import origin
 from fewstep.errors import Interrupted, UserError
 from fewstep.files import folder_lock, write_text
@@ -86,7 +87,11 @@ def tell_found(images: ImageSet | LatentSet | None) -> None:
 def train_recipe(jobs: Jobs, recipe: AnyRecipe, run: Path, resume: bool, report: Report | None = None) -> None:
     """Runs the recipe into the folder `run`; whatever is wrong with recipe, data or folder is told before any of it."""
     check_target(run, recipe, resume)
-    start_run(jobs[recipe.kind](recipe, run), run, recipe, report)
+    shown = load_prompts(recipe.samples.prompts, field="samples.prompts:") if recipe.samples.prompts else None
+    job = jobs[recipe.kind](recipe, run)
+    if shown and getattr(job.method.model, "kind", None) != "text":
+        raise UserError("samples.prompts: the model takes no text; leave it out")
+    start_run(job._replace(asked=shown) if shown else job, run, recipe, report)
 
 
 def start_run(job: Job, run: Path, recipe: AnyRecipe, report: Report | None) -> None:

@@ -21,7 +21,7 @@ from fewstep.models.loading.pretrained import SUFFIX, open_model
 from fewstep.models.sampler import Sampler, default_sampler, generate, parse_sampler
 from fewstep.networks.families import use_family
 from fewstep.networks.fingerprint import fingerprint
-from fewstep.pictures import grid, parameters_text, read_text, save_png, to_picture
+from fewstep.pictures import grid, num_columns, parameters_text, read_text, save_png, to_picture
 from fewstep.runtime.runs import short_name
 from fewstep.runtime.tracking import progress_bar
 
@@ -43,9 +43,10 @@ class Painter:
 
     def label(self, index: int) -> str:
         """What image `index` is of: its prompt, or its class by name or number."""
-        asked = range(self.model.num_classes) if self.asked is None else self.asked
-        subject = asked[index % len(asked)] if asked else ""
-        return self.model.class_name(subject) if isinstance(subject, int) else subject
+        return self.model.label(index, self.asked)
+
+    def __str__(self) -> str:
+        return f"{self.facts['model']} {self.sampler}"
 
 
 def sample(order: Sample) -> None:
@@ -56,19 +57,16 @@ def sample(order: Sample) -> None:
     check_out(order)
     use_family(order.family)
     device = pick_device(order.device)
-    try:
-        prompts = [*order.prompt, *(load_prompts(order.prompts) if order.prompts else [])]
-    except UserError as error:
-        raise UserError(str(error).replace("prompts.source: ", "--prompts ")) from error
+    prompts = [*order.prompt, *(load_prompts(order.prompts, field="--prompts") if order.prompts else [])]
     painters = make_painters(order, prompts)
     num = order.num or (max(4, len(prompts)) if prompts else 40)
     images = [draw(painter, order, number, num, device) for number, painter in enumerate(painters, 1)]
-    per_row = max(1, COLUMNS // len(painters))
-    if 1 < len(prompts) <= per_row:
-        per_row -= per_row % len(prompts)  # a column per prompt
-    columns = len(painters) * min(per_row, num)
+    subjects = len(prompts) or (1 if order.label else painters[0].model.num_classes)
+    columns = len(painters) * num_columns(num, subjects, COLUMNS // len(painters))
     text = grid_text(painters, order, num, columns, prompts)
-    save_png(grid(torch.stack(images, dim=1).flatten(0, 1), columns), order.out, text)
+    labels = [painters[0].label(index) for index in range(num) for _ in painters]
+    heads = [str(painter) for painter in painters] * (columns // len(painters)) if order.compare else ()
+    save_png(grid(torch.stack(images, dim=1).flatten(0, 1), columns, labels, heads), order.out, text)
     if not order.grid_only:
         new = {single_path(order, number, index) for number in (1, 2) for index in range(num)}
         for earlier in filter(is_single, set(order.folder.iterdir()) - new):
@@ -256,7 +254,7 @@ def single_text(painter: Painter, order: Sample, index: int) -> dict[str, str]:
 
 def grid_text(painters: list[Painter], order: Sample, num: int, columns: int, prompts: list[str]) -> dict[str, str]:
     """The text chunks of the grid; of two models it names the one that each column shows."""
-    names = [f"{painter.facts['model']} {painter.sampler}" for painter in painters] * (columns // len(painters))
+    names = [str(painter) for painter in painters] * (columns // len(painters))
     facts = [painter.facts for painter in painters]
     label = None if order.label is None or not painters[0].asked else painters[0].asked[0]
     title = "; ".join(prompts) or ("" if order.label is None else f"class {painters[0].label(0)}")

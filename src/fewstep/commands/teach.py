@@ -31,7 +31,7 @@ def _pixel_teacher(recipe: TeachRecipe, run: Path) -> Job:
     device = pick_device(recipe.device)
     images = open_images(recipe.data, recipe.model, shrink=recipe.gives("model.image_size"))
     torch.manual_seed(recipe.seed)
-    model = PixelModel(recipe.model, build_unet(recipe.model).to(device))
+    model = PixelModel(recipe.model, build_unet(recipe.model).to(device), class_names=images.class_names)
     method = TeacherTraining(recipe, model, recipe.num_steps, recipe.batch_size, recipe.seed)
     evaluate = make_evaluation(recipe, model, run)
     tell_found(images)

@@ -10,23 +10,24 @@ from fewstep.errors import UserError
 COLUMNS = ("prompt", "caption", "text")
 
 
-def load_prompts(source: str, column: str | None = None) -> list[str]:
+def load_prompts(source: str, column: str | None = None, field: str = "prompts.source:") -> list[str]:
     """The prompts at `source`, without blank ones; `column` by default the first of prompt, caption, text.
 
-    Capitals in column names don't matter. Raises UserError if the file can't be read or has no prompts.
+    Capitals in column names don't matter. `field` names the source in errors. Raises UserError if the file can't be
+    read or has no prompts.
     """
     path = Path(source)
     readers = {".txt": _lines, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet}
     if path.suffix.lower() not in readers:
-        raise UserError(f"prompts.source: {source}: prompts come from a .txt, .csv, .tsv or .parquet file")
+        raise UserError(f"{field} {source}: prompts come from a .txt, .csv, .tsv or .parquet file")
     try:
         cells = readers[path.suffix.lower()](path, column)
         prompts = [cell.strip() for cell in cells if isinstance(cell, str) and cell.strip()]
     except (OSError, ValueError, csv.Error) as error:  # pyarrow's and Unicode's errors are ValueErrors
         reason = " ".join(str(error).split()[:20])
-        raise UserError(f"prompts.source: {source}: can't be read ({reason})") from error
+        raise UserError(f"{field} {source}: can't be read ({reason})") from error
     if not prompts:
-        raise UserError(f"prompts.source: {source}: holds no prompts")
+        raise UserError(f"{field} {source}: holds no prompts")
     return prompts
 
 

@@ -76,6 +76,12 @@ class ImageModel(ABC):
         """Its name, or the number where it has none."""
         return self.class_names[number] if self.class_names else str(number)
 
+    def label(self, index: int, asked: Asked = None) -> str:
+        """What image `index` is of, as `conditions` has it: a prompt, or a class by name or number; "" of no class."""
+        subjects = (range(self.num_classes) if asked is None else asked) or [""]
+        subject = subjects[index % len(subjects)]
+        return self.class_name(subject) if isinstance(subject, int) else subject
+
     @property
     @abstractmethod
     def null_condition(self) -> Condition | None:

@@ -62,6 +62,9 @@ class AutoencoderTraining(Method):
         self.vae.train()
         return torch.stack([to_images(pixels), restored], dim=1).flatten(0, 1)
 
+    def label(self, index: int, asked: Asked = None) -> str:
+        return ("image", "restored")[index % 2]
+
     def save_model(self, folder: Path, frozen: Path | None = None) -> None:
         """Writes the autoencoder with the scaling factor that gives its latents unit variance."""
         self.vae.register_to_config(scaling_factor=1 / self.variance.sqrt().item())

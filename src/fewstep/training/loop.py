@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fewstep.errors import Interrupted, UserError
 from fewstep.models.image_model import Asked
-from fewstep.pictures import grid, save_png
+from fewstep.pictures import grid, num_columns, save_png
 from fewstep.runtime import checkpoint
 from fewstep.runtime.runs import best_steps
 from fewstep.runtime.tracking import Metrics, Report, read_metrics, rewind, write_line
@@ -21,7 +21,6 @@ from fewstep.training.guard import Guard, check_finite
 from fewstep.training.method import Method
 from fewstep.training.settings import LoopSettings
 
-GRID_COLUMNS = 10
 Evaluate = Callable[[Method, int], dict[str, float]]
 """Judges the averaged weights of a method: numbers by name, a function of the weights alone; the step is for errors."""
 
@@ -90,7 +89,8 @@ def sample_grid(method: Method, noise: Tensor, asked: Asked = None) -> Image:
         method.sample(part.to(method.model.device), first=index * size, asked=asked).cpu()
         for index, part in enumerate(torch.split(noise, size, dim=1))
     ]
-    return grid(torch.cat(parts), min(GRID_COLUMNS, noise.shape[1]))
+    labels = [method.label(index, asked) for index in range(noise.shape[1])]
+    return grid(torch.cat(parts), num_columns(len(labels), len(set(labels))), labels)
 
 
 def _resume(method: Method, metrics: Metrics, run: Path) -> int:

@@ -83,6 +83,11 @@ class Method(ABC):
         `asked` are their prompts or classes, in turn.
         """
 
+    def label(self, index: int, asked: Asked = None) -> str:
+        """What image `index` of `sample` is of."""
+        label: str = self.model.label(index, asked)
+        return label
+
     @property
     def other_emas(self) -> Sequence[str]:
         """The averages that are kept beside the first, by name."""

@@ -67,6 +67,14 @@ class EvaluationSettings(Settings):
     `autoencoder`, the text-to-image model's; by default the one of the two that the model has."""
 
 
+class SampleSettings(Settings):
+    """What the sample grids of a run show."""
+
+    prompts: UserPath | None = None
+    """Of a text-to-image model: a .txt file with one prompt per line, or a .csv, .tsv or .parquet file; the grids show
+    them in order, the first `grid_images` of them. By default the first eight that it is trained on."""
+
+
 class LoopSettings(Settings):
     """How long a run is and what it writes on the way."""
 
@@ -86,6 +94,8 @@ class LoopSettings(Settings):
     """Steps per sample grid."""
     grid_images: int = Field(40, ge=1)
     """Images in a sample grid, drawn a few at a time: 40 suit small images, 8 those of SD, 4 those of SDXL."""
+    samples: SampleSettings = SampleSettings()
+    """What the grids show (key prompts)."""
     checkpoint_every: int = Field(1000, ge=1)
     """Steps per checkpoint; the newest two are kept, and those that are the best by a metric of `evaluation`."""
     evaluation: EvaluationSettings = EvaluationSettings()
