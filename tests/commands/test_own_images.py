@@ -7,6 +7,7 @@ import yaml
 from PIL import Image
 
 from command_line import Run, refused
+from fewstep.models.loading.pretrained import open_model
 from fewstep.recipes.loading import load_recipe, read_run_recipe
 from image_sets import encoded, write_captioned, write_files
 
@@ -59,6 +60,22 @@ def test_what_is_trained_on_other_images_is_no_teacher_of_these(run: Run, line: 
     """Told before the teacher's recipe is run."""
     refused(run(f"fewstep {line} {OWN}"), *fragments)
     assert not Path("runs").exists()
+
+
+def test_names_of_class_folders_reach_teacher_student_and_pictures(run: Run) -> None:
+    settings = "--set model.image_size=8 --set model.num_classes=2"
+    assert run(f"fewstep teach digits-teacher {OWN} {TWO} {settings}")[0] == 0
+    assert run(f"fewstep distill digits-1step {OWN} {TWO}")[0] == 0
+    assert open_model("runs/digits-1step").class_names == ["cat", "dog"]
+    assert run("fewstep sample runs/digits-1step --class dog --num 1")[0] == 0
+    assert run("fewstep sample runs/digits-1step --class 1 --num 1 --out one.png")[0] == 0
+    assert Path("samples/00000.png").read_bytes() == Path("one/00000.png").read_bytes()
+    refused(run("fewstep sample runs/digits-1step --class dgo --num 1"), "did you mean 'dog'?")
+    refused(run(f"fewstep teach digits-teacher --out t {OWN} {TWO} {settings} --set samples.prompts=p.txt"), "p.txt")
+    Path("p.txt").write_text("a cat")
+    line = f"fewstep teach digits-teacher --out t {OWN} {TWO} {settings} --set samples.prompts=p.txt"
+    refused(run(line), "samples.prompts: the model takes no text")
+    assert not Path("t").exists()
 
 
 def test_an_autoencoder_is_not_smaller_than_its_images_either(run: Run) -> None:

@@ -16,6 +16,7 @@ from fewstep.metric_table import lower_is_better, metrics_of
 from fewstep.models.latent_model import LatentModel
 from fewstep.models.loading.pretrained import load
 from fewstep.models.sampler import draw_noise, images_per_second
+from fewstep.training import loop
 from fewstep.training.dmd2 import DMD2
 from image_sets import write_captioned
 from single_files import original_weights, write_single_file
@@ -92,6 +93,29 @@ def test_other_recipes_run(tell: Tell, settings: str, tmp_path: Path) -> None:
 
 
 SIZES = "--set teacher=teacher --set data.source=pictures --set num_steps=2 --set batch_size=2"
+
+
+def test_grids_on_the_way_show_ones_own_prompts_in_order(
+    tell: Tell, workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is trained on; of a list that is longer than a grid its first."""
+    (workplace / "mine.txt").write_text("a cat\n\nein Hund, 猫\n4\n")
+    shown: list[tuple[str, ...]] = []
+    drawn = loop.grid
+    monkeypatch.setattr(loop, "grid", lambda images, columns, labels: shown.append(labels) or drawn(images, columns))
+    line = f"fewstep distill recipe.yaml --set num_steps=1 --set samples.prompts=mine.txt --out {tmp_path}"
+    assert tell(f"{line}/all --set grid_images=4") == (0, "")
+    assert tell(f"{line}/two --set grid_images=2") == (0, "")
+    assert shown == [["a cat", "ein Hund, 猫", "4", "a cat"], ["a cat", "ein Hund, 猫"]]
+
+
+@pytest.mark.parametrize(("prompts", "told"), [("gone.txt", "can't be read"), ("list.pdf", ".csv")])
+def test_prompts_of_grids_that_can_not_be_read_are_told_before_anything_is_done(
+    tell: Tell, prompts: str, told: str, tmp_path: Path
+) -> None:
+    line = f"fewstep distill recipe.yaml --set samples.prompts={prompts} --set teacher=gone --out {tmp_path}/run"
+    refused(tell(line), "samples.prompts", told)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", ["sd15-1step", "sdxl-1step", "sdxl-4step"])
