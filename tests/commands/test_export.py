@@ -87,7 +87,9 @@ def newest(name: str) -> Path:
 @pytest.mark.parametrize(("name", "options"), [("student", ""), ("latent", ""), ("latent", " --dtype float16")])
 def test_export_and_the_cards_snippet(run: Run, name: str, options: str, tmp_path: Path, monkeypatch) -> None:
     student, out = load(newest(name)), tmp_path / "not-yet-there" / "my-export"
-    assert run(f"export {name} --to diffusers {out}{options}") == (0, f"wrote {out}\n", "")
+    code, told, errors = run(f"export {name} --to diffusers {out}{options}")
+    assert (code, errors) == (0, "")
+    assert re.match(rf"wrote {out} \([\d.]+ MB\)\nnext: fewstep sample {out}", told)
     assert (out / "samples.png").read_bytes() == max(Path(name).glob("samples/*.png")).read_bytes()
     assert load(out).timesteps == student.timesteps
     assert [path.name for path in out.parent.iterdir()] == ["my-export"]
@@ -363,7 +365,8 @@ def test_what_is_not_whole_is_never_exported(run: Run, name: str, target: str, d
     change(newest(damaged))
     before = set(tmp_path.rglob("*"))
     options = " --raw" * (", raw" in damage) + " --dtype float16" * ("float16" in damage)
-    refused(run(f"export {damaged} {tmp_path}/out.safetensors --to {target}{options}"), *fragments)
+    out = tmp_path / ("out.safetensors" if target == "single-file" else "out")
+    refused(run(f"export {damaged} {out}{options}"), *fragments)
     assert set(tmp_path.rglob("*")) == before
 
 

@@ -12,7 +12,7 @@ from fewstep.export.card import Card, Provenance, model_card, read_scores, read_
 
 def card(kind: str | list[str] = "StableDiffusionXLPipeline", dtype: torch.dtype = torch.float32, **changes) -> str:
     facts = {"teacher": "owner/model", "recipe": "kind: distill\nseed: 3\n", "timesteps": [999.0, 499.0]}
-    facts |= {"guidance_scale": 8.0, "step": 7, "ema": "0.999"} | changes
+    facts |= {"guidance_scale": 8.0, "step": 7, "ema": "0.999", "base_model": "owner/model"} | changes
     return model_card(Card("my model", kind, dtype, False, 10, "samples.png"), Provenance(**facts))
 
 
@@ -27,7 +27,7 @@ def test_what_the_hub_reads() -> None:
     assert matter["library_name"] == "diffusers"
     assert matter["pipeline_tag"] == "text-to-image"
     assert "stable-diffusion-xl" in matter["tags"]
-    matter = front(card(["pipeline", "FewstepPixelPipeline"], teacher="runs/digits: a"))
+    matter = front(card(["pipeline", "FewstepPixelPipeline"], teacher="digits: a", base_model=None))
     assert matter["license"] == "other"
     assert matter["pipeline_tag"] == "unconditional-image-generation"
     assert "base_model" not in matter

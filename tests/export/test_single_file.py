@@ -211,12 +211,18 @@ def test_what_the_layout_can_not_say_is_refused(sd: Place, tmp_path: Path, setti
 
 
 @pytest.mark.parametrize(
-    "settings", [{"shift_factor": 0.1}, {"latents_mean": [0.5, 0, 0, 0], "latents_std": [2.0] * 4}], ids=str
+    ("settings", "what"),
+    [
+        ({"shift_factor": 0.1}, "latents are shifted"),
+        ({"latents_mean": [0.5, 0, 0, 0], "latents_std": [2.0] * 4}, "latents are shifted"),
+        ({"scaling_factor": 0.18215}, r"scaling_factor is 0.18215, not 0.13025,"),
+    ],
+    ids=str,
 )
-def test_a_shift_of_the_latents_is_refused_for_no_header_says_it(tmp_path: Path, settings: dict) -> None:
+def test_other_latents_are_refused_for_no_header_says_them(tmp_path: Path, settings: dict, what: str) -> None:
     model = LatentModel(tiny_sdxl(tmp_path / "scratch"), [999.0])
     model.pipeline.vae.register_to_config(**settings)
-    with pytest.raises(UserError, match=r"vae: its latents are shifted .* export the model as a diffusers folder"):
+    with pytest.raises(UserError, match=rf"vae: its {what} .* export the model as a diffusers folder"):
         write_single_file(model, tmp_path / "new" / "x.safetensors", {}, torch.float32)
     assert not (tmp_path / "new").exists()
 
@@ -369,6 +375,7 @@ def test_a_model_of_our_own_sizes_comes_back(tmp_path: Path, architecture: str) 
     """Three levels of two layers with several transformer blocks, an autoencoder without attention, v-prediction."""
     sizes = {"block_out_channels": [16, 16, 32], "layers_per_block": 2, "norm_num_groups": 8}
     autoencoder = build_autoencoder(AutoencoderConfig(**sizes))
+    autoencoder.register_to_config(scaling_factor={"sd": 0.18215, "sdxl": 0.13025}[architecture])
     config = TextModelConfig(
         architecture=architecture,
         **sizes,

@@ -1,44 +1,55 @@
 """`fewstep export`: a student for where people use models."""
 
 import re
+import shlex
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
+import yaml
+from pydantic import BaseModel
 
 from fewstep.commands.options import Export
-from fewstep.commands.runs import check_writable
+from fewstep.commands.runs import check_writable, tell_done
 from fewstep.errors import UserError
 from fewstep.evaluation.metrics import wilson_interval
-from fewstep.export.card import Provenance, read_scores, read_table
+from fewstep.export.card import (
+    Provenance,
+    check_license,
+    interface_settings,
+    last_part,
+    read_scores,
+    read_table,
+)
 from fewstep.export.diffusers_folder import Format, check_folder, write_diffusers_folder
 from fewstep.export.stored import StoredModel, open_stored
 from fewstep.metric_table import METRICS
 from fewstep.models.latent_model import LatentModel
-from fewstep.models.loading.pretrained import SUFFIX, load
+from fewstep.models.loading.pretrained import SUFFIX, WEIGHT_SUFFIXES, load
 from fewstep.models.sampler import parse_sampler
+from fewstep.networks.precision import INFERENCE_DTYPES
 from fewstep.recipes.loading import read_run_recipe
-from fewstep.recipes.schema import DistillRecipe, StudentRecipe
+from fewstep.recipes.schema import StudentRecipe
 from fewstep.runtime.checkpoint import EVALUATIONS, RECIPE, check_run, load_state, step_name
 from fewstep.runtime.ema import ema_name
 from fewstep.runtime.runs import Found, find, run_folder
 from fewstep.runtime.tracking import progress_bar, read_metrics
+from fewstep.settings import is_path
 
 TARGETS = ("diffusers", "single-file")
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def export(text: str, target: str, out: Path, options: Export) -> None:
-    """Writes the student of RUN, RUN@STEP or RUN@best-METRIC to `out`: a diffusers folder or a single file."""
-    dtype = check_options(target, out, options)
-    recipe = student_recipe(run_folder(text))
-    found = find(text, None if options.ema == first_decay(recipe) else options.ema)
-    found.check(found.folder.name, *(["state.pt"] if options.raw else []))
-    raw = load_state(found.checkpoint, lazy=True)["method"]["student"] if options.raw else None
+def export(given: Export) -> None:
+    """Writes the student of RUN, RUN@STEP or RUN@best-METRIC as a diffusers folder or as a single file."""
+    target, dtype = check_options(given)
+    recipe = student_recipe(run_folder(given.run))
+    found = find(given.run, None if given.ema == first_decay(recipe) else given.ema)
+    found.check(found.folder.name, *(["state.pt"] if given.raw else []))
+    raw = load_state(found.checkpoint, lazy=True)["method"]["student"] if given.raw else None
     stored = open_stored(found.folder, raw and (found.checkpoint / "state.pt", raw))
-    provenance = trace(found, stored, recipe, options)
+    provenance = trace(found, stored, recipe, given)
     with progress_bar("exporting", 2 * len(stored.tensors)) as show:
         numbers = count(1)
 
@@ -46,36 +57,56 @@ def export(text: str, target: str, out: Path, options: Export) -> None:
             show(next(numbers), {})
 
         if target == "single-file":
-            write_file(stored, out, provenance, dtype, report)
+            write_file(stored, given.out, provenance, dtype, report)
         else:
-            written = Format(dtype, options.shard_size or Format.shard_size)
-            grids = sorted(path for path in (found.run / "samples").glob("*.png") if path.stem <= step_name(found.step))
-            grid = grids[-1] if grids else None  # the last picture that is not younger than the model
-            write_diffusers_folder(stored, out, provenance, written, grid, options.overwrite, report)
-    print(f"wrote {out}")
+            written = Format(dtype, given.shard_size or Format.shard_size)
+            write_diffusers_folder(stored, given.out, provenance, written, newest_grid(found), given.overwrite, report)
+    tell(given.out, stored, provenance, target)
 
 
-def check_options(target: str, out: Path, options: Export) -> torch.dtype:
-    """The type of the weights; raises UserError for what can't be asked for, or a place that can't be written to.
+def newest_grid(found: Found) -> Path | None:
+    """The last picture of the run that is not younger than the model; a link is none."""
+    grids = [path for path in (found.run / "samples").glob("*.png") if path.stem <= step_name(found.step)]
+    return max((path for path in grids if not path.is_symlink()), default=None)
+
+
+def tell(out: Path, stored: StoredModel, provenance: Provenance, target: str) -> None:
+    """Prints what was written and how it is used."""
+    files = [out] if out.is_file() else [path for path in out.rglob("*") if path.is_file()]
+    prompt = " --prompt 'a photo of a cat'" if stored.index else ""
+    if target == "single-file":
+        print(interface_settings(provenance.timesteps, stored.prediction))
+        prompt += f" --config {shlex.quote(str(stored.folder))}"
+    size = sum(path.stat().st_size for path in files) / 1e6
+    tell_done(f"{out} ({size:,.{0 if size > 10 else 2}f} MB)", f"sample {shlex.quote(str(out))}{prompt}")
+
+
+def check_options(given: Export) -> tuple[str, torch.dtype]:
+    """Target and type of the weights; raises UserError for what can't be, or a place that can't be written to.
 
     Folders are float32 by default, for then `from_pretrained(DIR)` opens them without a variant and draws what the run
     drew; single files are float16, which is what ComfyUI and A1111 compute in.
     """
+    is_file = given.out.suffix.lower() in WEIGHT_SUFFIXES
+    target = given.to or TARGETS[is_file]
     if target not in TARGETS:
         raise UserError(f"--to {target}: write {' or '.join(TARGETS)}")
-    name = options.dtype or ("float32" if target == "diffusers" else "float16")
-    if name not in DTYPES:
-        raise UserError(f"--dtype {name}: write {', '.join(DTYPES)}")
-    if options.raw and options.ema:
-        raise UserError(f"--ema {options.ema}: --raw takes the weights as trained, not an average; leave out one")
-    check_writable(out.absolute().parent)
-    if target == "diffusers":
-        if options.shard_size and not re.fullmatch(r"[1-9]\d*[KMGT]B", options.shard_size):
-            raise UserError(f"--shard-size {options.shard_size}: write a number and KB, MB, GB or TB, for example 5GB")
-        check_folder(out, options.overwrite)
+    if target == "diffusers" and is_file:
+        raise UserError(f"{given.out}: is a file's name, and --to diffusers writes a folder; change one of them")
+    name = given.dtype or ("float32" if target == "diffusers" else "float16")
+    if name not in INFERENCE_DTYPES:
+        raise UserError(f"--dtype {name}: write {', '.join(INFERENCE_DTYPES)}")
+    if given.raw and given.ema:
+        raise UserError(f"--ema {given.ema}: --raw takes the weights as trained, not an average; leave out one")
+    check_license(given.license)
+    check_writable(given.out.absolute().parent)
+    if target == "single-file":
+        check_file(given.out, given)
+    elif given.shard_size and not re.fullmatch(r"[1-9]\d*[KMGT]B", given.shard_size):
+        raise UserError(f"--shard-size {given.shard_size}: write a number and KB, MB, GB or TB, for example 5GB")
     else:
-        check_file(out, options)
-    return DTYPES[name]
+        check_folder(given.out, given.overwrite)
+    return target, INFERENCE_DTYPES[name]
 
 
 def check_file(out: Path, options: Export) -> None:
@@ -97,30 +128,44 @@ def student_recipe(run: Path) -> StudentRecipe:
     return recipe
 
 
-def trace(found: Found, stored: StoredModel, recipe: StudentRecipe, options: Export) -> Provenance:
-    """Where the model comes from."""
+def trace(found: Found, stored: StoredModel, recipe: StudentRecipe, given: Export) -> Provenance:
+    """Where the model comes from, in what may be published."""
     run = found.run
-    judged = [] if options.raw else read_metrics(run / EVALUATIONS)  # which are of the averaged weights
-    num = recipe.evaluation.num_samples
-    if isinstance(recipe, DistillRecipe):
+    judged = [] if given.raw else read_metrics(run / EVALUATIONS)  # which are of the averaged weights
+    num, base = recipe.evaluation.num_samples, stored.base_model
+    if recipe.kind == "distill":
         guidance = recipe.guidance_scale
     else:  # of a regression: the teacher's on the pairs
         guidance = parse_sampler(recipe.regression.sampler).guidance_scale
-    results = options.evaluation or (run if (run / "results.json").is_file() else None)
+    results = given.evaluation or (run if (run / "results.json").is_file() else None)
     return Provenance(
-        teacher=recipe.teacher,
-        recipe=(run / RECIPE).read_text(),
+        teacher=base or last_part(recipe.teacher),
+        recipe=yaml.safe_dump(published(recipe, base), sort_keys=False),
         timesteps=stored.description["timesteps"],
         guidance_scale=guidance,
         step=found.step,
-        ema="raw" if options.raw else found.ema or first_decay(recipe),
-        license=options.license,
+        ema="raw" if given.raw else found.ema or first_decay(recipe),
+        kind=recipe.kind,
+        base_model=base,
+        license=given.license,
         scores={
             name: (value, wilson_interval(value, num) if name in METRICS and METRICS[name].per_fake else None)
             for name, value in read_scores(judged, found.step, found.ema).items()
         },
         table=read_table(results, run.name) if results else [],
     )
+
+
+def published(settings: BaseModel, base_model: str | None) -> dict[str, Any]:
+    """The settings with only the last parts of their paths; the teacher's id on the hub is none."""
+    content = settings.model_dump(mode="json")
+    for name, field in type(settings).model_fields.items():
+        value = getattr(settings, name)
+        if isinstance(value, BaseModel):
+            content[name] = published(value, base_model)
+        elif is_path(field) and value not in (None, base_model):
+            content[name] = last_part(value)
+    return content
 
 
 def first_decay(recipe: StudentRecipe) -> str:

@@ -164,14 +164,14 @@ class Evaluate(Order):
     family: Family = None
 
 
-@verb("export", "exporting.export", "runs/sdxl-4step --to diffusers sdxl-4step --license openrail++")
+@verb("export", "exporting.export", "runs/sdxl-4step sdxl-4step.safetensors")
 class Export(Order):
     """Write a student as a diffusers folder, or as one file for ComfyUI and A1111."""
 
     # None is the target's own default
     run: Annotated[Place, Argument(help="RUN, RUN@STEP or RUN@best-METRIC.")]
     out: Annotated[Path, Argument(help="Folder, or .safetensors file, to write.")]
-    to: str = option("diffusers or single-file.", "diffusers")
+    to: str | None = option("diffusers or single-file.", show_default="single-file if OUT ends in .safetensors")
     ema: str | None = option("Average to take, where a run keeps several: 0.9999.", show_default="the first")
     raw: bool = option("The weights as trained, not averaged.", False, "--raw")
     dtype: str | None = option(
@@ -184,10 +184,6 @@ class Export(Order):
         "Folder of `fewstep evaluate` whose rows the card shows.", show_default="the run's"
     )
     overwrite: bool = option("Replace an export that is there, whole.", False, "--overwrite")
-
-    def arguments(self) -> tuple[Any, ...]:
-        """Run, target, place, and all options."""
-        return self.run, self.to, self.out, self
 
 
 @verb("import edm", "importing.import_edm", "edm-imagenet-64x64-cond-adm.pkl --out models/imagenet64")

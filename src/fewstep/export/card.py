@@ -1,6 +1,9 @@
 """What an exported model came from, as it stands in the metadata of its weights and in its README.md."""
 
+import difflib
 import json
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +15,6 @@ import yaml
 import fewstep
 from fewstep.errors import UserError
 from fewstep.metric_table import METRICS
-from fewstep.models.loading.hub import is_hub_id
 
 SAMPLER = "LCM's: predict x0, then renoise it with fresh noise to the next timestep"
 VARIANTS = {
@@ -24,73 +26,28 @@ TAGS = {
     "StableDiffusionPipeline": ["text-to-image", "stable-diffusion"],
     "StableDiffusionXLPipeline": ["text-to-image", "stable-diffusion-xl"],
 }
-CARD = """---
-{front}---
-
-# {card.name}
-
-A {what} model that draws in {steps}, distilled from `{made.teacher}` by DMD2.
-{picture}
-## Use
-
-```python
-import torch
-from diffusers import DiffusionPipeline
-
-pipeline = DiffusionPipeline.from_pretrained({opening})
-pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
-picture = pipeline({call}).images[0]
-picture.save("picture.png")
-```
-
-{advice}
-
-## How it was made
-
-| | |
-|---|---|
-| teacher | `{made.teacher}` |
-| method | DMD2 ([arXiv 2405.14867](https://arxiv.org/abs/2405.14867)) |
-| timesteps | {timesteps} |
-| guidance (CFG) of the student | {own_guidance} |
-| guidance (CFG) of the teacher, in training | {guidance} |
-| sampler | {sampler} |
-| checkpoint | step {made.step} (critic updates) |
-| weights | {weights}; {dtype} |
-| made by | fewstep {made.version} |
-
-## Metrics
-
-{metrics}
-
-## Limits
-
-It was trained for exactly {steps} at these timesteps, and is worse at any other. It takes no guidance and no negative \
-prompt. It has what its teacher has of biases and gaps, and less variety than its teacher.
-
-## Licence
-
-{license}
-
-## Recipe
-
-```yaml
-{made.recipe}```
-"""
-NOTES = """\
-Arrows say which way is better. Intervals are of 95 %: Wilson's of shares; a jackknife's over the generated images of \
-FID, by `fewstep evaluate` alone. The row `real` is the noise floor: real images against real images. Numbers in the \
-features of one network don't compare with those in another's."""
-PIXELS = """\
-`trust_remote_code=True` runs `pipeline.py`, a short file in this folder: read it first. The timesteps are the model's \
-own; `generator` seeds the noise, `num_inference_steps` may be less than {count}."""
-NAMED = """\
-The timesteps must be named as above, with these numbers: they are not evenly spaced, so diffusers' `LCMScheduler` \
-can't find them, and refuses a call with `num_inference_steps` above 1."""
-EVEN = """\
-The timesteps need not be named: the scheduler in this folder takes them for `num_inference_steps={count}`. Keep \
-`LCMScheduler`, and keep guidance off."""
 Interval = Sequence[float] | None
+
+
+def texts() -> dict[str, str]:
+    """Those of `card.md`, by name."""
+    parts = re.split(r"^%% (\w+)\n", Path(__file__).with_suffix(".md").read_text("utf-8"), flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def check_license(name: str) -> None:
+    """Raises UserError unless the hub knows the licence, naming the nearest one that it knows."""
+    known = sum(yaml.safe_load(Path(__file__).with_name("licenses.yaml").read_text()), [])
+    if name not in known:
+        near = difflib.get_close_matches(name.lower().replace(" ", "-"), known, 1)
+        hint = f", did you mean {near[0]!r}?" if near else ": write other, or an id like mit or openrail++"
+        raise UserError(f"--license {name!r}: the hub knows no such licence{hint}")
+
+
+def last_part(path: str) -> str:
+    """What is published of a path of any system: not where it lies, nor whose home it is."""
+    *above, last = re.split(r"[/\\]", path.rstrip("/\\"))
+    return "~" if path == os.path.expanduser("~") or above[-1:] in (["home"], ["Users"]) else last
 
 
 @dataclass(frozen=True)
@@ -98,15 +55,19 @@ class Provenance:
     """How the student was made; `guidance_scale` is the teacher's in training, for the student takes none."""
 
     teacher: str
-    """As the recipe names it."""
+    """As the recipe names it, without where it lies."""
     recipe: str
-    """All of it, as YAML."""
+    """All of it, as YAML, likewise."""
     timesteps: list[float]
     guidance_scale: float
     step: int
-    """Of the checkpoint: critic updates."""
+    """Of the checkpoint: critic updates of DMD2."""
     ema: str
     """Decay of the averaged weights; `raw` for the weights as trained."""
+    kind: str = "distill"
+    """Of the recipe."""
+    base_model: str | None = None
+    """The teacher's id on the hub, if it came from there."""
     license: str = "other"
     scores: dict[str, tuple[float, Interval]] = field(default_factory=dict)
     """By the run itself, as it trained, with their 95 % intervals where they are known."""
@@ -120,6 +81,7 @@ class Provenance:
         facts = {name: str(getattr(self, name)) for name in ("version", "teacher", "recipe", "step", "ema", "license")}
         facts |= {"timesteps": json.dumps(self.timesteps), "teacher_guidance_scale": f"{self.guidance_scale:g}"}
         facts |= {"guidance_scale": "none: pass 0 or 1", "sampler": SAMPLER, "scores": json.dumps(scores)}
+        facts |= {"base_model": self.base_model} if self.base_model else {}
         return {f"fewstep.{name}": fact for name, fact in facts.items()}
 
 
@@ -160,42 +122,72 @@ class Card:
     """Whether a call must name them."""
     num_classes: int = 0
     picture: str | None = None
+    prediction: str = "epsilon"
+    class_names: Sequence[str] = ()
 
 
 def model_card(card: Card, made: Provenance) -> str:
     """The whole text."""
-    text, count = isinstance(card.kind, str), len(made.timesteps)
-    front = {
-        "license": made.license,
-        "library_name": "diffusers",
-        **({"base_model": made.teacher} if is_hub_id(made.teacher) else {}),
-        "pipeline_tag": "text-to-image" if text else "unconditional-image-generation",
-        "tags": [*TAGS.get(str(card.kind), []), "fewstep", "dmd2", "distillation", "few-step"],
-    }
+    text, count, say = isinstance(card.kind, str), len(made.timesteps), texts()
     times = f"timesteps={[int(t) for t in made.timesteps]}" if card.name_timesteps else f"num_inference_steps={count}"
-    terms = f"`{made.license}`, as said by who exported it; the terms of the teacher go on to apply."
-    if made.license == "other":
-        terms = f"`other`: the licence of the teacher, `{made.teacher}`, applies, and that of the training data."
-    pixel_call = "class_labels=[0]" if card.num_classes else ""
-    return CARD.format(
+    advice = say["named" if card.name_timesteps else "even" if text else "pixels"].format(count=count)
+    if str(card.kind) in TAGS:
+        advice += say["interfaces"].format(settings=interface_settings(made.timesteps, card.prediction))
+    if card.class_names:
+        names = (f"{number} {' '.join(name.split())}" for number, name in enumerate(card.class_names))
+        advice += say["classes"].format(names=", ".join(names))
+    return say["card"].format(
         card=card,
         made=made,
-        front=yaml.safe_dump(front, sort_keys=False),
+        front=yaml.safe_dump(front_matter(card, made), sort_keys=False),
         what="text-to-image" if text else "pixel",
         steps=f"{count} step{'s' if count > 1 else ''}",
         picture=f"\n![samples]({card.picture})\n" if card.picture else "",
         opening=json.dumps(card.name) + VARIANTS[card.dtype] + ("" if text else ", trust_remote_code=True"),
-        call=f'"a photo of a cat", {times}, guidance_scale=0' if text else pixel_call,
-        advice=(NAMED if card.name_timesteps else EVEN if text else PIXELS).format(count=count),
+        call=f'"a photo of a cat", {times}, guidance_scale=0' if text else "class_labels=[0]" * bool(card.num_classes),
+        advice=advice,
         timesteps=", ".join(f"{t:g}" for t in made.timesteps),
         own_guidance="none: pass `guidance_scale=0`" if text else "none",
         guidance="none" if made.guidance_scale == 1 else f"{made.guidance_scale:g}",
         sampler=SAMPLER,
         weights="as trained" if made.ema == "raw" else f"averaged, EMA {made.ema}",
         dtype=str(card.dtype).removeprefix("torch."),
-        metrics=metrics(made),
-        license=terms,
+        metrics=metrics(made) if made.scores or made.table else say["unjudged"],
+        license=say["teacher_terms" if made.license == "other" else "own_terms"].format(made=made),
+        **{name: line.format(made=made) for name, line in yaml.safe_load(say[made.kind]).items()},
     )
+
+
+def front_matter(card: Card, made: Provenance) -> dict[str, Any]:
+    """What the hub reads; of a licence that it does not know it wants a name and, where there is one, a link."""
+    text, base = isinstance(card.kind, str), made.base_model
+    link = {"license_link": f"https://huggingface.co/{base}"} if base else {}
+    return {
+        "license": made.license,
+        **({"license_name": "that-of-the-teacher"} | link if made.license == "other" else {}),
+        "library_name": "diffusers",
+        **({"base_model": base} if base else {}),
+        "pipeline_tag": "text-to-image" if text else "unconditional-image-generation",
+        "tags": [*TAGS.get(str(card.kind), []), "fewstep", *["dmd2"] * (made.kind == "distill"), "distillation"]
+        + ["few-step"],
+    }
+
+
+def interface_settings(timesteps: Sequence[float], prediction: str = "epsilon") -> str:
+    """What draws the student from its single file in ComfyUI and A1111, by the formulas of their schedulers."""
+    count, say = len(timesteps), texts()
+    own, uniform, twentieth = (
+        ", ".join(f"{t:g}" for t in each)
+        for each in (
+            timesteps,
+            [999 * (count - k) / count for k in range(count)],
+            [999 - 20 * (50 * k // count) for k in range(count)],
+        )
+    )
+    trailing = list(timesteps) == [999 - 1000 * k // count for k in range(count)]
+    told = say["trailing" if trailing else "elsewhere"]
+    told = told.format(count=count, own=own, uniform=uniform, twentieth=twentieth).strip()
+    return told + (say["velocity"].rstrip() if trailing and prediction == "v_prediction" else "")
 
 
 def metrics(made: Provenance) -> str:
@@ -209,7 +201,7 @@ def metrics(made: Provenance) -> str:
         names = [key for key, value in made.table[-1].items() if value is not None and not isinstance(value, dict)]
         rows = [[_cell(row, name) for name in names] for row in made.table]
         parts.append("By `fewstep evaluate`:\n\n" + _table(list(map(_named, names)), rows))
-    return "\n\n".join([*parts, NOTES]) if parts else "None were computed. `fewstep evaluate` computes them."
+    return "\n\n".join([*parts, texts()["notes"]])
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
@@ -229,5 +221,5 @@ def _interval(interval: Interval) -> str:
 def _cell(row: dict[str, Any], name: str) -> str:
     """A value, with its interval where one is known."""
     value, interval = row.get(name), (row.get("intervals") or {}).get(name)
-    text = "–" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    text = "–" if value is None else f"{value:.4g}" if isinstance(value, float) else last_part(str(value))
     return f"{text} ({_interval(interval)})" if interval else text

@@ -3,6 +3,7 @@
 from __future__ import annotations  # diffusers is imported only where a scheduler is made
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -62,18 +63,27 @@ def write_diffusers_folder(
                 metadata = provenance.metadata() if part.name == stored.family.part else {}
                 _convert(stored.parts[part.name], part, folder / part.name, written, metadata, report)
             elif part.name != "scheduler":
-                shutil.copytree(part, folder / part.name)
+                shutil.copytree(part, folder / part.name, copy_function=_copy)
         write_description(folder, stored.description | {EXPORT: provenance.metadata()})
         if grid:
             shutil.copyfile(grid, folder / SAMPLES)
         facts = (index["_class_name"], written.dtype, named, index.get("num_classes", 0), SAMPLES if grid else None)
-        (folder / CARD).write_text(model_card(Card(out.name, *facts), provenance))
+        told = (stored.prediction, stored.description.get("class_names") or ())
+        (folder / CARD).write_text(model_card(Card(out.name, *facts, *told), provenance), "utf-8")
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    """Without where it was once loaded from."""
-    kept = {key: value for key, value in content.items() if key != "_name_or_path"}
+    """Without where it was once loaded from, which says whose machine that was."""
+    kept = {key: value for key, value in content.items() if not re.search("(_or_path|_file|_dir)$", key)}
     path.write_text(json.dumps(kept, indent=2) + "\n")
+
+
+def _copy(source: str, target: str) -> None:
+    """A file of a part without weights."""
+    if source.endswith("_config.json"):
+        _write_json(Path(target), read_json(Path(source)))
+    else:
+        shutil.copyfile(source, target)
 
 
 def _convert(

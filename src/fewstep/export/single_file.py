@@ -1,6 +1,7 @@
 """An SD 1.x, SD 2.x or SDXL model as one safetensors file in the names of the original releases, which UIs read."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from fewstep.networks.families.stable_diffusion import vp_schedule
 
 Places = dict[str, str]
 """Dotted starts of diffusers' names -> the original ones."""
+SCALES = (0.18215, 0.13025)
+"""Of latents, in which readers of a file take SD and SDXL to be."""
 UNET_ENDS = {
     "conv_in": "input_blocks.0.0",
     "conv_norm_out": "out.0",
@@ -164,9 +167,12 @@ def _openclip(encoder: Any, prefix: str) -> Weights:
 
 def _flags(model: LatentModel) -> list[str]:
     """Empty tensors that say v-prediction and zero terminal SNR; raises UserError for what no file can say."""
-    if Codec(model.pipeline.vae).shift is not None:
-        where = "which a single file can't say; export the model as a diffusers folder"
+    where, vae = "which a single file can't say; export the model as a diffusers folder", model.pipeline.vae
+    if Codec(vae).shift is not None:
         raise UserError(f"vae: its latents are shifted (shift_factor, latents_mean, latents_std), {where}")
+    usual_scale = SCALES["text_encoder_2" in model.pipeline.components]
+    if not math.isclose(vae.config.scaling_factor, usual_scale, rel_tol=1e-3):
+        raise UserError(f"vae: its scaling_factor is {vae.config.scaling_factor:g}, not {usual_scale}, {where}")
     config = model.pipeline.scheduler.config
     prediction, zero_snr = config.prediction_type, bool(config.get("rescale_betas_zero_snr"))
     if prediction == "sample":

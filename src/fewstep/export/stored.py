@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fewstep.errors import UserError, brief
 from fewstep.models.image_model import DESCRIPTION
-from fewstep.models.loading.hub import PIPELINE
+from fewstep.models.loading.hub import ID, PIPELINE
 from fewstep.models.loading.pipeline import build_part, check_index, check_subfolders, library_class
 from fewstep.models.loading.weights import check_finite, check_fits, check_names, check_stored
 from fewstep.networks.families.edm import PIXELS
@@ -65,6 +65,19 @@ class StoredModel:
     parts: dict[str, Part]
 
     @property
+    def prediction(self) -> str:
+        """The prediction type that its scheduler says, where it has one."""
+        if not self.index:
+            return "edm"
+        return str(read_json(self.folder / "scheduler" / "scheduler_config.json").get("prediction_type", "epsilon"))
+
+    @property
+    def base_model(self) -> str | None:
+        """The teacher's id on the hub, by what its student was told when it was made: of older ones nobody knows."""
+        base = str(self.description.get("base_model"))
+        return base if ID.fullmatch(base) else None
+
+    @property
     def tensors(self) -> list[Stored]:
         return [stored for part in self.parts.values() for stored in part.tensors.values()]
 
@@ -97,6 +110,7 @@ def open_stored(folder: Path, raw: Raw | None = None) -> StoredModel:
 
     Raises UserError, naming part, file and tensor, unless every network has the names and shapes of its configuration.
     """
+    check_plain(folder)
     description, index, family = read_json(folder / DESCRIPTION), dict[str, Any](), PIXELS
     if (folder / PIPELINE).is_file():
         index = read_json(folder / PIPELINE)
@@ -113,6 +127,13 @@ def open_stored(folder: Path, raw: Raw | None = None) -> StoredModel:
         name: open_part(folder / name, library_class(kind), given.get(name)) for name, kind in family.weights.items()
     }
     return StoredModel(folder, description, family, index, parts)
+
+
+def check_plain(folder: Path) -> None:
+    """Raises UserError unless it holds files and folders alone: what a link leads to must not be published."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            raise UserError(f"{path}: is a link or no plain file, which is never exported; put the file itself there")
 
 
 def open_part(folder: Path, kind: Any, raw: Raw | None = None) -> Part:

@@ -20,15 +20,22 @@ Part = TypeVar("Part", bound=nn.Module)
 class LatentModel(ImageModel):
     """x0 is a latent (C, h, w), as the family's codec makes it of the autoencoder's sample.
 
-    `image_size` is by default the pipeline's own. Raises UserError for what the pipeline's files say and its family
-    does not know.
+    `image_size` is by default the pipeline's own; `base_model` is the id on the hub that it came from, or what it is a
+    student of. Raises UserError for what the pipeline's files say and its family does not know.
     """
 
     kind: Literal["text"] = "text"
     channels = 3
 
-    def __init__(self, pipeline: Any, timesteps: list[float] | None = None, image_size: int | None = None):
+    def __init__(
+        self,
+        pipeline: Any,
+        timesteps: list[float] | None = None,
+        image_size: int | None = None,
+        base_model: str | None = None,
+    ):
         self.pipeline, self.timesteps, self.family = pipeline, timesteps, FAMILIES[type(pipeline).__name__]
+        self.base_model = base_model
         self.family.check(pipeline)
         self.autoencoder = pipeline.vae.eval().requires_grad_(False)
         self.image_size = image_size or self.family.image_size(pipeline)
@@ -128,4 +135,5 @@ class LatentModel(ImageModel):
         self.pipeline.save_config(folder)
 
     def description(self) -> dict[str, Any]:
-        return {"family": "latent", "timesteps": self.timesteps, "image_size": self.image_size}
+        base = {"base_model": self.base_model} if self.base_model else {}
+        return {"family": "latent", "timesteps": self.timesteps, "image_size": self.image_size} | base

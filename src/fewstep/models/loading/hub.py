@@ -9,11 +9,12 @@ from typing import Any
 from fewstep.errors import UserError, brief
 
 PIPELINE = "model_index.json"
+ID = re.compile(r"(\w[\w.-]*)/\w[\w.-]*")
 
 
 def is_hub_id(source: str | Path) -> bool:
     """Whether it reads `owner/name` and can't be a path: there is no folder `owner` here."""
-    owner = re.fullmatch(r"(\w[\w.-]*)/\w[\w.-]*", str(source))
+    owner = ID.fullmatch(str(source))
     return owner is not None and not Path(owner[1]).exists()
 
 

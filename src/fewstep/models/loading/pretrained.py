@@ -54,7 +54,8 @@ def load(
     try:
         if path.is_file() or path.suffix in WEIGHT_SUFFIXES:
             return _load_file(path, config, prediction_type)
-        return _load_folder(_local(path), prediction_type)
+        folder = _local(path)
+        return _load_folder(folder, prediction_type, None if folder == path else str(path))
     except UserError as error:
         if str(source) in str(error):
             raise
@@ -73,7 +74,7 @@ def _local(path: Path) -> Path:
     return hub.fetch(str(path), family.parts, family.weights)
 
 
-def _load_folder(folder: Path, prediction_type: str | None) -> PixelModel | LatentModel:
+def _load_folder(folder: Path, prediction_type: str | None, hub_id: str | None) -> PixelModel | LatentModel:
     if not is_model_folder(folder):
         raise UserError(
             f"{folder}: not a model folder (it has no {DESCRIPTION}); name a run or another checkpoint's model"
@@ -82,7 +83,8 @@ def _load_folder(folder: Path, prediction_type: str | None) -> PixelModel | Late
     named = description.get("family", "latent")
     if named == "latent":
         pipeline = load_pipeline(folder, {"prediction_type": prediction_type} if prediction_type else {})
-        return LatentModel(pipeline, description.get("timesteps"), description.get("image_size"))
+        base = hub_id or description.get("base_model")
+        return LatentModel(pipeline, description.get("timesteps"), description.get("image_size"), base)
     if prediction_type:
         raise UserError(f"{folder}: a pixel model, which takes no prediction type")
     family = find_family(named)
