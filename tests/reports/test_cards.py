@@ -35,6 +35,8 @@ STUDENT = {
     "student": {"num_timesteps": 4, "timesteps": [999, 749, 499, 249]},
 }
 SECRET = "somebody-private"
+SD = "StableDiffusionPipeline"
+LINKS = ("text_encoder/model.safetensors", "tokenizer/vocab.json", "tokenizer/more.txt", "vae/config.json", "tokenizer")
 
 
 def distilled(folder: Path, teacher: str, source: Path) -> None:
@@ -206,7 +208,7 @@ def test_row_31_relative_one_that_it_knows_stands_in_the_card(name: str) -> None
 
 
 def test_a_regression_is_not_called_dmd2(tmp_path: Path) -> None:
-    card = Card("x", "StableDiffusionPipeline", torch.float32, True)
+    card = Card("x", SD, torch.float32, True)
     text = model_card(card, Provenance("sd", "kind: regress\n", [399.0], 8, 1, "raw", kind="regress"))
     assert "dmd2" not in text.lower()
     assert "regression on the teacher's pairs" in text
@@ -320,7 +322,8 @@ def test_nor_is_one_among_the_samples(place: Path, tmp_path: Path) -> None:
 
 
 def test_last_parts() -> None:
-    assert [last_part(path) for path in ("sd", "a/b", "a/b/", "/", os.path.expanduser("~"))] == [
+    paths = {"sd": "sd", "a/b": "b", "a/b/": "b", "/": "", os.path.expanduser("~"): "~"}
+    assert {path: last_part(path) for path in paths} == paths
         "sd",
         "b",
         "b",

@@ -37,7 +37,7 @@ def texts() -> dict[str, str]:
 
 def check_license(name: str) -> None:
     """Raises UserError unless the hub knows the licence, naming the nearest one that it knows."""
-    known = sum(yaml.safe_load(Path(__file__).with_name("licenses.yaml").read_text()), [])
+    known = yaml.safe_load(Path(__file__).with_name("licenses.yaml").read_text())
     if name not in known:
         near = difflib.get_close_matches(name.lower().replace(" ", "-"), known, 1)
         hint = f", did you mean {near[0]!r}?" if near else ": write other, or an id like mit or openrail++"
@@ -160,7 +160,7 @@ def model_card(card: Card, made: Provenance) -> str:
 
 def front_matter(card: Card, made: Provenance) -> dict[str, Any]:
     """What the hub reads; of a licence that it does not know it wants a name and, where there is one, a link."""
-    text, base = isinstance(card.kind, str), made.base_model
+    text, base, dmd2 = isinstance(card.kind, str), made.base_model, made.kind == "distill"
     link = {"license_link": f"https://huggingface.co/{base}"} if base else {}
     return {
         "license": made.license,
@@ -168,8 +168,7 @@ def front_matter(card: Card, made: Provenance) -> dict[str, Any]:
         "library_name": "diffusers",
         **({"base_model": base} if base else {}),
         "pipeline_tag": "text-to-image" if text else "unconditional-image-generation",
-        "tags": [*TAGS.get(str(card.kind), []), "fewstep", *["dmd2"] * (made.kind == "distill"), "distillation"]
-        + ["few-step"],
+        "tags": [*TAGS.get(str(card.kind), []), "fewstep", *["dmd2"] * dmd2, "distillation", "few-step"],
     }
 
 
