@@ -324,9 +324,3 @@ def test_nor_is_one_among_the_samples(place: Path, tmp_path: Path) -> None:
 def test_last_parts() -> None:
     paths = {"sd": "sd", "a/b": "b", "a/b/": "b", "/": "", os.path.expanduser("~"): "~"}
     assert {path: last_part(path) for path in paths} == paths
-        "sd",
-        "b",
-        "b",
-        "",
-        "~",
-    ]
