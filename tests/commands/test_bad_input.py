@@ -140,10 +140,13 @@ RECIPES: list[Case] = [
         for command, wanted in [
             ("distill nothing-like-it --out x", "nothing-like-it…`fewstep recipes` lists them"),
             ("teach there-is-no.yaml --out x", "there-is-no.yaml…YAML file"),
-            ("teach d.yaml --out x", "d.yaml…is for `fewstep distill`"),
-            ("distill t.yaml --out x", "t.yaml…is for `fewstep teach`, not for `fewstep distill`"),
+            ("teach d.yaml --out x", "d.yaml…is for `fewstep distill d.yaml`"),
+            ("distill t.yaml --out x", "t.yaml…is for `fewstep teach t.yaml`, not for `fewstep distill`"),
             ("teach t.yaml --out x --set num_step=5", "num_step: unknown key…did you mean 'num_steps'?"),
-            ("distill d.yaml --out x --set student.optimizer.warmup=1", "optimizer.warmup:…mean 'warmup_steps'?"),
+            (
+                "distill d.yaml --out x --set student.optimizer.warmup=1",
+                "optimizer.warmup:…mean 'student.optimizer.warmup_steps'?",
+            ),
             ("teach t.yaml --out x --set optimizer=3", "optimizer: must hold keys (lr, …not 3"),
             (
                 "teach t.yaml --out x --set model.attention=[true]",

@@ -123,9 +123,8 @@ def test_a_recipe_is_laid_over_those_that_it_extends_and_overrides_over_all(tmp_
         ("extends: digits-1step\nnum_step: 1", "num_step: unknown key, did you mean 'num_steps'?"),
         (
             "num_steps: 3\na: [b\nc: d",
-            "mine.yaml: can't be read as YAML (while parsing a flow sequence in \"<unicode str",
+            "mine.yaml: can't be read as YAML (line 3: did not find expected ',' or ']')",
         ),
-        ("num_steps: 3\na: [b\nc: d", "line 2"),
     ],
 )
 def test_what_can_not_be_read_or_extended_so_is_refused(tmp_path: Path, content: str, fragment: str) -> None:
@@ -149,7 +148,8 @@ def test_what_can_not_be_read_or_extended_so_is_refused(tmp_path: Path, content:
         ("gan.feature_layer=unet.mid_block", "gan.feature_layer", "unet.mid_block"),
         ("gan.feature_layer=null", "gan.feature_layer", None),
         ("data.source=a=b", "data.source", "a=b"),
-        ("dm.noise.min_index=30", "dm.noise.min_index", 30),  # a group that the file leaves out
+        ("checkpointing=blocks", "checkpointing", "blocks"),
+        ("evaluation.every=30", "evaluation.every", 30),  # a group that the file leaves out
     ],
 )
 def test_an_override_is_read_as_yaml(override: str, key: str, value: object) -> None:
@@ -200,16 +200,19 @@ KINDS = "teach, teach-text, teach-autoencoder, distill, regress"
         # unknown keys name the nearest beside them
         ({**TEACH, "num_step": 1}, "num_step: unknown key, did you mean 'num_steps'?"),
         ({**TEACH, "optimizer": {"xyz": 1}}, "optimizer.xyz: unknown key"),
-        ({**TEACH, "model": {"chanels": 1}}, "model.chanels: unknown key, did you mean 'channels'?"),
+        ({**TEACH, "model": {"chanels": 1}}, "model.chanels: unknown key, did you mean 'model.channels'?"),
         ({**TEACH, "guidance_scale": 2}, "guidance_scale: unknown key"),
         ({**TEACH, "distill": 2}, "distill: unknown key"),
         ({**DISTILL, "distill": 2}, "distill: unknown key"),
         ({**DISTILL, "studnet": {}}, "studnet: unknown key, did you mean 'student'?"),
         (
             student(optimizer={"weight_decya": 0}),
-            "student.optimizer.weight_decya: unknown key, did you mean 'weight_decay'?",
+            "student.optimizer.weight_decya: unknown key, did you mean 'student.optimizer.weight_decay'?",
         ),
-        ({**DISTILL, "gan": {"critics_weight": 1}}, "gan.critics_weight: unknown key, did you mean 'critic_weight'?"),
+        (
+            {**DISTILL, "gan": {"critics_weight": 1}},
+            "gan.critics_weight: unknown key, did you mean 'gan.critic_weight'?",
+        ),
         ({**TEACH, "sed": 1, "num_step": 1}, "sed: unknown key, did you mean 'seed'? (and 1 more)"),
         # wrong values name what the key takes
         ({**TEACH, "num_steps": "many"}, "num_steps: …integer…"),
@@ -222,7 +225,7 @@ KINDS = "teach, teach-text, teach-autoencoder, distill, regress"
         ({**TEACH, "ema_decay": 1}, "ema_decay: …less than 1…"),
         (
             {**TEACH, "data": "digits"},
-            "data: …must hold keys (source, split, image_column, label_column, caption_column)…",
+            "data: …must hold keys (source, split, image_column, …), not 'digits'",
         ),
         (student(timesteps=80), "student.timesteps: …list…"),
         ({**DISTILL, "guidance_scale": 0.5}, "guidance_scale: …greater than or equal to 1…"),

@@ -155,7 +155,7 @@ def test_a_second_stage_starts_from_the_best_of_an_average(place: Path, tmp_path
     "decays", ["[0.9, 0.9]", "[]", "[0.9, 1]", "[0.9, -0.1]", "[[0.9]]", "1", "-0.5", "none", "{}"]
 )
 def test_decays_that_are_no_decays_are_refused(decays: str) -> None:
-    wanted = r"student\.ema_decay: takes a number from 0 to below 1, or a list of different ones, not "
+    wanted = r"student\.ema_decay: takes a number from 0 to below 1, or a list of different ones, at most 16, not "
     with pytest.raises(UserError, match=wanted):
         load_recipe("digits-1step", [f"student.ema_decay={decays}"])
 

@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from fewstep.settings import Settings
+from fewstep.settings import Few, Levels, Settings, Width
 
 MAX_SIZE = 4096  # pixels; what a damaged file says beyond would take all memory
 
@@ -31,17 +31,17 @@ class PixelSettings(Settings):
 class PixelModelConfig(PixelSettings):
     """An EDM-preconditioned `UNet2DModel`."""
 
-    block_out_channels: list[int] = [32, 64]
+    block_out_channels: Levels = [32, 64]
     """Channels of each level; every level after the first halves the resolution."""
     attention: list[bool] = [False, False]
     """Whether each level has self-attention."""
     middle_attention: bool = False
     """Whether the block in the middle has self-attention where no level has it; where one has, it always has."""
-    layers_per_block: int = Field(1, ge=1)
+    layers_per_block: Few = 1
     """Residual blocks per level."""
-    attention_head_dim: int = Field(32, ge=1)
+    attention_head_dim: Width = 32
     """Channels per attention head."""
-    norm_num_groups: int = Field(8, ge=1)
+    norm_num_groups: Few = 8
     """Groups of every GroupNorm; divides all channel counts."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout while the teacher trains; distillation runs without."""
@@ -52,6 +52,12 @@ class PixelModelConfig(PixelSettings):
     sigma_max: float = Field(80.0, gt=0)
     """Noise level of pure noise (EDM, table 1)."""
 
+    def idle(self) -> dict[str, str]:
+        """What belongs to attention, where there is none, or enough."""
+        if any(self.attention):
+            return {"middle_attention": "a level has attention, and so the middle"}
+        return {} if self.middle_attention else {"attention_head_dim": "no level has attention"}
+
     @model_validator(mode="after")
     def _fits(self) -> Self:
         levels = len(self.block_out_channels)
@@ -59,8 +65,6 @@ class PixelModelConfig(PixelSettings):
             raise ValueError(f"sigma_min {self.sigma_min:g} is not below sigma_max {self.sigma_max:g}")
         if len(self.attention) != levels:
             raise ValueError(f"attention has {len(self.attention)} entries, block_out_channels {levels}")
-        if not levels or min(self.block_out_channels) < 1:
-            raise ValueError(f"block_out_channels {self.block_out_channels}: at least one level, all positive")
         with_attention = [w for w, on in zip(self.block_out_channels, self.attention, strict=True) if on]
         with_attention += self.block_out_channels[-1:] if with_attention or self.middle_attention else []
         if any(width % self.attention_head_dim for width in with_attention):

@@ -1,7 +1,7 @@
 """Finding, checking, overriding and printing recipes; every mistake in one is told in one line."""
 
-import difflib
 import os
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -10,11 +10,15 @@ import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from fewstep.errors import UserError
+from fewstep.recipes.mistakes import explain, nearest, shown
+from fewstep.recipes.reading import read_file, read_yaml
 from fewstep.recipes.schema import AnyRecipe, Recipe
+from fewstep.settings import Settings, Written
 
 FOLDER = Path(__file__).parent
 _ADAPTER: TypeAdapter[AnyRecipe] = TypeAdapter(Recipe)
 KINDS: dict[object, type[AnyRecipe]] = {each.model_fields["kind"].default: each for each in get_args(AnyRecipe)}
+RESOLVED = 0.75  # of its settings: what gives as many was written by a run or by `recipes show`
 
 
 def recipe_names() -> list[str]:
@@ -25,18 +29,26 @@ def recipe_names() -> list[str]:
 def load_recipe(name: str, overrides: Sequence[str] = (), verb: str | None = None) -> Any:
     """The recipe of that name, or in that YAML file, over what it extends, with `a.b=value` overrides put in.
 
-    Raises UserError for an unknown name, key or type, naming the nearest right one, or if it is not for the `verb`.
+    Raises UserError for an unknown name, key or type, naming the nearest right one, for a value of the user's that
+    changes nothing, or if it is not for the `verb`.
     """
-    content, given = (_extended(find(name), shipped=shipped) for shipped in (True, False))
+    path = find(name, verb)
+    content, given = (_extended(path, shipped=shipped) for shipped in (True, False))
+    told: dict[str, Any] = {}
     for override in overrides:
-        _put(content, override)
-        _put(given, override)
+        content, given, told = (_over(each, _override(override)) for each in (content, given, told))
     recipe = parse(content, name)
     _keep_given(recipe, given)
-    right = "teach" if recipe.kind.startswith("teach") else "distill"
-    if verb not in (None, right):
-        raise UserError(f"recipe {name}: is for `fewstep {right}`, not for `fewstep {verb}`")
+    own = read_file(path) if path.parent != FOLDER else {}
+    resolved = len(own) > RESOLVED * len(type(recipe).model_fields)
+    _refuse_idle(recipe, _over({} if resolved else own, told), name)
+    if verb not in (None, right := _verb(recipe.kind)):
+        raise UserError(f"recipe {name}: is for `fewstep {right} {name}`, not for `fewstep {verb}`")
     return recipe
+
+
+def _verb(kind: str) -> str:
+    return "teach" if kind.startswith("teach") else "distill"
 
 
 def _extended(path: Path, heirs: tuple[Path, ...] = (), shipped: bool = True) -> dict[str, Any]:
@@ -47,7 +59,7 @@ def _extended(path: Path, heirs: tuple[Path, ...] = (), shipped: bool = True) ->
     if path.resolve() in heirs:
         chain = " -> ".join(each.name for each in (*heirs, path))
         raise UserError(f"{path}: extends: goes round in a circle ({chain})")
-    content = _read(path) if shipped or path.parent != FOLDER else {}
+    content = read_file(path) if shipped or path.parent != FOLDER else {}
     if "extends" not in content:
         return content
     name = os.path.expanduser(str(content.pop("extends")))
@@ -61,18 +73,24 @@ def _extended(path: Path, heirs: tuple[Path, ...] = (), shipped: bool = True) ->
 
 def _over(base: dict[str, Any], content: dict[str, Any]) -> dict[str, Any]:
     """Nested settings with those of `content` in their place; a list is a single value."""
-    both = [key for key, value in content.items() if isinstance(value, dict) and isinstance(base.get(key), dict)]
-    return {**base, **content, **{key: _over(base[key], content[key]) for key in both}}
+    both = {key: _group(base.get(key)) for key, value in content.items() if isinstance(value, dict)}
+    return {**base, **content, **{key: _over(below, content[key]) for key, below in both.items() if below}}
 
 
-def find(name: str) -> Path:
-    """The YAML file of a recipe; raises UserError if there is none."""
+def _group(value: Any) -> dict[str, Any]:
+    """The keys in a group of settings, also of one behind --set; none of anything else."""
+    value = value.meant if isinstance(value, Written) and value.startswith("{") else value
+    return value if isinstance(value, dict) else {}
+
+
+def find(name: str, verb: str | None = None) -> Path:
+    """The YAML file of a recipe; raises UserError if there is none, naming the nearest for that verb."""
     path = Path(name)
-    if path.suffix in {".yaml", ".yml"} and path.is_file():
+    if path.suffix.lower() in {".yaml", ".yml"} and path.is_file():
         return path
     if name not in recipe_names():
-        near = _nearest(name, recipe_names())
-        raise UserError(f"no recipe or YAML file {name!r}{near}; `fewstep recipes` lists them")
+        fitting = [each for each in recipe_names() if verb in (None, _verb(load_recipe(each).kind))]
+        raise UserError(f"no recipe or YAML file {shown(name)}{nearest(name, fitting)}; `fewstep recipes` lists them")
     return FOLDER / f"{name}.yaml"
 
 
@@ -81,7 +99,7 @@ def parse(content: dict[str, Any], name: str) -> AnyRecipe:
     try:
         return _ADAPTER.validate_python(content)
     except ValidationError as error:
-        raise UserError(f"recipe {name}: {_explain(error, content)}") from error
+        raise UserError(f"recipe {name}: {explain(error, KINDS, content.get('kind'))}") from error
 
 
 def _keep_given(recipe: BaseModel, given: dict[str, Any]) -> None:
@@ -89,7 +107,25 @@ def _keep_given(recipe: BaseModel, given: dict[str, Any]) -> None:
     recipe.model_fields_set.intersection_update(given)
     for name, value in recipe:
         if isinstance(value, BaseModel):
-            _keep_given(value, given.get(name) or {})
+            _keep_given(value, _group(given.get(name)))
+
+
+def _refuse_idle(recipe: BaseModel, given: dict[str, Any], name: str) -> None:
+    """Raises UserError for a value among those given that changes nothing: whoever gives one believes that it does."""
+    for key, reason in _idle(recipe):
+        *above, last = key.split(".")
+        at, settings = given, recipe
+        for part in above:
+            at, settings = _group(at.get(part)), getattr(settings, part)
+        if last in at and getattr(settings, last) != type(settings).model_fields[last].get_default():
+            raise UserError(f"recipe {name}: {key} changes nothing, for {reason}; leave it out")
+
+
+def _idle(settings: Any, above: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(settings, Settings):
+        yield from ((above + key, reason) for key, reason in settings.idle().items())
+        for name, value in settings:
+            yield from _idle(value, f"{above}{name}.")
 
 
 def dump(recipe: BaseModel) -> str:
@@ -97,9 +133,23 @@ def dump(recipe: BaseModel) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
 
 
+def explained(recipe: BaseModel, indent: str = "") -> Iterator[str]:
+    """The lines of the resolved recipe as YAML, with the meaning of each setting in comments above it."""
+    for name, value in recipe.model_dump(mode="json").items():
+        text = " ".join((type(recipe).model_fields[name].description or "").split())
+        yield from textwrap.wrap(text, 100, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
+        if isinstance(inner := getattr(recipe, name), BaseModel):
+            yield f"{indent}{name}:"
+            yield from explained(inner, f"{indent}  ")
+        else:
+            style = '"' if isinstance(value, str) and "\n" in value else None
+            line = yaml.safe_dump(value, default_style=style, default_flow_style=True, width=float("inf"))
+            yield f"{indent}{name}: {line.removesuffix('...' + chr(10)).strip()}"
+
+
 def read_run_recipe(path: Path) -> AnyRecipe:
     """The resolved recipe of a run folder."""
-    return parse(_read(path), str(path))
+    return parse(read_file(path), str(path))
 
 
 def differences(old: AnyRecipe, new: AnyRecipe) -> list[str]:
@@ -121,61 +171,19 @@ def documented(recipe: BaseModel) -> Iterator[tuple[str, Any, str]]:
             yield name, value, " ".join((field.description or "").split())
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path}: can't be read as YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: a recipe is a mapping of keys to values")
-    return content
-
-
-def _put(content: dict[str, Any], override: str) -> None:
-    """Puts `a.b=value` into nested dicts; the value is YAML."""
-    key, separator, value = override.partition("=")
+def _override(text: str) -> dict[str, Any]:
+    """`a.b=value` as nested settings, the value as typed."""
+    key, separator, value = text.partition("=")
     if not separator or not key.strip():
-        raise UserError(f"--set {override!r}: write key=value, for example num_steps=1000")
-    *parents, last = key.strip().split(".")
-    for parent in parents:
-        content = content.setdefault(parent, {})
-        if not isinstance(content, dict):
-            raise UserError(f"--set {override}: {parent} is a single value and holds no keys")
-    try:
-        content[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise UserError(f"--set {override}: {value!r} is not a YAML value") from error
+        raise UserError(f"--set {shown(text)}: write key=value, for example num_steps=1000")
 
+    def read() -> Any:
+        try:
+            return read_yaml(value) if value else ""
+        except ValueError as error:
+            raise UserError(f"--set {shown(text, 90)}: {shown(value)} is not a YAML value ({error})") from error
 
-def _explain(error: ValidationError, content: dict[str, Any]) -> str:
-    """The first mistake as `key: what is wrong`, with the nearest right key if one is misspelt."""
-    first, more = error.errors()[0], error.error_count() - 1
-    kind = content.get("kind")
-    location = [str(part) for part in first["loc"][1:]]  # behind the kind
-    key = ".".join(location)
-    if first["type"].startswith("union_tag"):
-        return f"kind: must be {', '.join(map(str, KINDS))}, not {kind!r}"
-    if first["type"] == "extra_forbidden":
-        text = f"{key}: unknown key{_nearest(location[-1], _keys_beside(kind, location))}"
-    elif first["type"] == "model_type":
-        text = f"{key}: must hold keys ({', '.join(_keys_beside(kind, [*location, '']))}), not {first['input']!r}"
-    elif first["type"] == "value_error":
-        text = f"{key}: {first['ctx']['error']}" if location else str(first["ctx"]["error"])
-    else:
-        message = first["msg"][0].lower() + first["msg"][1:]
-        text = f"{key}: {message}" + ("" if first["type"] == "missing" else f", not {first['input']!r}")
-    return text + (f" (and {more} more)" if more else "")
-
-
-def _keys_beside(kind: object, location: list[str]) -> list[str]:
-    """The keys that a recipe takes where `location` stands."""
-    model: Any = KINDS[kind]
-    for part in location[:-1]:
-        annotation = model.model_fields[part].annotation
-        model = next((t for t in (annotation, *get_args(annotation)) if isinstance(t, type)), None)
-    return list(model.model_fields)
-
-
-def _nearest(word: str, words: list[str]) -> str:
-    close = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
-    return f", did you mean {close[0]!r}?" if close else ""
+    nested: Any = Written(value, read)
+    for part in reversed(key.strip().split(".")):
+        nested = {part: nested}
+    return dict(nested)

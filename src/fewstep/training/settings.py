@@ -5,9 +5,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from fewstep.settings import Settings, UserPath
+from fewstep.settings import Count, Settings, UserPath
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
+MAX_DECAYS = 16  # averages, each as large as the network
 
 
 class NoiseLevels(Settings):
@@ -27,6 +28,12 @@ class NoiseLevels(Settings):
     shift: float = Field(1.0, gt=0)
     """Resolution shift for `shifted` (SD3, equation 23)."""
 
+    def idle(self) -> dict[str, str]:
+        """What other distributions have."""
+        used = {"index": ("min_index", "max_index"), "shifted": ("shift",)}.get(self.distribution, ("mean", "std"))
+        others = {"min_index", "max_index", "mean", "std", "shift"} - set(used)
+        return dict.fromkeys(sorted(others), f"the distribution is {self.distribution}, which has {', '.join(used)}")
+
     @model_validator(mode="after")
     def _indices_fit(self) -> Self:
         if self.min_index > self.max_index:
@@ -45,7 +52,7 @@ class OptimizerSettings(Settings):
     """Decoupled weight decay."""
     eps: float = Field(1e-8, gt=0)
     """Added to the denominator."""
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(0, ge=0, le=10**9)
     """Updates over which the rate rises linearly; the official 500 amounts to about 2 student updates on 64 GPUs."""
     decay: Literal["constant", "linear", "cosine"] = "constant"
     """How the rate falls from its peak to zero; the paper keeps it constant."""
@@ -54,17 +61,26 @@ class OptimizerSettings(Settings):
     clip_norm: float = Field(10.0, gt=0)
     """Largest global gradient norm."""
 
+    def idle(self) -> dict[str, str]:
+        """When a constant rate falls."""
+        return {"decay_start": "decay is constant"} if self.decay == "constant" else {}
+
 
 class EvaluationSettings(Settings):
     """How a run judges itself on the way: FID, and what else its judge gives, of the weights that it saves."""
 
-    every: int | None = Field(None, ge=1)
+    every: Count | None = None
     """Steps per evaluation, which also writes a checkpoint; by default none. The paper picks its best by FID."""
-    num_samples: int = Field(1000, ge=10)
+    num_samples: int = Field(1000, ge=10, le=10**7)
     """Images per evaluation, always of the same noise and conditions."""
     features: UserPath | None = None
     """The network in whose features FID is taken: a TorchScript file, `classifier`, trained on the data's labels, or
     `autoencoder`, the text-to-image model's; by default the one of the two that the model has."""
+
+    def idle(self) -> dict[str, str]:
+        """How what is not judged is judged; whoever says `every: null` has switched it off knowingly."""
+        judged = self.every or "every" in self.model_fields_set
+        return {} if judged else dict.fromkeys(("num_samples", "features"), "evaluation.every is null")
 
 
 class SampleSettings(Settings):
@@ -78,25 +94,25 @@ class SampleSettings(Settings):
 class LoopSettings(Settings):
     """How long a run is and what it writes on the way."""
 
-    num_steps: int = Field(1000, ge=1)
+    num_steps: Count = 1000
     """Steps; for distillation these are critic updates, as in the paper's counts."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     """Everything random in a run is a function of this and the step."""
-    batch_size: int = Field(64, ge=1)
+    batch_size: int = Field(64, ge=1, le=65_536)
     """Samples per step."""
-    accumulate: int = Field(1, ge=1)
+    accumulate: Count = 1
     """Parts that a batch is computed in, one after the other, for want of memory; the numbers are those of one."""
-    max_skipped: int = Field(20, ge=1)
+    max_skipped: Count = 20
     """Updates in a row that may be skipped because a loss or a gradient is not finite, before the run ends."""
-    log_every: int = Field(50, ge=1)
+    log_every: Count = 50
     """Steps per line of metrics.jsonl."""
-    sample_every: int = Field(1000, ge=1)
+    sample_every: Count = 1000
     """Steps per sample grid."""
-    grid_images: int = Field(40, ge=1)
+    grid_images: int = Field(40, ge=1, le=10_000)
     """Images in a sample grid, drawn a few at a time: 40 suit small images, 8 those of SD, 4 those of SDXL."""
     samples: SampleSettings = SampleSettings()
     """What the grids show (key prompts)."""
-    checkpoint_every: int = Field(1000, ge=1)
+    checkpoint_every: Count = 1000
     """Steps per checkpoint; the newest two are kept, and those that are the best by a metric of `evaluation`."""
     evaluation: EvaluationSettings = EvaluationSettings()
     """Judging on the way; `init_from: RUN@best-fid` starts from what it found best."""
@@ -154,9 +170,13 @@ class StudentSettings(Settings):
     def _decays_fit(cls, given: Any) -> Any:
         decays = given if isinstance(given, list) else [given]
         with suppress(TypeError, ValueError):
-            if decays and len({float(each) for each in decays if 0 <= float(each) < 1}) == len(decays):
+            if 0 < len(decays) <= MAX_DECAYS and len({float(each) for each in decays if 0 <= float(each) < 1}) == len(
+                decays
+            ):
                 return given
-        raise ValueError(f"takes a number from 0 to below 1, or a list of different ones, not {given!r}")
+        raise ValueError(
+            f"takes a number from 0 to below 1, or a list of different ones, at most {MAX_DECAYS}, not {given!r:.60}"
+        )
 
     @model_validator(mode="after")
     def _timesteps_fit(self) -> Self:
@@ -178,7 +198,7 @@ class RegressionSettings(Settings):
     lpips: UserPath | None = None
     """LPIPS: a TorchScript file, or `lpips` for the package of that name (VGG, as published); by default the mean
     squared error of latents, or of pixels where the model has no latents."""
-    lpips_size: int | None = Field(None, ge=16)
+    lpips_size: int | None = Field(None, ge=16, le=8192)
     """Pixels that pictures are resized to for LPIPS; the original DMD has 224 for images of 32 and 64."""
     decoder: UserPath | None = None
     """A folder of diffusers' AutoencoderTiny that decodes latents for LPIPS; by default the model's own autoencoder,
@@ -245,6 +265,12 @@ class GANSettings(Settings):
     independent_noise: bool = False
     """As published: own noise and levels for the GAN terms. Otherwise they share noised samples, and so passes."""
 
+    def idle(self) -> dict[str, str]:
+        """All else, where the weights leave it out."""
+        return (
+            {} if self.student_weight else dict.fromkeys(("feature_layer", "independent_noise"), "both weights are 0")
+        )
+
     @model_validator(mode="after")
     def _both_or_none(self) -> Self:
         if bool(self.student_weight) != bool(self.critic_weight):
@@ -255,7 +281,7 @@ class GANSettings(Settings):
 class DMD2Settings(MemorySettings):
     """How a student is distilled."""
 
-    student_every: int = Field(5, ge=1)
+    student_every: Count = 5
     """Critic updates per student update, the two time-scale rule: 5, or 10 for SD 1.5."""
     student: StudentSettings = StudentSettings()
     critic: CriticSettings = CriticSettings()
@@ -266,6 +292,12 @@ class DMD2Settings(MemorySettings):
     the original DMD 0.25, with LPIPS."""
     regression: RegressionSettings | None = None
     """For `regression_weight` (keys pairs, sampler, lpips, lpips_size, decoder)."""
+
+    def idle(self) -> dict[str, str]:
+        """What belongs to several timesteps, to the main loss or to pairs, where there are none."""
+        found = {"critic.condition_on_stop": "the student has one timestep"} if self.student.num_timesteps == 1 else {}
+        found |= {} if self.dm.weight else dict.fromkeys(("dm.noise", "guidance_scale"), "dm.weight is 0")
+        return found | ({} if self.regression_weight else {"regression": "regression_weight is 0"})
 
     @model_validator(mode="after")
     def _something_trains_the_student(self) -> Self:

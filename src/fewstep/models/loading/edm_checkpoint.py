@@ -48,8 +48,8 @@ class _Claims(Settings):
     img_channels: int
     label_dim: int = 0
     sigma_min: float = 0.0
-    sigma_max: float = math.inf
-    sigma_data: float = Field(0.5, allow_inf_nan=False)
+    sigma_max: float = Field(math.inf, allow_inf_nan=True)
+    sigma_data: float = 0.5
     model_channels: int = Field(192, ge=4 * GROUPS, le=2**14)
     channel_mult: list[Annotated[int, Field(ge=1, le=64)]] = Field([1, 2, 3, 4], min_length=1, max_length=12)
     channel_mult_emb: Literal[4] = 4

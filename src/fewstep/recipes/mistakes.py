@@ -1,0 +1,104 @@
+"""What is wrong in a recipe, in one line, with what was probably meant."""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+WORDS = {
+    "learning_rate": "lr",
+    "lrate": "lr",
+    "iterations": "num_steps",
+    "epochs": "num_steps",
+    "steps": "num_steps",
+    "max_train_steps": "num_steps",
+    "train_batch_size": "batch_size",
+    "resolution": "image_size",
+    "size": "image_size",
+    "width": "image_size",
+    "classes": "num_classes",
+    "dataset": "data",
+    "path": "source",
+    "folder": "source",
+    "ema": "ema_decay",
+    "cfg": "guidance_scale",
+    "cfg_scale": "guidance_scale",
+    "save_every": "checkpoint_every",
+    "gradient_accumulation_steps": "accumulate",
+    "gradient_checkpointing": "checkpointing",
+    "mixed_precision": "precision",
+    "dtype": "precision",
+    "max_grad_norm": "clip_norm",
+}
+"""What other programs call some settings."""
+
+
+def explain(error: ValidationError, kinds: dict[Any, type[BaseModel]], kind: object) -> str:
+    """The first mistake as `key: what is wrong`, with the right key if one is misspelt."""
+    first, more = error.errors()[0], error.error_count() - 1
+    location = [str(part) for part in first["loc"][1:]]  # behind the kind
+    key, given = shown(".".join(location), 200), first["input"]
+    if first["type"].startswith("union_tag"):
+        return f"kind: must be {', '.join(map(str, kinds))}, not {shown(kind)}"
+    if first["type"] == "extra_forbidden":
+        text = f"{key}: unknown key{meant(key, list(keys(kinds[kind])))}"
+    elif first["type"] == "model_type":
+        inside = [each[len(key) + 1 :] for each in keys(kinds[kind]) if each.startswith(f"{key}.")]
+        text = f"{key}: must hold keys ({', '.join(each for each in inside if '.' not in each)}), not {shown(given)}"
+    elif first["type"] == "value_error":
+        text = f"{key}: {first['ctx']['error']}" if location else str(first["ctx"]["error"])
+    elif isinstance(given, dict) and first["type"] != "missing":
+        text = f"{key} is a single value and holds no keys, such as {shown(next(iter(given), ''))}"
+    else:
+        message = first["msg"][0].lower() + first["msg"][1:]
+        text = f"{key}: {message}" + ("" if first["type"] == "missing" else f", not {shown(given)}")
+    return text + (f" (and {more} more)" if more else "")
+
+
+def shown(value: object, most: int = 60) -> str:
+    """A value, or text itself, as far as a line has room."""
+    text = value if most > 60 and isinstance(value, str) else repr(value)
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def keys(model: type[BaseModel], above: str = "") -> Iterator[str]:
+    """Every dotted key of a kind of recipe, of groups too."""
+    for name, field in model.model_fields.items():
+        yield above + name
+        for inner in (field.annotation, *get_args(field.annotation)):
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                yield from keys(inner, f"{above}{name}.")
+
+
+def meant(key: str, known: list[str]) -> str:
+    """`, did you mean ...?`: the key beside it, or elsewhere in the recipe, which has that name or nearly that."""
+    above, _, name = key.rpartition(".")
+    beside = [each for each in known if each.rpartition(".")[0] == above]
+
+    def called(names: Sequence[str], among: list[str]) -> list[str]:
+        return [each for each in among if each.rpartition(".")[2] in names]
+
+    def near(among: list[str], cutoff: float) -> list[str]:
+        return difflib.get_close_matches(name, [each.rpartition(".")[2] for each in among], n=1, cutoff=cutoff)
+
+    word = [WORDS.get(name.lower(), name)]
+    choices = [
+        called(word, beside),
+        called([name], known),
+        called(near(beside, 0.5), beside) if word == [name] else [],
+        called(word, known),
+        called(near(known, 0.75), known),
+    ]
+    return asked(next((found for found in choices if found), []))
+
+
+def nearest(word: str, words: list[str]) -> str:
+    """`, did you mean ...?`: those that begin so, else the one that is spelt nearly so."""
+    begin = [each for each in words if word and each.startswith(word)]
+    return asked(begin or difflib.get_close_matches(word, words, n=1, cutoff=0.5))
+
+
+def asked(choices: Sequence[str]) -> str:
+    """At most four of them."""
+    return f", did you mean {' or '.join(map(repr, choices[:4]))}?" if choices else ""
