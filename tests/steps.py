@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fewstep.models.image_model import ImageModel
 from fewstep.runtime.checkpoint import checkpoints, load_state
+from fewstep.runtime.tracking import OF_THE_MACHINE, read_metrics
 from fewstep.seeding import Draws
 from fewstep.training.dmd2 import DMD2
 from fewstep.training.regression import PairLoss
@@ -98,6 +99,12 @@ def weights(*modules: nn.Module) -> list[Tensor]:
 def same(first: object, second: object) -> bool:
     """Whether two states, or modules, are equal bit for bit."""
     return all(torch.equal(a, b) for a, b in zip(flat(first), flat(second), strict=True))
+
+
+def curves(run: Path) -> list[dict[str, float]]:
+    """The lines of metrics.jsonl but for what is the machine's."""
+    lines = read_metrics(run / "metrics.jsonl")
+    return [{name: value for name, value in line.items() if name not in OF_THE_MACHINE} for line in lines]
 
 
 def last_state(run: Path) -> dict:

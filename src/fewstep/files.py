@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from fewstep.errors import UserError
-from fewstep.stopping import remove, temporary, undisturbed
+from fewstep.stopping import cleaned, remove, temporary, undisturbed
 
 
 @contextmanager
@@ -47,14 +47,22 @@ def write_text(path: Path, text: str) -> None:
 def folder_lock(folder: Path, name: str = ".lock", wait: bool = False) -> Iterator[None]:
     """Holds the lock file `name` in a folder, which is made if need be; the kernel frees it when the process ends.
 
-    Raises UserError, naming folder and process, if another holds it; with `wait` it waits instead.
+    A folder that was made for it, and is still empty, is removed with it. Raises UserError, naming folder and process,
+    if another holds it; with `wait` it waits instead.
     """
-    path = folder / name
+    path, made = folder / name, [each for each in (folder, *folder.parents) if not each.exists()]
+
+    def clean() -> None:
+        path.unlink(missing_ok=True)  # while it is held
+        with suppress(OSError):
+            for each in made:
+                each.rmdir()
+
     with writing(path):
         folder.mkdir(parents=True, exist_ok=True)
         file = _locked(path, wait)
     try:
-        with temporary(path):  # removed while it is held
+        with cleaned(clean):
             yield
     finally:
         os.close(file)

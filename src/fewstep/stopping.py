@@ -16,7 +16,7 @@ from fewstep.errors import Interrupted
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SHOW_CURSOR = "\x1b[?25h"  # which progress bars hide
-_temporaries: set[Path] = set()  # files and folders that nobody wants once this process has ended
+_cleaning: list[Callable[[], None]] = []  # of files and folders that nobody wants once this process has ended
 _advice = [""]  # how to go on after a stop; the innermost job's is the last
 
 
@@ -28,14 +28,19 @@ def end_on_signals() -> None:
 
 
 def end(number: int, frame: FrameType | None = None) -> None:
-    """Removes the temporaries and ends the process: no exception, which a library might swallow."""
-    for each in SIGNALS:
-        signal.signal(each, signal.SIG_IGN)  # a second one changes nothing
-    for path in _temporaries:
-        remove(path)
+    """Ends the process: no exception, which a library might swallow."""
     line = f"fewstep: {stopped(_advice[-1])}\n"
     with suppress(OSError):  # of a terminal that is gone
         os.write(2, ((SHOW_CURSOR if os.isatty(2) else "") + line).encode())
+    end_quietly(number)
+
+
+def end_quietly(number: int, frame: FrameType | None = None) -> None:
+    """Without a line, as a worker does; the temporaries are removed."""
+    for each in SIGNALS:
+        signal.signal(each, signal.SIG_IGN)  # a second one changes nothing
+    for clean in list(_cleaning):
+        clean()
     os._exit(128 + number)
 
 
@@ -53,12 +58,19 @@ def remove(path: Path) -> None:
 @contextmanager
 def temporary(path: Path) -> Iterator[Path]:
     """A path whose file or folder is removed at the end, and by a signal before it."""
-    _temporaries.add(path)
-    try:
+    with cleaned(lambda: remove(path)):
         yield path
+
+
+@contextmanager
+def cleaned(clean: Callable[[], None]) -> Iterator[None]:
+    """Has `clean` called at the end, and by a signal before it."""
+    _cleaning.append(clean)
+    try:
+        yield
     finally:
-        remove(path)
-        _temporaries.discard(path)
+        clean()
+        _cleaning.remove(clean)
 
 
 @contextmanager

@@ -281,7 +281,7 @@ RUNS: list[Case] = [
             [f"{RESUME} --set num_steps=4 --set student.optimizer.lr=0.1"],
             None,
             "student",
-            "student: --resume with a changed recipe…num_steps: 2 -> 4…optimizer.lr: 2e-06 -> 0.1…choose another --out",
+            "student: --resume with a changed recipe (student.optimizer.lr: 2e-06 -> 0.1)…--set init_from=student",
         ),
         (["teach t.yaml --out {} --resume"], None, "student", "(kind: distill -> teach)"),
         (["distill d.yaml --out {}"], None, "student", "student: exists already…--resume"),

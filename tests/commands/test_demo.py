@@ -82,7 +82,7 @@ def test_a_stopped_or_killed_demo_stops_its_workers_too_and_can_be_resumed(tmp_p
             time.sleep(0.1)
         running.send_signal(number)  # to the first process alone, as `kill` and containers do
         _, errors = running.communicate(timeout=60)  # which the workers hold open
-    assert running.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 130)
+    assert running.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 128 + number)
     if number != signal.SIGKILL:
         assert errors == "fewstep: stopped; continue with --resume\n"
     assert "Traceback" not in errors

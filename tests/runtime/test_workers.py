@@ -112,7 +112,7 @@ def test_a_signal_ends_the_workers_behind_a_checkpoint_in_one_line(
     wait_for(lambda: all((tmp_path / name / "begun").exists() for name in "ab"))
     send(process.pid, number)
     _, errors = process.communicate(timeout=60)
-    assert (process.returncode, errors) == (130, "fewstep: stopped; continue with --resume\n")
+    assert (process.returncode, errors) == (128 + number, "fewstep: stopped; continue with --resume\n")
     assert all((tmp_path / name / "checkpoint").exists() and is_free(tmp_path / name) for name in "ab")
 
 

@@ -34,6 +34,7 @@ def run_recipe(name: str, folder: Path) -> list[dict[str, float]]:
 def test_golden_losses(name: str, tmp_path: Path) -> None:
     expected = [json.loads(line) for line in (GOLDEN / f"{name}.jsonl").read_text().splitlines()]
     for ours, golden in zip(run_recipe(name, tmp_path), expected, strict=True):
+        ours = {name: ours[name] for name in golden}  # without rates, and what is the machine's
         assert ours == pytest.approx(golden, rel=5e-3, abs=1e-6), f"step {golden['step']}"
 
 

@@ -1,12 +1,22 @@
 """`fewstep distill`: distils a teacher into a few-step student."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fewstep.commands.judging import make_evaluation
-from fewstep.commands.runs import Job, Jobs, check_source, finished_run, pick_device, tell_found, train_recipe
+from fewstep.commands.runs import (
+    Job,
+    Jobs,
+    check_source,
+    finished_run,
+    pick_device,
+    tell_done,
+    tell_found,
+    train_recipe,
+)
 from fewstep.data.pairs import PairSet, load_pairs
 from fewstep.data.prompts import load_prompts
 from fewstep.embedded.sources import open_captioned, open_images
@@ -17,10 +27,11 @@ from fewstep.models.image_model import Asked, ImageModel
 from fewstep.models.loading.pretrained import is_loadable, open_model
 from fewstep.models.sampler import parse_sampler
 from fewstep.networks.families import use_family
+from fewstep.networks.fingerprint import fingerprint
 from fewstep.networks.precision import DTYPES, trainable
 from fewstep.recipes.loading import recipe_names
 from fewstep.recipes.schema import DistillRecipe, RegressRecipe, StudentRecipe
-from fewstep.runtime.checkpoint import checkpoints
+from fewstep.runtime.checkpoint import RECIPE, checkpoints
 from fewstep.runtime.runs import find, run_folder
 from fewstep.runtime.tracking import Report
 from fewstep.training.batches import BatchAt, image_batches, pair_batches, text_batches
@@ -32,11 +43,24 @@ from fewstep.training.settings import RegressionSettings
 
 def distill(recipe: StudentRecipe, run: Path, resume: bool = False, report: Report | None = None) -> None:
     """Runs the recipe into the folder `run`, after its teacher's if that is a recipe whose run is not finished."""
-    train_recipe(JOBS, recipe, run, resume, report)
+    job = train_recipe(JOBS, recipe, run, resume, report)
+    prompt = ["--prompt", job.asked[0]] if job.method.model.kind == "text" and job.asked else []
+    teacher = next((str(each) for each in (recipe.teacher, run.parent / recipe.teacher) if is_run(each)), None)
+    tell_done(
+        f"{run}, {recipe.num_steps:,} steps",
+        shlex.join(["sample", str(run), *map(str, prompt)]),
+        shlex.join(["evaluate", *([teacher] if teacher else []), str(run)]),
+        shlex.join(["export", str(run), f"{run.name}-diffusers"]),
+    )
+
+
+def is_run(folder: str | Path) -> bool:
+    return (run_folder(folder) / RECIPE).is_file()
 
 
 def _distillation(recipe: DistillRecipe, run: Path) -> Job:
     model = open_teacher(recipe, run.parent)
+    told_from_others = fingerprint([model.network], first=64)  # quick, also for the largest
     pairs = open_pairs(recipe.regression, model) if recipe.regression and recipe.regression_weight else None
     dtype = place(model, recipe)
     pair_loss = open_pair_loss(recipe.regression, model) if pairs and recipe.regression else None
@@ -51,11 +75,12 @@ def _distillation(recipe: DistillRecipe, run: Path) -> Job:
         pairs_at, _ = pair_batches(model, pairs, recipe, recipe.embeddings, run.parent)
         batch_at = with_pairs(batch_at, pairs_at, recipe.student_every)
     model.release()
-    return Job(method, batch_at, make_evaluation(recipe, model, run), asked)
+    return Job(method, batch_at, make_evaluation(recipe, model, run), asked, told_from_others)
 
 
 def _regression(recipe: RegressRecipe, run: Path) -> Job:
     model = open_teacher(recipe, run.parent)
+    told_from_others = fingerprint([model.network], first=64)  # quick, also for the largest
     pairs = open_pairs(recipe.regression, model)
     dtype = place(model, recipe)
     pair_loss = open_pair_loss(recipe.regression, model)
@@ -64,7 +89,7 @@ def _regression(recipe: RegressRecipe, run: Path) -> Job:
     method = Regression(recipe, model, student, pair_loss, recipe.num_steps)
     batch_at, asked = pair_batches(model, pairs, recipe, recipe.embeddings, run.parent)
     model.release()
-    return Job(method, batch_at, make_evaluation(recipe, model, run), asked)
+    return Job(method, batch_at, make_evaluation(recipe, model, run), asked, told_from_others)
 
 
 JOBS: Jobs = {"distill": _distillation, "regress": _regression}

@@ -1,5 +1,6 @@
 """What the verbs share: devices, folders that can be written to, and runs, which are started, resumed or finished."""
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fewstep.data.images import ImageSet
+from fewstep.data.images import ImageSet, content_digest
 from fewstep.data.latents import LatentSet
 from fewstep.data.prompts import load_prompts
 from fewstep.embedded.sources import origin
@@ -16,11 +17,14 @@ from fewstep.files import folder_lock, write_text
 from fewstep.models.image_model import Asked
 from fewstep.recipes.loading import differences, dump, load_recipe, read_run_recipe, recipe_names
 from fewstep.recipes.schema import AnyRecipe
-from fewstep.runtime.checkpoint import RECIPE, check_run, checkpoint_steps
-from fewstep.runtime.tracking import Report, progress_bar
+from fewstep.runtime.checkpoint import EVALUATIONS, FACTS, RECIPE, check_run, checkpoint_steps
+from fewstep.runtime.tensorboard import check_tensorboard
+from fewstep.runtime.tracking import Report, progress_bar, read_metrics
+from fewstep.stopping import advising
 from fewstep.training.batches import BatchAt
 from fewstep.training.loop import Evaluate, train
 from fewstep.training.method import Method
+from fewstep.training.optimization import learning_rate_factor
 
 
 class Job(NamedTuple):
@@ -30,6 +34,8 @@ class Job(NamedTuple):
     batch_at: BatchAt
     evaluate: Evaluate | None = None
     asked: Asked = None
+    teacher: str | None = None
+    """What tells it from others, if there is one."""
 
 
 Jobs = dict[str, Callable[[Any, Path], Job]]
@@ -45,6 +51,12 @@ def pick_device(device: str) -> torch.device:
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+FREE = {  # keys, or the first parts of them, that change no number of a run but by rounding
+    *("description", "device", "log_every", "sample_every", "checkpoint_every", "grid_images", "max_skipped"),
+    *("tensorboard", "samples", "embeddings", "accumulate", "checkpointing"),
+}
+
+
 def check_target(run: Path, recipe: AnyRecipe, resume: bool) -> None:
     """Raises UserError if the recipe can't start in the folder `run`, or continue there; writes nothing.
 
@@ -55,13 +67,60 @@ def check_target(run: Path, recipe: AnyRecipe, resume: bool) -> None:
     occupied = any(not path.name.startswith(".") for path in run.iterdir()) if run.is_dir() else False
     if occupied and resume:
         check_run(run)
-        changed = differences(read_run_recipe(run / RECIPE), recipe)
-        if changed:
-            raise UserError(
-                f"{run}: --resume with a changed recipe ({'; '.join(changed)}); undo that, or choose another --out"
-            )
+        check_past(run, read_run_recipe(run / RECIPE), recipe)
     elif occupied:
         raise UserError(f"{run}: exists already; continue it with --resume, or choose another --out")
+
+
+def check_past(run: Path, old: AnyRecipe, new: AnyRecipe) -> None:
+    """Raises UserError if the recipe, or the data that it names, would have made other numbers than the run has."""
+    facts, done = read_facts(run), max(checkpoint_steps(run), default=0)
+    same_data = facts.get("data") == content_digest(new.data)
+    fits = {
+        "data.source": same_data and facts.get("data") is not None,
+        "teacher": "teacher" in facts,  # compared when it is loaded
+        "num_steps": done <= new.num_steps and same_rates(old, new, done),
+        "evaluation": not read_metrics(run / EVALUATIONS),  # else the best would be one of incomparable numbers
+        "evaluation.every": True,
+    }
+    changed = []
+    for change in differences(old, new):
+        key = change.partition(":")[0]
+        first = key.partition(".")[0]
+        if first not in FREE and not fits.get(key, fits.get(first, False)):
+            changed.append(change)
+    if changed:
+        out = "choose another --out"
+        if new.kind == "distill":
+            out += f", with --set init_from={run} in place of --resume to start from its weights"
+        raise UserError(f"{run}: --resume with a changed recipe ({'; '.join(changed)}); undo that, or {out}")
+    if "data" in facts and not same_data:
+        told = "has other files than the run began with"
+        raise UserError(f"{run}: {new.data.source} {told}; put them back, or choose another --out")
+
+
+def same_rates(old: Any, new: Any, done: int) -> bool:
+    """Whether the learning rates of the steps that are done are those of a run of the new length."""
+    if hasattr(old, "optimizer"):
+        optimizers = [(old.optimizer, 1)]
+    else:
+        optimizers = [(old.student.optimizer, getattr(old, "student_every", 1))]
+        optimizers += [(old.critic.optimizer, 1)] if hasattr(old, "critic") else []
+    # As soon as a rate has begun to fall it differs, so the last one tells.
+    return not done or all(
+        learning_rate_factor(-(-done // every) - 1, -(-old.num_steps // every), settings)
+        == learning_rate_factor(-(-done // every) - 1, -(-new.num_steps // every), settings)
+        for settings, every in optimizers
+    )
+
+
+def read_facts(run: Path) -> dict[str, str | None]:
+    """What a run began with; {} of one of an earlier version."""
+    path = run / FACTS
+    try:
+        return dict(json.loads(path.read_text())) if path.is_file() else {}
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: can't be read; remove it, and the run goes on without its checks") from error
 
 
 def check_writable(folder: Path) -> None:
@@ -84,25 +143,36 @@ def tell_found(images: ImageSet | LatentSet | None) -> None:
         print(images.found)
 
 
-def train_recipe(jobs: Jobs, recipe: AnyRecipe, run: Path, resume: bool, report: Report | None = None) -> None:
-    """Runs the recipe into the folder `run`; whatever is wrong with recipe, data or folder is told before any of it."""
-    check_target(run, recipe, resume)
-    shown = load_prompts(recipe.samples.prompts, field="samples.prompts:") if recipe.samples.prompts else None
-    job = jobs[recipe.kind](recipe, run)
-    if shown and getattr(job.method.model, "kind", None) != "text":
-        raise UserError("samples.prompts: the model takes no text; leave it out")
-    start_run(job._replace(asked=shown) if shown else job, run, recipe, report)
+def train_recipe(jobs: Jobs, recipe: AnyRecipe, run: Path, resume: bool, report: Report | None = None) -> Job:
+    """Runs the recipe into the folder `run`; `report` replaces the progress bar.
+
+    Whatever is wrong with recipe, data or folder is told before any of it, and that another process trains there before
+    the models are loaded.
+    """
+    check_writable(run)
+    with advising("the same command with --resume goes on"), folder_lock(run):
+        check_target(run, recipe, resume)
+        if recipe.tensorboard:
+            check_tensorboard()
+        shown = load_prompts(recipe.samples.prompts, field="samples.prompts:") if recipe.samples.prompts else None
+        job = jobs[recipe.kind](recipe, run)
+        if shown and getattr(job.method.model, "kind", None) != "text":
+            raise UserError("samples.prompts: the model takes no text; leave it out")
+        job = job._replace(asked=shown) if shown else job
+        start_run(job, run, recipe, report)
+    return job
 
 
 def start_run(job: Job, run: Path, recipe: AnyRecipe, report: Report | None) -> None:
-    """Makes the run folder and trains in it; `report` replaces the progress bar.
-
-    Raises UserError if another process trains there, or has meanwhile begun another recipe's run.
-    """
-    with folder_lock(run), progress_bar(run.name, recipe.num_steps, report) as show:
-        check_target(run, recipe, resume=True)
-        if not (run / RECIPE).exists():
-            write_text(run / RECIPE, dump(recipe))
+    """Writes the recipe, and of a new run what it begins with, and trains; raises UserError if a teacher is another."""
+    if not (run / RECIPE).exists():
+        facts = {"data": content_digest(recipe.data), "teacher": job.teacher}
+        write_text(run / FACTS, json.dumps(facts) + "\n")
+    elif job.teacher and read_facts(run).get("teacher", job.teacher) != job.teacher:
+        raise UserError(f"{run}: the teacher is not the one that the run began with; choose another --out")
+    if not (run / RECIPE).exists() or recipe != read_run_recipe(run / RECIPE):
+        write_text(run / RECIPE, dump(recipe))  # which makes the folder a run
+    with progress_bar(run.name, recipe.num_steps, report, seconds=0) as show:
         train(job.method, job.batch_at, run, recipe, show, job.evaluate, job.asked)
 
 
@@ -137,7 +207,8 @@ def finished_run(name: str, runs: Path, field: str) -> Path:
         try:
             train_recipe(JOBS, recipe, run, resume=True)
         except Interrupted as stop:
-            raise Interrupted(f"stopped while teaching {name}; the same command goes on with it") from stop
+            told = f"stopped while teaching {name}; the same command goes on with it"
+            raise Interrupted(told, stop.exit_code - 128) from stop
     return run
 
 

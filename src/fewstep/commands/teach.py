@@ -1,11 +1,21 @@
 """`fewstep teach`: trains from scratch, a teacher on pixels or on latents with captions, or the autoencoder of one."""
 
+import shlex
 from pathlib import Path
 
 import torch
 
 from fewstep.commands.judging import make_evaluation
-from fewstep.commands.runs import Job, Jobs, check_source, finished_run, pick_device, tell_found, train_recipe
+from fewstep.commands.runs import (
+    Job,
+    Jobs,
+    check_source,
+    finished_run,
+    pick_device,
+    tell_done,
+    tell_found,
+    train_recipe,
+)
 from fewstep.embedded.small_models import build_autoencoder, build_pipeline
 from fewstep.embedded.sources import open_captioned, open_captioned_images, open_images
 from fewstep.models.autoencoder import Autoencoder, load_autoencoder
@@ -25,6 +35,23 @@ VOCABULARY_CAPTIONS = 10_000  # that a tokenizer is trained on, where the recipe
 def teach(recipe: TeachingRecipe, run: Path, resume: bool = False, report: Report | None = None) -> None:
     """Runs the recipe into the folder `run`."""
     train_recipe(JOBS, recipe, run, resume, report)
+    tell_done(f"{run}, {recipe.num_steps:,} steps", *what_comes_next(recipe, run))
+
+
+def what_comes_next(recipe: TeachingRecipe, run: Path) -> list[str]:
+    """The commands that one may want behind a teacher or an autoencoder."""
+    if recipe.kind == "teach-autoencoder":
+        source, out = str(recipe.data.source), f"{run}-latents"
+        return [shlex.join(["data", "latents", "--model", str(run), "--source", source, "--out", out])]
+    stem = run.name.removesuffix("-teacher")
+    beside, shipped = f"{stem}-1step.yaml", "digits-1step" if recipe.kind == "teach" else "shapes-1step"
+    student = beside if Path(beside).is_file() else shipped
+    images = [f"--set=data.source={recipe.data.source}"] if student == shipped != f"{stem}-1step" else []
+    prompt = ["--prompt", "TEXT"] if recipe.kind == "teach-text" else []
+    return [
+        shlex.join(["sample", str(run), *prompt]),
+        shlex.join(["distill", student, f"--set=teacher={run}", *images]),
+    ]
 
 
 def _pixel_teacher(recipe: TeachRecipe, run: Path) -> Job:

@@ -1,6 +1,6 @@
 """A run is a folder; everything in it is written under a temporary name and then renamed.
 
-recipe.yaml  metrics.jsonl  evaluations.jsonl  samples/00000500.png  frozen/
+recipe.yaml  facts.json  metrics.jsonl  evaluations.jsonl  samples/00000500.png  frozen/
 checkpoints/00000500/{model/, state.pt, manifest.json}
 
 A student with several averages has the first in model/ and the others beside it, as model-ema0.99995/.
@@ -21,6 +21,7 @@ from fewstep.runtime.manifest import faults, write_manifest
 from fewstep.stopping import temporary
 
 RECIPE = "recipe.yaml"
+FACTS = "facts.json"  # what the run began with: digests of its data and of its teacher
 METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"
 FROZEN = "frozen"  # folder of a run: the autoencoder and the text encoders, which its checkpoints link to

@@ -2,15 +2,18 @@
 
 import json
 import math
+import resource
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from fewstep.errors import UserError
@@ -51,6 +54,33 @@ def rewind(path: Path, step: int) -> None:
     write_text(path, "".join(to_line(line) for line in kept))
 
 
+OF_THE_MACHINE = ("seconds_per_step", "peak_memory_gb")  # which differ between two runs that are the same
+
+
+class StepClock:
+    """Seconds per step since it was last asked, without what was `aside`, and the most memory that was ever taken."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.steps, self.began, self.off = device, 0, time.perf_counter(), 0.0
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is not part of steps."""
+        before = time.perf_counter()
+        yield
+        self.off += time.perf_counter() - before
+
+    def read(self) -> dict[str, float]:
+        """`seconds_per_step` and `peak_memory_gb`, of the GPU or of the process."""
+        now = time.perf_counter()
+        seconds = (now - self.began - self.off) / max(1, self.steps)
+        self.steps, self.began, self.off = 0, now, 0.0
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.device)
+        return {"seconds_per_step": round(seconds, 6), "peak_memory_gb": round(peak / 1e9, 3)}
+
+
 def is_count(name: str) -> bool:
     """Whether a metric is a count, of skipped updates or of samples that were not finite: summed, and told if not 0."""
     return name.startswith(("skipped_", "not_finite_"))
@@ -74,12 +104,13 @@ class Metrics:
             self.sums[name] = self.sums.get(name, 0) + value.where(finite, 0)
             self.counts[name] = self.counts.get(name, 0) + finite
 
-    def write(self, step: int) -> dict[str, float]:
-        """Appends one line with the means, and those counts that are not zero."""
+    def write(self, step: int, more: dict[str, float] | None = None) -> dict[str, float]:
+        """Appends one line with the means, those counts that are not zero, and what the host knows besides."""
         means = [sums.float() / (1 if is_count(name) else self.counts[name]) for name, sums in self.sums.items()]
         values = dict(zip(self.sums, torch.stack(means).tolist(), strict=True)) if means else {}
         self.sums, self.counts = {}, {}
         line = {name: value for name, value in values.items() if math.isfinite(value) and (value or not is_count(name))}
+        line |= more or {}
         write_line(self.path, step, line)
         return line
 
@@ -91,33 +122,66 @@ class Metrics:
         self.counts = {name: torch.as_tensor(count, device=device) for name, count in state["counts"].items()}
 
 
-def progress_columns() -> Progress:
-    """The progress display of every long job, on standard error; plain pipes get nothing."""
-    return Progress(
-        *(TextColumn("{task.description:<16}"), BarColumn(bar_width=12), MofNCompleteColumn()),
-        *(TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}")),
-        console=Console(stderr=True, quiet=not sys.stderr.isatty()),  # else rich < 15 ends a disabled bar by a newline
-        disable=not sys.stderr.isatty(),
-    )
-
-
 def first_metric(metrics: dict[str, float]) -> str:
-    """What fits behind a progress bar."""
-    return next((f"{name} {value:.3g}" for name, value in metrics.items()), "")
+    """What fits behind a progress bar: the first that says how well it goes."""
+    told = [name for name in metrics if not name.endswith("_norm") and not is_count(name)]
+    return next((f"{name} {metrics[name]:.3g}" for name in told or metrics), "")
 
 
-def advance(progress: Progress, task: TaskID, done: int, note: str) -> None:
-    """An empty note leaves the one that stands there."""
-    fields: dict[str, Any] = {"note": note} if note else {}
-    progress.update(task, completed=done, **fields)
+Advance = Callable[[int, str], None]
+"""Told what is done, and a note; an empty one leaves the note that stands there."""
 
 
 @contextmanager
-def progress_bar(title: str, total: int, report: Report | None = None) -> Iterator[Report]:
-    """One progress bar with the time left and the first metric; or, instead of it, what `report` does."""
+def progress_display(seconds: float = 10.0) -> Iterator[Callable[[str, int], Advance]]:
+    """The progress of long jobs on standard error: starts one by its title and its total.
+
+    A terminal has bars. Where there is none, a job has a line whenever it has a note and the last one is `seconds` old.
+    """
+    if not sys.stderr.isatty():
+        yield lambda title, total: _Lines(title, total, seconds).advance
+        return
+    columns = (
+        *(TextColumn("{task.description:<16}"), BarColumn(bar_width=12), MofNCompleteColumn()),
+        TextColumn("left"),
+    )
+    with Progress(
+        *columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=Console(stderr=True)
+    ) as bars:
+
+        def start(title: str, total: int) -> Advance:
+            task = bars.add_task(title, total=total, note="")
+            return lambda done, note: bars.update(task, completed=done, **({"note": note} if note else {}))
+
+        yield start
+
+
+class _Lines:
+    """A job's progress where there is no terminal."""
+
+    def __init__(self, title: str, total: int, seconds: float):
+        self.title, self.total, self.seconds = title, total, seconds
+        self.told = self.began = time.monotonic()
+        self.first: int | None = None  # of a resumed job more than the beginning was done before
+
+    def advance(self, done: int, note: str) -> None:
+        now = time.monotonic()
+        if self.first is None:
+            self.began, self.first = now, done
+        if now - self.told < self.seconds or not (note or self.seconds):
+            return
+        self.told = now
+        left = (now - self.began) / max(1, done - self.first) * (self.total - done)
+        told = [f"{done:,}/{self.total:,}", *([f"{timedelta(seconds=round(left))} left"] if done > self.first else [])]
+        print(f"{self.title}: {', '.join([*told, *([note] if note else [])])}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def progress_bar(title: str, total: int, report: Report | None = None, seconds: float = 10.0) -> Iterator[Report]:
+    """The progress of one job, with the first metric as its note; or, instead of it, what `report` does."""
     if report is not None:
         yield report
         return
-    with progress_columns() as progress:
-        task = progress.add_task(title, total=total, note="")
-        yield lambda step, metrics: advance(progress, task, step, first_metric(metrics))
+    with progress_display(seconds) as start:
+        advance = start(title, total)
+        yield lambda step, metrics: advance(step, first_metric(metrics))

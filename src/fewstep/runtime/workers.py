@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import torch
 
 from fewstep.errors import Interrupted, UserError
-from fewstep.runtime.tracking import advance, first_metric, progress_columns
-from fewstep.stopping import stop_request
+from fewstep.runtime.tracking import first_metric, progress_display
+from fewstep.stopping import end_quietly, stop_request
 
 NUM_PROCESSES = 2
+STOPPED = "stopped; continue with --resume"
 _messages: Any = None  # in a worker: the queue on which it reports
 _stopping: Any = None  # in a worker: the event that tells it to end its task
 _orphaned = threading.Event()  # in a worker: set when the process that started it is gone
@@ -36,16 +37,13 @@ class Task(NamedTuple):
 class TaskRunner:
     """Runs tasks in the pool, with one progress line per title; the first error of a task is raised here."""
 
-    def __init__(self, pool: ProcessPoolExecutor, messages: Any, stopping: Any):
-        self.pool, self.messages, self.stopping = pool, messages, stopping
+    def __init__(self, pool: ProcessPoolExecutor, messages: Any, stopping: Any, stop_requested: Callable[[], int]):
+        self.pool, self.messages, self.stopping, self.stop_requested = pool, messages, stopping, stop_requested
 
     def __call__(self, tasks: Sequence[Task]) -> list[Any]:
         """The results, in the order of the tasks."""
-        with stop_request() as stop_requested:  # a start is never left half-done
-            futures = self._submit(tasks)
+        futures = self._submit(tasks)
         try:
-            if stop_requested():
-                raise KeyboardInterrupt
             self._show(tasks, futures)
         finally:
             if not all(future.done() for future in futures):  # stopped, or one has failed
@@ -65,12 +63,13 @@ class TaskRunner:
     def _show(self, tasks: Sequence[Task], futures: list[Future[Any]]) -> None:
         """Shows what the workers report until every task has ended or one has failed."""
         done = [0] * len(tasks)
-        with progress_columns() as progress:
-            lines = {}
+        with progress_display() as start:
+            advance = {}
             for title in dict.fromkeys(task.title for task in tasks):
-                total = sum(task.total for task in tasks if task.title == title)
-                lines[title] = progress.add_task(title, total=total, note="")
+                advance[title] = start(title, sum(task.total for task in tasks if task.title == title))
             while not all(future.done() for future in futures):
+                if number := self.stop_requested():
+                    raise Interrupted(STOPPED, number)
                 for future in futures:
                     if future.done():
                         future.result()
@@ -78,7 +77,7 @@ class TaskRunner:
                     index, done[index], note = self.messages.get(timeout=0.2)
                     title = tasks[index].title
                     count = sum(number for number, task in zip(done, tasks, strict=True) if task.title == title)
-                    advance(progress, lines[title], count, note)
+                    advance[title](count, note)
 
 
 @contextmanager
@@ -86,22 +85,21 @@ def task_runner() -> Iterator[TaskRunner]:
     """A runner on a pool of `NUM_PROCESSES` fresh processes; Ctrl-C and SIGTERM end it when its tasks have ended."""
     context = multiprocessing.get_context("spawn")
     messages, stopping = context.Queue(), context.Event()
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        with ProcessPoolExecutor(NUM_PROCESSES, context, _start_worker, (messages, stopping)) as pool:
-            yield TaskRunner(pool, messages, stopping)
-    except KeyboardInterrupt:
-        raise Interrupted("stopped; continue with --resume") from None
-    except BrokenProcessPool as error:
-        raise UserError("a worker process was killed, or ran out of memory; continue with --resume") from error
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    with stop_request() as stop_requested:  # no start of a process is left half-done
+        try:
+            with ProcessPoolExecutor(NUM_PROCESSES, context, _start_worker, (messages, stopping)) as pool:
+                yield TaskRunner(pool, messages, stopping, stop_requested)
+        except BrokenProcessPool as error:
+            if number := stop_requested():  # which workers may have met first
+                raise Interrupted(STOPPED, number) from None
+            raise UserError("a worker process was killed, or ran out of memory; continue with --resume") from error
 
 
 def _start_worker(messages: Any, stopping: Any) -> None:
     global _messages, _stopping
     _messages, _stopping = messages, stopping
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the first one stops the others
+    signal.signal(signal.SIGTERM, end_quietly)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     threading.Thread(target=_watch_parent, daemon=True).start()
 

@@ -13,7 +13,8 @@ from fewstep.models.image_model import Asked
 from fewstep.pictures import grid, num_columns, save_png
 from fewstep.runtime import checkpoint
 from fewstep.runtime.runs import best_steps
-from fewstep.runtime.tracking import Metrics, Report, read_metrics, rewind, write_line
+from fewstep.runtime.tensorboard import open_board
+from fewstep.runtime.tracking import Metrics, Report, StepClock, read_metrics, rewind, write_line
 from fewstep.seeding import generator
 from fewstep.stopping import stop_request
 from fewstep.training.batches import BatchAt, parts_ahead
@@ -45,29 +46,42 @@ def train(
     shape = (method.num_noises, settings.grid_images, *method.model.shape)
     noise = torch.randn(shape, generator=generator(settings.seed, "grid"))  # the same in every grid: (K, N, C, H, W)
     (run / "samples").mkdir(exist_ok=True)
-    every = settings.evaluation.every or num_steps
-    with stop_request() as stop_requested, parts_ahead(batch_at, settings, start, method.model.device) as parts:
+    every, clock = settings.evaluation.every or num_steps, StepClock(method.model.device)
+    ahead = parts_ahead(batch_at, settings, start, method.model.device)
+    with (
+        stop_request() as stop_requested,
+        ahead as parts,
+        open_board(run, start, settings.tensorboard) as board,
+    ):
         for done, part in enumerate(parts, start + 1):
             metrics.add(guard.add(method.step(part, done - 1)))  # stays on the device
+            clock.steps += 1
             last = done == num_steps
             judged = evaluate is not None and (done % every == 0 or last)
             logged = done % settings.log_every == 0 or last
             if logged or judged or done % settings.max_skipped == 0:  # else the host does not wait for the device
                 guard.check(done)
-            shown = metrics.write(done) if logged else {}
+            shown = metrics.write(done, method.learning_rates | clock.read()) if logged else {}
+            board.numbers("training", done, shown)
             if evaluate is not None and judged:
+                with clock.aside():
+                    scores = evaluate(method, done)
                 # Before the checkpoint: a kill in between makes it judge again, and no step is kept without its scores.
-                scores = evaluate(method, done)
                 write_line(run / checkpoint.EVALUATIONS, done, scores)
+                board.numbers("evaluation", done, scores)
                 shown = scores | shown
             stopped = stop_requested()  # asked once, so that what is saved and what is told agree
             report(done, shown)
             if done % settings.sample_every == 0 or last:
-                save_png(sample_grid(method, noise, asked), run / "samples" / f"{checkpoint.step_name(done)}.png")
+                with clock.aside():
+                    picture = sample_grid(method, noise, asked)
+                save_png(picture, run / "samples" / f"{checkpoint.step_name(done)}.png")
+                board.picture(done, picture)
                 method.model.release()  # autoencoder and text encoders, which only grids use
             if done % settings.checkpoint_every == 0 or last or stopped or judged:
                 guard.check(done)
-                _save(method, metrics, run, done)
+                with clock.aside():
+                    _save(method, metrics, run, done)
             if stopped and not last:
                 raise Interrupted(f"stopped at step {done} of {num_steps}; continue with --resume --out {run}", stopped)
 

@@ -93,6 +93,14 @@ class Method(ABC):
         """The averages that are kept beside the first, by name."""
         return self.ema.others
 
+    @property
+    def learning_rates(self) -> dict[str, float]:
+        """Of the last updates: `learning_rate`, and `critic_learning_rate` where there is a critic."""
+        names = [name for name in self.STATE if name.endswith("optimizer")]
+        prefixes = [name.removesuffix("optimizer").removeprefix("student_") for name in names]
+        rates = [getattr(self, name).learning_rate for name in names]
+        return {f"{prefix}learning_rate": rate for prefix, rate in zip(prefixes, rates, strict=True)}
+
     @contextmanager
     def averaged_model(self, ema: str | None = None) -> Iterator[Any]:
         """The model with its first averages, or those of `ema`, inside the context alone: what is saved and judged."""

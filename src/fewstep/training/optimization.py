@@ -27,9 +27,8 @@ class Optimizer:
         given = settings.model_dump(include={"lr", "betas", "weight_decay", "eps"})
         # Fused: one kernel, and the only one that can skip without the host.
         self.adamw = torch.optim.AdamW(self.parameters, **given, fused=True)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.adamw, lambda update: learning_rate_factor(update, num_updates, settings)
-        )
+        self.lr, self.factor = settings.lr, lambda update: learning_rate_factor(update, num_updates, settings)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.adamw, self.factor)
 
     def step(self, finite: Tensor) -> tuple[Tensor, Tensor]:
         """Clips, updates, clears the gradients; gives the gradient norm before clipping, and 1 if it was skipped, or 0.
@@ -46,6 +45,11 @@ class Optimizer:
         self.schedule.step()
         self.adamw.zero_grad()  # frees them, and with them what was not finite
         return norm, skipped
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the last update; before the first, of that."""
+        return self.lr * self.factor(max(0, self.schedule.last_epoch - 1))  # not AdamW's: that is the next update's
 
     def state_dict(self) -> dict[str, Any]:
         return {"adamw": self.adamw.state_dict(), "schedule": self.schedule.state_dict()}

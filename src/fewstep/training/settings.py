@@ -112,6 +112,8 @@ class LoopSettings(Settings):
     """Images in a sample grid, drawn a few at a time: 40 suit small images, 8 those of SD, 4 those of SDXL."""
     samples: SampleSettings = SampleSettings()
     """What the grids show (key prompts)."""
+    tensorboard: bool = False
+    """Writes metrics, evaluations and sample grids to RUN/tensorboard, too (`pip install fewstep[tensorboard]`)."""
     checkpoint_every: Count = 1000
     """Steps per checkpoint; the newest two are kept, and those that are the best by a metric of `evaluation`."""
     evaluation: EvaluationSettings = EvaluationSettings()
