@@ -2,16 +2,41 @@
 
 import errno
 import fcntl
+import json
 import os
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
-from fewstep.errors import UserError
+from fewstep.errors import UserError, brief
 from fewstep.stopping import cleaned, remove, temporary, undisturbed
+
+
+def read_text(path: Path) -> str:
+    """The text of a file; raises UserError where it is none, can't be read, or is not UTF-8."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a FIFO would be waited for
+            raise UserError(f"{path}: can't be read, for it is no file")
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: can't be read ({getattr(error, 'strerror', None) or 'it is no UTF-8'})") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; raises UserError where it holds none."""
+    text = read_text(path)
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is damaged ({brief(error)})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: is damaged (it holds no JSON object)")
+    return content
 
 
 @contextmanager

@@ -238,7 +238,7 @@ DATA: list[Case] = [
 
 VERBS = ["sample {}", "evaluate {}"]
 NO_RECIPE = "not a run folder (it has no recipe.yaml)"
-DAMAGED_MODEL = "teacher/checkpoints/00000002/model: the model is damaged…name another checkpoint's model folder"
+DAMAGED_MODEL = "teacher/checkpoints/00000002/model…damaged"
 RUNS: list[Case] = [
     (make, command.format(name), wanted)
     for commands, make, name, wanted in [
@@ -433,7 +433,7 @@ def test_an_error_of_the_system_is_one_line_wherever_it_comes_from(
 
 def test_a_folder_in_the_place_of_a_file_is_named(refused: Refused) -> None:
     Path("teacher", "evaluations.jsonl").mkdir()
-    refused("sample teacher@best-fid", "teacher/evaluations.jsonl: can't be read or written (Is a directory)")
+    refused("sample teacher@best-fid", "teacher/evaluations.jsonl: can't be read")
 
 
 # --- usage -----------------------------------------------------------------------------------------------------------

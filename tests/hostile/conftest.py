@@ -1,11 +1,8 @@
 """Places with a label run and a text run, that are copied to be damaged, and a bound on the time of every verb."""
 
-import os
 import shutil
 import signal
-import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -14,7 +11,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from command_line import Answer, fewstep
+from command_line import fewstep
 from fewstep.evaluation.extractors import train_classifier
 from image_sets import write_captioned
 from tiny_pipelines import TINY

@@ -183,7 +183,6 @@ KINDS = [  # of which 26 of the first order, and relatives of them
             ("none", []),
             ("negative", [-5]),
             ("nested", [[40]]),
-            ("null", None),
         ]
     ),
     Damage("another-family", DESCRIPTION, edited(family="wan")),
@@ -292,7 +291,6 @@ KINDS = [  # of which 26 of the first order, and relatives of them
     Damage("checkpoint-a-loop", CHECKPOINT, LOOP),
     Damage("model-missing", MODEL, MISSING),
     Damage("model-a-file", MODEL, content("x")),
-    Damage("samples-a-file", "student/samples", content("x")),
     Damage("grid-a-folder", "student/samples/00000004.png", FOLDER),
     Damage("grid-a-fifo", "student/samples/00000004.png", FIFO),
     Damage("grid-from-outside", "student/samples/00000004.png", LEFT),
@@ -378,7 +376,7 @@ def test_damage_is_told_in_one_line_or_changes_nothing(
     before = snapshot()
     opener = subprocess.Popen(["sh", "-c", f"sleep 5; : <>{damage.path}"]) if "fifo" in damage.name else None
     try:
-        code, output, errors = call(kind, verb)
+        code, _, errors = call(kind, verb)
     finally:
         hung = opener is not None and opener.poll() is not None
         if opener:
@@ -388,7 +386,8 @@ def test_damage_is_told_in_one_line_or_changes_nothing(
     assert not Path("code-was-run").exists()
     if code == 0:
         assert all(told(line + "\n", damage) for line in errors.splitlines())
-        assert result(verb) == given[verb]
+        found = result(verb)
+        assert {name: found.get(name) for name in given[verb]} == given[verb]
     else:
         lines = errors.splitlines(keepends=True)
         assert code == 2, errors

@@ -60,10 +60,10 @@ def test_unfinished_checkpoints_and_stray_files_are_no_checkpoints_and_the_first
     save(tmp_path, 1)
     for name in (".00000001.tmp", ".00000009.0a1b.tmp", ".00000000.old"):
         (tmp_path / "checkpoints" / name / "model").mkdir(parents=True)
-    (tmp_path / "checkpoints" / "00000010").write_text("a file")
+    (tmp_path / "checkpoints" / "00000010.txt").write_text("a file")
     assert_whole(tmp_path, 1)
     save(tmp_path, 2)
-    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["00000001", "00000002", "00000010"]
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["00000001", "00000002", "00000010.txt"]
 
 
 def test_a_step_that_is_saved_again_is_replaced(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,9 +16,9 @@ from torch import Tensor
 
 from fewstep.errors import UserError
 from fewstep.export.card import Card, Provenance, model_card
-from fewstep.export.stored import Part, StoredModel, read_json
+from fewstep.export.stored import Part, StoredModel
 from fewstep.export.weights import planned, write_shards
-from fewstep.files import written_folder
+from fewstep.files import read_json, written_folder
 from fewstep.models.image_model import DESCRIPTION, write_description
 from fewstep.models.loading.hub import PIPELINE
 from fewstep.models.loading.pipeline import library_class
@@ -158,10 +159,9 @@ def check_folder(out: Path, overwrite: bool) -> None:
     """Raises UserError if an export can't take the place `out`: of nothing, of an empty folder, or of an export."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
-    try:
-        is_export = EXPORT in json.loads((out / DESCRIPTION).read_text())
-    except (OSError, ValueError, TypeError):
-        is_export = False
+    is_export = False
+    with suppress(UserError):
+        is_export = EXPORT in read_json(out / DESCRIPTION)
     if not is_export:
         raise UserError(f"{out}: exists already and is no export, so it is never replaced; choose another place")
     if not overwrite:

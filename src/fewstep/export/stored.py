@@ -3,7 +3,6 @@
 No network is given memory: its configuration says which tensors it has, and those of the files are read one by one.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from fewstep.errors import UserError, brief
+from fewstep.files import read_json
 from fewstep.models.image_model import DESCRIPTION
 from fewstep.models.loading.hub import ID, PIPELINE
 from fewstep.models.loading.pipeline import build_part, check_index, check_subfolders, library_class
@@ -97,12 +97,6 @@ def whole(where: Path) -> Iterator[None]:
         raise
     except Exception as error:
         raise UserError(f"{where}: is missing or damaged ({brief(error)}); name another checkpoint") from error
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object; raises UserError if the file holds none."""
-    with whole(file):
-        return dict(json.loads(file.read_text()))
 
 
 def open_stored(folder: Path, raw: Raw | None = None) -> StoredModel:

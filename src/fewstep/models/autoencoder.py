@@ -2,7 +2,6 @@
 
 from __future__ import annotations  # diffusers is imported only where an autoencoder is loaded
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fewstep.errors import UserError
+from fewstep.files import read_json
 from fewstep.models.image_model import write_description
 from fewstep.models.loading.pipeline import library_class
 from fewstep.models.loading.weights import check_finite, check_names, check_stored
@@ -93,7 +93,7 @@ def load_tiny_decoder(folder: Path, num_channels: int, device: torch.device) -> 
     kind = library_class("AutoencoderTiny")
     try:
         tiny = kind.from_pretrained(folder, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False)
-        name = json.loads((folder / "config.json").read_text())["_class_name"]
+        name = read_json(folder / "config.json")["_class_name"]
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise UserError(f"regression.decoder: {folder}: holds no readable AutoencoderTiny") from error
     if name != "AutoencoderTiny" or tiny.config.latent_channels != num_channels:

@@ -39,7 +39,7 @@ def checkpoint_folder(run: Path, step: int) -> Path:
 
 def checkpoint_steps(run: Path) -> list[int]:
     """The steps of a run's finished checkpoints, oldest first."""
-    return sorted(int(path.name) for path in (run / "checkpoints").glob("[0-9]" * 8) if path.is_dir())
+    return sorted(int(path.name) for path in (run / "checkpoints").glob("[0-9]" * 8))
 
 
 def checkpoints(run: Path) -> list[Path]:

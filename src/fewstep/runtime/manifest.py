@@ -2,9 +2,13 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
+
+from fewstep.errors import UserError
+from fewstep.files import read_json
 
 MANIFEST = "manifest.json"
 
@@ -13,7 +17,7 @@ def write_manifest(folder: Path, siblings: Iterable[Path] = ()) -> None:
     """Of all files in `folder`; one that it shares with a sibling, by a hard link, is not read again."""
     known = {}
     for sibling in siblings:
-        with suppress(ValueError):  # a damaged one gives nothing
+        with suppress(UserError):  # a damaged one gives nothing
             for name, entry in _read(sibling).items():
                 if (sibling / name).is_file():
                     known[_identity(sibling / name)] = entry["sha256"]
@@ -37,7 +41,7 @@ def faults(folder: Path, parts: Iterable[str] = (), digests: bool = True) -> Ite
     """
     try:
         entries = _read(folder)
-    except ValueError:
+    except UserError:
         yield folder / MANIFEST, f"{MANIFEST} can't be read"
         return
     for name, entry in entries.items():
@@ -53,9 +57,13 @@ def faults(folder: Path, parts: Iterable[str] = (), digests: bool = True) -> Ite
 
 
 def _read(folder: Path) -> dict[str, dict[str, str | int]]:
-    """File -> size and sha256; raises ValueError if that is damaged."""
+    """File -> size and sha256; raises UserError if that is damaged."""
     path = folder / MANIFEST
-    return dict(json.loads(path.read_text())) if path.is_file() else {}
+    entries = read_json(path) if os.path.lexists(path) else {}
+    for name, entry in entries.items():
+        if not isinstance(entry, dict) or entry.keys() != {"size", "sha256"} or ".." in Path("/", name).parts:
+            raise UserError(f"{path}: is damaged ({name!r} is no file of the folder)")
+    return entries
 
 
 def _identity(path: Path) -> tuple[int, int]:

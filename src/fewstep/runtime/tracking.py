@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import resource
 import sys
 import time
@@ -17,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from fewstep.errors import UserError
-from fewstep.files import write_text, writing
+from fewstep.files import read_text, write_text, writing
 
 Report = Callable[[int, dict[str, float]], None]
 """Called with the number of finished steps and, when there are new ones, the metrics."""
@@ -29,10 +30,14 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     null, for a number that was not finite, is read as NaN.
     """
     try:
-        lines = path.read_text().splitlines() if path.exists() else []
+        lines = read_text(path).splitlines() if os.path.lexists(path) else []
         read = [json.loads(line) for line in lines if line.endswith("}")]
-        return [{name: math.nan if value is None else value for name, value in line.items()} for line in read]
-    except ValueError as error:  # neither UTF-8 nor JSON
+        return [
+            {name: math.nan if value is None else float(value) for name, value in line.items()}
+            | {"step": int(line["step"])}
+            for line in read
+        ]
+    except (UserError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(f"{path}: can't be read; remove it, which loses the run's curves and nothing else") from error
 
 

@@ -1,12 +1,12 @@
 """Models on the Hugging Face hub: an id `owner/name` to a local diffusers folder, of which nothing is executed."""
 
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from fewstep.errors import UserError, brief
+from fewstep.files import read_json
 
 PIPELINE = "model_index.json"
 ID = re.compile(r"(\w[\w.-]*)/\w[\w.-]*")
@@ -40,8 +40,7 @@ def fetch(name: str, parts: Iterable[str], weights: Iterable[str]) -> Path:
 
 def read_index(folder: Path) -> dict[str, Any]:
     """A pipeline's class and parts."""
-    index: dict[str, Any] = json.loads((folder / PIPELINE).read_text())
-    return index
+    return read_json(folder / PIPELINE)
 
 
 def _fetch(name: str, wanted: list[str], ignore: str | None = None) -> Path:

@@ -1,6 +1,5 @@
 """Diffusers pipelines out of a folder, or out of a single file and a folder with its configuration."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch
 from torch import nn
 
 from fewstep.errors import UserError
+from fewstep.files import read_json
 from fewstep.models.loading.hub import read_index
 from fewstep.models.loading.single_file import Weights, convert, parts_in, pipeline_name
 from fewstep.models.loading.weights import check_finite, check_names, check_stored, load_checked
@@ -110,7 +110,7 @@ def _from_file(path: Path, weights: Weights, config: Path, part: str, family: Fa
 
 def build_part(kind: Any, folder: Path) -> nn.Module:
     """A network of that class, of random weights, by the configuration in its folder."""
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json")
     network: nn.Module = kind.from_config(config) if hasattr(kind, "from_config") else kind(kind.config_class(**config))
     return network
 

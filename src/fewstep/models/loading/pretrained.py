@@ -1,6 +1,7 @@
 """From a folder, a single file or a model on the hub to an image model; nothing in it is executed."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from fewstep.errors import UserError, brief
+from fewstep.files import read_json
 from fewstep.models.image_model import DESCRIPTION
 from fewstep.models.latent_model import LatentModel
 from fewstep.models.loading import hub, single_file
@@ -79,7 +81,7 @@ def _load_folder(folder: Path, prediction_type: str | None, hub_id: str | None) 
         raise UserError(
             f"{folder}: not a model folder (it has no {DESCRIPTION}); name a run or another checkpoint's model"
         )
-    description = json.loads((folder / DESCRIPTION).read_text()) if (folder / DESCRIPTION).is_file() else {}
+    description = read_json(folder / DESCRIPTION) if os.path.lexists(folder / DESCRIPTION) else {}
     named = description.get("family", "latent")
     if named == "latent":
         pipeline = load_pipeline(folder, {"prediction_type": prediction_type} if prediction_type else {})
@@ -99,7 +101,7 @@ def _load_pixel_model(folder: Path, description: dict[str, Any], family: Family,
     timesteps = description["timesteps"] and [float(t) for t in description["timesteps"]]
     network, place = family.network(config), folder / family.part
     if hasattr(network, "config"):
-        stored = json.loads((place / "config.json").read_text())
+        stored = read_json(place / "config.json")
         for name, value in json.loads(json.dumps(dict(network.config))).items():  # lists for tuples, as the file has
             if not name.startswith("_") and name in stored and stored[name] != value:
                 raise UserError(
