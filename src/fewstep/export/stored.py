@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fewstep.errors import UserError, brief
 from fewstep.files import read_json
-from fewstep.models.image_model import DESCRIPTION
+from fewstep.models.image_model import DESCRIPTION, read_description
 from fewstep.models.loading.hub import ID, PIPELINE
 from fewstep.models.loading.pipeline import build_part, check_index, check_subfolders, library_class
 from fewstep.models.loading.weights import check_finite, check_fits, check_names, check_stored
@@ -105,7 +105,7 @@ def open_stored(folder: Path, raw: Raw | None = None) -> StoredModel:
     Raises UserError, naming part, file and tensor, unless every network has the names and shapes of its configuration.
     """
     check_plain(folder)
-    description, index, family = read_json(folder / DESCRIPTION), dict[str, Any](), PIXELS
+    description, index, family = read_description(folder), dict[str, Any](), PIXELS
     if (folder / PIPELINE).is_file():
         index = read_json(folder / PIPELINE)
         family = check_index(folder, index)

@@ -16,6 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fewstep.diffusion.denoiser import Condition, Denoiser
+from fewstep.errors import UserError
+from fewstep.files import read_json
 from fewstep.networks.family import Family
 from fewstep.networks.fingerprint import fingerprint
 from fewstep.seeding import Draws
@@ -30,6 +32,21 @@ Asked = Sequence[str] | Sequence[int] | None
 def write_description(folder: Path, description: dict[str, Any]) -> None:
     """What fewstep needs to know of a model folder beside what diffusers keeps there."""
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """What `write_description` wrote; a folder of diffusers has none. Raises UserError where it wrote no such thing."""
+    path = folder / DESCRIPTION
+    description = {"family": "latent"} | (read_json(path) if os.path.lexists(path) else {})
+    timesteps, classes = description.get("timesteps"), description.get("class_names")
+    falling = isinstance(timesteps, list) and all(type(t) in (int, float) and abs(t) < 1e6 for t in timesteps)
+    if timesteps is not None and not (falling and timesteps and timesteps == sorted({*timesteps}, reverse=True)):
+        raise UserError(f"{path}: is damaged (timesteps {str(timesteps)[:80]}: no falling numbers)")
+    if not isinstance(classes, list | None) or not all(isinstance(name, str) for name in classes or ()):
+        raise UserError(f"{path}: is damaged (class_names are no words)")
+    if not isinstance(description["family"], str) or not isinstance(description.get("image_size"), int | None):
+        raise UserError(f"{path}: is damaged (family {description['family']!r}, image_size or both)")
+    return description
 
 
 class ImageModel(ABC):

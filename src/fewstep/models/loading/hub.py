@@ -40,6 +40,8 @@ def fetch(name: str, parts: Iterable[str], weights: Iterable[str]) -> Path:
 
 def read_index(folder: Path) -> dict[str, Any]:
     """A pipeline's class and parts."""
+    if not (folder / PIPELINE).exists():
+        raise UserError(f"{folder}: is damaged (it has no {PIPELINE})")
     return read_json(folder / PIPELINE)
 
 

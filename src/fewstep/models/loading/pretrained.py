@@ -1,7 +1,6 @@
 """From a folder, a single file or a model on the hub to an image model; nothing in it is executed."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from safetensors.torch import load_file
 
 from fewstep.errors import UserError, brief
 from fewstep.files import read_json
-from fewstep.models.image_model import DESCRIPTION
+from fewstep.models.image_model import DESCRIPTION, read_description
 from fewstep.models.latent_model import LatentModel
 from fewstep.models.loading import hub, single_file
 from fewstep.models.loading.hub import PIPELINE, read_index
@@ -55,9 +54,13 @@ def load(
         raise UserError(f"{source}: has its own configuration; only a single {SUFFIX} file takes another")
     try:
         if path.is_file() or path.suffix in WEIGHT_SUFFIXES:
-            return _load_file(path, config, prediction_type)
-        folder = _local(path)
-        return _load_folder(folder, prediction_type, None if folder == path else str(path))
+            model: PixelModel | LatentModel = _load_file(path, config, prediction_type)
+        else:
+            folder = _local(path)
+            model = _load_folder(folder, prediction_type, None if folder == path else str(path))
+        if model.timesteps:
+            model.denoiser.schedule.check_timesteps(torch.tensor(model.timesteps))
+        return model
     except UserError as error:
         if str(source) in str(error):
             raise
@@ -81,8 +84,8 @@ def _load_folder(folder: Path, prediction_type: str | None, hub_id: str | None) 
         raise UserError(
             f"{folder}: not a model folder (it has no {DESCRIPTION}); name a run or another checkpoint's model"
         )
-    description = read_json(folder / DESCRIPTION) if os.path.lexists(folder / DESCRIPTION) else {}
-    named = description.get("family", "latent")
+    description = read_description(folder)
+    named = description["family"]
     if named == "latent":
         pipeline = load_pipeline(folder, {"prediction_type": prediction_type} if prediction_type else {})
         base = hub_id or description.get("base_model")
@@ -127,10 +130,7 @@ def _load_file(path: Path, config: str | Path | None, prediction_type: str | Non
     weights = single_file.read(path)
     changes = single_file.scheduler_changes(path, weights, prediction_type)
     pipeline = load_single_file(path, weights, _configuration(path, weights, config), changes)
-    model = LatentModel(pipeline, single_file.read_timesteps(path))
-    if model.timesteps:
-        model.denoiser.schedule.check_timesteps(torch.tensor(model.timesteps))
-    return model
+    return LatentModel(pipeline, single_file.read_timesteps(path))
 
 
 def _configuration(path: Path, weights: single_file.Weights, config: str | Path | None) -> Path:
