@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from fewstep.data import latents, pairs
-from fewstep.data.images import ImageSet, Unusable
+from fewstep.data.decoding import Unusable
+from fewstep.data.images import ImageSet
 
 NUM = 11
 SPACE = {"autoencoder": "a1", "shape": [4, 2, 2], "image_size": 4, "seed": 5, "min_side": 1024}

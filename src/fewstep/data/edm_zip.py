@@ -1,25 +1,25 @@
 """Image sets as EDM's dataset_tool writes them: PNGs and a dataset.json, in a zip or in a folder."""
 
 import json
-import mmap
 import zipfile
 import zlib
 from collections.abc import Sequence
-from contextlib import suppress
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from fewstep.data.decoding import Cell
+from fewstep.data.listing import is_hidden, is_image, list_files
 from fewstep.data.stored import Stored
 from fewstep.errors import UserError, brief
 
 LABELS = "dataset.json"
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 LOCAL_HEADER = 30  # bytes before an entry's name and extra field; the last four are the lengths of these
+MAX_BYTES = 2**28  # of one image, unpacked
+MAX_BYTES_PER_LABEL = 2**10  # of dataset.json; a bomb has more
 
 
 def is_edm_set(path: Path) -> bool:
@@ -37,59 +37,60 @@ def open_edm_set(path: Path) -> Stored:
 
 
 def _open_folder(folder: Path) -> Stored:
-    names = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if _is_image(file.name))
+    names = [name for name in list_files(folder) if is_image(name)]
     labels = _labels((folder / LABELS).read_bytes(), names, folder)
-    stored = np.array([name.encode() for name in names])  # no object per image
-
-    def cells(rows: list[int]) -> list[dict[str, Any]]:
-        return [{"bytes": None, "path": str(folder / stored[row].decode())} for row in rows]
-
-    return Stored(cells, len(names), labels)
+    return Stored(folder, lambda rows: [Cell(names[row], folder / names[row]) for row in rows], len(names), labels)
 
 
 def _open_zip(path: Path) -> Stored:
     try:
         with zipfile.ZipFile(path) as archive:
-            images = (entry for entry in archive.infolist() if _is_image(entry.filename))
+            images = (each for each in archive.infolist() if is_image(each.filename) and not is_hidden(each.filename))
             entries = sorted(images, key=attrgetter("filename"))
             if LABELS not in archive.NameToInfo:
                 raise UserError(f"{path}: has no {LABELS} at its top; EDM's dataset_tool writes it (data.source)")
-            described = archive.read(LABELS)
-    except (zipfile.BadZipFile, OSError, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
+            limit = 2**20 + MAX_BYTES_PER_LABEL * len(entries)
+            with archive.open(LABELS) as file:
+                described = file.read(limit + 1)
+    except (zipfile.BadZipFile, OSError, zlib.error, EOFError, RuntimeError, NotImplementedError, ValueError) as error:
         raise UserError(f"{path}: can't be read as a zip ({brief(error)}) (data.source)") from error
+    if len(described) > limit:
+        raise UserError(f"{path}: its {LABELS} unpacks to over {limit / 1e6:.0f} MB for {len(entries):,} images (data.source)")
     for entry in entries:
         if entry.flag_bits & 1 or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise UserError(f"{path}: {entry.filename} is encrypted or compressed; zip the images as they are")
     labels = _labels(described, [entry.filename for entry in entries], path)
     places = np.array([(entry.header_offset, entry.compress_size) for entry in entries], np.int64)
-    packed = np.array([entry.compress_type == zipfile.ZIP_DEFLATED for entry in entries])
-    with path.open("rb") as file:
-        whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    packed = np.array([entry.compress_type == zipfile.ZIP_DEFLATED for entry in entries])  # no object per image
 
-    def cells(rows: list[int]) -> list[dict[str, Any]]:
+    def cells(rows: list[int]) -> list[Cell]:
         found = zip(places[rows].tolist(), packed[rows].tolist(), strict=True)
-        return [_cell(whole, start, size, deflated) for (start, size), deflated in found]
+        with path.open("rb") as file:
+            return [_cell(file, start, size, deflated) for (start, size), deflated in found]
 
-    return Stored(cells, len(entries), labels)
-
-
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(SUFFIXES)
+    return Stored(path, cells, len(entries), labels)
 
 
-def _cell(whole: mmap.mmap, start: int, size: int, packed: bool) -> dict[str, Any]:
+def _cell(file: Any, start: int, size: int, packed: bool) -> Cell:
     """One image of a zip whose local header begins at `start`; what is damaged can't be decoded as a picture."""
-    name = start + LOCAL_HEADER
-    name_size, extra_size = (int.from_bytes(whole[at : at + 2], "little") for at in (name - 4, name - 2))
-    begin = name + name_size + extra_size
-    content = whole[begin : begin + size]
-    with suppress(zlib.error):
-        content = zlib.decompress(content, -zlib.MAX_WBITS) if packed else content
-    return {"bytes": content, "path": whole[name : name + name_size].decode(errors="replace")}
+    file.seek(start + LOCAL_HEADER - 4)
+    name_size, extra_size = (int.from_bytes(file.read(2), "little") for _ in range(2))
+    name = file.read(name_size).decode(errors="replace")
+    file.seek(extra_size, 1)
+    content = file.read(size)
+    if packed:
+        unpacking = zlib.decompressobj(-zlib.MAX_WBITS)
+        try:
+            content = unpacking.decompress(content, MAX_BYTES)
+        except zlib.error as error:
+            return Cell(name, None, f"damaged ({brief(error)})")
+        if unpacking.unconsumed_tail:
+            return Cell(name, None, f"unpacks to over {MAX_BYTES / 1e6:.0f} MB")
+    return Cell(name, content)
 
 
-def _labels(described: bytes, names: Sequence[str], path: Path) -> Tensor | None:
-    """Class indices of the images `names`; raises UserError unless each has one, or none has."""
+def _labels(described: bytes, names: Sequence[str], path: Path) -> dict[str, Any]:
+    """The column of class indices of the images `names`, if they have them; raises UserError unless all or none have."""
     try:
         pairs = json.loads(described)["labels"]
         of_name = None if pairs is None else dict(pairs)
@@ -98,7 +99,7 @@ def _labels(described: bytes, names: Sequence[str], path: Path) -> Tensor | None
     if not names:
         raise UserError(f"{path}: no images here beside its {LABELS}")
     if of_name is None:
-        return None
+        return {}
     known = set(names)
     absent = [name for name in of_name if name not in known]
     if absent:
@@ -107,8 +108,8 @@ def _labels(described: bytes, names: Sequence[str], path: Path) -> Tensor | None
     if bare is not None:
         told = f"{len(of_name)} of {len(names)} images"
         raise UserError(f"{path}: its {LABELS} has labels for {told}, and none for {bare}")
-    wrong = next((name for name in names if type(of_name[name]) is not int or of_name[name] < 0), None)
+    wrong = next((name for name in names if type(of_name[name]) is not int or not 0 <= of_name[name] < 2**31), None)
     if wrong is not None:
         what = str(of_name[wrong])[:40]
         raise UserError(f"{path}: labels must be class indices 0, 1, 2, ..., but {wrong} has {what}")
-    return torch.tensor([of_name[name] for name in names], dtype=torch.int64)
+    return {"label": partial(list, [of_name[name] for name in names])}

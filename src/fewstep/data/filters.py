@@ -1,18 +1,18 @@
 """Which images of a captioned source are used: the paper's filters of its LAION images, by size, safety and score."""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fewstep.data.images import ImageSet, decoded
 from fewstep.data.settings import DataSettings
-from fewstep.data.stored import Stored
-from fewstep.data.tables import open_table, read_captions
+from fewstep.data.stored import read_captions
+from fewstep.data.tables import open_stored
 from fewstep.errors import UserError
 
-UNSAFE = {"UNSAFE", "NSFW", "TRUE", "YES", "1"}
-SAFE = {"SAFE", "UNLIKELY", "UNSURE", "FALSE", "NO", "0", ""}
+UNSAFE = {"UNSAFE", "NSFW", "TRUE", "YES"}
+SAFE = {"SAFE", "UNLIKELY", "UNSURE", "FALSE", "NO", ""}
 
 
 @dataclass(frozen=True)
@@ -39,33 +39,25 @@ def load_filtered(data: DataSettings, size: int, filter: Filter) -> tuple[ImageS
     Those that can't be read or are too small show themselves where they are fetched, by Unusable. Nothing is kept in
     memory. Raises UserError for whatever is wrong with the source or its columns.
     """
-    path = Path(data.required)
-    table, cells = open_table(data)
-    captions = read_captions(table, data.caption_column, path)
+    stored, path = open_stored(data), Path(data.required)
+    captions, _ = read_captions(stored, data.caption_column)
     drop = {"without a caption": [caption is None for caption in captions]}
     if filter.unsafe_column:
-        drop["unsafe"] = [_is_unsafe(cell, filter, path) for cell in _cells(table, filter.unsafe_column, path)]
+        drop["unsafe"] = [_is_unsafe(cell, filter, path) for cell in stored.column(filter.unsafe_column)]
     if filter.aesthetic_column and filter.min_aesthetic is not None:
-        scores = [_score(cell, filter, path) for cell in _cells(table, filter.aesthetic_column, path)]
+        scores = [_score(cell, filter, path) for cell in stored.column(filter.aesthetic_column)]
         drop[f"aesthetic score below {filter.min_aesthetic:g}"] = [not s >= filter.min_aesthetic for s in scores]
     reasons = [next((reason for reason in drop if drop[reason][row]), None) for row in range(len(captions))]
     kept = [row for row, reason in enumerate(reasons) if reason is None]
     told = [captions[row] or "" for row in kept]
-    stored = Stored(lambda rows: cells([kept[row] for row in rows]), len(kept), captions=told)
-    return decoded(stored, size, 3, path, filter.min_side), dict(Counter(reason for reason in reasons if reason))
-
-
-def _cells(table: Any, column: str, path: Path) -> list[Any]:
-    """A column; `json.punsafe` is a field of the JSON that stands beside each image in a WebDataset."""
-    table = table if column in table.column_names else table.flatten()
-    if column not in table.column_names:
-        raise UserError(f"{path}: has no column {column!r}; it has {', '.join(table.column_names)}")
-    return list(table[column][:])
+    left = replace(stored, cells=lambda rows: stored.cells([kept[row] for row in rows]), length=len(kept), captions=told)
+    return decoded(left, data, size, 3, filter.min_side), dict(Counter(reason for reason in reasons if reason))
 
 
 def _is_unsafe(cell: Any, filter: Filter, path: Path) -> bool:
-    if isinstance(cell, int | float):  # a truth value is 0 or 1
-        return not cell <= filter.max_unsafe  # not a number is unsafe
+    number = _number(cell)
+    if number is not None:  # a truth value is 0 or 1
+        return not number <= filter.max_unsafe  # not a number is unsafe
     word = "NSFW" if cell is None else str(cell).strip().upper()
     if word not in UNSAFE | SAFE:
         raise UserError(f"{path}: column {filter.unsafe_column!r} holds {cell!r}, which is neither a flag nor a score")
@@ -73,6 +65,15 @@ def _is_unsafe(cell: Any, filter: Filter, path: Path) -> bool:
 
 
 def _score(cell: Any, filter: Filter, path: Path) -> float:
-    if cell is not None and not isinstance(cell, int | float):
+    number = float("-inf") if cell is None else _number(cell)
+    if number is None:
         raise UserError(f"{path}: column {filter.aesthetic_column!r} holds {cell!r}, which is no number")
-    return float("-inf") if cell is None else cell
+    return number
+
+
+def _number(cell: Any) -> float | None:
+    """Of a number, or of text that is one, as all of a .csv is text."""
+    try:
+        return float(cell)
+    except (TypeError, ValueError, OverflowError):
+        return None

@@ -8,29 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from fewstep.data.edm_zip import is_edm_set, open_edm_set
+from fewstep.data.decoding import decode
 from fewstep.data.listing import files_digest
 from fewstep.data.settings import DataSettings
 from fewstep.data.shards import chunks
-from fewstep.data.stored import BROKEN, Stored, describe, open_cell
-from fewstep.data.tables import open_table, read_captions, read_labels
+from fewstep.data.stored import LABELS, Stored, describe, read_captions, read_labels
+from fewstep.data.tables import open_stored
 from fewstep.errors import UserError
 from fewstep.seeding import generator
 
 MAX_BYTES_IN_MEMORY = 2 * 2**30  # a set under this is decoded once, a larger one at every access
-
-
-class Unusable(UserError):
-    """One image that can't be used; `reason` is what a report of many counts."""
-
-    def __init__(self, image: str, reason: str):
-        super().__init__(f"{image}: {reason}; replace or remove it")
-        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -57,24 +48,28 @@ class ImageSet:
 
 
 def load_images(
-    data: DataSettings, size: int, channels: int, num_classes: int = 0, shrink: bool | None = None
+    data: DataSettings,
+    size: int,
+    channels: int,
+    num_classes: int = 0,
+    shrink: bool | None = None,
+    model_names: Sequence[str] | None = None,
+    whole: bool = True,
 ) -> ImageSet:
     """The images of files: an image folder, an EDM zip, a parquet file, a tar, or a folder of these.
 
     Images become grey (`channels` 1) or RGB (3), resized by their shorter side and centre-cropped to `size` pixels.
-    Labels are read only when `num_classes` > 0. With `shrink`, the set says what was found; False refuses images that
+    Labels are read only when `num_classes` > 0, those of classes that a model has `model_names` for by their names; some
+    of its classes will do but for a `whole` set. With `shrink`, the set says what was found; False refuses images that
     are larger than `size`. Raises UserError for whatever is wrong with the files.
     """
-    path = Path(data.required)
-    if is_edm_set(path):
-        stored = open_edm_set(path)
-        if num_classes and stored.labels is None:
-            raise UserError(f"{path}: its dataset.json has no labels, but the model has {num_classes} classes")
-    else:
-        table, cells = open_table(data)
-        stored = Stored(cells, len(table), *read_labels(table, data.label_column, path, num_classes > 0))
-    labels = labels_of_classes(stored.labels, num_classes, data.required, stored.class_names)
-    return _opened(replace(stored, labels=labels), data.required, size, channels, shrink)
+    stored = open_stored(data)
+    if not num_classes:
+        names = next((stored.names[name] for name in LABELS if name in stored.names), None)
+        return _opened(replace(stored, class_names=names), data, size, channels, shrink)
+    labels, names = read_labels(stored, data.label_column)
+    labels, names = labels_of_classes(labels, names, num_classes, model_names, data.required, whole)
+    return _opened(replace(stored, labels=labels, class_names=names), data, size, channels, shrink)
 
 
 def content_digest(data: DataSettings) -> str | None:
@@ -83,46 +78,65 @@ def content_digest(data: DataSettings) -> str | None:
 
 
 def labels_of_classes(
-    labels: Tensor | None, num_classes: int, source: str, names: Sequence[str] | None = None
-) -> Tensor | None:
-    """The labels if there are classes; raises UserError unless they are 0 .. num_classes-1."""
-    if not num_classes or labels is None:
-        return None
+    labels: Tensor,
+    names: Sequence[str] | None,
+    num_classes: int,
+    model_names: Sequence[str] | None,
+    source: str,
+    whole: bool,
+) -> tuple[Tensor, Sequence[str] | None]:
+    """The labels as the model numbers its classes, by their names where both have some, and the names.
+
+    Raises UserError unless the images have all of its classes or, but for a `whole` set, some of them.
+    """
     found = sorted(set(labels.tolist()))
-    if found != list(range(num_classes)):
-        named = f" ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})" if names else ""
-        has = f"has {len(found)} classes, numbered {found[0]} to {found[-1]}{named}"
+    if names and model_names and set(names) <= set(model_names):
+        numbers = torch.tensor([list(model_names).index(name) for name in names])
+        return numbers[labels], model_names
+    if names and all(name.isdecimal() for name in names) and not whole and len(names) < num_classes:
+        labels, names = torch.tensor([int(name) for name in names])[labels], model_names  # a part, named by its numbers
+        found = sorted(set(labels.tolist()))
+    told = f" ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})" if names else ""
+    has = f"has {len(found)} classes, numbered {found[0]} to {found[-1]}{told}"
+    if names and model_names and list(names) != list(model_names):
+        raise UserError(f"{source}: {has}, but those of the model are {', '.join(model_names)} (model.num_classes)")
+    if found[-1] >= num_classes or (len(found) < num_classes and (whole or (names and not model_names))):
         wanted = f"the model has {num_classes}, numbered 0 to {num_classes - 1}"
         raise UserError(f"{source}: {has}, but {wanted} (model.num_classes)")
-    return labels
+    return labels, names or model_names
 
 
 def load_captioned(data: DataSettings, size: int, shrink: bool | None = None) -> ImageSet:
-    """RGB images with a caption each, from the files that `load_images` reads; a folder has them in metadata.csv.
+    """RGB images with a caption each, from the files that `load_images` reads; a folder has them in metadata.csv,
+    metadata.jsonl or in a .txt file beside each.
 
     `shrink` as there. Raises UserError for whatever is wrong with the files, and where captions are missing.
     """
-    table, cells = open_table(data)
-    found = read_captions(table, data.caption_column, Path(data.required))
-    captions = [caption for caption in found if caption is not None]
-    if len(captions) < len(found):
-        raise UserError(f"{data.source}: no caption for {len(found) - len(captions)} of {len(found)} images")
-    return _opened(Stored(cells, len(table), captions=captions), data.required, size, 3, shrink)
+    stored = open_stored(data)
+    captions, told = read_captions(stored, data.caption_column)
+    lacking = [row for row, caption in enumerate(captions) if caption is None]
+    if lacking:
+        name = stored.cells(lacking[:1])[0].name
+        raise UserError(f"{data.source}: no caption for {len(lacking)} of {len(captions)} images, such as {name}")
+    return _opened(replace(stored, captions=captions, told=told), data, size, 3, shrink)
 
 
-def _opened(stored: Stored, source: str, size: int, channels: int, shrink: bool | None) -> ImageSet:
+def _opened(stored: Stored, data: DataSettings, size: int, channels: int, shrink: bool | None) -> ImageSet:
     """The images, decoded once if they fit into memory; what is refused is told before that takes its time."""
-    found = None if shrink is None else describe(stored, source, size, channels, shrink)
-    images = in_memory(decoded(stored, size, channels, Path(source)), channels * size**2, Path(source).name)
+    found = None if shrink is None else describe(stored, data.required, size, channels, shrink)
+    images = in_memory(decoded(stored, data, size, channels), channels * size**2, Path(data.required).name)
     return replace(images, found=found)
 
 
-def decoded(stored: Stored, size: int, channels: int, path: Path, min_side: int = 0) -> ImageSet:
+def decoded(stored: Stored, data: DataSettings, size: int, channels: int, min_side: int = 0) -> ImageSet:
     """Images decoded at every access; raises Unusable there for those that can't be read or are smaller."""
 
     def fetch(indices: Tensor) -> Tensor:
         cells = zip(stored.cells(indices.tolist()), indices.tolist(), strict=True)
-        return torch.stack([_decode(cell, size, channels, path, row, min_side) for cell, row in cells])
+        where = f"{Path(data.required)}, row"
+        return torch.stack(
+            [decode(cell, f"{where} {row}", size, channels, data.background, min_side) for cell, row in cells]
+        )
 
     class_names = None if stored.labels is None else stored.class_names
     return ImageSet(fetch, stored.labels, stored.length, stored.captions, class_names)
@@ -139,23 +153,6 @@ def in_memory(images: ImageSet, bytes_per_image: int, name: str) -> ImageSet:
     for part in track(parts, f"reading {name}", transient=True, console=console, disable=quiet):
         whole[part.start : part.stop] = images.fetch(torch.tensor(part))
     return replace(images, fetch=whole.__getitem__)
-
-
-def _decode(cell: Any, size: int, channels: int, source: Path, row: int, min_side: int) -> Tensor:
-    """One stored picture as uint8 (C, size, size)."""
-    name = f"{source}, row {row}" + (f" ({cell['path']})" if cell and cell["path"] else "")
-    try:
-        with open_cell(cell) as opened:
-            if min(opened.size) < min_side:
-                raise Unusable(name, f"smaller than {min_side} pixels")
-            if opened.mode[0] in "IF":  # 16 bits or floats, which convert() would clip at 255
-                raise ValueError(opened.mode)
-            picture = ImageOps.exif_transpose(opened).convert("L" if channels == 1 else "RGB")
-    except BROKEN as error:
-        raise Unusable(name, "not a readable 8-bit image") from error
-    fitted = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
-    pixels = torch.frombuffer(bytearray(fitted.tobytes()), dtype=torch.uint8)
-    return pixels.reshape(size, size, channels).permute(2, 0, 1)
 
 
 @lru_cache(maxsize=4)

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.data.images import ImageSet, Unusable
+from fewstep.data.decoding import Unusable
+from fewstep.data.images import ImageSet
 from fewstep.data.shards import ROWS, Report, Rows, ShardFolder, chunks, digest, naming_damage, open_shard, save_shard
 from fewstep.errors import UserError
 from fewstep.seeding import generator

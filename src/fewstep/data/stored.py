@@ -1,76 +1,89 @@
-"""Images as they are stored, and what their headers say to people before anything is trained on them."""
+"""Images as they are stored, with the columns beside them, and what their headers say to people before training."""
 
-import io
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median_low
 from typing import Any
 
-from PIL import Image
+import torch
 from torch import Tensor
 
+from fewstep.data.decoding import Cell, Unusable, opened
+from fewstep.data.texts import find_column
 from fewstep.errors import UserError
 
 LOOKED_AT = 1000  # headers at most, so that a look takes seconds
-BROKEN = (OSError, TypeError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError)
-"""What PIL and its decoders raise on damaged files."""
-Cells = Callable[[list[int]], list[Any]]
-"""{"bytes": or None, "path": of the file, or in an archive} of each of the rows."""
+LABELS = ("label", "labels", "class", "cls")
+CAPTIONS = ("caption", "text", "txt", "prompt")
 
 
 @dataclass(frozen=True)
 class Stored:
     """Undecoded images by row; class indices (N,) int64 with the names of the classes, and captions, or None."""
 
-    cells: Cells
+    path: Path
+    cells: Callable[[list[int]], list[Cell]]
     length: int
+    columns: Mapping[str, Callable[[], Sequence[Any]]] = field(default_factory=dict)
+    """What stands beside the images, by column; read when it is asked for."""
+    names: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Of the classes, by the column of their indices."""
+    places: Mapping[str, str] = field(default_factory=dict)
+    """Where a column was found, if people may wonder."""
     labels: Tensor | None = None
     class_names: Sequence[str] | None = None
     captions: Sequence[str] | None = None
+    told: str = ""
+    """Where the captions were found."""
+
+    def has(self, usual: Sequence[str]) -> bool:
+        """Whether there is one of these columns."""
+        return bool(set(usual) & {name.lower() for name in self.columns})
+
+    def column(self, name: str) -> Sequence[Any]:
+        """By its name; `json.punsafe` is a field of the JSON that stands beside each image. Raises UserError."""
+        outer, _, inner = name.partition(".")
+        if name in self.columns or outer not in self.columns:
+            return self.columns[find_column([*self.columns], name, (), "column", self.path)]()
+        cells = [cell if isinstance(cell, dict) else {} for cell in self.columns[outer]()]
+        names = [f"{outer}.{key}" for key in dict.fromkeys(key for cell in cells for key in cell)]
+        if name not in names:
+            raise UserError(f"{self.path}: has no column {name!r}; it has {', '.join([*self.columns, *names[:20]])}")
+        return [cell.get(inner) for cell in cells]
+
+    def find(self, wanted: str | None, usual: Sequence[str], setting: str) -> str:
+        """The column asked for, or the first usual one; raises UserError."""
+        if wanted and wanted.partition(".")[0] in self.columns:
+            return wanted
+        return find_column([*self.columns], wanted, usual, setting, self.path)
 
 
-@dataclass(frozen=True)
-class Look:
-    """What a source holds, by its index and some headers."""
-
-    num_images: int
-    sizes: Counter[tuple[int, int]]
-    """How often each (width, height) occurs among the images that were looked at."""
-    grey: bool
-    """Whether all of these are."""
-    class_names: Sequence[str] | None
-    """By label; numbers where the source has labels without names; None without classes."""
-    counts: list[int]
-    """Images of each class."""
-    captioned: bool
-
-
-def look(source: str) -> Look:
-    """Looks at files that `data.source` may name; raises UserError for whatever is wrong with them."""
-    from fewstep.data.edm_zip import is_edm_set, open_edm_set
-    from fewstep.data.settings import DataSettings
-    from fewstep.data.tables import open_table, read_captions, read_labels
-
-    path, captioned = Path(source), False
-    if is_edm_set(path):
-        stored = open_edm_set(path)
-    else:
-        table, cells = open_table(DataSettings(source=source))
-        captioned = bool({"caption", "text", "txt", "prompt"} & set(table.column_names))
-        captioned = captioned and None not in read_captions(table, None, path)
-        labelled = bool({"label", "labels", "class", "cls"} & set(table.column_names))
-        stored = Stored(cells, len(table), *read_labels(table, None, path, labelled))
-    sizes, num_grey = _look(stored)
-    counts = [] if stored.labels is None else stored.labels.bincount().tolist()
-    names = stored.class_names or [str(label) for label in range(len(counts))] or None
-    return Look(stored.length, sizes, num_grey == sizes.total(), names, counts, captioned)
+def read_labels(stored: Stored, column: str | None) -> tuple[Tensor, Sequence[str] | None]:
+    """Class indices (N,) int64 and the names of the classes, where they have some; names alone are sorted."""
+    found = stored.find(column, LABELS, "data.label_column, or a folder for each class")
+    cells, names = stored.column(found), stored.names.get(found)
+    if cells and all(isinstance(cell, str) for cell in cells):
+        numbered = all(cell.isdecimal() and cell.isascii() and len(cell) < 10 for cell in cells)
+        names = None if numbered else sorted(set(cells))
+        cells = [int(cell) for cell in cells] if names is None else list(map(names.index, cells))
+    wrong = next((row for row, cell in enumerate(cells) if not isinstance(cell, int) or not 0 <= cell < 2**31), None)
+    if wrong is not None:
+        what = f"row {wrong} has {str(cells[wrong])[:40]!r}" if cells[wrong] is not None else f"row {wrong} has none"
+        told = f"column {found!r} must hold class indices 0, 1, 2, ..., or names of classes"
+        raise UserError(f"{stored.path}: {told}, but {what} (data.label_column)")
+    return torch.tensor(cells, dtype=torch.int64), names
 
 
-def open_cell(cell: Any) -> Image.Image:
-    """The picture with only its header read; raises one of BROKEN."""
-    return Image.open(cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"]))
+def read_captions(stored: Stored, column: str | None) -> tuple[list[str | None], str]:
+    """The captions, None where one is missing or blank, and where they were found; raises UserError."""
+    found = stored.find(column, CAPTIONS, "data.caption_column")
+    cells = stored.column(found)
+    wrong = next((cell for cell in cells if not isinstance(cell, str | None)), None)
+    if wrong is not None:
+        raise UserError(f"{stored.path}: column {found!r} holds {str(wrong)[:40]}, which is no text (data.caption_column)")
+    return [cell if cell and cell.strip() else None for cell in cells], stored.places.get(found, "")
 
 
 def describe(stored: Stored, source: str, size: int, channels: int, shrink: bool) -> str:
@@ -78,7 +91,7 @@ def describe(stored: Stored, source: str, size: int, channels: int, shrink: bool
 
     Raises UserError if the model is smaller than most of the images, unless `shrink`.
     """
-    sizes, num_grey = _look(stored)
+    sizes, num_grey = headers(stored)
     if not sizes:
         return f"{source}: {stored.length:,} images"  # whoever fetches them says what is wrong
     short = median_low(min(each) for each in sizes.elements())
@@ -88,21 +101,21 @@ def describe(stored: Stored, source: str, size: int, channels: int, shrink: bool
         raise UserError(f"{source}: images of {_sizes(sizes)} would be shrunk to {size}x{size}; {told}")
     kind = "grey" if num_grey == sizes.total() else "grey and RGB" if num_grey else "RGB"
     looked = f" ({sizes.total():,} looked at)" if sizes.total() < stored.length else ""
-    captioned = " with captions" if stored.captions is not None else ""
+    captioned = f" with captions{stored.told}" if stored.captions is not None else ""
     found = f"{stored.length:,} {kind} images{captioned}, {_sizes(sizes)}{looked}{_classes(stored)}"
     return f"{source}: {found}; {_done(sizes, num_grey, size, channels)}"
 
 
-def _look(stored: Stored) -> tuple[Counter[tuple[int, int]], int]:
+def headers(stored: Stored) -> tuple[Counter[tuple[int, int]], int]:
     """How often each (width, height) occurs among the images that are looked at, and how many of them are grey."""
     sizes: Counter[tuple[int, int]] = Counter()
     num_grey = 0
     for row in range(0, stored.length, -(-stored.length // LOOKED_AT)):
         try:
-            with open_cell(stored.cells([row])[0]) as header:
+            with opened(stored.cells([row])[0], "") as header:
                 sizes[header.size] += 1
                 num_grey += header.mode[0] in "1LIF"
-        except BROKEN:
+        except Unusable:
             continue
     return sizes, num_grey
 

@@ -26,15 +26,20 @@ def digits() -> ImageSet:
     return ImageSet(images.__getitem__, torch.from_numpy(bunch.target).long(), len(images))
 
 
-def open_images(data: DataSettings, model: PixelModelConfig | ImageModel, shrink: bool | None = None) -> ImageSet:
-    """The recipe's images, in the model's size, colours and classes; `shrink` as for `load_images`."""
-    size = model.image_size
+def open_images(
+    data: DataSettings, model: PixelModelConfig | ImageModel, shrink: bool | None = None, whole: bool = False
+) -> ImageSet:
+    """The recipe's images, in the model's size, colours and classes; `shrink` and `whole` as for `load_images`."""
+    size, names = model.image_size, getattr(model, "class_names", None)
     if data.source != "digits":
-        return load_images(data, size, model.channels, model.num_classes, shrink)
+        return load_images(data, size, model.channels, model.num_classes, shrink, names, whole)
     if (model.channels, size) != (1, 8):
         raise UserError(f"data.source: the digits are 1x8x8, the model wants {model.channels}x{size}x{size}")
     images = digits()
-    return replace(images, labels=labels_of_classes(images.labels, model.num_classes, "digits"))
+    if not model.num_classes or images.labels is None:
+        return replace(images, labels=None)
+    labels, names = labels_of_classes(images.labels, None, model.num_classes, names, "digits", True)
+    return replace(images, labels=labels, class_names=names)
 
 
 def open_captioned(
@@ -57,7 +62,8 @@ def open_captioned_images(data: DataSettings, size: int, shrink: bool | None = N
             raise UserError(f"data.source: the shapes have {shapes.IMAGE_SIZE} pixels, the model {size}")
         return shapes.shapes()
     if made:
-        data = DataSettings(**{name: made[name] for name in ("source", "image_column", "caption_column", "split")})
+        names = ("source", "image_column", "caption_column", "split", "background")
+        data = DataSettings(**{name: made[name] for name in names if name in made})
         return load_filtered(data, size, Filter(**{field.name: made[field.name] for field in fields(Filter)}))[0]
     return load_captioned(data, size, shrink)
 

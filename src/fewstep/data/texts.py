@@ -1,0 +1,69 @@
+"""Text of files as it stands there: nothing is guessed into a number, a date or a missing value."""
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fewstep.errors import UserError
+
+MAX_BYTES = 2**20  # of a caption, or of the JSON of one image
+
+
+def as_text(content: bytes, what: object) -> str:
+    """UTF-8 without its byte order mark; raises UserError that names `what` it is of."""
+    if len(content) > MAX_BYTES:
+        raise UserError(f"{what}: a text of {len(content) / 1e6:.1f} MB is no caption; the limit is 1 MB")
+    try:
+        return content.decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+
+
+def read_csv(path: Path) -> tuple[list[str], list[dict[str, str | None]]]:
+    """The names in the first line of a .csv or .tsv file, and its rows by them, None where a cell is empty.
+
+    Raises UserError, ValueError (of which Unicode's errors are), OSError or csv.Error if that can't be read.
+    """
+    tsv = path.suffix.lower() == ".tsv"  # in which quotation marks are text
+    how: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tsv else {"strict": True}
+    found = []
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        rows = csv.DictReader(file, **how)
+        for row in rows:
+            if None in row:
+                told = "more cells than the first line names; put text with commas in quotation marks"
+                raise UserError(f"{path}, line {rows.line_num}: {told}")
+            found.append({name: cell or None for name, cell in row.items()})
+        return list(rows.fieldnames or ()), found
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """An object per line; errors as those of `read_csv`."""
+    with path.open(encoding="utf-8-sig") as file:
+        return [as_object(line, f"{path}, line {number}") for number, line in enumerate(file, 1) if line.strip()]
+
+
+def as_object(text: str, what: object) -> dict[str, Any]:
+    """A JSON object; raises UserError that names `what` it is of."""
+    try:
+        if isinstance(found := json.loads(text), dict):
+            return found
+        raise ValueError("something else")
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{what}: holds no JSON object") from error
+
+
+def find_column(names: Sequence[str], wanted: str | None, usual: Sequence[str], setting: str, path: Path) -> str:
+    """The column asked for, or the first usual one, in any capitals; raises UserError that names the setting."""
+    by_lower = {name.lower(): name for name in reversed(names)}
+    if wanted in names:
+        return wanted
+    found = [by_lower[name] for name in ((wanted.lower(),) if wanted else usual) if name in by_lower]
+    if found:
+        return found[0]
+    has = ", ".join(names) or "none"
+    if wanted:
+        raise UserError(f"{path}: has no column {wanted!r} ({setting}); it has {has}")
+    raise UserError(f"{path}: no column {', '.join(usual[:-1])} or {usual[-1]} among {has}; name it by {setting}")
