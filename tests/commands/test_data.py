@@ -94,7 +94,7 @@ def test_what_cannot_be_used_is_counted(run: Run, place: Path) -> None:
     assert (code, error) == (0, "")
     assert told == (
         "kept 2 of 6 images; dropped: 1 without a caption, 1 aesthetic score below 5.5, "
-        "1 not a readable 8-bit image, 1 smaller than 16 pixels\n"
+        "1 truncated, 1 smaller than 16 pixels\n"
     )
     model = load(place / "teacher")
     assert load_latents(place / "out", model.latent_space).captions == ["picture 0", "picture 3"]
@@ -234,7 +234,7 @@ def test_mistakes_in_prompts_are_one_line(run: Run, place: Path) -> None:
     distill = "fewstep distill recipe.yaml --out x --set"
     refused(run(f"{distill} prompts.source=empty.txt"), "empty.txt: holds no prompts")
     refused(run(f"{distill} prompts.source=gone.csv"), "gone.csv", "can't be read")
-    refused(run(f"{distill} prompts.source=pictures/metadata.csv --set prompts.column=words"), "no column words")
+    refused(run(f"{distill} prompts.source=pictures/metadata.csv --set prompts.column=words"), "no column 'words'")
     refused(run(f"{distill} prompts.source=a --set prompts.colum=b"), "prompts.colum: unknown key", "'column'")
     assert not (place / "x").exists()
 
@@ -290,7 +290,7 @@ def test_no_text_encoder_runs_in_a_step(run: Run, place: Path, monkeypatch: pyte
 
 def test_cut_captions_and_a_list_over_the_limit_are_told_once(run: Run, batches: list[dict]) -> None:
     told = [
-        "pictures: 6 RGB images with captions, 16x16; taken as they are",
+        "pictures: 6 RGB images with captions of metadata.csv, 16x16; taken as they are",
         "1 of 6 captions are longer than 20 tokens and were cut",
     ]
     assert run("fewstep distill recipe.yaml --out kept/x") == (0, "\n".join([*told, ""]), "")

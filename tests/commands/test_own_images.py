@@ -83,7 +83,7 @@ def test_an_autoencoder_is_not_smaller_than_its_images_either(run: Run) -> None:
     line = f"fewstep teach shapes-autoencoder --set data.source=large {TWO}"
     refused(run(line), "large: images of 40x40 would be shrunk to 32x32")
     told = run(f"{line} --set model.image_size=32")
-    assert told[:2] == (0, "large: 1 RGB images with captions, 40x40; resized to 32x32\n")
+    assert told[:2] == (0, "large: 1 RGB images with captions of metadata.csv, 40x40; resized to 32x32\n")
 
 
 def test_a_teacher_that_is_named_or_trained_on_these_images_distils(run: Run) -> None:

@@ -40,13 +40,17 @@ def test_local_headers_longer_than_the_index_says_are_skipped(tmp_path: Path) ->
                 file.write(png(index))
         archive.writestr("dataset.json", json.dumps({"labels": PAIRS}))
     cells = open_edm_set(tmp_path / "set.zip").cells(list(range(NUM)))
-    assert [cell["bytes"] for cell in cells] == [png(index) for index in range(NUM)]
+    assert [cell.content for cell in cells] == [png(index) for index in range(NUM)]
 
 
 @pytest.mark.parametrize(
-    ("compression", "damage"), [(zipfile.ZIP_STORED, b"\0" * 8), (zipfile.ZIP_DEFLATED, b"\xff" * 80)]
+    ("compression", "damage", "told"),
+    [(zipfile.ZIP_STORED, b"\0" * 8, "in no format that"), (zipfile.ZIP_DEFLATED, b"\xff" * 80, r"damaged \(error: Err")],
+    ids=["stored", "deflated"],
 )
-def test_images_of_a_zip_stay_in_it_until_they_are_asked_for(tmp_path: Path, compression: int, damage: bytes) -> None:
+def test_images_of_a_zip_stay_in_it_until_they_are_asked_for(
+    tmp_path: Path, compression: int, damage: bytes, told: str
+) -> None:
     """Only the index is read at first: an image that is damaged or can't be unpacked shows itself when fetched."""
     path = write(tmp_path / "set.zip", compression=compression)
     content, entry = bytearray(path.read_bytes()), zipfile.ZipFile(path).getinfo(name(3))
@@ -54,8 +58,8 @@ def test_images_of_a_zip_stay_in_it_until_they_are_asked_for(tmp_path: Path, com
     content[begin : begin + len(damage)] = damage
     path.write_bytes(content)
     cells = open_edm_set(path).cells([0, 4])
-    assert [(cell["bytes"], cell["path"]) for cell in cells] == [(png(index), name(index)) for index in (0, 4)]
-    with pytest.raises(UserError, match=r"set\.zip, row 3 \(00001/img00000003\.png\): not a readable 8-bit image"):
+    assert [(cell.content, cell.name) for cell in cells] == [(png(index), name(index)) for index in (0, 4)]
+    with pytest.raises(UserError, match=rf"set\.zip, row 3 \(00001/img00000003\.png\): {told}"):
         load(path, SIZE, 3)
 
 
@@ -64,16 +68,16 @@ def test_an_empty_image_is_not_looked_for_on_the_disk(tmp_path: Path, monkeypatc
     monkeypatch.chdir(tmp_path)
     (tmp_path / "secret.png").write_bytes(png(0))
     path = write(tmp_path / "set.zip", None, {"secret.png": b""})
-    with pytest.raises(UserError, match=r"row 5 \(secret\.png\): not a readable"):
+    with pytest.raises(UserError, match=r"row 5 \(secret\.png\): empty"):
         load("set.zip", SIZE, 3)
-    assert [cell["bytes"] for cell in open_edm_set(path).cells([NUM])] == [b""]
+    assert [cell.content for cell in open_edm_set(path).cells([NUM])] == [b""]
 
 
 def test_labels_may_be_null_for_a_model_without_classes(tmp_path: Path) -> None:
     path = write(tmp_path / "set.zip", labels=None)
     images = load(path, SIZE, 3)
     assert list(images.batch(torch.tensor([1]))) == ["image"]
-    with pytest.raises(UserError, match=r"set\.zip: its dataset\.json has no labels, but the model has 2 classes"):
+    with pytest.raises(UserError, match=r"set\.zip: no column of labels .* among none"):
         load(path, SIZE, 3, num_classes=2)
 
 
@@ -152,5 +156,5 @@ def test_a_file_that_is_no_whole_zip_is_told_in_one_line(tmp_path: Path, damage:
 def test_compressions_that_dataset_tool_has_not_and_captions_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"00000/img00000000\.png is encrypted or compressed; zip the images as they"):
         load(write(tmp_path / "set.zip", compression=zipfile.ZIP_BZIP2), SIZE, 3)
-    with pytest.raises(UserError, match=r"set\.zip: a zip holds images with classes.* captions come from another"):
+    with pytest.raises(UserError, match=r"set\.zip: no column of captions .* among label; .* metadata\.csv"):
         captioned(write(tmp_path / "set.zip"), SIZE)

@@ -150,7 +150,7 @@ def test_what_was_found_is_told_and_what_is_refused_is_not_decoded(
     unused = "; its 3 classes are not used (model.num_classes is 0)" if name == "folder" else ""
     assert load(path, 6, 1, shrink=True).found == f"{found}{unused}{done}, made grey"
     assert load(path, 6, 3).found is None
-    monkeypatch.setattr(module, "_decode", None)
+    monkeypatch.setattr(module, "decode", None)
     with pytest.raises(UserError, match=r"images of 13x10 would be shrunk to 6x6;.* --set model\.image_size=8"):
         load(path, 6, 3, shrink=False)
 
@@ -209,7 +209,7 @@ def test_shards_named_by_split_are_kept_apart(tmp_path: Path) -> None:
     ("columns", "num_classes", "wanted"),
     [
         ({"label": [0, 2]}, 3, r"has 2 classes, numbered 0 to 2, but the model has 3, numbered 0 to 2"),
-        ({"image": [png(0), None]}, 0, r"set\.parquet, row 1: not a readable 8-bit image"),
+        ({"image": [png(0), None]}, 0, r"set\.parquet, row 1: no picture; replace"),
     ],
 )
 def test_a_class_without_pictures_and_an_empty_cell_are_told(

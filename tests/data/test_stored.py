@@ -58,13 +58,13 @@ def test_a_look_is_at_a_bounded_number_and_passes_over_what_is_broken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "LOOKED_AT", 3)
-    opened, whole = [], module.open_cell
-    monkeypatch.setattr(module, "open_cell", lambda cell: opened.append(cell) or whole(cell))
+    opened, whole = [], module.opened
+    monkeypatch.setattr(module, "opened", lambda cell, where: opened.append(cell) or whole(cell, where))
     for index in range(7):
         Image.new("L", (8 + index, 8)).save(tmp_path / f"{index}.png")
     told = load(tmp_path, 8, 1, shrink=False).found
     assert told == f"{tmp_path}: 7 grey images, 8x8 to 14x8, mostly 8x8 (3 looked at); cropped to 8x8"
-    assert [Path(cell["path"]).name for cell in opened] == ["0.png", "3.png", "6.png"]
+    assert [cell.name for cell in opened] == ["0.png", "3.png", "6.png"]
     (tmp_path / "3.png").write_bytes(b"broken")
     with pytest.raises(UserError, match=r"3\.png"):
         load(tmp_path, 8, 1, shrink=False)
@@ -81,4 +81,4 @@ def test_many_classes_are_told_by_the_first_and_the_last(tmp_path: Path) -> None
 def test_captions_are_told(tmp_path: Path) -> None:
     write_captioned(tmp_path, [Image.new("RGB", (20, 20))], ["a cat"])
     told = captioned(tmp_path, 16, shrink=True).found
-    assert told == f"{tmp_path}: 1 RGB images with captions, 20x20; resized to 16x16"
+    assert told == f"{tmp_path}: 1 RGB images with captions of metadata.csv, 20x20; resized to 16x16"

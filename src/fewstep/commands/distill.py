@@ -113,7 +113,7 @@ def open_batches(recipe: DistillRecipe, model: Any, runs: Path) -> tuple[BatchAt
         return text_batches(model, images, wanted, real, recipe, recipe.embeddings, runs)
     if recipe.prompts:
         raise UserError("prompts: the teacher takes no text")
-    images = open_images(recipe.data, model.config, shrink=True)
+    images = open_images(recipe.data, model, shrink=True)
     tell_found(images)
     return (image_batches(images, recipe) if real else lambda step, rows: {}), None  # fakes have classes of their own
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from fewstep.data.columns import Stored
 from fewstep.data.decoding import Cell
 from fewstep.data.listing import IMAGES, TEXTS, is_hidden, is_image
-from fewstep.data.stored import Stored
 from fewstep.data.texts import MAX_BYTES, as_object, as_text
 from fewstep.errors import UserError, brief
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from fewstep.errors import UserError, brief
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # said from half the limit on
-DEEP = {"I": "32 bits per channel", "F": "floating-point pixels"}
+DEEP = {"I": "32-bit", "F": "floating-point"}
 
 
 class Cell(NamedTuple):
@@ -37,7 +37,7 @@ class Unusable(UserError):
 @contextmanager
 def opened(cell: Cell, where: str) -> Iterator[Image.Image]:
     """The picture with only its header read; what fails here, and in the block, is Unusable."""
-    name = f"{where} ({cell.name})" if cell.name else where
+    name = str(cell.content) if isinstance(cell.content, Path) else f"{where} ({cell.name})" if cell.name else where
     try:
         if cell.content is None:
             raise Unusable(name, cell.fault)
@@ -74,7 +74,7 @@ def decode(cell: Cell, where: str, size: int, channels: int, background: str = "
             raise Unusable("", f"smaller than {min_side} pixels")
         if stored.mode[0] in DEEP:  # which convert() would clip at 255
             sixteen = stored.mode.startswith("I;16") or stored.format == "PNG"
-            raise Unusable("", f"{'16 bits per channel' if sixteen else DEEP[stored.mode[0]]} instead of 8")
+            raise Unusable("", f"{'16-bit' if sixteen else DEEP[stored.mode[0]]}, not 8-bit")
         picture = _grounded(ImageOps.exif_transpose(stored), background).convert("L" if channels == 1 else "RGB")
     fitted = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
     pixels = torch.frombuffer(bytearray(fitted.tobytes()), dtype=torch.uint8)

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from fewstep.data.columns import Stored
 from fewstep.data.decoding import Cell
 from fewstep.data.listing import is_hidden, is_image, list_files
-from fewstep.data.stored import Stored
 from fewstep.errors import UserError, brief
 
 LABELS = "dataset.json"
@@ -55,7 +55,9 @@ def _open_zip(path: Path) -> Stored:
     except (zipfile.BadZipFile, OSError, zlib.error, EOFError, RuntimeError, NotImplementedError, ValueError) as error:
         raise UserError(f"{path}: can't be read as a zip ({brief(error)}) (data.source)") from error
     if len(described) > limit:
-        raise UserError(f"{path}: its {LABELS} unpacks to over {limit / 1e6:.0f} MB for {len(entries):,} images (data.source)")
+        raise UserError(
+            f"{path}: its {LABELS} unpacks to over {limit / 1e6:.0f} MB for {len(entries):,} images (data.source)"
+        )
     for entry in entries:
         if entry.flag_bits & 1 or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise UserError(f"{path}: {entry.filename} is encrypted or compressed; zip the images as they are")
@@ -90,7 +92,7 @@ def _cell(file: Any, start: int, size: int, packed: bool) -> Cell:
 
 
 def _labels(described: bytes, names: Sequence[str], path: Path) -> dict[str, Any]:
-    """The column of class indices of the images `names`, if they have them; raises UserError unless all or none have."""
+    """The column of class indices of the images `names`; raises UserError unless each has one, or none has."""
     try:
         pairs = json.loads(described)["labels"]
         of_name = None if pairs is None else dict(pairs)

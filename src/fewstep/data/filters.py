@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fewstep.data.columns import read_captions
 from fewstep.data.images import ImageSet, decoded
 from fewstep.data.settings import DataSettings
-from fewstep.data.stored import read_captions
 from fewstep.data.tables import open_stored
 from fewstep.errors import UserError
 
@@ -50,7 +50,9 @@ def load_filtered(data: DataSettings, size: int, filter: Filter) -> tuple[ImageS
     reasons = [next((reason for reason in drop if drop[reason][row]), None) for row in range(len(captions))]
     kept = [row for row, reason in enumerate(reasons) if reason is None]
     told = [captions[row] or "" for row in kept]
-    left = replace(stored, cells=lambda rows: stored.cells([kept[row] for row in rows]), length=len(kept), captions=told)
+    left = replace(
+        stored, cells=lambda rows: stored.cells([kept[row] for row in rows]), length=len(kept), captions=told
+    )
     return decoded(left, data, size, 3, filter.min_side), dict(Counter(reason for reason in reasons if reason))
 
 

@@ -7,9 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fewstep.data.columns import Stored
 from fewstep.data.decoding import Cell
 from fewstep.data.listing import METADATA, TEXTS, is_image
-from fewstep.data.stored import Stored
 from fewstep.data.texts import MAX_BYTES, as_text, read_csv, read_jsonl
 from fewstep.errors import UserError, brief
 
@@ -35,7 +35,9 @@ def open_folder(path: Path, files: Sequence[str], images: Sequence[str]) -> Stor
                 columns[key] = partial(_column, described, images, key)
                 places[key] = f" of {name.rpartition('/')[2]}"
                 names.pop(key, None)
-    return Stored(path, lambda rows: [Cell(images[row], path / images[row]) for row in rows], len(images), columns, names, places)
+    return Stored(
+        path, lambda rows: [Cell(images[row], path / images[row]) for row in rows], len(images), columns, names, places
+    )
 
 
 def _classes(images: Sequence[str]) -> list[str]:

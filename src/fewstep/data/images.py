@@ -12,11 +12,12 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
+from fewstep.data.columns import LABELS, Stored, read_captions, read_labels
 from fewstep.data.decoding import decode
 from fewstep.data.listing import files_digest
 from fewstep.data.settings import DataSettings
 from fewstep.data.shards import chunks
-from fewstep.data.stored import LABELS, Stored, describe, read_captions, read_labels
+from fewstep.data.stored import describe
 from fewstep.data.tables import open_stored
 from fewstep.errors import UserError
 from fewstep.seeding import generator
@@ -59,9 +60,9 @@ def load_images(
     """The images of files: an image folder, an EDM zip, a parquet file, a tar, or a folder of these.
 
     Images become grey (`channels` 1) or RGB (3), resized by their shorter side and centre-cropped to `size` pixels.
-    Labels are read only when `num_classes` > 0, those of classes that a model has `model_names` for by their names; some
-    of its classes will do but for a `whole` set. With `shrink`, the set says what was found; False refuses images that
-    are larger than `size`. Raises UserError for whatever is wrong with the files.
+    Labels are read only when `num_classes` > 0, by name where the model has `model_names`; unless the set must be
+    `whole`, some classes will do. With `shrink`, the set says what was found; False refuses images that are larger than
+    `size`. Raises UserError for whatever is wrong with the files.
     """
     stored = open_stored(data)
     if not num_classes:
@@ -69,7 +70,7 @@ def load_images(
         return _opened(replace(stored, class_names=names), data, size, channels, shrink)
     labels, names = read_labels(stored, data.label_column)
     labels, names = labels_of_classes(labels, names, num_classes, model_names, data.required, whole)
-    return _opened(replace(stored, labels=labels, class_names=names), data, size, channels, shrink)
+    return _opened(replace(stored, labels=labels, class_names=names), data, size, channels, shrink, num_classes)
 
 
 def content_digest(data: DataSettings) -> str | None:
@@ -121,9 +122,11 @@ def load_captioned(data: DataSettings, size: int, shrink: bool | None = None) ->
     return _opened(replace(stored, captions=captions, told=told), data, size, 3, shrink)
 
 
-def _opened(stored: Stored, data: DataSettings, size: int, channels: int, shrink: bool | None) -> ImageSet:
+def _opened(
+    stored: Stored, data: DataSettings, size: int, channels: int, shrink: bool | None, num_classes: int = 0
+) -> ImageSet:
     """The images, decoded once if they fit into memory; what is refused is told before that takes its time."""
-    found = None if shrink is None else describe(stored, data.required, size, channels, shrink)
+    found = None if shrink is None else describe(stored, data.required, size, channels, shrink, num_classes)
     images = in_memory(decoded(stored, data, size, channels), channels * size**2, Path(data.required).name)
     return replace(images, found=found)
 

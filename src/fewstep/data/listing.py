@@ -77,7 +77,7 @@ def of_split(names: Sequence[str], split: str, path: Path) -> list[str]:
         found = {name: next(filter(None, each), "train") for name, each in parts.items()}
     elif None in found.values():
         found = dict.fromkeys(names, "train")
-    wanted = SPLITS.get(split.lower(), split)
+    wanted, has = SPLITS.get(split.lower(), split), ", ".join(sorted({repr(each) for each in found.values()}))
     if wanted not in found.values():
-        raise UserError(f"{path}: has no split {split!r} (data.split); it has {', '.join(sorted(set(map(str, found.values()))))}")
+        raise UserError(f"{path}: data.split: no split {split!r} here, but {has}")
     return [name for name in names if found[name] == wanted]

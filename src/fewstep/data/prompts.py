@@ -41,12 +41,12 @@ def _lines(path: Path, column: str | None) -> Iterable[str]:
 
 def _csv(path: Path, column: str | None) -> Iterable[str | None]:
     names, rows = read_csv(path)
-    name = find_column(names, column, COLUMNS, "prompts.column", path)
+    name = find_column(names, column, COLUMNS, "prompts", "prompts.column", path)
     return [row[name] for row in rows]
 
 
 def _parquet(path: Path, column: str | None) -> list[Any]:
     from pyarrow import parquet
 
-    name = find_column(parquet.read_schema(path).names, column, COLUMNS, "prompts.column", path)
+    name = find_column(parquet.read_schema(path).names, column, COLUMNS, "prompts", "prompts.column", path)
     return list(parquet.read_table(path, columns=[name])[name].to_pylist())

@@ -1,97 +1,53 @@
-"""Images as they are stored, with the columns beside them, and what their headers say to people before training."""
+"""What the headers of stored images say to people before anything is trained on them."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import median_low
-from typing import Any
 
-import torch
-from torch import Tensor
-
-from fewstep.data.decoding import Cell, Unusable, opened
-from fewstep.data.texts import find_column
+from fewstep.data.columns import CAPTIONS, LABELS, Stored, read_captions, read_labels
+from fewstep.data.decoding import Unusable, opened
+from fewstep.data.settings import DataSettings
+from fewstep.data.tables import open_stored
 from fewstep.errors import UserError
 
 LOOKED_AT = 1000  # headers at most, so that a look takes seconds
-LABELS = ("label", "labels", "class", "cls")
-CAPTIONS = ("caption", "text", "txt", "prompt")
 
 
 @dataclass(frozen=True)
-class Stored:
-    """Undecoded images by row; class indices (N,) int64 with the names of the classes, and captions, or None."""
+class Look:
+    """What a source holds, by its index and some headers."""
 
-    path: Path
-    cells: Callable[[list[int]], list[Cell]]
-    length: int
-    columns: Mapping[str, Callable[[], Sequence[Any]]] = field(default_factory=dict)
-    """What stands beside the images, by column; read when it is asked for."""
-    names: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """Of the classes, by the column of their indices."""
-    places: Mapping[str, str] = field(default_factory=dict)
-    """Where a column was found, if people may wonder."""
-    labels: Tensor | None = None
-    class_names: Sequence[str] | None = None
-    captions: Sequence[str] | None = None
-    told: str = ""
-    """Where the captions were found."""
-
-    def has(self, usual: Sequence[str]) -> bool:
-        """Whether there is one of these columns."""
-        return bool(set(usual) & {name.lower() for name in self.columns})
-
-    def column(self, name: str) -> Sequence[Any]:
-        """By its name; `json.punsafe` is a field of the JSON that stands beside each image. Raises UserError."""
-        outer, _, inner = name.partition(".")
-        if name in self.columns or outer not in self.columns:
-            return self.columns[find_column([*self.columns], name, (), "column", self.path)]()
-        cells = [cell if isinstance(cell, dict) else {} for cell in self.columns[outer]()]
-        names = [f"{outer}.{key}" for key in dict.fromkeys(key for cell in cells for key in cell)]
-        if name not in names:
-            raise UserError(f"{self.path}: has no column {name!r}; it has {', '.join([*self.columns, *names[:20]])}")
-        return [cell.get(inner) for cell in cells]
-
-    def find(self, wanted: str | None, usual: Sequence[str], setting: str) -> str:
-        """The column asked for, or the first usual one; raises UserError."""
-        if wanted and wanted.partition(".")[0] in self.columns:
-            return wanted
-        return find_column([*self.columns], wanted, usual, setting, self.path)
+    num_images: int
+    sizes: Counter[tuple[int, int]]
+    """How often each (width, height) occurs among the images that were looked at."""
+    grey: bool
+    """Whether all of these are."""
+    class_names: Sequence[str] | None
+    """By label; numbers where the source has labels without names; None without classes."""
+    counts: list[int]
+    """Images of each class."""
+    captioned: bool
+    """Whether every image has a caption."""
 
 
-def read_labels(stored: Stored, column: str | None) -> tuple[Tensor, Sequence[str] | None]:
-    """Class indices (N,) int64 and the names of the classes, where they have some; names alone are sorted."""
-    found = stored.find(column, LABELS, "data.label_column, or a folder for each class")
-    cells, names = stored.column(found), stored.names.get(found)
-    if cells and all(isinstance(cell, str) for cell in cells):
-        numbered = all(cell.isdecimal() and cell.isascii() and len(cell) < 10 for cell in cells)
-        names = None if numbered else sorted(set(cells))
-        cells = [int(cell) for cell in cells] if names is None else list(map(names.index, cells))
-    wrong = next((row for row, cell in enumerate(cells) if not isinstance(cell, int) or not 0 <= cell < 2**31), None)
-    if wrong is not None:
-        what = f"row {wrong} has {str(cells[wrong])[:40]!r}" if cells[wrong] is not None else f"row {wrong} has none"
-        told = f"column {found!r} must hold class indices 0, 1, 2, ..., or names of classes"
-        raise UserError(f"{stored.path}: {told}, but {what} (data.label_column)")
-    return torch.tensor(cells, dtype=torch.int64), names
+def look(source: str) -> Look:
+    """Looks at files that `data.source` may name; raises UserError for whatever is wrong with them."""
+    stored = open_stored(DataSettings(source=source))
+    sizes, num_grey = _headers(stored)
+    labels, names = read_labels(stored, None) if stored.has(LABELS) else (None, None)
+    counts = [] if labels is None else labels.bincount().tolist()
+    captioned = stored.has(CAPTIONS) and None not in read_captions(stored, None)[0]
+    named = names or [str(label) for label in range(len(counts))] or None
+    return Look(stored.length, sizes, num_grey == sizes.total(), named, counts, captioned)
 
 
-def read_captions(stored: Stored, column: str | None) -> tuple[list[str | None], str]:
-    """The captions, None where one is missing or blank, and where they were found; raises UserError."""
-    found = stored.find(column, CAPTIONS, "data.caption_column")
-    cells = stored.column(found)
-    wrong = next((cell for cell in cells if not isinstance(cell, str | None)), None)
-    if wrong is not None:
-        raise UserError(f"{stored.path}: column {found!r} holds {str(wrong)[:40]}, which is no text (data.caption_column)")
-    return [cell if cell and cell.strip() else None for cell in cells], stored.places.get(found, "")
-
-
-def describe(stored: Stored, source: str, size: int, channels: int, shrink: bool) -> str:
+def describe(stored: Stored, source: str, size: int, channels: int, shrink: bool, num_classes: int = 0) -> str:
     """One line: what was found at `source`, and what a model of `size` pixels makes of it.
 
     Raises UserError if the model is smaller than most of the images, unless `shrink`.
     """
-    sizes, num_grey = headers(stored)
+    sizes, num_grey = _headers(stored)
     if not sizes:
         return f"{source}: {stored.length:,} images"  # whoever fetches them says what is wrong
     short = median_low(min(each) for each in sizes.elements())
@@ -102,11 +58,11 @@ def describe(stored: Stored, source: str, size: int, channels: int, shrink: bool
     kind = "grey" if num_grey == sizes.total() else "grey and RGB" if num_grey else "RGB"
     looked = f" ({sizes.total():,} looked at)" if sizes.total() < stored.length else ""
     captioned = f" with captions{stored.told}" if stored.captions is not None else ""
-    found = f"{stored.length:,} {kind} images{captioned}, {_sizes(sizes)}{looked}{_classes(stored)}"
+    found = f"{stored.length:,} {kind} images{captioned}, {_sizes(sizes)}{looked}{_classes(stored, num_classes)}"
     return f"{source}: {found}; {_done(sizes, num_grey, size, channels)}"
 
 
-def headers(stored: Stored) -> tuple[Counter[tuple[int, int]], int]:
+def _headers(stored: Stored) -> tuple[Counter[tuple[int, int]], int]:
     """How often each (width, height) occurs among the images that are looked at, and how many of them are grey."""
     sizes: Counter[tuple[int, int]] = Counter()
     num_grey = 0
@@ -127,16 +83,17 @@ def _sizes(sizes: Counter[tuple[int, int]]) -> str:
     return smallest if len(sizes) == 1 else f"{smallest} to {largest}, mostly {common}"
 
 
-def _classes(stored: Stored) -> str:
-    """`; 2 classes: 0 cat (120), 1 dog (80)`, of many the first and the last."""
+def _classes(stored: Stored, num_classes: int) -> str:
+    """`; 2 classes: 0 cat (120), 1 dog (80); no image of class 2 owl`, of many the first and the last."""
     names = stored.class_names
     if stored.labels is None:
         return f"; its {len(names)} classes are not used (model.num_classes is 0)" if names and len(names) > 1 else ""
-    told = [
-        " ".join(part for part in (str(label), names[label] if names else "", f"({number:,})") if part)
-        for label, number in enumerate(stored.labels.bincount().tolist())
-    ]
-    return f"; {len(told)} classes: {', '.join(told if len(told) <= 10 else [*told[:3], '...', told[-1]])}"
+    counts = dict(enumerate(stored.labels.bincount(minlength=num_classes).tolist()))
+    named = {label: f"{label} {names[label]}" if names else str(label) for label in counts}
+    told = [f"{named[label]} ({number:,})" for label, number in counts.items() if number]
+    lacking = [named[label] for label, number in counts.items() if not number]
+    found = f"; {len(told)} classes: {', '.join(told if len(told) <= 10 else [*told[:3], '...', told[-1]])}"
+    return found + (f"; no image of class {', '.join(lacking[:5] + ['...'] * (len(lacking) > 5))}" if lacking else "")
 
 
 def _done(sizes: Counter[tuple[int, int]], num_grey: int, size: int, channels: int) -> str:

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.data.archives import open_tars
+from fewstep.data.columns import Stored
 from fewstep.data.decoding import Cell
 from fewstep.data.edm_zip import is_edm_set, open_edm_set
 from fewstep.data.folders import open_folder
 from fewstep.data.listing import is_image, list_files, of_split
 from fewstep.data.settings import DataSettings
-from fewstep.data.stored import Stored
 from fewstep.data.texts import find_column
 from fewstep.errors import UserError, brief
 
@@ -30,7 +30,9 @@ def open_stored(data: DataSettings) -> Stored:
     for suffix in (".parquet", ".tar"):
         if shards := [name for name in names if name.lower().endswith(suffix)]:
             files = [path] if path.is_file() else [path / name for name in of_split(shards, data.split, path)]
-            return _open_parquet(path, files, data) if suffix == ".parquet" else open_tars(path, files, data.image_column)
+            return (
+                _open_parquet(path, files, data) if suffix == ".parquet" else open_tars(path, files, data.image_column)
+            )
     if path.is_dir() and (images := [name for name in names if is_image(name)]):
         return open_folder(path, names, of_split(images, data.split, path))
     kinds = "a folder of images, a .zip, a .parquet file or a WebDataset .tar"
@@ -53,8 +55,10 @@ def _open_parquet(path: Path, files: Sequence[Path], data: DataSettings) -> Stor
         builder.download_and_prepare()
         table = builder.as_dataset("train")
     except Exception as error:  # the builder raises almost any error on damaged files
-        raise UserError(f"{path}: can't be read as parquet ({brief(error.__cause__ or error)}) (data.source)") from error
-    image_column = find_column(table.column_names, data.image_column, USUAL, "data.image_column", path)
+        raise UserError(
+            f"{path}: can't be read as parquet ({brief(error.__cause__ or error)}) (data.source)"
+        ) from error
+    image_column = find_column(table.column_names, data.image_column, USUAL, "images", "data.image_column", path)
     try:
         images = table.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
     except (ValueError, TypeError, NotImplementedError) as error:  # pyarrow's errors are all one of these

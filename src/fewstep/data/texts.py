@@ -55,15 +55,18 @@ def as_object(text: str, what: object) -> dict[str, Any]:
         raise UserError(f"{what}: holds no JSON object") from error
 
 
-def find_column(names: Sequence[str], wanted: str | None, usual: Sequence[str], setting: str, path: Path) -> str:
+def find_column(
+    names: Sequence[str], wanted: str | None, usual: Sequence[str], what: str, setting: str, path: Path, more: str = ""
+) -> str:
     """The column asked for, or the first usual one, in any capitals; raises UserError that names the setting."""
-    by_lower = {name.lower(): name for name in reversed(names)}
     if wanted in names:
         return wanted
+    by_lower = {name.lower(): name for name in reversed(names)}
     found = [by_lower[name] for name in ((wanted.lower(),) if wanted else usual) if name in by_lower]
     if found:
         return found[0]
     has = ", ".join(names) or "none"
     if wanted:
         raise UserError(f"{path}: has no column {wanted!r} ({setting}); it has {has}")
-    raise UserError(f"{path}: no column {', '.join(usual[:-1])} or {usual[-1]} among {has}; name it by {setting}")
+    known = f"{', '.join(usual[:-1])} or {usual[-1]}"
+    raise UserError(f"{path}: no column of {what} ({known}) among {has}; name it by {setting}{more}")

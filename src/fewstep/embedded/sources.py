@@ -26,11 +26,12 @@ def digits() -> ImageSet:
     return ImageSet(images.__getitem__, torch.from_numpy(bunch.target).long(), len(images))
 
 
-def open_images(
-    data: DataSettings, model: PixelModelConfig | ImageModel, shrink: bool | None = None, whole: bool = False
-) -> ImageSet:
-    """The recipe's images, in the model's size, colours and classes; `shrink` and `whole` as for `load_images`."""
-    size, names = model.image_size, getattr(model, "class_names", None)
+def open_images(data: DataSettings, model: PixelModelConfig | ImageModel, shrink: bool | None = None) -> ImageSet:
+    """The recipe's images, in the model's size, colours and classes; `shrink` as for `load_images`.
+
+    A model that is yet to be taught needs images of all classes; of a given one's some will do.
+    """
+    size, names, whole = model.image_size, getattr(model, "class_names", None), isinstance(model, PixelModelConfig)
     if data.source != "digits":
         return load_images(data, size, model.channels, model.num_classes, shrink, names, whole)
     if (model.channels, size) != (1, 8):

@@ -117,13 +117,14 @@ def _class_judge(data: DataSettings, model: ImageModel, features: str | None, fo
 
 
 def _grid_of_classes(images: ImageSet, num_classes: int) -> Tensor:
-    """Real images, in the same order of classes as the generated grids where they are labelled."""
+    """Real images, in the same order of classes as the generated grids where they are labelled; black where none is."""
     indices = torch.arange(GRID_IMAGES)
     if images.labels is not None:
-        of_class = [torch.where(images.labels == label)[0] for label in range(num_classes)]
+        of_class = [torch.where(images.labels == label)[0].tolist() or [-1] for label in range(num_classes)]
         rounds = [(of_class[k % num_classes], k // num_classes) for k in range(GRID_IMAGES)]
-        indices = torch.stack([members[turn % len(members)] for members, turn in rounds])
-    return images.fetch(indices)
+        indices = torch.tensor([members[turn % len(members)] for members, turn in rounds])
+    pictures = images.fetch(indices.clamp_min(0))
+    return pictures * (indices >= 0)[:, None, None, None]
 
 
 def _text_judge(

@@ -13,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fewstep.data.images import ImageSet, Unusable
+from fewstep.data.decoding import Unusable
+from fewstep.data.images import ImageSet
 from fewstep.data.settings import DataSettings
 from fewstep.embedded import shapes
 from fewstep.evaluation.gathering import Gathered, Share, Sums
