@@ -45,7 +45,10 @@ def test_local_headers_longer_than_the_index_says_are_skipped(tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     ("compression", "damage", "told"),
-    [(zipfile.ZIP_STORED, b"\0" * 8, "in no format that"), (zipfile.ZIP_DEFLATED, b"\xff" * 80, r"damaged \(error: Err")],
+    [
+        (zipfile.ZIP_STORED, b"\0" * 8, "in no format that"),
+        (zipfile.ZIP_DEFLATED, b"\xff" * 80, r"damaged \(error: Err"),
+    ],
     ids=["stored", "deflated"],
 )
 def test_images_of_a_zip_stay_in_it_until_they_are_asked_for(

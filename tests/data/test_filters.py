@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from fewstep.data.filters import Filter, load_filtered
 from fewstep.data.decoding import Unusable
+from fewstep.data.filters import Filter, load_filtered
 from fewstep.data.settings import DataSettings
 from fewstep.errors import UserError
 from image_sets import encoded, write_tar

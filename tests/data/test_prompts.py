@@ -51,7 +51,12 @@ def test_the_column_is_named_or_the_first_usual_one(column: str | None, expected
         ("p.txt", "\n \n", None, r"p\.txt: holds no prompts"),
         ("p.csv", "prompt\n", None, r"p\.csv: holds no prompts"),
         ("p.csv", "", None, r"no column of prompts \(.*\) among none"),
-        ("p.csv", "id,words\n1,cat\n", None, r"no column of prompts \(prompt, caption or text\) among id, words; name it by prompts\.column"),
+        (
+            "p.csv",
+            "id,words\n1,cat\n",
+            None,
+            r"no column of prompts \(prompt, caption or text\) among id, words; name it by prompts\.column",
+        ),
         ("p.tsv", "id\tprompt\n1\tcat\n", "words", "has no column 'words' .prompts.column.; it has id, prompt"),
         ("p.parquet", "not parquet", None, r"p\.parquet: can't be read"),
         ("p.pkl", "cos\nsystem\n", None, r"a \.txt, \.csv, \.tsv or \.parquet file"),

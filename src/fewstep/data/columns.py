@@ -44,8 +44,8 @@ class Stored:
         outer, _, inner = name.partition(".")
         if name in self.columns:
             return self.columns[name]()
-        cells = [cell for cell in self.columns[outer]()] if outer in self.columns else []
-        cells = [cell if isinstance(cell, dict) else {} for cell in cells]
+        found = self.columns[outer]() if outer in self.columns else []
+        cells = [cell if isinstance(cell, dict) else {} for cell in found]
         names = dict.fromkeys(f"{outer}.{key}" for cell in cells for key in cell)
         if name not in names:
             raise UserError(f"{self.path}: has no column {name!r}; it has {', '.join([*self.columns, *names][:30])}")
