@@ -16,13 +16,15 @@ from PIL import Image
 from command_line import fewstep
 from edm_files import small_network, write_checkpoint
 from fewstep.commands.options import VERBS
-from image_sets import encoded, write_edm_zip, write_tar
+from image_sets import encoded, write_edm_zip, write_files, write_tar
+from single_files import original_weights, write_single_file
 from tiny_pipelines import TINY
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 SMALL = {
     "teach": "--set num_steps=2 --set batch_size=4",
+    "distill my-sdxl.yaml": "--set num_steps=2 --set batch_size=2 --set accumulate=2",
     "distill digits-1step": "--set num_steps=2 --set batch_size=4 --set teacher=runs/digits-teacher",
     "distill": "--set num_steps=2 --set batch_size=2",
     "evaluate": "--num-samples 100",
@@ -84,16 +86,23 @@ class Distance(torch.nn.Module):
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the README takes for granted: tiny models under the names shown, captioned pictures, and small files."""
     folder = tmp_path_factory.mktemp("readme")
-    TINY["sdxl"](folder / "scratch").save_pretrained(folder / "models" / "sdxl")
-    blocks = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
-    AutoencoderTiny(**blocks, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1)).save_pretrained(
+    pipeline = TINY["sdxl"](folder / "scratch")
+    pipeline.save_pretrained(folder / "models" / "sdxl")
+    write_single_file(folder / "my-finetune.safetensors", original_weights(pipeline))
+    sizes = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
+    AutoencoderTiny(**sizes, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1)).save_pretrained(
         folder / "models" / "taesdxl"
     )
     torch.jit.script(Brightness()).save(folder / "inception.pt")
-    (folder / "prompts.txt").write_text("a cat\na red dog\ntwo birds")
+    for name in ("prompts.txt", "my-prompts.txt"):
+        (folder / name).write_text("a cat\na red dog\ntwo birds")
+    (folder / "my-sdxl.yaml").write_text(blocks("yaml", (ROOT / "docs" / "your-own-sdxl.md").read_text())[0])
     large = [encoded(Image.new("RGB", (1024, 1024), (5 * i, 90, 200))) for i in range(40)]  # enough to judge by
     pairs = [((f"{i}.png", image), (f"{i}.txt", f"a {i}".encode())) for i, image in enumerate(large)]
     write_tar(folder / "captioned.tar", dict(member for pair in pairs for member in pair))
+    lines = "".join(f"{i}.png,number {i}\n" for i in range(len(large)))
+    table = {"metadata.csv": f"file_name,caption\n{lines}".encode()}
+    write_files(folder / "pictures", table | {f"{i}.png": image for i, image in enumerate(large)})
     small = {f"{i}.png": encoded(Image.new("L", (8, 8), 5 * i)) for i in range(20)}
     write_edm_zip(folder / "imagenet-64x64.zip", small, [[f"{i}.png", i % 10] for i in range(20)])
     network = small_network(img_resolution=8, img_channels=1, label_dim=10, channel_mult=[1, 1])
@@ -112,8 +121,16 @@ def test_the_lines_of_a_block_run_as_shown_in_the_place_of_those_before(
         run(line)
 
 
+def test_prompts_alone_train_as_the_page_says(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    whole, instead = blocks("yaml", (ROOT / "docs" / "your-own-sdxl.md").read_text())
+    Path("alone.yaml").write_text(yaml.safe_dump(yaml.safe_load(whole) | yaml.safe_load(instead)))
+    run(f"distill alone.yaml {SMALL['distill my-sdxl.yaml']}")
+
+
 def test_what_the_blocks_make_is_there(place: Path) -> None:
     made = {"student", "student.safetensors", "samples.png", "evaluation/report.html", "models/edm-imagenet-64"}
+    made |= {"cat.png", "my-evaluation/report.html", "my-sdxl-4step.safetensors", "my-sdxl-4step", "four-steps.png"}
     assert all((place / name).exists() for name in made)
     runs = ("sdxl-4step", "sdxl-1step-init", "sdxl-1step", "imagenet64-1step")
     assert all(list((place / "runs" / name / "checkpoints").glob("*/model/fewstep.json")) for name in runs)

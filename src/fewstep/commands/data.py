@@ -26,7 +26,7 @@ def latents(given: Latents) -> None:
     What can't be read and what has no caption is left out and counted.
     """
     check_writable(given.out)
-    model = open_encoder(given.model)
+    model = open_encoder(given.model, given.config)
     model.to(pick_device(given.device))
     filter = Filter(**{field.name: getattr(given, field.name) for field in fields(Filter)})
     columns = {name: getattr(given, name) for name in ("image_column", "caption_column", "split")}
@@ -41,11 +41,11 @@ def latents(given: Latents) -> None:
     print(f"kept {description['count']:,} of {total:,} images; {describe_dropped(description['dropped'])}")
 
 
-def open_encoder(path: Path) -> Autoencoder:
-    """The autoencoder of a text-to-image model, or of a run that trained one."""
+def open_encoder(path: Path, config: str | None = None) -> Autoencoder:
+    """The autoencoder of a text-to-image model, or of a run that trained one; `config` is a single file's."""
     if (path / RECIPE).is_file() and read_run_recipe(path / RECIPE).kind == "teach-autoencoder":
         return load_autoencoder(find(path).folder)
-    model = open_model(path)
+    model = open_model(path, config)
     if model.kind != "text":
         raise UserError(f"{path}: a pixel model has no latents; name a text-to-image model")
     return Autoencoder(model.autoencoder, model.image_size)

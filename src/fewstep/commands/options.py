@@ -202,7 +202,7 @@ class ImportEdm(Order):
 class Latents(Order):
     """Encode captioned images once, as latents that `data.source` takes."""
 
-    model: Annotated[Path, Option(help="Model folder with the autoencoder, or a run folder.")]
+    model: Annotated[Path, Option(help="Model folder with the autoencoder, .safetensors file, or a run folder.")]
     source: Annotated[Place, Option(help="Captioned images: a folder, a parquet file, a WebDataset tar.")]
     out: Annotated[Path, Option(help="Folder of the latents; the same command goes on after a stop.")]
     min_side: int = option("Smaller side of the stored image in pixels; paper: 1024.", 0, min=0)
@@ -214,6 +214,7 @@ class Latents(Order):
     caption_column: str | None = option("By default caption, text, txt or prompt.")
     split: str = option("The split to read, where there are several.", "train")
     batch_size: int = option("Images per pass of the autoencoder.", 8, min=1)
+    config: PlaceIfAny = option("Of a file: diffusers folder of its family.", metavar="DIR")
     seed: Seed = 0
     device: Device = "auto"
 
