@@ -125,7 +125,7 @@ def test_prompts_alone_train_as_the_page_says(place: Path, monkeypatch: pytest.M
     monkeypatch.chdir(place)
     whole, instead = blocks("yaml", (ROOT / "docs" / "your-own-sdxl.md").read_text())
     Path("alone.yaml").write_text(yaml.safe_dump(yaml.safe_load(whole) | yaml.safe_load(instead)))
-    run(f"distill alone.yaml {SMALL['distill my-sdxl.yaml']}")
+    run(f"fewstep distill alone.yaml {SMALL['distill my-sdxl.yaml']}")
 
 
 def test_what_the_blocks_make_is_there(place: Path) -> None:
