@@ -4,6 +4,8 @@ import errno
 import fcntl
 import json
 import os
+import re
+import shutil
 import stat
 import uuid
 from collections.abc import Iterator
@@ -15,6 +17,8 @@ from safetensors import SafetensorError
 
 from fewstep.errors import UserError, brief
 from fewstep.stopping import cleaned, remove, temporary, undisturbed
+
+FULL = "No space left|quota exceeded"
 
 
 def read_text(path: Path) -> str:
@@ -45,7 +49,28 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: can't be written ({' '.join(str(error).split())})") from error
+        full = f"; {size(free_bytes(path))} of disk are free" if re.search(FULL, str(error)) else ""
+        raise UserError(f"{path}: can't be written ({' '.join(str(error).split())}){full}") from error
+
+
+def free_bytes(path: Path) -> int:
+    """What the disk has room for where a path is, or is to be."""
+    return shutil.disk_usage(next(each for each in (path, *path.absolute().parents) if each.exists())).free
+
+
+def size(num_bytes: int) -> str:
+    """For people: in GB, MB or bytes."""
+    if num_bytes < 1e5:
+        return f"{num_bytes} bytes"
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"
+
+
+def check_room(path: Path, num_bytes: int, what: str, otherwise: str) -> None:
+    """Raises UserError, which says what is missing and what helps, if there is no room for so much."""
+    free = free_bytes(path)
+    if num_bytes > free:
+        told = f"{size(num_bytes)} of {what}, but only {size(free)} of disk are free, {size(num_bytes - free)} too few"
+        raise UserError(f"{path}: {told}; {otherwise}")
 
 
 @contextmanager

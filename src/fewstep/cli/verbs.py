@@ -15,7 +15,7 @@ import typer
 
 import fewstep
 from fewstep.commands.options import VERBS, Verb
-from fewstep.errors import UserError, brief
+from fewstep.errors import UserError, brief, out_of_memory
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -40,13 +40,31 @@ def run() -> None:
     sys.argv = [word for word in sys.argv if word != DEBUG]  # wherever it stands
     try:
         app()
-    except (UserError, OSError) as error:
-        if debug:
-            traceback.print_exc()
-        print(f"fewstep: {error if isinstance(error, UserError) else _of_a_file(error)}", file=sys.stderr)
-        sys.exit(getattr(error, "exit_code", UserError.exit_code))
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        line = _told(error)
+        if line is None:
+            raise
+        if debug:
+            traceback.print_exc()
+        print(f"fewstep: {line}", file=sys.stderr)
+        sys.exit(getattr(error, "exit_code", UserError.exit_code))
+    finally:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:  # of `| head`; Python's own flush must not meet it
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _told(error: Exception) -> str | None:
+    """The line for an error that a user can mend; None of others."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError):
+        return _of_a_file(error)
+    told = out_of_memory(error)
+    return told and f"{told}; close other programs, ask for less at once, or take --device cpu"
 
 
 def _tell_version(asked: bool) -> None:

@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from fewstep.data.images import ImageSet, content_digest
 from fewstep.data.latents import LatentSet
 from fewstep.data.prompts import load_prompts
 from fewstep.embedded.sources import origin
-from fewstep.errors import Interrupted, UserError
+from fewstep.errors import Interrupted, UserError, out_of_memory
 from fewstep.files import folder_lock, write_text
 from fewstep.models.image_model import Asked
 from fewstep.recipes.loading import differences, dump, load_recipe, read_run_recipe, recipe_names
@@ -163,6 +164,24 @@ def train_recipe(jobs: Jobs, recipe: AnyRecipe, run: Path, resume: bool, report:
     return job
 
 
+@contextmanager
+def naming_memory(run: Path, recipe: Any) -> Iterator[None]:
+    """Want of memory is a UserError that names the settings which take less."""
+    try:
+        yield
+    except Exception as error:
+        told = out_of_memory(error)
+        if told is None:
+            raise
+        exact = [f"a larger accumulate ({recipe.accumulate})"] if recipe.accumulate < recipe.batch_size else []
+        exact += ["checkpointing=blocks"] if getattr(recipe, "checkpointing", None) == "none" else []
+        other = ["precision=bfloat16"] if getattr(recipe, "precision", None) == "float32" else []
+        other += [f"a smaller batch_size ({recipe.batch_size})"] if recipe.batch_size > 1 else []
+        ways = [f"--resume with {' and '.join(exact)}"] if exact else []
+        ways += [f"begin anew with {' or '.join(other)}"] if other else []
+        raise UserError(f"{run}: {told}; {', or '.join(ways) or 'take a smaller model'}") from error
+
+
 def start_run(job: Job, run: Path, recipe: AnyRecipe, report: Report | None) -> None:
     """Writes the recipe, and of a new run what it begins with, and trains; raises UserError if a teacher is another."""
     if not (run / RECIPE).exists():
@@ -172,7 +191,7 @@ def start_run(job: Job, run: Path, recipe: AnyRecipe, report: Report | None) -> 
         raise UserError(f"{run}: the teacher is not the one that the run began with; choose another --out")
     if not (run / RECIPE).exists() or recipe != read_run_recipe(run / RECIPE):
         write_text(run / RECIPE, dump(recipe))  # which makes the folder a run
-    with progress_bar(run.name, recipe.num_steps, report, seconds=0) as show:
+    with naming_memory(run, recipe), progress_bar(run.name, recipe.num_steps, report, seconds=0) as show:
         train(job.method, job.batch_at, run, recipe, show, job.evaluate, job.asked)
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fewstep.errors import UserError
-from fewstep.files import folder_lock, write_text, written_whole
+from fewstep.files import check_room, folder_lock, write_text, written_whole
 
 ROWS = 1024  # of one file: 134 MB of SDXL's latents, 650 MB of its text embeddings in float32
 Report = Callable[[int], None]
@@ -116,7 +115,7 @@ class ShardFolder:
         lacking = sum(len(rows) for path, rows in share.items() if not path.exists())
         if not lacking:
             return report(sum(map(len, share.values())))
-        self._check_room(lacking * bytes_per_row, otherwise)
+        check_room(self.path, lacking * bytes_per_row, self.name, otherwise)
         with folder_lock(self.path, f".{rank}.lock", wait):
             done = 0
             for path, rows in share.items():
@@ -127,13 +126,6 @@ class ShardFolder:
                 done += len(rows)
                 report(done)
         return None
-
-    def _check_room(self, num_bytes: int, otherwise: str) -> None:
-        nearest = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
-        free = shutil.disk_usage(nearest).free
-        if num_bytes > free:
-            told = f"{num_bytes / 1e9:.1f} GB of {self.name}, but only {free / 1e9:.1f} GB of disk are free"
-            raise UserError(f"{self.path}: {told}; {otherwise}")
 
 
 def save_shard(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any] | None = None) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from fewstep.errors import UserError, brief
-from fewstep.files import written_folder
+from fewstep.files import check_room, size, written_folder
 from fewstep.runtime.manifest import faults, write_manifest
 from fewstep.stopping import temporary
 
@@ -62,17 +62,36 @@ def save_checkpoint(
     """
     for left in (run / "checkpoints").glob(".*"):  # by a process that was killed
         shutil.rmtree(left, ignore_errors=True)
+    advice = "make room and --resume, which goes on from the checkpoint before it"
+    there = checkpoints(run)
+    needed = max(_own_bytes(there[-1]) if there else 0, _tensor_bytes(state))
+    check_room(checkpoint_folder(run, step), needed, "a checkpoint", advice)
     try:
         with written_folder(checkpoint_folder(run, step)) as hidden:
             (hidden / "model").mkdir()
             save_model(hidden / "model")
             _save_state({"step": step, **state}, hidden / "state.pt")
-            write_manifest(hidden, checkpoints(run))
+            write_manifest(hidden, there)
     except UserError as error:
-        raise UserError(f"{error}; make room and --resume, which goes on from the checkpoint before it") from error
+        raise UserError(f"{error}; {advice} (a checkpoint takes {size(needed)})") from error
+    for damaged in (*(run / "checkpoints").glob("*.damaged"), *run.glob(f"{FROZEN}.damaged")):
+        shutil.rmtree(damaged, ignore_errors=True)  # for there is a newer one
     for old in checkpoint_steps(run)[:-KEEP]:
         if old not in best:
             _remove(checkpoint_folder(run, old))
+
+
+def _own_bytes(checkpoint: Path) -> int:
+    """Of its files but for those that it shares."""
+    sizes = [path.stat() for path in checkpoint.rglob("*") if path.is_file()]
+    return sum(each.st_size for each in sizes if each.st_nlink == 1)
+
+
+def _tensor_bytes(state: Any) -> int:
+    if isinstance(state, torch.Tensor):
+        return state.nbytes
+    values = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else []
+    return sum(map(_tensor_bytes, values))
 
 
 def _save_state(state: dict[str, Any], path: Path) -> None:
