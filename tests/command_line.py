@@ -1,6 +1,7 @@
 """Command lines in this process, and what tests say of them."""
 
 import io
+import re
 import shlex
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
@@ -16,14 +17,19 @@ Tell = Callable[[str], tuple[int, str]]
 """From a command line to exit code and standard error."""
 
 
-def fewstep(line: str) -> Answer:
-    """Runs a command line, with or without the program's name."""
+OF_EVERY_RUN = re.compile(r"^(\S.*: [\d,]+/[\d,]+, .*|wrote .*, [\d,]+ steps|next: fewstep .*)\n", re.MULTILINE)
+
+
+def fewstep(line: str, whole: bool = False) -> Answer:
+    """Runs a command line, with or without the program's name; its progress and what comes next only in the `whole`."""
     output, errors = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(output), redirect_stderr(errors):
         patch.setattr("sys.argv", ["fewstep", *shlex.split(line.removeprefix("fewstep "))])
         with pytest.raises(SystemExit) as ended:
             run()
-    return ended.value.code, output.getvalue(), errors.getvalue()  # type: ignore[return-value]
+    training = not whole and re.match("(fewstep )?(teach|distill) ", line)
+    texts = (OF_EVERY_RUN.sub("", each.getvalue()) if training else each.getvalue() for each in (output, errors))
+    return ended.value.code, *texts  # type: ignore[return-value]
 
 
 def refused(answer: tuple, *fragments: str) -> None:

@@ -305,8 +305,9 @@ def test_cut_captions_and_a_list_over_the_limit_are_told_once(run: Run, batches:
 
 
 def test_a_full_disk_is_told_before_anything_is_written(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "free")(100))
-    refused(run("fewstep distill recipe.yaml --out runs/x"), "of disk are free", "embeddings.max_gb=0")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "free")(100))
+        refused(run("fewstep distill recipe.yaml --out runs/x"), "of disk are free", "embeddings.max_gb=0")
     assert not (place / "runs").exists()
     assert run("fewstep distill recipe.yaml --out runs/x --set embeddings.max_gb=0")[0] == 0
 

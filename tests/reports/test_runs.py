@@ -232,7 +232,7 @@ def test_evaluations_of_other_numbers_of_images_are_not_compared() -> None:
 
 
 def test_a_pipe_gets_a_line_per_log_line_and_the_end_names_what_comes_next() -> None:
-    code, output, errors = fewstep("distill d.yaml --out run --set log_every=1")
+    code, output, errors = fewstep("distill d.yaml --out run --set log_every=1", whole=True)
     assert code == 0
     told = [line.split(", ")[0] for line in errors.splitlines()]
     assert told == [f"run: {step}/4" for step in range(1, 5)]
