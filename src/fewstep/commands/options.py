@@ -96,10 +96,14 @@ class Distill(Teach):
 
 @verb("recipes", "recipes.recipes", "show digits-4step")
 class Recipes(Order):
-    """List recipes, show one with the meaning of every setting, or check one."""
+    """List recipes, show one with the meaning of every setting, check one, or write new ones for your own images."""
 
-    action: Annotated[str, Argument(help="list, show or check.")] = "list"
-    recipe: Annotated[PlaceIfAny, Argument(help="Recipe name or YAML file.", show_default=False)] = None
+    action: Annotated[str, Argument(help="list, show, check or new.")] = "list"
+    recipe: Annotated[PlaceIfAny, Argument(help="Recipe name or YAML file; of new ones, a name.")] = None
+    from_: str = option("Of new ones: the student's recipe that they are like.", "digits-1step", "--from")
+    source: PlaceIfAny = option("Of new ones: your images, as `data.source` takes them.")
+    size: int | None = option("Of new ones: pixels of the model.", metavar="N", show_default="the images', up to 64")
+    teacher: PlaceIfAny = option("Of new ones, where it is not taught here: folder, file or hub id.")
     set_: Set = field(default_factory=list)
 
 

@@ -1,27 +1,68 @@
-"""`fewstep recipes`: lists recipes, shows one with the meaning of every setting, checks one."""
+"""`fewstep recipes`: lists recipes, shows one with the meaning of every setting, checks one, or makes one's own."""
+
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from fewstep.commands.options import Recipes
 from fewstep.errors import UserError
-from fewstep.recipes.loading import documented, load_recipe, recipe_names
+from fewstep.files import write_text
+from fewstep.recipes.loading import explained, load_recipe, recipe_names
+
+TAUGHT_HERE = ("digits-teacher",)
+"""Recipes of teachers on pixels, which `new` writes for other images."""
 
 
 def recipes(given: Recipes) -> None:
-    """Prints a table of the recipes, a table of one's settings, or that one is valid."""
+    """Prints a table of the recipes, one as a file would hold it, or that it is valid; or writes files."""
     if given.action == "list" and given.recipe is None:
         table = Table("recipe", "kind", "what it does")
         for name in recipe_names():
             recipe = load_recipe(name)
             table.add_row(name, recipe.kind, recipe.description)
         Console().print(table)
-    elif given.action not in ("show", "check") or given.recipe is None:
-        raise UserError("write `fewstep recipes`, `fewstep recipes show NAME` or `fewstep recipes check NAME`")
+    elif given.action not in ("show", "check", "new") or given.recipe is None:
+        raise UserError("write `fewstep recipes`, or `fewstep recipes` show, check or new, and a NAME")
+    elif given.action == "new":
+        _new(given, given.recipe)
     else:
         recipe = load_recipe(given.recipe, given.set_)  # which is the check
-        table = Table("setting", "value", "meaning", title=given.recipe)
-        for key, value, text in documented(recipe):
-            table.add_row(key, str(value), text)
-        valid = f"{given.recipe}: a valid {recipe.kind} recipe"
-        Console().print(table if given.action == "show" else valid, highlight=False)
+        valid = [f"{given.recipe}: a valid {recipe.kind} recipe"]
+        print("\n".join(explained(recipe) if given.action == "show" else valid))
+
+
+def _new(given: Recipes, name: str) -> None:
+    """Writes NAME-teacher.yaml and its students' recipes here, or the one of a teacher that is brought along."""
+    from fewstep.commands.runs import pick_device, tell_done
+    from fewstep.recipes import new
+
+    if name != Path(name).name or name.startswith((".", "-")) or len(name) > 100:
+        raise UserError(f"{name!r}: is the beginning of file names, such as cats")
+    base = load_recipe(given.from_, verb="distill")
+    device, taught_here = pick_device(base.device), base.teacher in TAUGHT_HERE
+    if taught_here and (given.teacher or not given.source):
+        raise UserError(f"--from {given.from_}: takes your images as --source photos, and teaches the teacher itself")
+    if given.size and not taught_here:
+        raise UserError(f"--size: is the teacher's, which {given.from_} does not teach")
+    if taught_here:
+        recipes, notes, found = new.suggest(name, str(given.source), given.size, device.type)
+    else:
+        recipes, notes, found = new.like(given.from_, name, given.source, given.teacher)
+    files = {end: Path(f"{name}-{end}.yaml") for end in recipes}
+    for file in files.values():
+        if file.exists():
+            raise UserError(f"{file}: exists already; choose another NAME, or remove it")
+    print(found or "", end="\n" if found else "")
+    for end, recipe in recipes.items():
+        if taught_here:
+            minutes = new.seconds_per_step(recipe, recipes["teacher"].model, device) * recipe.num_steps / 60
+            print(f"{files[end]}: {recipe.num_steps:,} steps, about {_duration(minutes)} here ({device.type})")
+        head = f"Made by `fewstep recipes new {name} --from {given.from_}`; `fewstep recipes check` tells mistakes."
+        write_text(files[end], new.text(recipe, notes, head))
+    verbs = {end: "teach" if recipe.kind == "teach" else "distill" for end, recipe in recipes.items()}
+    tell_done(", ".join(map(str, files.values())), *(f"{verbs[end]} {file}" for end, file in files.items()))
+
+
+def _duration(minutes: float) -> str:
+    return f"{max(minutes, 1):.0f} minutes" if minutes < 100 else f"{minutes / 60:.0f} hours"

@@ -2,8 +2,9 @@
 
 import os
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, get_args
 
 import yaml
@@ -17,8 +18,8 @@ from fewstep.settings import Settings, Written
 
 FOLDER = Path(__file__).parent
 _ADAPTER: TypeAdapter[AnyRecipe] = TypeAdapter(Recipe)
+FIRST = ("kind", "description", "teacher", "data", "model", "num_steps", "batch_size")  # what a reader looks for
 KINDS: dict[object, type[AnyRecipe]] = {each.model_fields["kind"].default: each for each in get_args(AnyRecipe)}
-RESOLVED = 0.75  # of its settings: what gives as many was written by a run or by `recipes show`
 
 
 def recipe_names() -> list[str]:
@@ -40,8 +41,8 @@ def load_recipe(name: str, overrides: Sequence[str] = (), verb: str | None = Non
     recipe = parse(content, name)
     _keep_given(recipe, given)
     own = read_file(path) if path.parent != FOLDER else {}
-    resolved = len(own) > RESOLVED * len(type(recipe).model_fields)
-    _refuse_idle(recipe, _over({} if resolved else own, told), name)
+    for given in (own, told):
+        _refuse_idle(recipe, given, name)
     if verb not in (None, right := _verb(recipe.kind)):
         raise UserError(f"recipe {name}: is for `fewstep {right} {name}`, not for `fewstep {verb}`")
     return recipe
@@ -112,20 +113,28 @@ def _keep_given(recipe: BaseModel, given: dict[str, Any]) -> None:
 
 def _refuse_idle(recipe: BaseModel, given: dict[str, Any], name: str) -> None:
     """Raises UserError for a value among those given that changes nothing: whoever gives one believes that it does."""
-    for key, reason in _idle(recipe):
+    for key, reason in idle(recipe):
         *above, last = key.split(".")
         at, settings = given, recipe
         for part in above:
             at, settings = _group(at.get(part)), getattr(settings, part)
-        if last in at and getattr(settings, last) != type(settings).model_fields[last].get_default():
+        fields = type(settings).model_fields
+        written = _is_whole(given, recipe) and _is_whole(at, settings)
+        if last in at and not written and getattr(settings, last) != fields[last].get_default():
             raise UserError(f"recipe {name}: {key} changes nothing, for {reason}; leave it out")
 
 
-def _idle(settings: Any, above: str = "") -> Iterator[tuple[str, str]]:
+def _is_whole(given: dict[str, Any], settings: BaseModel) -> bool:
+    """Whether so much is given that a run or `recipes show` wrote it, which write what changes nothing, too."""
+    return len(given) > 0.75 * len(type(settings).model_fields)
+
+
+def idle(settings: Any, above: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted key, why) for every setting that nothing looks at as the others stand."""
     if isinstance(settings, Settings):
         yield from ((above + key, reason) for key, reason in settings.idle().items())
         for name, value in settings:
-            yield from _idle(value, f"{above}{name}.")
+            yield from idle(value, f"{above}{name}.")
 
 
 def dump(recipe: BaseModel) -> str:
@@ -133,18 +142,27 @@ def dump(recipe: BaseModel) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
 
 
-def explained(recipe: BaseModel, indent: str = "") -> Iterator[str]:
-    """The lines of the resolved recipe as YAML, with the meaning of each setting in comments above it."""
-    for name, value in recipe.model_dump(mode="json").items():
-        text = " ".join((type(recipe).model_fields[name].description or "").split())
-        yield from textwrap.wrap(text, 100, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
-        if isinstance(inner := getattr(recipe, name), BaseModel):
-            yield f"{indent}{name}:"
-            yield from explained(inner, f"{indent}  ")
-        else:
-            style = '"' if isinstance(value, str) and "\n" in value else None
-            line = yaml.safe_dump(value, default_style=style, default_flow_style=True, width=float("inf"))
-            yield f"{indent}{name}: {line.removesuffix('...' + chr(10)).strip()}"
+def explained(
+    recipe: BaseModel, skipped: Collection[str] = (), notes: Mapping[str, str] = MappingProxyType({}), above: str = ""
+) -> Iterator[str]:
+    """The lines of the resolved recipe as YAML, each setting's meaning above it, and its note; but for some keys."""
+    indent = "  " * above.count(".")
+    saved = recipe.model_dump(mode="json")
+    for name in sorted(saved, key=lambda name: (*FIRST, name).index(name)):
+        key, field, inner = above + name, type(recipe).model_fields[name], getattr(recipe, name)
+        if key not in skipped:
+            text = " ".join(f"{field.description or ''} {notes.get(key, '')}".split())
+            yield from textwrap.wrap(text, 100, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
+            yield f"{indent}{name}:" + ("" if isinstance(inner, BaseModel) else f" {_flow(saved[name])}")
+            if isinstance(inner, BaseModel):
+                yield from explained(inner, skipped, notes, f"{key}.")
+
+
+def _flow(value: Any) -> str:
+    """A value in one line of YAML."""
+    style = '"' if isinstance(value, str) and "\n" in value else None
+    line = yaml.safe_dump(value, default_style=style, default_flow_style=True, width=float("inf"))
+    return str(line).removesuffix("...\n").strip()
 
 
 def read_run_recipe(path: Path) -> AnyRecipe:
