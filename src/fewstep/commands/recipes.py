@@ -23,7 +23,7 @@ def recipes(given: Recipes) -> None:
             table.add_row(name, recipe.kind, recipe.description)
         Console().print(table)
     elif given.action not in ("show", "check", "new") or given.recipe is None:
-        raise UserError("write `fewstep recipes`, or `fewstep recipes` show, check or new, and a NAME")
+        raise UserError("write `fewstep recipes`, `fewstep recipes show NAME`, or check or new in the place of show")
     elif given.action == "new":
         _new(given, given.recipe)
     else:
