@@ -63,7 +63,7 @@ def test_metrics_have_their_intervals() -> None:
         "attributes": {"a": {"b": 1.0}},
         "intervals": {"fid": [1.25, 1.75]},
     }
-    rows = [{"model": "real", "fid": 0.25, "intervals": None}, student]
+    rows = [{"model": "real", "fid": 0.25, "intervals": {}}, student]
     text = card(scores=scores, table=rows)
     assert "| fid ↓ | 1.25 | – |" in text
     assert "| precision ↑ | 0.5 | 0.4 to 0.6 |" in text
@@ -85,6 +85,16 @@ def test_rows_of_another_model_are_not_taken(tmp_path: Path) -> None:
     assert [row["model"] for row in read_table(tmp_path, "b")] == ["real", "b"]
     with pytest.raises(UserError, match="no row 'c'; it has real, a, b"):
         read_table(tmp_path, "c")
-    (tmp_path / "results.json").write_text("[1]")
-    with pytest.raises(UserError, match="not written by"):
+    assert all(row["intervals"] == {} for row in read_table(tmp_path, "b"))
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[1]", "{}", "null", "[" * 3000, '[{"fid": 1}]', '[{"model": "c", "intervals": [1]}]']
+    + ['[{"model": "c", "intervals": {"fid": "ab"}}]', '[{"model": "c", "intervals": {"fid": [1]}}]'],
+    ids=lambda content: content[:40],
+)
+def test_rows_that_are_none_are_one_line(tmp_path: Path, content: str) -> None:
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(UserError, match=r"not written by|has no row 'c'; it has $"):
         read_table(tmp_path, "c")

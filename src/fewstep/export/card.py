@@ -14,6 +14,7 @@ import yaml
 
 import fewstep
 from fewstep.errors import UserError
+from fewstep.files import read_text
 from fewstep.metric_table import METRICS
 
 SAMPLER = "LCM's: predict x0, then renoise it with fresh noise to the next timestep"
@@ -100,12 +101,15 @@ def read_table(folder: Path, name: str) -> list[dict[str, Any]]:
     """The rows of the real images and of the model `name`, which must be there, in a folder of `fewstep evaluate`."""
     path = folder / "results.json"
     try:
-        rows = json.loads(path.read_text())
+        rows = json.loads(read_text(path))
         kept = [row for row in rows if row["model"] in ("real", name)]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        for row in kept:
+            known = {of: interval for of, interval in (row.get("intervals") or {}).items() if interval}
+            row["intervals"] = {of: (float(low), float(high)) for of, (low, high) in known.items()}
+        there = ", ".join(str(row["model"]) for row in rows)
+    except (UserError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: not there, or not written by `fewstep evaluate`; name its --out folder") from error
     if not any(row["model"] == name for row in kept):
-        there = ", ".join(str(row["model"]) for row in rows)
         raise UserError(f"{path}: has no row {name!r}; it has {there}")
     return kept
 
@@ -197,7 +201,7 @@ def metrics(made: Provenance) -> str:
         rows = [[_named(name), f"{value:.4g}", _interval(i)] for name, (value, i) in made.scores.items()]
         parts.append(f"Of step {made.step}, {where}:\n\n" + _table(["metric", "value", "95 % interval"], rows))
     if made.table:  # what is not a single value stays in results.json
-        names = [key for key, value in made.table[-1].items() if value is not None and not isinstance(value, dict)]
+        names = [key for key, value in made.table[-1].items() if isinstance(value, str | int | float)]
         rows = [[_cell(row, name) for name in names] for row in made.table]
         parts.append("By `fewstep evaluate`:\n\n" + _table(list(map(_named, names)), rows))
     return "\n\n".join([*parts, texts()["notes"]])
@@ -219,6 +223,6 @@ def _interval(interval: Interval) -> str:
 
 def _cell(row: dict[str, Any], name: str) -> str:
     """A value, with its interval where one is known."""
-    value, interval = row.get(name), (row.get("intervals") or {}).get(name)
+    value, interval = row.get(name), row["intervals"].get(name)
     text = "–" if value is None else f"{value:.4g}" if isinstance(value, float) else last_part(str(value))
     return f"{text} ({_interval(interval)})" if interval else text
