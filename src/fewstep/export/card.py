@@ -156,7 +156,7 @@ def model_card(card: Card, made: Provenance) -> str:
         sampler=SAMPLER,
         weights="as trained" if made.ema == "raw" else f"averaged, EMA {made.ema}",
         dtype=str(card.dtype).removeprefix("torch."),
-        metrics=metrics(made) if made.scores or made.table else say["unjudged"],
+        metrics=metrics(made) if made.scores or made.table else say["unjudged"].strip(),
         license=say["teacher_terms" if made.license == "other" else "own_terms"].format(made=made),
         **{name: line.format(made=made) for name, line in yaml.safe_load(say[made.kind]).items()},
     )
@@ -204,7 +204,7 @@ def metrics(made: Provenance) -> str:
         names = [key for key, value in made.table[-1].items() if isinstance(value, str | int | float)]
         rows = [[_cell(row, name) for name in names] for row in made.table]
         parts.append("By `fewstep evaluate`:\n\n" + _table(list(map(_named, names)), rows))
-    return "\n\n".join([*parts, texts()["notes"]])
+    return "\n\n".join([*parts, texts()["notes"].strip()])
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
