@@ -90,8 +90,10 @@ def test_rows_of_another_model_are_not_taken(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    ["", "[1]", "{}", "null", "[" * 3000, '[{"fid": 1}]', '[{"model": "c", "intervals": [1]}]']
-    + ['[{"model": "c", "intervals": {"fid": "ab"}}]', '[{"model": "c", "intervals": {"fid": [1]}}]'],
+    [
+        *("", "[1]", "{}", "null", "[" * 3000, '[{"fid": 1}]', '[{"model": "c", "intervals": [1]}]'),
+        *('[{"model": "c", "intervals": {"fid": "ab"}}]', '[{"model": "c", "intervals": {"fid": [1]}}]'),
+    ],
     ids=lambda content: content[:40],
 )
 def test_rows_that_are_none_are_one_line(tmp_path: Path, content: str) -> None:
