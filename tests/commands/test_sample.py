@@ -150,7 +150,7 @@ def test_steps_are_the_teachers(command: Tell, models: Path, tmp_path: Path) -> 
         "--sampler ddim@2 --steps 3": Sampler("ddim", 3, 2.0),
         "--sampler ddim:3 --guidance 2": Sampler("ddim", 3, 2.0),
     }.items():
-        assert command(f"@teacher --num 3 {line}") == (0, "")
+        assert command(f"@teacher --num 3 {line} --overwrite") == (0, "")
         assert torch.equal(singles(tmp_path / "samples"), generate(teacher, sampler, range(3))), line
 
 
@@ -169,7 +169,7 @@ def test_fingerprints_tell_models_apart_by_any_weight(command: Tell, models: Pat
     model, found = load(models / "one"), []
     for name in ("same", "other"):
         model.save(tmp_path / name)
-        assert command(f"{tmp_path}/{name} --num 1 --grid-only") == (0, "")
+        assert command(f"{tmp_path}/{name} --num 1 --grid-only --overwrite") == (0, "")
         found.append(settings(tmp_path / "samples.png")["models"][0]["fingerprint"])
         model.network.mid_block.resnets[0].conv1.weight.data[0, 0, 0, 0] += 1
     assert found[0] != found[1]
@@ -202,9 +202,9 @@ def test_of_text_there_are_four_pictures_or_one_per_prompt(command: Tell, tmp_pa
     assert command("@text-student --steps 1 --prompt cat") == (0, "")
     assert len(singles(tmp_path / "samples")) == 4
     (tmp_path / "six.txt").write_text("a\nb\nc\nd\ne\nf\n")
-    assert command("@text-student --steps 1 --prompts six.txt") == (0, "")
+    assert command("@text-student --steps 1 --prompts six.txt --overwrite") == (0, "")
     assert len(singles(tmp_path / "samples")) == 6
-    assert command("@text-student --steps 1 --prompt a --prompt b --prompt c --num 11") == (0, "")
+    assert command("@text-student --steps 1 --prompt a --prompt b --prompt c --num 11 --overwrite") == (0, "")
     assert len(settings(tmp_path / "samples.png")["columns"]) == 9  # a column per prompt
 
 
@@ -330,17 +330,38 @@ def test_what_can_not_be_is_one_line_and_nothing_is_written(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_pictures_of_the_last_time_make_room_and_others_stay(command: Tell, tmp_path: Path) -> None:
+def test_what_was_drawn_before_is_not_overwritten_without_being_told(command: Tell, tmp_path: Path) -> None:
+    assert command("@one --num 3") == (0, "")
+    first = {path: path.read_bytes() for path in tmp_path.rglob("*.png")}
+    assert command("@one --num 1 --seed 1") == (0, "")
+    assert command("@one --num 1 --seed 2") == (0, "")
+    assert command("@one --num 1 --seed 2 --out x.png") == (0, "")
+    refused(command("@one --num 1 --seed 3 --out x.png"), "--out x.png: exists already", "--overwrite")
+    (tmp_path / "x.png").unlink()
+    refused(command("@one --num 1 --seed 3 --out x.png"), "--out x.png: exists already", "--overwrite")
+    assert command("@one --num 1 --seed 3 --out x.png --grid-only") == (0, "")
+    assert {path: path.read_bytes() for path in first} == first
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == [
+        "samples-2.png",
+        "samples-3.png",
+        "samples.png",
+        "x.png",
+    ]
+    assert sorted(path.name for path in tmp_path.glob("samples-*/*")) == ["00000.png", "00000.png"]
+
+
+def test_pictures_of_the_last_time_make_room_if_told_and_others_stay(command: Tell, tmp_path: Path) -> None:
     assert command("@one --num 5") == (0, "")
-    assert command("@one --num 2 --compare @four") == (0, "")
+    assert command("@one --num 2 --compare @four --overwrite") == (0, "")
     names = [f"0000{index}-{number}.png" for index in range(2) for number in (1, 2)]
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == names
-    assert command("@teacher --num 1 --sampler dpm++:4")[0] == 2  # found out only when it draws
+    assert command("@teacher --num 1 --sampler dpm++:4 --overwrite")[0] == 2  # found out only when it draws
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == names
     Image.new("L", (8, 8)).save(tmp_path / "samples" / "00009.png")
-    assert command("@one --num 2")[0] == 2
-    assert command("@one --num 2 --grid-only") == (0, "")
+    refused(command("@one --num 2 --overwrite"), "holds other things (00009.png)")
+    assert command("@one --num 2 --grid-only --overwrite") == (0, "")
     assert len(list((tmp_path / "samples").iterdir())) == 5
+    assert not (tmp_path / "samples-2.png").exists()
 
 
 def test_what_comes_into_the_folder_meanwhile_stays(

@@ -22,6 +22,7 @@ PlaceIfAny = Annotated[str | None, "a place"]
 """Texts that may be paths, or hub ids, or names of recipes; typed `~` is the home folder in them as in any Path."""
 Set = Annotated[list[str], Option("--set", metavar="KEY=VALUE", help="Override a setting; repeatable.")]
 Resume = Annotated[bool, Option("--resume", help="Continue the run in that folder.")]
+Overwrite = Annotated[bool, Option("--overwrite", help="Replace what the last one wrote there.")]
 Seed = Annotated[int, Option(metavar="N", min=0, help="Image i is a function of it and i.")]
 Device = Annotated[str, Option(help="auto, cpu or cuda.")]
 Family = Annotated[
@@ -115,7 +116,8 @@ class Sample(Order):
     """
 
     path: Annotated[Place, Argument(help="Run folder, model folder, .safetensors file or hub id.")]
-    out: Path = option("Grid to write.", Path("samples.png"), metavar="PNG")
+    out: Path = option("Grid to write.", metavar="PNG", show_default="samples.png, or samples-2.png and so on")
+    overwrite: Overwrite = False
     grid_only: bool = option("Without the folder of single images.", False, "--grid-only")
     num: int | None = option("Images.", metavar="N", min=1, show_default="40; of text 4, or one per prompt")
     seed: Seed = 0
@@ -150,7 +152,8 @@ class Evaluate(Order):
     runs: Annotated[
         list[str], "a place", Argument(help="Runs, or RUN@STEP, RUN@best-fid; the first one's data is the reference.")
     ]
-    out: Path = option("Folder for results.json and report.html.", Path("evaluation"))
+    out: Path = option("Folder for results.json and report.html.", show_default="evaluation, or evaluation-2 and so on")
+    overwrite: Overwrite = False
     features: PlaceIfAny = option(
         "TorchScript file, `classifier` (a small one trained on the labels) or `autoencoder` (the model's).",
         show_default="classifier; autoencoder for text-to-image",

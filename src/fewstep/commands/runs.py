@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -129,6 +130,18 @@ def check_writable(folder: Path) -> None:
     nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise UserError(f"--out: {nearest} is not a folder that can be written to; choose another")
+
+
+def free_place(named: Path | None, default: Path, taken: Callable[[Path], bool], overwrite: bool) -> Path:
+    """What --out named, else the default or, where that is taken, the first free of its names with a number behind.
+
+    Raises UserError if what was named is taken, unless it is to be overwritten.
+    """
+    if named is not None and taken(named) and not overwrite:
+        raise UserError(f"--out {named}: exists already; replace it with --overwrite, or choose another name")
+    numbered = (default.with_stem(f"{default.stem}-{number}") for number in count(2))
+    free = default if overwrite or not taken(default) else next(path for path in numbered if not taken(path))
+    return named or free
 
 
 def tell_done(wrote: str, *next_commands: str) -> None:

@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 import fewstep
 from fewstep.commands.options import Sample
-from fewstep.commands.runs import check_writable, pick_device
+from fewstep.commands.runs import check_writable, free_place, pick_device, tell_done
 from fewstep.data.prompts import load_prompts
 from fewstep.errors import UserError
 from fewstep.models.image_model import Asked, ImageModel
@@ -22,7 +23,7 @@ from fewstep.models.sampler import Sampler, default_sampler, generate, parse_sam
 from fewstep.networks.families import use_family
 from fewstep.networks.fingerprint import fingerprint
 from fewstep.pictures import grid, num_columns, parameters_text, read_text, save_png, to_picture
-from fewstep.runtime.runs import short_name
+from fewstep.runtime.runs import is_run, short_name
 from fewstep.runtime.tracking import progress_bar
 
 COLUMNS = 10
@@ -54,7 +55,7 @@ def sample(order: Sample) -> None:
 
     Image i of a seed has the same noise and the same class or prompt for every model, here and in `evaluate`.
     """
-    check_out(order)
+    order = with_place(order)
     use_family(order.family)
     device = pick_device(order.device)
     prompts = [*order.prompt, *(load_prompts(order.prompts, field="--prompts") if order.prompts else [])]
@@ -72,7 +73,22 @@ def sample(order: Sample) -> None:
         for earlier in filter(is_single, set(order.folder.iterdir()) - new):
             earlier.unlink()
     alone = "" if order.grid_only else f" and its {num * len(painters)} images to {order.folder}"
-    print(f"wrote {order.out}{alone}")
+    data = "" if is_run(order.path) else " --data IMAGES"
+    tell_done(f"{order.out}{alone}", f"evaluate {quote(order.path)}{data}")
+
+
+def with_place(order: Sample) -> Sample:
+    """The order with a grid to write; raises UserError as `check_out`, and where pictures would be overwritten."""
+
+    def taken(out: Path) -> bool:
+        folder = out.with_suffix("")
+        return out.exists() or (not order.grid_only and folder.is_dir() and any(folder.iterdir()))
+
+    if order.out:
+        check_out(order)
+    order = replace(order, out=free_place(order.out, Path("samples.png"), taken, order.overwrite))
+    check_out(order)
+    return order
 
 
 def check_out(order: Sample) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fewstep.errors import UserError
 from fewstep.metric_table import lower_is_better
-from fewstep.runtime.checkpoint import EVALUATIONS, check_run, checkpoint_folder, checkpoint_steps, ema_folder
+from fewstep.runtime.checkpoint import EVALUATIONS, RECIPE, check_run, checkpoint_folder, checkpoint_steps, ema_folder
 from fewstep.runtime.manifest import faults
 from fewstep.runtime.tracking import read_metrics
 
@@ -67,6 +67,11 @@ def _parse(text: str | Path) -> tuple[Path, str]:
 def run_folder(text: str | Path) -> Path:
     """The run folder that RUN, RUN@STEP or RUN@best-METRIC names, there or not."""
     return _parse(text)[0]
+
+
+def is_run(text: str | Path) -> bool:
+    """Whether it names a run folder that is there."""
+    return (run_folder(text) / RECIPE).is_file()
 
 
 def find(text: str | Path, ema: str | None = None) -> Found:
