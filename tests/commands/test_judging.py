@@ -47,7 +47,8 @@ def judged(runs: Path, out: Path, *names: str, **more: Any) -> None:
     """`fewstep evaluate`, without the time to measure speed."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fewstep.commands.evaluate.images_per_second", lambda *args: 1.0)
-        evaluate(Evaluate(runs=[f"{runs}/{name}" for name in names], out=out, num_samples=100, device="cpu", **more))
+        more = {"num_samples": 100, "device": "cpu", "overwrite": True, **more}
+        evaluate(Evaluate(runs=[f"{runs}/{name}" for name in names], out=out, **more))
 
 
 def test_the_numbers_are_those_of_evaluate(runs: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import math
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -10,10 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from rich.console import Console
 
-from fewstep.evaluation.report import Row, cell, columns, text_table, write_json, write_page
+from fewstep.evaluation.report import CURVES, Row, cell, columns, text_table, write_json, write_page
 from fewstep.pictures import grid, png_bytes
 
 SCORES = ["fid", "kid", "precision", "recall", "accuracy", "images_per_second"]
@@ -66,26 +66,56 @@ class Page(HTMLParser):
                 self.best.append(data)
 
 
-def page_of(tmp_path: Path, rows: list[Row] = ROWS, curves: dict | None = None, **texts: str) -> Page:
+def page_of(
+    tmp_path: Path, rows: list[Row] = ROWS, curves: dict | None = None, title: str = "title", **facts: object
+) -> Page:
     path = tmp_path / "report.html"
-    texts = {"title": "title", "summary": "summary", "notes": "notes", **texts}
-    write_page(rows, curves or {}, path, **texts)
+    write_page(rows, curves or {}, path, title, "label", facts.pop("features", "classifier"), facts)
     assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
     return Page(path.read_text())
 
 
 def test_the_page_loads_nothing_for_its_pictures_are_in_it(tmp_path: Path) -> None:
     page = page_of(tmp_path, curves=CURVE)
+    html = (tmp_path / "report.html").read_text()
+    assert not re.search(r"https?://|url\((?!#)|@import|file:", html)
+    assert not {"script", "link", "iframe", "object", "metadata"} & set(page.tags)
+    grids = [source for source in page.loads if not source.startswith("#")]
+    assert all(source.startswith("data:image/png;base64,") for source in grids)
+    assert [base64.b64decode(source.partition(",")[2]) for source in grids] == [PICTURE] * 3
+    assert "student, student (nfe 1)" in page.text
+
+
+def test_curves_are_of_what_the_runs_have_in_the_colour_of_the_text(tmp_path: Path) -> None:
+    page = page_of(tmp_path, curves=CURVE)
     assert "Training" in page.text
     html = (tmp_path / "report.html").read_text()
-    assert not re.search(r"https?://|url\(|@import|file:", html)
-    assert not {"script", "link", "iframe", "object"} & set(page.tags)
-    assert len(page.loads) == 4  # the grids and the curves
-    assert all(source.startswith("data:image/png;base64,") for source in page.loads)
-    *grids, curves = (base64.b64decode(source.partition(",")[2]) for source in page.loads)
-    assert grids == [PICTURE] * 3
-    assert "student, student (nfe 1)" in page.text
-    assert min(Image.open(io.BytesIO(curves)).size) > 100
+    assert page.tags.count("svg") == 2
+    assert [name for name in CURVES.values() if name in page.text] == [CURVES["denoising_loss"], CURVES["logit_gap"]]
+    assert "currentColor" in html
+    assert not re.search("#010203|#000000|fill: #fff", html)
+
+
+@pytest.mark.parametrize(
+    ("lines", "panels"),
+    [
+        ({"teacher": [{"step": 1, "denoising_loss": 1.0, "grad_norm": 2.0, "learning_rate": 0.1}]}, 2),
+        ({"autoencoder": [{"step": k, "squared_error": 1 / k, "kl": 0.0} for k in range(1, 4000)]}, 2),
+        ({"a": [{"step": 1, "fid": math.nan}, {"step": 2, "fid": 3.0}], "b": []}, 1),
+        ({"a": [{"step": 1, "learning_rate": 1.0}]}, 0),
+        ({"a": [dict.fromkeys(CURVES, 1.0) | {"step": 1}]}, 4),
+    ],
+)
+def test_a_teacher_and_an_autoencoder_have_curves_of_their_own(tmp_path: Path, lines: dict, panels: int) -> None:
+    assert page_of(tmp_path, curves=lines).tags.count("svg") == panels
+    assert (tmp_path / "report.html").stat().st_size < 200_000
+
+
+def test_data_seed_and_command_are_named(tmp_path: Path) -> None:
+    page = page_of(tmp_path, data="<photos>", seed=3, command="fewstep evaluate x")
+    assert "data: <photos>" in page.text
+    assert "seed: 3" in page.text
+    assert "command: fewstep evaluate x" in page.text
 
 
 def test_the_page_has_every_key_of_every_row_and_no_section_for_what_there_is_not(tmp_path: Path) -> None:
@@ -117,11 +147,11 @@ def test_the_best_model_of_each_column_is_marked_and_real_images_do_not_compete(
 
 def test_names_are_escaped(tmp_path: Path) -> None:
     nasty = '<script>alert("&")</script>$title'
-    texts = {"title": nasty, "summary": nasty, "notes": nasty}
-    page = page_of(tmp_path, [replace(TEACHER, model=nasty)], {nasty: CURVE["run"]}, **texts)
+    facts = {"features": nasty, "command": nasty}
+    page = page_of(tmp_path, [replace(TEACHER, model=nasty)], {nasty: CURVE["run"]}, title=nasty, **facts)
     assert "script" not in page.tags
     assert page.rows[1][0] == nasty
-    assert page.text.count(nasty) == 6  # title and heading, summary, row, notes, caption
+    assert page.text.count(nasty) == 8  # title and heading, row, features, command, caption, legends of two curves
 
 
 def test_json_has_exactly_the_keys_of_the_table(tmp_path: Path) -> None:

@@ -1,56 +1,104 @@
-"""`fewstep evaluate`: judges runs side by side, on the same noise, and writes the table and the page."""
+"""`fewstep evaluate`: judges models side by side, on the same noise, and writes the table and the page."""
 
-from collections.abc import Sequence
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
+from shlex import join, quote
 
 import torch
 from rich.console import Console
 
+from fewstep import __version__
 from fewstep.commands.options import Evaluate
-from fewstep.commands.runs import check_writable, pick_device
+from fewstep.commands.runs import check_writable, free_place, pick_device, tell_done
+from fewstep.data.images import load_images
+from fewstep.data.listing import is_image, list_files
+from fewstep.data.settings import DataSettings
 from fewstep.errors import UserError
 from fewstep.evaluation import report
 from fewstep.evaluation.gathering import GRID_IMAGES
 from fewstep.evaluation.judge import Judge, describe, make_judge
-from fewstep.evaluation.report import Row
+from fewstep.evaluation.report import Curves, Row
+from fewstep.export.card import last_part
 from fewstep.models.image_model import ImageModel
+from fewstep.models.loading.hub import is_hub_id
 from fewstep.models.loading.pretrained import is_loadable, open_averages
 from fewstep.models.sampler import Sampler, default_sampler, generate_batches, images_per_second, parse_sampler
 from fewstep.networks.families import use_family
 from fewstep.recipes.loading import read_run_recipe
-from fewstep.runtime.checkpoint import METRICS, RECIPE, check_run
-from fewstep.runtime.runs import find, run_folder
+from fewstep.runtime.checkpoint import EVALUATIONS, METRICS, RECIPE, check_run
+from fewstep.runtime.runs import find, is_run, run_folder, short_name
 from fewstep.runtime.tracking import progress_bar, read_metrics
+
+RESULTS, PAGE = "results.json", "report.html"
 
 
 def evaluate(given: Evaluate) -> None:
-    """Judges runs (RUN, RUN@STEP or RUN@best-METRIC) against the first one's data; writes results.json and report.html.
+    """Judges models and folders of images against the first run's data, or --data; writes results.json and report.html.
 
     Every average of a run has a row.
     """
-    folders = [run_folder(run) for run in given.runs]
-    check_run(folders[0])
-    use_family(given.family)
+    given = replace(given, out=free_place(given.out, Path("evaluation"), _holds_results, given.overwrite))
     check_writable(given.out)
+    use_family(given.family)
     asked, device = [parse_sampler(text) for text in given.samplers], pick_device(given.device)
-    recipe = read_run_recipe(folders[0] / RECIPE)
-    distinct = len({Path(run).name for run in given.runs}) == len(given.runs)
-    names = [Path(run).name if distinct else run for run in given.runs]
-    averages = [open_averages(run) for run in given.runs]
+    folders = [text for text in given.runs if _is_image_folder(text)]
+    sources = [text for text in given.runs if text not in folders]
+    data, keep = _reference(given, sources)
+    averages = [open_averages(source, given.config) for source in sources]
     firsts = [of[""] for of in averages]
-    _check_alike(given.runs, firsts)
+    _check_alike(sources, firsts)
     firsts[0].to(device)  # where the judge's network goes, too
-    judge = make_judge(recipe.data, firsts[0], given.features, folders[0].parent, given.num_samples, given.num_real)
+    judge = make_judge(data, firsts[0], given.features, keep, given.num_samples, given.num_real)
+    names = dict(zip(given.runs, _names(given.runs), strict=True))
     rows = [judge.floor]
-    for run, name, of in zip(given.runs, names, averages, strict=True):
-        step = "" if is_loadable(run) else f", step {find(run).step}"
+    for source, of in zip(sources, averages, strict=True):
+        step = f", step {find(source).step}" if is_run(source) else ""
         for ema, model in of.items():
             model.to(device)
             for sampler in [default_sampler(model)] if model.timesteps or not asked else asked:
-                rows.append(_row(judge, f"{name}{ema}", step, model, sampler, given))
+                rows.append(_row(judge, f"{names[source]}{ema}", step, model, sampler, given))
             model.to(torch.device("cpu"))  # networks of several models need not fit at once
-    curves = {name: read_metrics(run / METRICS) for name, run in zip(names, folders, strict=True)}
-    publish(rows, curves, given.out, f"fewstep: {', '.join(names)}", judge)
+    rows += [_row_of_images(judge, names[folder], folder, firsts[0], given.num_samples) for folder in folders]
+    runs = {names[source]: run_folder(source) for source in sources if is_run(source)}
+    curves = {name: read_metrics(run / METRICS) + read_metrics(run / EVALUATIONS) for name, run in runs.items()}
+    facts = {"data": last_part(str(data.source)), "seed": given.seed, "images of a model": given.num_samples}
+    students = [source for source, first in zip(sources, firsts, strict=True) if first.timesteps and is_run(source)]
+    then = [f"export {quote(source)} {quote(run_folder(source).name)}" for source in students[:1]]
+    title = f"fewstep: {', '.join(names.values())}"
+    publish(rows, curves, given.out, title, judge, facts, then or [f"sample {quote(sources[0])}"])
+
+
+def _holds_results(folder: Path) -> bool:
+    return any((folder / name).exists() for name in (RESULTS, PAGE))
+
+
+def _is_image_folder(text: str) -> bool:
+    folder = Path(text)
+    return folder.is_dir() and not is_loadable(text) and not is_run(text) and any(map(is_image, list_files(folder)))
+
+
+def _reference(given: Evaluate, sources: Sequence[str]) -> tuple[DataSettings, Path]:
+    """The real images, and the folder in which what is made of them is kept; raises UserError where none are named."""
+    if not sources:
+        raise UserError(f"{given.runs[0]}: is a folder of images; name the model beside which it is to be judged, too")
+    for source in sources:
+        if not is_loadable(source):
+            check_run(run_folder(source))
+    runs = [run_folder(source) for source in sources if is_run(source)]
+    if not runs and not given.data:
+        raise UserError(f"{sources[0]}: is no run, which would say what it is compared with; name images with --data")
+    data = DataSettings(source=given.data) if given.data else read_run_recipe(runs[0] / RECIPE).data
+    return data, runs[0].parent if runs else Path("runs")
+
+
+def _names(models: Sequence[str]) -> list[str]:
+    """As rows are called: by their last parts, where these are distinct."""
+    short = [text if is_hub_id(text) else short_name(text) for text in models]
+    return short if len({*short}) == len(short) else list(models)
 
 
 def _row(judge: Judge, name: str, step: str, model: ImageModel, sampler: Sampler, given: Evaluate) -> Row:
@@ -64,38 +112,49 @@ def _row(judge: Judge, name: str, step: str, model: ImageModel, sampler: Sampler
         return judge.row(name, sampler, images, num, speed)
 
 
-def _check_alike(runs: Sequence[str], models: Sequence[ImageModel]) -> None:
+def _row_of_images(judge: Judge, name: str, folder: str, model: ImageModel, num: int) -> Row:
+    """The first images of a folder, at most `num`, in the size and colours of the model's."""
+    images = load_images(DataSettings(source=folder), model.image_size, model.channels)
+    num = min(num, images.length)
+    if num < GRID_IMAGES:
+        raise UserError(f"{folder}: has {num} images; judging needs at least {GRID_IMAGES}")
+
+    def batches() -> Iterator[torch.Tensor]:
+        for part in torch.arange(num).split(250):
+            yield images.fetch(part)
+
+    return judge.row_of_images(name, batches(), num)
+
+
+def _check_alike(sources: Sequence[str], models: Sequence[ImageModel]) -> None:
     """Raises UserError unless all models make the images and the classes of the first."""
     made = [(*model.shape, model.num_classes if model.kind == "label" else model.kind) for model in models]
-    for run, other in zip(runs, made, strict=True):
+    for source, other in zip(sources, made, strict=True):
         if other != made[0]:
-            what = f"channels, height, width and classes are {other}, those of {runs[0]} {made[0]}"
-            raise UserError(f"{run}: {what}; judge it apart")
+            what = f"channels, height, width and classes are {other}, those of {sources[0]} {made[0]}"
+            raise UserError(f"{source}: {what}; judge it apart")
 
 
-def publish(rows: list[Row], curves: dict[str, list[dict[str, float]]], out: Path, title: str, judge: Judge) -> None:
-    """Writes results.json and report.html into `out` and prints the table."""
+def publish(
+    rows: list[Row],
+    curves: Curves,
+    out: Path,
+    title: str,
+    judge: Judge,
+    facts: Mapping[str, object],
+    next_commands: Sequence[str] = (),
+) -> None:
+    """Writes results.json and report.html into `out`, prints the table, and what comes next."""
     out.mkdir(parents=True, exist_ok=True)
-    report.write_json(rows, out / "results.json")
-    text = bool(judge.prompts)
-    notes = NOTES.format(features=judge.extractor.name, checked=PROMPT_NOTES if text else CLASS_NOTES)
-    notes += f" Prompts of the grids, row by row: {'; '.join(judge.prompts[:GRID_IMAGES])}." if text else ""
-    asked = "prompts" if text else "classes"
-    summary = f"Every model starts from the same noise and the same {asked}; green is the best of a column."
-    report.write_page(rows, curves, out / "report.html", title, summary, notes)
+    report.write_json(rows, out / RESULTS)
+    when = {"date": f"{datetime.now():%Y-%m-%d %H:%M}", "fewstep": __version__, "command": _command_line()}
+    kind = "text" if judge.prompts else "label"
+    report.write_page(rows, curves, out / PAGE, title, kind, judge.extractor.name, {**facts, **when})
     Console().print(report.text_table(rows))
-    Console().print(f"page: {out / 'report.html'}  numbers: {out / 'results.json'}", highlight=False, soft_wrap=True)
+    tell_done(f"{out / PAGE} and {out / RESULTS}", *next_commands)
 
 
-NOTES = (
-    "FID, KID, precision and recall are in the features of {features}; they don't compare with those in others. The "
-    "row of the real images is the noise floor: one half of them against the other; halves are smaller than the whole "
-    "set that the models are compared with, so a model can come out below it. {checked} nfe: network calls per image; "
-    "guidance (@) takes two. Below a value stands its 95 % interval, of shares Wilson's, of FID a jackknife's over the "
-    "generated images."
-)
-CLASS_NOTES = "Its accuracy is the classifier's on images that it was not trained on."
-PROMPT_NOTES = (
-    "Prompt accuracy: the share of pictures in which a program reads back everything that the prompt says, for prompts "
-    "of one object and of two objects. Diversity: mean feature distance between two pictures of one prompt."
-)
+def _command_line() -> str:
+    """As it was typed, but for the folders that paths of one's own go through."""
+    words = [re.sub(r"(?:(?<=[=:@])|^)(?:/|~|\.\.)\S*", lambda path: last_part(path[0]), word) for word in sys.argv[1:]]
+    return join(["fewstep", *words])

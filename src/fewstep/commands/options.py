@@ -147,11 +147,17 @@ class Sample(Order):
 
 @verb("evaluate", "evaluate.evaluate", "runs/digits-teacher runs/digits-1step")
 class Evaluate(Order):
-    """Judge runs side by side: FID with its noise floor, precision, recall, accuracy, speed."""
+    """Judge models side by side: FID with its noise floor, precision, recall, accuracy, speed."""
 
     runs: Annotated[
-        list[str], "a place", Argument(help="Runs, or RUN@STEP, RUN@best-fid; the first one's data is the reference.")
+        list[str],
+        "a place",
+        Argument(
+            help="Runs, RUN@STEP, RUN@best-fid, all that `sample` opens, folders of images; the first run's data is "
+            "the reference."
+        ),
     ]
+    data: PlaceIfAny = option("Real images instead, as data.source has them.", metavar="SOURCE")
     out: Path = option("Folder for results.json and report.html.", show_default="evaluation, or evaluation-2 and so on")
     overwrite: Overwrite = False
     features: PlaceIfAny = option(
@@ -168,6 +174,7 @@ class Evaluate(Order):
     )
     seed: Seed = 0
     device: Device = "auto"
+    config: PlaceIfAny = option("Of a file: diffusers folder of its family.", metavar="DIR")
     family: Family = None
 
 

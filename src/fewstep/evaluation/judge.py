@@ -22,11 +22,12 @@ from fewstep.evaluation.reference import evaluation_prompts
 from fewstep.evaluation.report import Row
 from fewstep.models.image_model import ImageModel
 from fewstep.models.sampler import Sampler
-from fewstep.pictures import grid, png_bytes
+from fewstep.pictures import grid, num_columns, png_bytes
 
 MAX_REAL = 50_000  # precision and recall compare all pairs
 MIN_CAPTIONED = 10  # images, for halves with the neighbours that precision looks at
 MAX_CLASSES = 100  # that the small classifier can learn to tell apart in its 600 steps of 128 images
+GRID_COLUMNS, GRID_WIDTH = 6, 1300  # on the page, which a telephone shows, too; pixels
 NUM_GROUPS = 10  # of a jackknife
 
 
@@ -40,6 +41,7 @@ class Judge:
     needs: frozenset[str]  # of the metrics: what there is here
     floor: Row  # the line of the real images: half against half
     prompts: Sequence[str] = ()  # of text-to-image models: what images number 0, 1, 2, ... are drawn for, in turn
+    class_names: Sequence[str] = ()  # of other models, in turn
 
     def row(
         self, name: str, sampler: Sampler, batches: Iterable[Tensor], num: int, speed: float = 0, intervals: bool = True
@@ -52,7 +54,14 @@ class Judge:
         fake = gather(batches, self.extractor, num, name, num_groups, self.check, self.prompts)
         values, found = measure(self.real, fake, self.needs, intervals)
         values |= {"images_per_second": speed} if speed else {}
-        return Row(name, describe(sampler), sampler.nfe, values, found, *kept_of(fake))
+        return Row(
+            name, describe(sampler), sampler.nfe, values, found, *kept_of(fake, self.prompts or self.class_names)
+        )
+
+    def row_of_images(self, name: str, batches: Iterable[Tensor], num: int) -> Row:
+        """The line for images whose classes and prompts nobody knows: what features alone tell of them."""
+        fake = gather(batches, self.extractor, num, name, NUM_GROUPS)
+        return Row(name, "images", None, *measure(self.real, fake, {"features"}), *kept_of(fake))
 
 
 def describe(sampler: Sampler) -> str:
@@ -61,22 +70,24 @@ def describe(sampler: Sampler) -> str:
     return sampler.kind if sampler.kind == "student" else f"{sampler.kind} {sampler.num_steps}{guided}"
 
 
-def kept_of(images: Gathered) -> tuple[dict[str, dict[str, float]], bytes]:
-    """What a row has beside its numbers: the attributes of scenes that are right, and a grid."""
+def kept_of(images: Gathered, labels: Sequence[str] = ()) -> tuple[dict[str, dict[str, float]], bytes]:
+    """What a row has beside its numbers: the attributes of scenes that are right, and a grid with `labels` in turn."""
     attributes: dict[str, dict[str, float]] = {}
     for kind, name in product(SCENES.values(), shape_checker.ATTRIBUTES):
         if share := images.shares.get(f"{kind}.{name}"):
             attributes.setdefault(kind, {})[name] = share.value
-    return attributes, png_bytes(grid(images.pictures, columns=10))
+    shown = [labels[index % len(labels)] for index in range(len(images.pictures))] if labels else ()
+    columns = num_columns(len(images.pictures), len(labels), GRID_COLUMNS)
+    return attributes, png_bytes(grid(images.pictures, columns, shown, max_width=GRID_WIDTH))
 
 
-def floor_row(real: Gathered, needs: frozenset[str], seed: int = 0) -> Row:
+def floor_row(real: Gathered, needs: frozenset[str], labels: Sequence[str], seed: int = 0) -> Row:
     """The noise floor: one random half of the features against the other; the rest is of all real images."""
     order = torch.randperm(len(real.features), generator=torch.Generator().manual_seed(seed))
     first, second = (Gathered.of(half) for half in real.features[order].chunk(2))
     values, _ = measure(first, second, {"features"}, intervals=False)
     whole, found = measure(real, real, needs - {"features"})
-    return Row("real", None, None, values | whole, found, *kept_of(real))
+    return Row("real", None, None, values | whole, found, *kept_of(real, labels))
 
 
 def make_judge(
@@ -109,11 +120,12 @@ def _class_judge(data: DataSettings, model: ImageModel, features: str | None, fo
     path = reference.place(folder, "reference", data, reference.identity(images, data), extractor.identity, num)
     real = reference.kept(path, lambda: gather(reference.labelled_batches(images, num), extractor, num, "data.source"))
     real = replace(real, pictures=_grid_of_classes(images, model.num_classes))
-    floor = floor_row(real, frozenset())
+    names = images.class_names or [model.class_name(number) for number in range(model.num_classes)]
+    floor = floor_row(real, frozenset(), names)
     if classifier is None:
-        return Judge(extractor, real, lambda images, numbers: [], frozenset({"features"}), floor)
+        return Judge(extractor, real, lambda images, numbers: [], frozenset({"features"}), floor, (), names)
     floor.values["accuracy"] = classifier.held_out_accuracy.item()
-    return Judge(extractor, real, classifier.check, frozenset({"features", "classes"}), floor)
+    return Judge(extractor, real, classifier.check, frozenset({"features", "classes"}), floor, (), names)
 
 
 def _grid_of_classes(images: ImageSet, num_classes: int) -> Tensor:
@@ -153,7 +165,7 @@ def _text_judge(
         raise UserError(f"data.source: has {real.sums.count} images; judging needs at least {MIN_CAPTIONED}")
     scenes = all(shapes.parse(prompt) for prompt in real.prompts)
     needs = frozenset({"features", "prompts", *(["scenes"] if scenes else [])})
-    return Judge(extractor, real, check_scenes(real.prompts), needs, floor_row(real, needs), real.prompts)
+    return Judge(extractor, real, check_scenes(real.prompts), needs, floor_row(real, needs, real.prompts), real.prompts)
 
 
 SCENES = {1: "prompt_accuracy", 2: "two_objects"}

@@ -3,6 +3,8 @@
 import base64
 import io
 import json
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from importlib.resources import files
@@ -17,13 +19,26 @@ from fewstep.evaluation.metrics import Interval
 from fewstep.files import write_text
 from fewstep.metric_table import METRICS, lower_is_better
 
-CURVES_TITLE = "one panel per metric, one line per run; x is the step"
+MAX_CURVES = 4
 CURVES = {
+    "fid": "FID on the way",
     "denoising_loss": "denoising loss (of the critic, where there is one)",
+    "regression_loss": "loss on pairs of noise and image",
     "dm_image_grad_norm": "gradient norm at the image: distribution matching",
     "gan_image_grad_norm": "gradient norm at the image: GAN",
     "logit_gap": "discriminator: mean logit of reals minus fakes",
+    "squared_error": "squared error",
+    "absolute_error": "absolute error",
+    "kl": "divergence of the latents from the unit normal",
+    "grad_norm": "gradient norm",
 }
+"""The first four of these that the runs have are drawn."""
+MAX_POINTS = 1000  # of a curve
+INK = "#010203"  # becomes the page's own colour, light or dark
+
+
+Curves = Mapping[str, Sequence[Mapping[str, float]]]
+"""By run the lines of its metrics, each with its step."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +47,7 @@ class Row:
 
     model: str
     sampler: str | None
-    nfe: int | None  # as the sampler None for the real images
+    nfe: int | None  # as the sampler None for the real images; of other images alone
     values: dict[str, float]
     intervals: dict[str, Interval] = field(default_factory=dict)  # of 95 %, where one is known
     attributes: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -85,18 +100,22 @@ def write_json(rows: list[Row], path: Path) -> None:
 
 
 def write_page(
-    rows: list[Row], curves: dict[str, list[dict[str, float]]], path: Path, title: str, summary: str, notes: str
+    rows: list[Row], curves: Curves, path: Path, title: str, kind: str, features: str, facts: Mapping[str, object]
 ) -> None:
-    """report.html: the table, every row's grid, and curves from each run's metrics."""
-    template = Template((files("fewstep.evaluation") / "report.html").read_text())
+    """report.html: the table, every row's grid, and curves from each run's metrics.
+
+    `kind` is that of the models, label or text; `facts` say what was judged, and how.
+    """
+    template = Template((files("fewstep.evaluation") / "report.html").read_text("utf-8"))
     page = template.substitute(
         title=escape(title),
-        summary=escape(summary),
-        notes=escape(notes),
+        kind=kind,
+        features=escape(features),
+        facts="<br>\n".join(f"{escape(name)}: {escape(str(fact))}" for name, fact in facts.items()),
         table=_html_table(rows, columns(rows)),
         attributes=_attribute_tables(rows),
-        grids="\n".join(_figure(row.title, row.grid) for row in rows),
-        curves=f"<h2>Training</h2>\n{_figure(CURVES_TITLE, _curve_picture(curves))}" if curves else "",
+        grids="\n".join(_figure(row.title, _image(row.title, row.grid)) for row in rows),
+        curves=_curve_figures(curves),
     )
     write_text(path, page)
 
@@ -105,17 +124,17 @@ def _html_table(rows: list[Row], names: list[str]) -> str:
     """One line per row; students are marked."""
     head = "".join(f"<th>{name.replace('_', ' ')}</th>" for name in names)
     best = {name: _best(rows, name) for name in names}
-    lines = [f"<table><thead><tr>{head}</tr></thead><tbody>"]
+    lines = [f'<div class="wide" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>']
     for row in rows:
         cells = "".join(_cell(row, name, best[name]) for name in names)
         lines.append(f'<tr class="{"student" if row.sampler == "student" else ""}">{cells}</tr>')
-    return "\n".join([*lines, "</tbody></table>"])
+    return "\n".join([*lines, "</tbody></table></div>"])
 
 
 def _cell(row: Row, name: str, best: float | None) -> str:
     """A value, marked where it is the best of the models, with its 95 % interval below where one is known."""
     value, interval = row.cells.get(name), row.intervals.get(name)
-    mark = ' class="best"' if row.nfe is not None and value is not None and value == best else ""
+    mark = ' class="best"' if row.sampler is not None and value is not None and value == best else ""
     below = f"<small>{' … '.join(cell(name, end) for end in interval)}</small>" if interval else ""
     return f"<td{mark}>{escape(cell(name, value))}{below}</td>"
 
@@ -133,34 +152,45 @@ def _attribute_tables(rows: list[Row]) -> str:
 
 def _best(rows: list[Row], name: str) -> float | None:
     """The best value of a column among the models; the row of the real images does not compete."""
-    values = [row.values[name] for row in rows if row.nfe is not None and name in row.values and name in METRICS]
+    values = [row.values[name] for row in rows if row.sampler is not None and name in row.values and name in METRICS]
     return (min if lower_is_better(name) else max)(values, default=None)
 
 
-def _figure(caption: str, picture: bytes) -> str:
-    data = base64.b64encode(picture).decode()
-    image = f'<img alt="{escape(caption)}" src="data:image/png;base64,{data}">'
-    return f"<figure><figcaption>{escape(caption)}</figcaption>{image}</figure>"
+def _image(what: str, picture: bytes) -> str:
+    return f'<img alt="{escape(what)}" src="data:image/png;base64,{base64.b64encode(picture).decode()}">'
 
 
-def _curve_picture(curves: dict[str, list[dict[str, float]]]) -> bytes:
-    """One panel per metric, one line per run."""
+def _figure(caption: str, picture: str) -> str:
+    return f"<figure><figcaption>{escape(caption)}</figcaption>{picture}</figure>"
+
+
+def _curve_figures(curves: Curves) -> str:
+    """A figure per metric that the runs have, with one line per run; "" where there is none."""
+    drawn = [name for name in CURVES if any(name in line for lines in curves.values() for line in lines)]
+    figures = [_figure(CURVES[name], _curve_picture(curves, name)) for name in drawn[:MAX_CURVES]]
+    about = '<p class="note">One line per run; x is the step.</p>'
+    return "\n".join(["<h2>Training</h2>", about, '<div class="figures">', *figures, "</div>"] if figures else [])
+
+
+def _curve_picture(curves: Curves, metric: str) -> str:
+    """One metric of every run that has it, as SVG in the colour of the text around it."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(2, 2, figsize=(11, 6), layout="constrained")
-    for axis, (metric, title) in zip(axes.flat, CURVES.items(), strict=True):
+    colours = dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color", "text.color", "grid.color"), INK)
+    options: dict[Any, Any] = {**colours, "svg.fonttype": "none", "svg.hashsalt": metric, "font.family": "sans-serif"}
+    with matplotlib.rc_context(options):
+        figure, axis = pyplot.subplots(figsize=(7, 3.6), layout="constrained")
         for name, lines in curves.items():
             points = [(line["step"], line[metric]) for line in lines if metric in line]
-            if points:
-                axis.plot(*zip(*points, strict=True), label=name, linewidth=1.2)
-        axis.set_title(title, fontsize=10)
+            points = points[:: -(-len(points) // MAX_POINTS)] if points else []
+            axis.plot([x for x, _ in points], [y for _, y in points], label=name if points else None, linewidth=1.2)
         axis.grid(alpha=0.3)
-        if axis.lines:
-            axis.legend(fontsize=8)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
-    pyplot.close(figure)
-    return buffer.getvalue()
+        axis.legend(fontsize=8, framealpha=0)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+        pyplot.close(figure)
+    svg = re.sub(r"<metadata>.*?</metadata>| xmlns(:\w+)?=\"[^\"]*\"", "", buffer.getvalue(), flags=re.DOTALL)
+    return svg[svg.index("<svg") :].replace(INK, "currentColor").replace("xlink:href", "href")
