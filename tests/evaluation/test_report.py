@@ -5,6 +5,8 @@ import io
 import json
 import math
 import re
+import shutil
+import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -206,3 +208,43 @@ def test_attributes_are_in_the_json_and_in_a_table_of_their_own(tmp_path: Path) 
     assert "attributes" not in page.rows[0]
     assert "two objects, attribute by attribute" in page.text
     assert page.text.count("0.250") == page.text.count("0.750") == 1
+
+
+MEASURE = """
+<iframe src="report.html" width="400" height="900"></iframe><iframe src="report.html" width="1280" height="900"></iframe>
+<script>
+onload = () => document.title = JSON.stringify([...document.querySelectorAll("iframe")].map(frame => {
+  const body = frame.contentDocument.body, style = getComputedStyle(body), root = frame.contentDocument.documentElement;
+  return [root.scrollWidth - root.clientWidth, style.backgroundColor, style.color];
+}));
+</script>
+"""
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="no Chromium here")
+def test_a_browser_shows_it_on_a_telephone_and_in_the_dark_without_a_word_of_complaint(tmp_path: Path) -> None:
+    rows = [replace(TEACHER, model="a-model-of-a-very-long-name@best-prompt_accuracy", intervals={"fid": (0.4, 0.6)})]
+    page_of(tmp_path, [*ROWS, *rows], CURVE, data="x" * 300, command="fewstep evaluate " + 30 * "runs/digits-1step ")
+    (tmp_path / "frame.html").write_text(MEASURE)
+    options = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--allow-file-access-from-files",
+        "--enable-logging=stderr",
+    ]
+    line = ["chromium", *options, f"--user-data-dir={tmp_path}/profile", "--window-size=1800,1000"]
+    dark = ["--blink-settings=preferredColorScheme=0", "--dump-dom", f"file://{tmp_path}/frame.html"]
+    shown = subprocess.run([*line, *dark], capture_output=True, text=True, timeout=60)
+    assert ":CONSOLE" not in shown.stderr
+    found = json.loads(re.search(r"<title>(.*)</title>", shown.stdout)[1])
+    assert found == [[0, "rgb(20, 20, 20)", "rgb(228, 228, 228)"]] * 2
+
+
+def test_wide_tables_scroll_in_a_box_of_their_own(tmp_path: Path) -> None:
+    page_of(tmp_path)
+    html = (tmp_path / "report.html").read_text()
+    assert html.count("<table>") == html.count('<div class="wide" tabindex="0"><table>') == html.count("</table></div>")
+    assert all(
+        rule in html for rule in ("overflow-x: auto", "prefers-color-scheme: dark", 'content="width=device-width')
+    )

@@ -27,7 +27,7 @@ from fewstep.pictures import grid, num_columns, png_bytes
 MAX_REAL = 50_000  # precision and recall compare all pairs
 MIN_CAPTIONED = 10  # images, for halves with the neighbours that precision looks at
 MAX_CLASSES = 100  # that the small classifier can learn to tell apart in its 600 steps of 128 images
-GRID_COLUMNS, GRID_WIDTH = 6, 1300  # on the page, which a telephone shows, too; pixels
+GRID_COLUMNS, GRID_WIDTH = 5, 1300  # on the page, which a telephone shows, too; pixels
 NUM_GROUPS = 10  # of a jackknife
 
 

@@ -182,12 +182,12 @@ def _curve_picture(curves: Curves, metric: str) -> str:
     colours = dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color", "text.color", "grid.color"), INK)
     options: dict[Any, Any] = {**colours, "svg.fonttype": "none", "svg.hashsalt": metric, "font.family": "sans-serif"}
     with matplotlib.rc_context(options):
-        figure, axis = pyplot.subplots(figsize=(7, 3.6), layout="constrained")
+        figure, axis = pyplot.subplots(figsize=(5.4, 3.2), layout="constrained")
         for name, lines in curves.items():
             points = [(line["step"], line[metric]) for line in lines if metric in line]
             points = points[:: -(-len(points) // MAX_POINTS)] if points else []
             axis.plot([x for x, _ in points], [y for _, y in points], label=name if points else None, linewidth=1.2)
-        axis.grid(alpha=0.3)
+        axis.grid(alpha=0.2)
         axis.legend(fontsize=8, framealpha=0)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
