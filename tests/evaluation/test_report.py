@@ -211,7 +211,8 @@ def test_attributes_are_in_the_json_and_in_a_table_of_their_own(tmp_path: Path) 
 
 
 MEASURE = """
-<iframe src="report.html" width="400" height="900"></iframe><iframe src="report.html" width="1280" height="900"></iframe>
+<iframe src="report.html" width="400" height="900"></iframe>
+<iframe src="report.html" width="1280" height="900"></iframe>
 <script>
 onload = () => document.title = JSON.stringify([...document.querySelectorAll("iframe")].map(frame => {
   const body = frame.contentDocument.body, style = getComputedStyle(body), root = frame.contentDocument.documentElement;
