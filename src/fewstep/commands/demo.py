@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from shlex import quote
 from typing import NamedTuple
 
 import torch
@@ -155,7 +156,10 @@ def judge_job(job: Job, out: Path, judge: Judge, images: dict[Source, Tensor]) -
         speed = images_per_second(models[name], sampler, job.speed_batch)
         rows.append(judge.row(name, sampler, [fakes], len(fakes), speed))
     curves = {name: read_metrics(out / name / METRICS) for name in models}
-    publish(rows, curves, out, job.title, judge)
+    facts = {"data": job.data.source, "seed": 0, "images of a model": len(next(iter(images.values())))}
+    (student, *_), *_ = job.students
+    then = [f"sample {quote(str(out / student))}", f"export {quote(str(out / student))} {student}"]
+    publish(rows, curves, out, job.title, judge, facts, then)
 
 
 def _train(recipe: AnyRecipe, run: Path, report: Report) -> None:

@@ -11,7 +11,7 @@ from shlex import join, quote
 import torch
 from rich.console import Console
 
-from fewstep import __version__
+import fewstep
 from fewstep.commands.options import Evaluate
 from fewstep.commands.runs import check_writable, free_place, pick_device, tell_done
 from fewstep.data.images import load_images
@@ -147,7 +147,7 @@ def publish(
     """Writes results.json and report.html into `out`, prints the table, and what comes next."""
     out.mkdir(parents=True, exist_ok=True)
     report.write_json(rows, out / RESULTS)
-    when = {"date": f"{datetime.now():%Y-%m-%d %H:%M}", "fewstep": __version__, "command": _command_line()}
+    when = {"date": f"{datetime.now():%Y-%m-%d %H:%M}", "fewstep": fewstep.__version__, "command": _command_line()}
     kind = "text" if judge.prompts else "label"
     report.write_page(rows, curves, out / PAGE, title, kind, judge.extractor.name, {**facts, **when})
     Console().print(report.text_table(rows))
