@@ -65,7 +65,8 @@ def test_a_demo_runs_writes_what_it_says_and_overwrites_nothing(
     assert all(row["intervals"]["fid"][0] < row["fid"] < row["intervals"]["fid"][1] for row in rows[1:])
     assert [(row["model"], row["sampler"], row["nfe"]) for row in rows] == [("real", None, None), *ROWS[option]]
     page = (tmp_path / "demo" / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == len(rows) + 1  # a grid per row, and the curves
+    assert page.count("data:image/png;base64,") == len(rows)  # a grid per row
+    assert page.count("<svg") == 4  # curves
     assert all(f"{model}, {sampler} (nfe {nfe})" in page for model, sampler, nfe in ROWS[option])
     refused(fewstep(line), "continue it with --resume")
 
