@@ -235,7 +235,7 @@ def test_mistakes_in_prompts_are_one_line(run: Run, place: Path) -> None:
     refused(run(f"{distill} prompts.source=empty.txt"), "empty.txt: holds no prompts")
     refused(run(f"{distill} prompts.source=gone.csv"), "gone.csv", "can't be read")
     refused(run(f"{distill} prompts.source=pictures/metadata.csv --set prompts.column=words"), "no column 'words'")
-    refused(run(f"{distill} prompts.source=a --set prompts.colum=b"), "prompts.colum: unknown key", "'column'")
+    refused(run(f"{distill} prompts.source=a --set prompts.colum=b"), "prompts.colum: unknown key", "prompts.column'")
     assert not (place / "x").exists()
 
 

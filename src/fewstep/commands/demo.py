@@ -3,6 +3,7 @@
 Two processes share the work with one thread each; what has no company takes both threads.
 """
 
+import shlex
 import signal
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,7 +19,7 @@ from fewstep.commands.data import open_encoder
 from fewstep.commands.distill import JOBS as DISTILL
 from fewstep.commands.evaluate import publish
 from fewstep.commands.options import Demo
-from fewstep.commands.runs import check_target, train_recipe
+from fewstep.commands.runs import check_target, tell_done, train_recipe
 from fewstep.commands.teach import JOBS as TEACH
 from fewstep.data.latents import write_latents
 from fewstep.data.settings import DataSettings
@@ -33,6 +34,7 @@ from fewstep.recipes.schema import AnyRecipe, TeachRecipe
 from fewstep.runtime.checkpoint import METRICS
 from fewstep.runtime.tracking import Report, read_metrics
 from fewstep.runtime.workers import NUM_PROCESSES, Task, TaskRunner, task_runner
+from fewstep.stopping import advising
 
 CHUNK = 640  # images per task of the evaluation
 Recipes = dict[str, AnyRecipe]
@@ -89,7 +91,7 @@ def demo(order: Demo) -> None:
     for name, recipe in recipes.items():
         check_target(out / name, recipe, order.resume)
     out.mkdir(parents=True, exist_ok=True)
-    with task_runner() as run:
+    with advising("continue with --resume"), task_runner() as run:
         teaching = [training(out, job.teacher, recipes, threads=NUM_PROCESSES)]
         if job.autoencoder:
             run([training(out, job.autoencoder, recipes, threads=NUM_PROCESSES)])
@@ -102,6 +104,8 @@ def demo(order: Demo) -> None:
         judge = make_judge(job.data, open_model(out / job.teacher), None, out, num, MAX_REAL)
         images = train_students(run, job, out, recipes, judge.prompts, num)
     judge_job(job, out, judge, images)
+    prompt = ["--prompt", judge.prompts[0]] if judge.prompts else []
+    tell_done(str(out), shlex.join(["sample", str(out / job.students[0][0]), *prompt]))
 
 
 def train_students(
