@@ -124,8 +124,16 @@ def test_a_folder_that_was_made_for_a_run_that_never_began_is_gone() -> None:
 
 
 FREE = {
-    "log_every": 1, "sample_every": 3, "checkpoint_every": 1, "device": "cpu", "grid_images": 7, "max_skipped": 5,
-    "description": "more", "embeddings.max_gb": 1.5, "checkpointing": "blocks", "samples.prompts": None,
+    "log_every": 1,
+    "sample_every": 3,
+    "checkpoint_every": 1,
+    "device": "cpu",
+    "grid_images": 7,
+    "max_skipped": 5,
+    "description": "more",
+    "embeddings.max_gb": 1.5,
+    "checkpointing": "blocks",
+    "samples.prompts": None,
 }
 
 
