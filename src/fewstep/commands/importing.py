@@ -5,7 +5,7 @@ from pathlib import Path
 from fewstep.commands.runs import check_writable
 from fewstep.errors import UserError
 from fewstep.files import written_folder
-from fewstep.models.loading.edm_checkpoint import EdmNetwork, convert, read_network
+from fewstep.models.loading.edm_checkpoint import convert, read_network
 from fewstep.runtime.tracking import progress_bar
 
 
@@ -14,17 +14,11 @@ def import_edm(path: Path, out: Path) -> None:
     check_writable(out)
     if out.exists():
         raise UserError(f"{out}: exists already; choose another --out")
-    network = read_network(path)
-    print(f"{path}: {describe(network)}")
-    with progress_bar("import", len(network.tensors)) as show:
-        model = convert(network, show)
+    config, tensors = read_network(path)
+    classes = f"{config.num_classes:,} classes" if config.num_classes else "no classes"
+    print(f"{path}: EDM, an ADM network, {config.image_size}x{config.image_size}x{config.channels}, {classes}")
+    with progress_bar("import", len(tensors)) as show:
+        model = convert(config, tensors, show)
     with written_folder(out) as temporary:
         model.save(temporary)
     print(f"wrote {out}: {sum(p.numel() for p in model.network.parameters()):,} parameters")
-
-
-def describe(network: EdmNetwork) -> str:
-    """Kind, resolution and classes in a line."""
-    config = network.config
-    classes = f"{config.num_classes:,} classes" if config.num_classes else "no classes"
-    return f"EDM, an ADM network, {config.image_size}x{config.image_size}x{config.channels}, {classes}"

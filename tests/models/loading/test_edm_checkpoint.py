@@ -11,8 +11,9 @@ from diffusers import UNet2DModel
 from torch import nn
 
 from edm_files import EDMPrecond, small_network, write_checkpoint
-from fewstep.models.loading.edm_checkpoint import convert, find_network, read_network
-from fewstep.models.loading.edm_pickle import Blob, Part, Refused, StoredTensor, read_pickle
+from fewstep.errors import UserError
+from fewstep.models.loading.edm_checkpoint import convert, find_network, read_network, to_diffusers
+from fewstep.models.loading.edm_pickle import Part, Refused, read_pickle
 from fewstep.networks.settings import PixelModelConfig
 
 Change = Callable[[dict[str, Any]], object]
@@ -31,7 +32,7 @@ def difference(given: torch.Tensor, wanted: torch.Tensor) -> float:
 def test_the_output_is_the_original_networks(settings: dict[str, Any], tmp_path: Path) -> None:
     """Of the network itself, and of x0 around it: ours in float32, the original in float64."""
     network = small_network(**settings)
-    model = convert(read_network(write_checkpoint(tmp_path / "edm.pkl", network)), lambda done, _: None)
+    model = convert(*read_network(write_checkpoint(tmp_path / "edm.pkl", network)), lambda done, _: None)
     label = torch.tensor([0, 4]) if network.label_dim else None
     condition = {} if label is None else {"label": label}
     noise = torch.randn(2, *model.shape, generator=torch.Generator().manual_seed(1))
@@ -46,9 +47,8 @@ def test_the_output_is_the_original_networks(settings: dict[str, Any], tmp_path:
 
 
 def described(module: nn.Module) -> Part:
-    """A module as the reader gives it, with tensors that have a size alone; filters of one number are left out."""
-    sizes = {name: tuple(tensor.shape) for name, tensor in module.named_parameters(recurse=False)}
-    tensors = {name: StoredTensor(Blob(b"", 0), torch.float32, 0, 0, size) for name, size in sizes.items()}
+    """A module as the reader gives it; filters of one number are left out."""
+    tensors = {name: tensor.data for name, tensor in module.named_parameters(recurse=False)}
     children = {name: described(child) for name, child in module.named_children()}
     return Part(type(module).__name__, {**vars(module), "_parameters": tensors, "_buffers": {}, "_modules": children})
 
@@ -57,10 +57,10 @@ def test_the_published_shape_is_used_to_the_last_key() -> None:
     """Everything about it stands in the defaults: 296 M parameters, none of them in memory."""
     with torch.device("meta"):
         network = EDMPrecond(64, 3, 1000)
-    read = find_network({"ema": described(network)})
-    assert read.tensors.keys() == dict(network.model.named_parameters()).keys()
-    assert sum(parameter.numel() for parameter in network.parameters()) == 295_899_267
-    assert read.config == PixelModelConfig(
+    config, tensors = find_network({"ema": described(network)})
+    assert tensors.keys() == dict(network.model.named_parameters()).keys()
+    assert sum(tensor.numel() for tensor in to_diffusers(config, tensors).values()) == 295_899_267
+    assert config == PixelModelConfig(
         image_size=64,
         channels=3,
         num_classes=1000,
@@ -91,7 +91,7 @@ def at(content: dict[str, Any], name: str = "") -> Part:
     return part
 
 
-def tensors(content: dict[str, Any], name: str) -> dict[str, StoredTensor]:
+def tensors(content: dict[str, Any], name: str) -> dict[str, torch.Tensor]:
     return at(content, name).state["_parameters"]
 
 
@@ -125,6 +125,11 @@ def a_tensor_more(content: dict[str, Any]) -> None:
     at(content).state["_modules"]["out_norm.weight"] = more
 
 
+def doubled(depth: int) -> tuple[Any, ...]:
+    """2^depth leaves in a few bytes."""
+    return (doubled(depth - 1),) * 2 if depth else ()
+
+
 WRONG: dict[str, Change] = {
     "holds no network": lambda c: c.clear(),
     "preconditioned by VPPrecond": lambda c: setattr(c["ema"], "class_name", "VPPrecond"),
@@ -138,6 +143,8 @@ WRONG: dict[str, Change] = {
     "channel_mult.1: Input should be less": made_with(channel_mult=[1, 10**9]),
     "model_channels: Input should be greater than or equal to 128": made_with(model_channels=64),
     "of UNet2DModel's class_embedding.weight it has \\[5, 512\\], not \\[5, 1024\\]": made_with(channel_mult=[2, 2]),
+    "channel_mult.0: Input should be a valid integer": made_with(channel_mult=doubled(200)),
+    "img_resolution: Unable to parse|img_resolution: Input should be": claims(img_resolution=2**2000),
     "channel_mult_emb": made_with(channel_mult_emb=2),
     "attention_head_dim 64 does not divide": made_with(model_channels=160, channel_mult=[1, 1]),
     "of UNet2DModel's class_embedding.weight it has \\[5, 512\\], not \\[6, 512\\]": claims(label_dim=6),
@@ -154,17 +161,26 @@ WRONG: dict[str, Change] = {
 @pytest.mark.parametrize("says", WRONG)
 def test_a_network_of_another_kind_is_refused_with_the_reason(says: str, content: dict[str, Any]) -> None:
     damaged = copy.deepcopy(content)
-    find_network(damaged)
+    to_diffusers(*find_network(damaged))
     WRONG[says](damaged)
     with pytest.raises(Refused, match=says) as error:
-        find_network(damaged)
+        to_diffusers(*find_network(damaged))
     assert "\n" not in str(error.value)
+
+
+def test_numbers_that_are_used_again_are_refused(tmp_path: Path) -> None:
+    """A small file would be a large model."""
+    network = small_network(channel_mult=[1, 1])
+    first, second = network.model.dec["8x8_block0"], network.model.dec["8x8_block1"]
+    second.conv1.weight = first.conv1.weight
+    with pytest.raises(UserError, match="the same numbers for more than one tensor"):
+        read_network(write_checkpoint(tmp_path / "edm.pkl", network))
 
 
 def test_a_range_of_noise_that_the_file_names_is_kept(content: dict[str, Any]) -> None:
     network = copy.deepcopy(content)
     network["ema"].state.update(sigma_min=0.01, sigma_max=40.0, sigma_data=0.7)
-    config = find_network(network).config
+    config, _ = find_network(network)
     assert (config.sigma_min, config.sigma_max, config.sigma_data) == (0.01, 40.0, 0.7)
 
 

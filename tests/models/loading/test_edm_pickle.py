@@ -5,6 +5,7 @@ import pickle
 import random
 import struct
 import time
+import tracemalloc
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -17,11 +18,10 @@ from torch import nn
 from edm_files import SOURCE, Conv2d, edm_pickle
 from fewstep.errors import UserError
 from fewstep.models.loading.edm_checkpoint import read_network
-from fewstep.models.loading.edm_pickle import Part, Refused, StoredTensor, read_pickle
+from fewstep.models.loading.edm_pickle import Part, Refused, read_pickle
 
 CODES, STOP, NEWOBJ, BUILD, MEMOIZE, POP = b"\x80\x04", b".", b"\x81", b"b", b"\x94", b"0"
 HEADER = pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(1001, 2)  # of torch's older format
-SYSTEM = pickle.dumps({"little_endian": True}, 2)
 
 
 def text(value: str) -> bytes:
@@ -65,11 +65,16 @@ def shell(marker: str) -> bytes:
     return called("os.system", text(f"touch {marker}"))
 
 
-def storage(announced: int, held: bytes, kind: str = "FloatStorage") -> bytes:
+def older(numbers: torch.Tensor) -> bytes:
+    """A storage in torch's older format, as torch writes it: ... K or J, how many, ... how many, numbers."""
+    torch.save(numbers._typed_storage(), buffer := io.BytesIO(), _use_new_zipfile_serialization=False)
+    return buffer.getvalue()
+
+
+def storage(announced: int, held: bytes, written: bytes = older(torch.zeros(1))) -> bytes:
     """A storage as torch pickles it, with lies."""
-    claim = text("storage") + named("torch", kind) + text("0") + text("cpu") + number(announced) + b"Nt"
-    keys = pickle.dumps(["0"], 2)
-    content = HEADER + SYSTEM + CODES + b"(" + claim + b"Q" + STOP + keys + struct.pack("<q", announced) + held
+    claim = b"J" + struct.pack("<i", announced) if announced < 2**31 else number(announced)
+    content = written[:-12].replace(b"K\1Nt", claim + b"Nt") + struct.pack("<q", announced) + held
     return called("torch.storage._load_from_bytes", data(content))
 
 
@@ -104,8 +109,8 @@ RUNS: dict[str, Callable[[str], bytes]] = {  # what is refused -> of a file to m
     "subprocess.Popen, by OBJ": lambda m: b"(" + popen(m) + b"o",
     "INST (posix system)": lambda m: b"(" + text(f"touch {m}") + b"iposix\nsystem\n",
     "os.system, memoised": lambda m: named("os", "system") + MEMOIZE + POP + call(b"h\x00", text(f"touch {m}")),
-    "os.system, nested": lambda m: called("torch.storage._load_from_bytes", nested(shell(m))),
-    "os.system, behind a header": lambda m: called(
+    "torch.storage._load_from_bytes": lambda m: called("torch.storage._load_from_bytes", nested(shell(m))),
+    "torch.storage._load_from_bytes, behind a header": lambda m: called(
         "torch.storage._load_from_bytes", data(HEADER + CODES + shell(m) + STOP)
     ),
     "_pickle.loads": lambda m: called("_pickle.loads", nested(shell(m))),
@@ -113,10 +118,17 @@ RUNS: dict[str, Callable[[str], bytes]] = {  # what is refused -> of a file to m
     "operator.methodcaller": lambda m: call(
         called("operator.methodcaller", text("touch")), called("pathlib.Path", text(m))
     ),
+    "operator.attrgetter": lambda m: call(
+        call(called("operator.attrgetter", text("system")), called("builtins.__import__", text("os"))),
+        text(f"touch {m}"),
+    ),
     "numpy.ndarray": lambda m: named("numpy", "ndarray") + POP + shell(m),
     "runpy.run_path": lambda m: called("runpy.run_path", text(f"{m}.py")),
     "os.system, as a key": lambda m: b"}" + shell(m) + b"Ns",
-    "sets the state of a dict": lambda m: ORDERED + b"}" + text("__class__") + b"Ns" + BUILD + POP + shell(m),
+    "does BUILD to a dict": lambda m: ORDERED + b"}" + text("__class__") + b"Ns" + BUILD + POP + shell(m),
+    "does BUILD to a dict, of slots": lambda m: (
+        ORDERED + b"N}" + text("a") + text("b") + b"s\x86" + BUILD + POP + shell(m)
+    ),
 }
 
 
@@ -164,12 +176,18 @@ def deep_tuples(depth: int) -> bytes:
     return b")" + b"".join(MEMOIZE + b"h" + bytes([at]) + b"\x86" for at in range(depth))
 
 
+def torchs(content: object) -> bytes:
+    """As torch.save writes it."""
+    torch.save(content, buffer := io.BytesIO())
+    return buffer.getvalue()
+
+
 ORDERED_CLASS = named("collections", "OrderedDict")
 FLOAT = b"\x00" * 4
 HOSTILE = {  # what the line says -> bytes behind the protocol: the machine must refuse it, whatever pickle would do
     "calls collections.OrderedDict": called("collections.OrderedDict", listed(listed(text("a"), text("b")))),
-    "calls a dict": call(ORDERED, text("a")),
-    "calls a str": call(text("os.system"), text("true")),
+    "does REDUCE to a dict": call(ORDERED, text("a")),
+    "does REDUCE to a str": call(text("os.system"), text("true")),
     "calls dnnlib.util.EasyDict": called("dnnlib.util.EasyDict", b"}"),
     "calls torch_utils.persistence._reconstruct_persistent_obj": called(
         "torch_utils.persistence._reconstruct_persistent_obj", b"}" + text("module_src") + text(SOURCE) + b"s"
@@ -193,32 +211,33 @@ HOSTILE = {  # what the line says -> bytes behind the protocol: the machine must
     "opcode DUP": b"}2",
     "opcode FROZENSET": b"(\x91",
     "opcode STRING (a)": b"S'a'\n",
-    "sets the state of a Function": ORDERED_CLASS + b"}" + BUILD,
-    "sets the state of a Part to a tuple": MODULES + b"N}\x86" + BUILD,
-    "fills a Part as if it were a dict": MODULES + text("a") + b"Ns",
-    "dtype O8": called("numpy.dtype", text("O8"), b"\x89", b"\x88"),
-    "no little-endian number": called("numpy.dtype", text("f8"), b"\x89", b"\x88")
-    + b"(N"
-    + text(">")
-    + b"NNNt"
-    + BUILD,
+    "does BUILD to a Function": ORDERED_CLASS + b"}" + BUILD,
+    "does BUILD to a Part": MODULES + b"N}\x86" + BUILD,
+    "does SETITEM to a Part": MODULES + text("a") + b"Ns",
+    "does APPEND to a tuple": b")Na",
+    "does BUILD to a Tensor": storage(1, FLOAT) + b"}" + BUILD,
+    "'O8'": called("numpy.dtype", text("O8"), b"\x89", b"\x88"),
+    "does BUILD to a Struct": called("numpy.dtype", text("f8"), b"\x89", b"\x88") + b"(N" + text(">") + b"NNNt" + BUILD,
     "calls numpy.core.multiarray.scalar": called("numpy.core.multiarray.scalar", ORDERED, data(b"\x00" * 8)),
     "a int where only text": b"}" + number(2**61 - 1) + b"Ns",
     "a tuple where only text": b"}" + deep_tuples(60) + b"Ns",
-    "4,611,686,018,427,387,904 bytes are announced": b"\x8e" + struct.pack("<Q", 2**62),
-    "4,611,686,018,427,387,905 bytes are announced": b"\x8d" + struct.pack("<Q", 2**62 + 1),
-    "4,294,967,295 bytes are announced": b"B\xff\xff\xff\xff",
-    "2,147,483,647 bytes are announced": b"\x8b\xff\xff\xff\x7f",
-    "4,611,686,018,427,387,906 bytes are announced": b"\x95" + struct.pack("<Q", 2**62 + 2),
-    "announces 1,000,000,000,000 numbers": storage(10**12, FLOAT),
+    "expected 4611686018427387904 bytes": b"\x8e" + struct.pack("<Q", 2**62),
+    "expected 4611686018427387905 bytes": b"\x8d" + struct.pack("<Q", 2**62 + 1),
+    "expected 4294967295 bytes": b"B\xff\xff\xff\xff",
+    "not enough data in stream to read long4": b"\x8b\xff\xff\xff\x7f",
+    "expected 262144 bytes": b"\x95" + struct.pack("<Q", 2**62) + b"B\0\0\4\0",  # a frame of any size is not made
+    "announces 1,000,000,000 numbers": storage(10**9, FLOAT),
+    "(ValueError: no numbers in torch's older format)": storage(10**12, FLOAT),
     "announces 1 numbers": storage(1, FLOAT * 2),
-    "names torch.UntypedStorage": storage(1, FLOAT, "UntypedStorage"),
-    "holds bytes": called("torch.storage._load_from_bytes", nested(data(b"a" * 10))),
-    "calls torch.storage._load_from_bytes": called("torch.storage._load_from_bytes", data(b"PK\x03\x04")),
+    "no numbers in torch's older format": storage(1, FLOAT, older(torch.zeros(1, dtype=torch.uint8))),
+    "calls torch.storage._load_from_bytes": called("torch.storage._load_from_bytes", data(torchs({"a": 1}))),
     "other than the 1 numbers": tensor(storage(1, FLOAT), 0, numbers(10**12), numbers(0)),
-    "other than the 2 numbers": tensor(storage(2, FLOAT * 2), 1, numbers(2), numbers(1)),
-    "other than the 3 numbers": tensor(storage(3, FLOAT * 3), 0, numbers(3), numbers(2**40)),
-    "calls torch._utils._rebuild_tensor_v2": tensor(storage(2, FLOAT * 2), 1, numbers(2), numbers(-1)),
+    "other than the 4 numbers": tensor(storage(4, FLOAT * 4), 0, numbers(3), numbers(1)),
+    "storage offset 1, and": tensor(storage(2, FLOAT * 2), 1, numbers(2), numbers(1)),
+    "strides [1099511627776]": tensor(storage(3, FLOAT * 3), 0, numbers(3), numbers(2**40)),
+    "integer multiplication overflow": tensor(storage(1, FLOAT), 0, numbers(2**32, 2**32), numbers(0, 0)),
+    "Negative strides": tensor(storage(2, FLOAT * 2), 1, numbers(2), numbers(-1)),
+    "calls torch._utils._rebuild_tensor_v2": tensor(storage(1, FLOAT), 0, numbers(*[1] * 9), numbers(*[1] * 9)),
     "more than 150,000 pickle opcodes": b"]" * 150_001,
     "it has more than 150,000 pickle opcodes": storage(1, FLOAT)[:-1]  # the same numbers, loaded again and again
     + MEMOIZE
@@ -233,10 +252,51 @@ def test_a_hostile_file_is_refused_by_name(says: str, tmp_path: Path) -> None:
     assert says in refusal(CODES + b"}" + text("ema") + HOSTILE[says] + b"s" + STOP, tmp_path)
 
 
-def torchs(content: object) -> bytes:
-    """As torch.save writes it."""
-    torch.save(content, buffer := io.BytesIO())
-    return buffer.getvalue()
+MODULE = named("torch.nn.modules.container", "ModuleDict")
+LOAD, SETS = named("torch.storage", "_load_from_bytes"), named("builtins", "set")
+BOMBS = {  # what pickle would take much memory or time for, or never end with
+    "a place in the memo": b"Nr\xff\xff\xff\x7f",
+    "places in the memo": b"N" + b"".join(b"r" + struct.pack("<I", place) for place in range(0, 2**32, 2**18)),
+    "bytes": b"B\xff\xff\xff\xff",
+    "text": b"X\xff\xff\xff\x7f",
+    "more bytes than there are addresses": b"\x8e" + b"\xff" * 8,
+    "a frame": b"\x95" + struct.pack("<Q", 2**40) + b"N",
+    "numbers in torch's bytes": storage(10**9, FLOAT),
+    "a number of 2^31 bytes": b"\x8b\xff\xff\xff\x7f",
+    "2^200 leaves": deep_tuples(200),
+    "2^200 leaves as a key": b"}" + deep_tuples(200) + b"Ns",
+    "2^200 leaves in a set": b"\x8f(" + deep_tuples(200) + b"\x90",
+    "keys that collide": b"}("
+    + b"".join(b"\x8a\x0a" + (at * (2**61 - 1)).to_bytes(10, "little") + b"N" for at in range(12_000))
+    + b"u",
+    "lists in lists": b"]" * 12_000 + b"a" * 11_999,
+    "tuples in tuples": b")" + b"\x85" * 15_000,
+    "dicts in dicts": (b"}" + text("a")) * 8_000 + b"N" + b"s" * 8_000,
+    "modules in modules": MODULE + MEMOIZE + (b"h\0)R}" + text("a")) * 8_000 + b"N" + b"sb" * 8_000,
+    "a list in itself": b"]" + MEMOIZE + b"h\0a",
+    "a dict in itself": b"}" + MEMOIZE + text("ema") + b"h\0s",
+    "marks": b"(" * 15_000,
+    "a long list, as many sets": listed(b"N" * 15_000) + MEMOIZE + SETS + MEMOIZE + b"h\1h\0\x85R" * 8_000,
+    "a long dict, of many modules": b"}("
+    + b"".join(text(str(at)) + b"N" for at in range(8_000))
+    + b"u"
+    + MEMOIZE
+    + MODULE
+    + MEMOIZE
+    + b"h\1)Rh\0b" * 6_000,
+    "the same numbers, many times": storage(1, FLOAT)[:-1] + MEMOIZE + b"R" + (LOAD + b"h\0R") * 5_000,
+}
+
+
+@pytest.mark.parametrize("kind", BOMBS)
+def test_a_bomb_takes_neither_time_nor_memory(kind: str, tmp_path: Path) -> None:
+    content = CODES + b"}" + text("ema") + BOMBS[kind] + b"s" + STOP
+    tracemalloc.start()
+    try:
+        refusal(content, tmp_path)
+        assert tracemalloc.get_traced_memory()[1] <= 1e5 + 100 * len(content)
+    finally:
+        tracemalloc.stop()
 
 
 WRONG = {
@@ -276,7 +336,7 @@ class Many(nn.Module):
         self.register_buffer("one", torch.randn((), generator=draws))
 
 
-def flat(part: Part, prefix: str = "") -> dict[str, StoredTensor]:
+def flat(part: Part, prefix: str = "") -> dict[str, torch.Tensor]:
     own = {**part.state["_parameters"], **part.state["_buffers"]}
     found = {prefix + name: tensor for name, tensor in own.items() if tensor is not None}
     for name, child in part.state["_modules"].items():
@@ -293,12 +353,12 @@ def test_every_tensor_and_attribute_arrives(protocol: int, tmp_path: Path) -> No
     assert read["ema"].class_name == "Many"
     conv = read["ema"].state["_modules"]["conv"].state
     assert conv["init_weight"] == network.conv.init_weight  # a numpy scalar
-    assert conv["_non_persistent_buffers_set"] == set()
+    assert conv["_non_persistent_buffers_set"] == []  # a set is a list: nothing is hashed but text
     tensors, wanted = flat(read["ema"]), network.state_dict()
     assert tensors.keys() == wanted.keys()
     for name, tensor in tensors.items():
-        assert torch.equal(tensor.read(), wanted[name].float())
-        assert tensor.read().is_contiguous()
+        assert tensor.dtype == wanted[name].dtype
+        assert torch.equal(tensor, wanted[name])
 
 
 def test_a_damaged_file_is_refused_or_read_and_nothing_else(tmp_path: Path) -> None:

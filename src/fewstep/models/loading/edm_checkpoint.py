@@ -4,8 +4,7 @@ The layouts are set side by side in `module_names`; only qkv and the labels are 
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,7 +14,7 @@ from pydantic import ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from fewstep.errors import UserError, brief
-from fewstep.models.loading.edm_pickle import Part, Refused, StoredTensor, read_pickle, shown
+from fewstep.models.loading.edm_pickle import Part, Refused, read_pickle, shown
 from fewstep.models.loading.weights import check_finite
 from fewstep.models.pixel_model import PixelModel
 from fewstep.networks.families.edm import build_unet
@@ -25,15 +24,10 @@ from fewstep.settings import Settings
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0  # EDM, table 1; the files say 0 and inf, where the network may be called at all
 HEAD_DIM, GROUPS = 64, 32  # ADM's; it has fewer groups below 128 channels
 DEEPEST = 4  # modules in modules
-ENDS = {
-    "map_layer0": "time_embedding.linear_1",
-    "map_layer1": "time_embedding.linear_2",
-    "map_label": "class_embedding",
-}
-ENDS |= {"out_norm": "conv_norm_out", "out_conv": "conv_out"}
+ENDS = {"map_layer0": "time_embedding.linear_1", "map_layer1": "time_embedding.linear_2"}
+ENDS |= {"map_label": "class_embedding", "out_norm": "conv_norm_out", "out_conv": "conv_out"}
 RESNET = {"norm0": "norm1", "conv0": "conv1", "affine": "time_emb_proj", "norm1": "norm2", "conv1": "conv2"}
 RESNET |= {"skip": "conv_shortcut"}
-UNUSED = {"map_augment.weight"}  # it tells of augmentations in training; there are none at inference
 SONG = (
     "holds a SongUNet (DDPM++ or NCSN++), which diffusers' UNet2DModel can't hold: where its resolution changes it has "
     "a learned convolution on the shortcut, which no option gives; only ADM networks (DhariwalUNet) are imported"
@@ -57,24 +51,23 @@ class _Claims(Settings):
     attn_resolutions: list[int] = [32, 16, 8]
 
 
-@dataclass(frozen=True)
-class EdmNetwork:
-    """A network as the file has it: its tensors, by ADM's names, are still in the file."""
+def read_network(path: Path) -> tuple[PixelModelConfig, dict[str, Tensor]]:
+    """The network in the file, averaged over training: its settings and, by `UNet2DModel`'s names, its tensors.
 
-    config: PixelModelConfig
-    tensors: dict[str, StoredTensor]
-
-
-def read_network(path: Path) -> EdmNetwork:
-    """The network in the file, averaged over training; raises UserError if it is none that can be imported."""
+    Raises UserError if it is none that can be imported, or where a number is not finite.
+    """
     try:
-        return find_network(read_pickle(path))
+        config, tensors = find_network(read_pickle(path))
+        if sum(tensor.nbytes for tensor in tensors.values()) > path.stat().st_size:
+            raise Refused("uses the same numbers for more than one tensor")
+        check_finite(path, ((shown(name), tensor) for name, tensor in tensors.items()))
+        return config, to_diffusers(config, tensors)
     except Refused as error:
         raise UserError(f"{path}: {error}; nothing of it was run") from error
 
 
-def find_network(content: Any) -> EdmNetwork:
-    """The network in what `read_pickle` gives; raises Refused if it is none that can be imported."""
+def find_network(content: Any) -> tuple[PixelModelConfig, dict[str, Tensor]]:
+    """Settings, and tensors by ADM's names, in what `read_pickle` gives; raises Refused where it is no such network."""
     network = content.get("ema") if type(content) is dict else None
     if type(network) is not Part:
         raise Refused("holds no network (under 'ema'), so it is not an EDM checkpoint")
@@ -84,9 +77,7 @@ def find_network(content: Any) -> EdmNetwork:
     if type(model) is not Part or model.class_name != "DhariwalUNet":
         found = model.class_name if type(model) is Part else "something else"
         raise Refused(SONG if found == "SongUNet" else f"holds a {shown(found)}; only DhariwalUNet (ADM) is imported")
-    read = EdmNetwork(_config(_attributes(model, "_init_kwargs") | network.state), dict(_tensors(model)))
-    check_tensors(read.config, {name: tensor.size for name, tensor in read.tensors.items()})
-    return read
+    return _config(_attributes(model, "_init_kwargs") | network.state), dict(_tensors(model))
 
 
 def _attributes(part: Part, kind: str) -> dict[str, Any]:
@@ -97,7 +88,7 @@ def _attributes(part: Part, kind: str) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _tensors(network: Part) -> Iterator[tuple[str, StoredTensor]]:
+def _tensors(network: Part) -> Iterator[tuple[str, Tensor]]:
     """Dotted names and tensors; averaging over 2x2 pixels, which `UNet2DModel` has without a tensor, is left out."""
     pending: list[tuple[str, Any]] = [("", network)]
     seen = set()
@@ -108,11 +99,11 @@ def _tensors(network: Part) -> Iterator[tuple[str, StoredTensor]]:
         seen.add(id(part))
         pending += [(f"{prefix}{name}.", child) for name, child in _attributes(part, "_modules").items()]
         for name, tensor in (_attributes(part, "_parameters") | _attributes(part, "_buffers")).items():
-            if type(tensor) is not StoredTensor:
+            if type(tensor) is not Tensor:
                 raise Refused(f"holds {shown(prefix + name)}, which is no tensor")
             if name != "resample_filter":
                 yield prefix + name, tensor
-            elif tensor.size != (1, 1, 2, 2) or not tensor.read().eq(0.25).all():
+            elif tensor.shape != (1, 1, 2, 2) or not tensor.eq(0.25).all():
                 raise Refused("resamples with another filter than the average over 2x2 pixels, UNet2DModel's")
 
 
@@ -137,7 +128,7 @@ def _config(claims: dict[str, Any]) -> PixelModelConfig:
     except ValidationError as error:
         wrong = error.errors()[0]
         where = ".".join(map(str, wrong["loc"]))
-        raise Refused(f"describes a network that can't be imported: {where}: {wrong['msg']}") from error
+        raise Refused(f"describes a network that can't be imported: {where}: {wrong['msg']}") from None
 
 
 def module_names(config: PixelModelConfig) -> dict[str, str]:
@@ -160,36 +151,32 @@ def module_names(config: PixelModelConfig) -> dict[str, str]:
     return names
 
 
-def to_diffusers(config: PixelModelConfig, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """ADM's tensors by their names -> `UNet2DModel`'s; raises Refused for one that it has no place for."""
+def to_diffusers(config: PixelModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """ADM's tensors by their names -> the same numbers by `UNet2DModel`'s; raises Refused unless these are all."""
+    found: dict[str, Tensor] = {}
     names = module_names(config)
-    for name, tensor in tensors:
+    for name, tensor in tensors.items():
         module, _, kind = name.rpartition(".")
-        if name in UNUSED:
-            continue
+        if name == "map_augment.weight":
+            continue  # it tells of augmentations in training; there are none at inference
         if module not in names:
             raise Refused(f"has a tensor {shown(name)}, which UNet2DModel has no place for")
-        if module.endswith(".qkv"):  # output channels are ordered (head, channel, {q, k, v})
-            parts = tensor.reshape(-1, 3, *tensor.shape[1:2]).unbind(1)
-            yield from ((f"{names[module]}.to_{p}.{kind}", t.contiguous()) for p, t in zip("qkv", parts, strict=True))
-        elif module.endswith(".proj"):  # a convolution over 1x1
-            yield f"{names[module]}.{kind}", tensor.reshape(tensor.shape[:2])
-        else:
-            yield f"{names[module]}.{kind}", tensor.T.contiguous() if module == "map_label" else tensor
-
-
-def check_tensors(config: PixelModelConfig, sizes: dict[str, tuple[int, ...]]) -> None:
-    """Raises Refused unless tensors of these names and sizes are all that the `UNet2DModel` needs, and no more."""
-    tensors = ((name, torch.empty(size, device="meta")) for name, size in sizes.items())
-    try:
-        found = {name: tensor.shape for name, tensor in to_diffusers(config, tensors)}
-    except (RuntimeError, ValueError) as error:
-        raise Refused(f"has a tensor of another shape than ADM's ({brief(error)})") from error
-    expected = {name: tensor.shape for name, tensor in _meta_unet(config).state_dict().items()}
+        try:
+            if module.endswith(".qkv"):  # output channels are ordered (head, channel, {q, k, v})
+                parts = tensor.reshape(-1, 3, *tensor.shape[1:2]).unbind(1)
+                found |= {f"{names[module]}.to_{part}.{kind}": one for part, one in zip("qkv", parts, strict=True)}
+            elif module.endswith(".proj"):  # a convolution over 1x1
+                found[f"{names[module]}.{kind}"] = tensor.reshape(tensor.shape[:2])
+            else:
+                found[f"{names[module]}.{kind}"] = tensor.T if module == "map_label" else tensor
+        except RuntimeError as error:
+            raise Refused(f"has a tensor of another shape than ADM's ({brief(error)})") from error
+    expected = _meta_unet(config).state_dict()
     for name in sorted(found.keys() | expected.keys()):
-        if found.get(name) != expected.get(name):
-            has, needs = (list(shapes[name]) if name in shapes else "none" for shapes in (found, expected))
+        has, needs = (list(each[name].shape) if name in each else "none" for each in (found, expected))
+        if has != needs:
             raise Refused(f"does not fit its own description: of UNet2DModel's {name} it has {has}, not {needs}")
+    return found
 
 
 def _meta_unet(config: PixelModelConfig) -> UNet2DModel:
@@ -197,21 +184,15 @@ def _meta_unet(config: PixelModelConfig) -> UNet2DModel:
         return build_unet(config)
 
 
-def convert(network: EdmNetwork, show: Callable[[int, dict[str, float]], None]) -> PixelModel:
-    """The network as a pixel model on the CPU, in float32; each tensor is read once, and none is held twice.
-
-    Raises UserError where a number is not finite.
-    """
-
-    def read() -> Iterator[tuple[str, Tensor]]:
-        for done, (name, tensor) in enumerate(network.tensors.items(), 1):
-            numbers = tensor.read()
-            check_finite(tensor.blob.source, [(shown(name), numbers)])
-            yield name, numbers
-            show(done, {})
-
-    unet = _meta_unet(network.config)
-    unet.load_state_dict(dict(to_diffusers(network.config, read())), assign=True)
-    model = PixelModel(network.config, unet)
+def convert(
+    config: PixelModelConfig, tensors: dict[str, Tensor], show: Callable[[int, dict[str, float]], None]
+) -> PixelModel:
+    """The network as a pixel model on the CPU, in float32; in the dict each tensor takes the place of the file's."""
+    for done, (name, tensor) in enumerate(tensors.items(), 1):
+        tensors[name] = tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        show(done, {})
+    unet = _meta_unet(config)
+    unet.load_state_dict(tensors, assign=True)
+    model = PixelModel(config, unet)
     model.denoiser.eval()
     return model
