@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from command_line import Run, refused
@@ -73,7 +74,8 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_latents_are_samples_of_the_autoencoders_posterior(run: Run, place: Path, batch_size: int) -> None:
     told = run(f"{LATENTS} latents --seed 3 --batch-size {batch_size}")
-    assert told == (0, "kept 6 of 6 images; dropped: none\n", "")
+    wrote = "wrote latents, 6 latents\nnext: fewstep distill RECIPE --set data.source=latents\n"
+    assert told == (0, f"kept 6 of 6 images; dropped: none\n{wrote}", "")
     model = load(place / "teacher")
     latents = load_latents(place / "latents", model.latent_space)
     vae = model.pipeline.vae
@@ -95,11 +97,24 @@ def test_what_cannot_be_used_is_counted(run: Run, place: Path) -> None:
     assert told == (
         "kept 2 of 6 images; dropped: 1 without a caption, 1 aesthetic score below 5.5, "
         "1 truncated, 1 smaller than 16 pixels\n"
+        "wrote out, 2 latents\nnext: fewstep distill RECIPE --set data.source=out\n"
     )
     model = load(place / "teacher")
     assert load_latents(place / "out", model.latent_space).captions == ["picture 0", "picture 3"]
     refused(run(f"{LATENTS} none --aesthetic-column score --min-aesthetic 9"), "no image is left", "5 aesthetic score")
     assert not (place / "none").exists()
+
+
+def test_the_ground_of_latents_is_theirs(run: Run, place: Path) -> None:
+    """Of another ground they are others; what judges them lays the images on the same."""
+    clear = Image.new("RGBA", (16, 16), (200, 0, 0, 0))
+    write_captioned(place / "pictures", [clear] * NUM, [f"picture {index}" for index in range(NUM)])
+    assert run(f"{LATENTS} latents --background #102030")[0] == 0
+    images = open_captioned_images(DataSettings(source="latents"), 16)
+    assert images.fetch(torch.tensor([0]))[0, :, 0, 0].tolist() == [16, 32, 48]
+    refused(run(f"{LATENTS} latents"), "background: #102030 -> white", "another --out")
+    refused(run(f"{LATENTS} others --background wite"), "--background wite", "white")
+    assert not (place / "others").exists()
 
 
 def test_a_stop_is_told_and_the_same_command_goes_on(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

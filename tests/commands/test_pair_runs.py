@@ -64,6 +64,11 @@ class Distance(torch.nn.Module):
         return (first - second).abs().mean(dim=[1, 2, 3])
 
 
+def done(name: str, num: int) -> str:
+    """What is told at the end."""
+    return f"wrote {name}, {num} pairs\nnext: fewstep distill RECIPE --set regression.pairs={name}\n"
+
+
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two teachers, a tiny decoder, a distance, prompts, captioned pictures and two recipes."""
@@ -97,7 +102,7 @@ def close_in_float16(stored: Tensor, ours: Tensor) -> bool:
 @pytest.mark.parametrize(("kind", "scheduler"), [("euler", EulerDiscreteScheduler), ("ddim", DDIMScheduler)])
 def test_pairs_are_what_diffusers_makes_of_the_same_noise(run: Run, kind: str, scheduler: type) -> None:
     """The raw UNet and guidance by hand, in diffusers' own loop; a null embedding of zeros, as SDXL's pipeline has."""
-    assert run(f"{PAIRS.replace('euler', kind)} --out pairs --seed 3 --batch-size 4") == (0, "pairs: 6 pairs\n", "")
+    assert run(f"{PAIRS.replace('euler', kind)} --out pairs --seed 3 --batch-size 4") == (0, done("pairs", 6), "")
     model = load("sdxl")
     batch = opened("pairs", model, f"{kind}:4@8").batch(torch.arange(NUM))
     assert batch["caption"] == TEXTS * 2
@@ -125,7 +130,7 @@ def test_pairs_are_what_diffusers_makes_of_the_same_noise(run: Run, kind: str, s
 def test_pairs_of_pixels_are_edms_heun(run: Run, classes: str) -> None:
     """Algorithm 1 of arXiv 2206.00364 around the raw network, in a loop of the test's own."""
     line = f"fewstep data pairs --teacher pixels --num 12 --sampler heun:3 --classes {classes} --out heun"
-    assert run(line) == (0, "heun: 12 pairs\n", "")
+    assert run(line) == (0, done("heun", 12), "")
     model = load("pixels")
     batch = opened("heun", model, "heun:3").batch(torch.arange(12))
     in_turn = [*range(10), 0, 1]
@@ -168,7 +173,7 @@ def test_ranks_of_torchrun_share_the_work(run: Run, monkeypatch: pytest.MonkeyPa
     for rank in ("1", "0"):
         monkeypatch.setenv("RANK", rank)
         told.append(run(f"{PAIRS} --out many --batch-size 2"))
-    assert told == [(0, "many: done; 2 files of other ranks are not there yet\n", ""), (0, "many: 6 pairs\n", "")]
+    assert told == [(0, "many: done; 2 files of other ranks are not there yet\n", ""), (0, done("many", 6), "")]
     one, many = ({path.name: path.read_bytes() for path in Path(name).iterdir()} for name in ("one", "many"))
     assert one == many
     assert len(one) == 4

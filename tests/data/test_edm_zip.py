@@ -96,19 +96,20 @@ def test_a_folder_is_edms_where_it_has_a_dataset_json(tmp_path: Path) -> None:
 
 # --- what is wrong ---------------------------------------------------------------------------------------------------
 
+ROWS = "column 'label' must hold class indices 0, 1, 2, ... or names, but "
 FORM = 'its dataset.json must hold {"labels": [[name, class], ...]}, or null there'
 
 
 @pytest.mark.parametrize(
     ("labels", "wanted"),
     [
-        (PAIRS[:3], f"its dataset.json has labels for 3 of 5 images, and none for {name(3)}"),
+        (PAIRS[:3], f"{ROWS}{name(3)} has None (data.label_column)"),
         ([*PAIRS, ["00009/gone.png", 1]], "00009/gone.png is missing, one of 1 images that its dataset.json names"),
         ([*PAIRS, [3, 1], ["x", 1]], "3 is missing, one of 2 images that its dataset.json names"),
-        ([*PAIRS[:4], [name(4), -1]], f"labels must be class indices 0, 1, 2, ..., but {name(4)} has -1"),
-        ([*PAIRS[:4], [name(4), 1.0]], f"labels must be class indices 0, 1, 2, ..., but {name(4)} has 1.0"),
-        ([*PAIRS[:4], [name(4), True]], f"labels must be class indices 0, 1, 2, ..., but {name(4)} has True"),
-        ([*PAIRS[:4], [name(4), [0, 1]]], f"labels must be class indices 0, 1, 2, ..., but {name(4)} has [0, 1]"),
+        ([*PAIRS[:4], [name(4), -1]], f"{ROWS}{name(4)} has -1 (data.label_column)"),
+        ([*PAIRS[:4], [name(4), 1.0]], f"{ROWS}{name(4)} has 1.0 (data.label_column)"),
+        ([*PAIRS[:4], [name(4), True]], f"{ROWS}{name(4)} has True (data.label_column)"),
+        ([*PAIRS[:4], [name(4), [0, 1]]], f"{ROWS}{name(4)} has [0, 1] (data.label_column)"),
         ([*PAIRS[:4], [name(4), 2]], "has 3 classes, numbered 0 to 2, but the model has 2"),
         ([[pair[0], 0] for pair in PAIRS], "has 1 classes, numbered 0 to 0, but the model has 2"),
         ([1, 2], FORM),

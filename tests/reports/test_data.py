@@ -346,7 +346,7 @@ def test_a_colour_that_is_none_is_refused() -> None:
 
 # --- 7: archives -----------------------------------------------------------------------------------------------------
 
-NAMES = ["photo v1.5 00", "photo v1.5 01", "A. B. C", "x.tar", ".hidden/z", "d.e/f.g", "0.png"]
+NAMES = ["photo v1.5 00", "photo v1.5 01", "A. B. C", "x.tar", ".hidden/z", "d.e/f.g", "0.png", "./1", "./a b/2.x"]
 
 
 def test_names_in_a_tar_may_hold_dots_capitals_and_spaces(tmp_path: Path) -> None:
@@ -358,7 +358,7 @@ def test_names_in_a_tar_may_hold_dots_capitals_and_spaces(tmp_path: Path) -> Non
             f"{name}.TXT": f"caption {index}".encode(),
         }
     write_tar(tmp_path / "t.tar", members | {"readme.txt": b"x", "._d.png": b"x"})
-    kept = [index for index, name in enumerate(NAMES) if not name.startswith(".")]
+    kept = [index for index, name in enumerate(NAMES) if not name.startswith(".hidden")]
     assert captions(tmp_path / "t.tar") == [f"caption {index}" for index in kept]
     assert drawn(load(tmp_path / "t.tar", SIZE, 3)) == kept
 
@@ -562,6 +562,7 @@ def given(path: Path, names: list[str] | None, num: int = 3) -> ImageSet:
         (["0", "2"], TEACHER, [0, 2], "2 classes: 0 ant (1), 2 cat (1); no image of class 1 bee; taken"),
         (["bee", "cat"], None, "has 2 classes, numbered 0 to 1 (bee, cat), but the model has 3", ""),
         (["bee", "dog"], TEACHER, "(bee, dog), but those of the model are ant, bee, cat", ""),
+        (["0", "1", "2"], TEACHER, [0, 1, 2], "3 classes: 0 ant (1), 1 bee (1), 2 cat (1); taken"),
         (["0", "3"], None, "has 2 classes, numbered 0 to 3, but the model has 3", ""),
     ],
 )

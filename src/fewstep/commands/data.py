@@ -3,8 +3,10 @@
 from dataclasses import asdict, fields
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from fewstep.commands.options import Latents
-from fewstep.commands.runs import check_writable, pick_device
+from fewstep.commands.runs import check_writable, pick_device, tell_done
 from fewstep.data.filters import Filter, load_filtered
 from fewstep.data.images import ImageSet, content_digest
 from fewstep.data.latents import describe_dropped, write_latents
@@ -29,8 +31,12 @@ def latents(given: Latents) -> None:
     model = open_encoder(given.model, given.config)
     model.to(pick_device(given.device))
     filter = Filter(**{field.name: getattr(given, field.name) for field in fields(Filter)})
-    columns = {name: getattr(given, name) for name in ("image_column", "caption_column", "split")}
-    images, dropped, files = _open_source(DataSettings(source=given.source, **columns), model.image_size, filter)
+    columns = {name: getattr(given, name) for name in ("image_column", "caption_column", "split", "background")}
+    try:
+        data = DataSettings(source=given.source, **columns)
+    except ValidationError as error:
+        raise UserError(f"--background {given.background}: no colour; write white, #8090a0 or rgb(0, 0, 0)") from error
+    images, dropped, files = _open_source(data, model.image_size, filter)
     if not images.length:
         raise UserError(f"{given.source}: no image is left; {describe_dropped(dropped)}")
     settings = {"source": origin(given.source), **files, **columns, **asdict(filter)}
@@ -39,6 +45,7 @@ def latents(given: Latents) -> None:
         description = write_latents(*made, given.batch_size, lambda done: show(done, {}))
     total = images.length + sum(dropped.values())
     print(f"kept {description['count']:,} of {total:,} images; {describe_dropped(description['dropped'])}")
+    tell_done(f"{given.out}, {description['count']:,} latents", f"distill RECIPE --set data.source={given.out}")
 
 
 def open_encoder(path: Path, config: str | None = None) -> Autoencoder:

@@ -227,6 +227,7 @@ class Latents(Order):
     image_column: str | None = option("By default image, png, jpg, jpeg or webp.")
     caption_column: str | None = option("By default caption, text, txt or prompt.")
     split: str = option("The split to read, where there are several.", "train")
+    background: str = option("Ground under what is transparent.", "white", metavar="COLOUR")
     batch_size: int = option("Images per pass of the autoencoder.", 8, min=1)
     config: PlaceIfAny = option("Of a file: diffusers folder of its family.", metavar="DIR")
     seed: Seed = 0

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fewstep.commands.options import Pairs
-from fewstep.commands.runs import check_writable, pick_device
+from fewstep.commands.runs import check_writable, pick_device, tell_done
 from fewstep.data.pairs import Given, write_pairs
 from fewstep.data.prompts import load_prompts
 from fewstep.errors import UserError
@@ -44,7 +44,10 @@ def pairs(given: Pairs) -> None:
     bar = progress_bar("draw pairs", -(-num // num_ranks), quiet)
     with advising(f"the same command goes on with {out}"), bar as show:
         missing = write_pairs(*made, lambda done: show(done, {}))
-    print(f"{out}: {num:,} pairs" if not missing else f"{out}: done; {missing} files of other ranks are not there yet")
+    if missing:
+        print(f"{out}: done; {missing} files of other ranks are not there yet")
+    else:
+        tell_done(f"{out}, {num:,} pairs", f"distill RECIPE --set regression.pairs={out}")
 
 
 def _conditions(given: Pairs, model: PixelModel | LatentModel) -> Given:

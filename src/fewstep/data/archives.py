@@ -16,7 +16,7 @@ from fewstep.data.listing import IMAGES, TEXTS, is_hidden, is_image
 from fewstep.data.texts import MAX_BYTES, as_object, as_text
 from fewstep.errors import UserError, brief
 
-SUFFIXES = (*IMAGES, *TEXTS, ".json", ".cls")
+SUFFIXES = {*IMAGES, *TEXTS, ".json", ".cls"}
 
 
 def open_tars(path: Path, files: Sequence[Path], image_column: str | None) -> Stored:
@@ -32,11 +32,10 @@ def open_tars(path: Path, files: Sequence[Path], image_column: str | None) -> St
                 column = members.setdefault(end, array("q"))
                 column.extend((*[-1] * (3 * len(keys) - len(column)), number, *place))
             keys.append(key)
-    [column.extend([-1] * (3 * len(keys) - len(column))) for column in members.values()]
-    places = {end: np.array(column, np.int64).reshape(-1, 3) for end, column in members.items()}
-    images = [end for end in ((image_column,) if image_column else places) if image_column or is_image(f".{end}")]
-    there = [places[end][:, 0] >= 0 for end in images if end in places]
-    rows = np.logical_or.reduce(there).nonzero()[0] if there else np.zeros(0, np.int64)
+    whole = {end: (*column, *[-1] * (3 * len(keys) - len(column))) for end, column in members.items()}
+    places = {end: np.array(column, np.int64).reshape(-1, 3) for end, column in whole.items()}
+    images = [end for end in ((image_column,) if image_column else (end[1:] for end in IMAGES)) if end in places]
+    rows = np.logical_or.reduce([places[end][:, 0] >= 0 for end in images] or [np.zeros(0, bool)]).nonzero()[0]
     if not len(rows):
         wanted = f"named .{image_column} (data.image_column)" if image_column else "with an image"
         raise UserError(f"{path}: no member is {wanted}; their names end in {', '.join(places) or 'nothing usual'}")
@@ -48,7 +47,7 @@ def open_tars(path: Path, files: Sequence[Path], image_column: str | None) -> St
             return f"{files[number]}: {keys[rows[row]]}.{end}", file.read(min(size, limit))
 
     def cells(indices: list[int]) -> list[Cell]:
-        chosen = (next(end for end in images if end in places and places[end][rows[row], 0] >= 0) for row in indices)
+        chosen = (next(end for end in images if places[end][rows[row], 0] >= 0) for row in indices)
         return [Cell(name, content) for name, content in map(read, indices, chosen)]
 
     def texts(end: str) -> list[Any]:
@@ -64,9 +63,9 @@ def _samples(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
     """Offset and size of the members of one tar by the names before their ends, and by these."""
     samples: dict[str, dict[str, tuple[int, int]]] = {}
     for name, place in _places(path).items():
-        end = next((end for end in SUFFIXES if name.lower().endswith(end) and not is_hidden(name)), None)
-        if end:
-            samples.setdefault(name[: -len(end)], {})[end[1:]] = place
+        key, _, end = name.rpartition(".")
+        if f".{end.lower()}" in SUFFIXES and not is_hidden(name):
+            samples.setdefault(key, {})[end.lower()] = place
     for key in [key for key, sample in samples.items() if len(sample) == 1]:
         stem, _, more = key.rpartition(".")
         if more.isalpha() and len(samples.get(stem, ())) > 1:  # 0.seg.png beside 0.jpg and 0.txt
@@ -83,7 +82,7 @@ def _places(path: Path) -> dict[str, tuple[int, int]]:
             last = -1
             while (member := archive.next()) is not None and last < archive.offset:  # a size may be negative
                 last = archive.offset
-                archive.members.clear()  # or a tar of a million would fill the memory
+                archive.members = []  # type: ignore[attr-defined]  # or a tar of a million would fill the memory
                 if member.issym() or member.islnk():
                     folder = posixpath.dirname(member.name) if member.issym() else ""
                     linked = posixpath.normpath(posixpath.join(folder, member.linkname))

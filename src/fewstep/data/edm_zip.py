@@ -38,8 +38,8 @@ def open_edm_set(path: Path) -> Stored:
 
 def _open_folder(folder: Path) -> Stored:
     names = [name for name in list_files(folder) if is_image(name)]
-    labels = _labels((folder / LABELS).read_bytes(), names, folder)
-    return Stored(folder, lambda rows: [Cell(names[row], folder / names[row]) for row in rows], len(names), labels)
+    columns = _labels((folder / LABELS).read_bytes(), names, folder)
+    return Stored(folder, lambda rows: [Cell(names[row], folder / names[row]) for row in rows], len(names), columns)
 
 
 def _open_zip(path: Path) -> Stored:
@@ -106,12 +106,4 @@ def _labels(described: bytes, names: Sequence[str], path: Path) -> dict[str, Any
     absent = [name for name in of_name if name not in known]
     if absent:
         raise UserError(f"{path}: {absent[0]} is missing, one of {len(absent)} images that its {LABELS} names")
-    bare = next((name for name in names if name not in of_name), None)
-    if bare is not None:
-        told = f"{len(of_name)} of {len(names)} images"
-        raise UserError(f"{path}: its {LABELS} has labels for {told}, and none for {bare}")
-    wrong = next((name for name in names if type(of_name[name]) is not int or not 0 <= of_name[name] < 2**31), None)
-    if wrong is not None:
-        what = str(of_name[wrong])[:40]
-        raise UserError(f"{path}: labels must be class indices 0, 1, 2, ..., but {wrong} has {what}")
-    return {"label": partial(list, [of_name[name] for name in names])}
+    return {"label": partial(list, [of_name.get(name) for name in names])}

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fewstep.data.columns import read_captions
 from fewstep.data.images import ImageSet, decoded
 from fewstep.data.settings import DataSettings
 from fewstep.data.tables import open_stored
@@ -39,19 +38,21 @@ def load_filtered(data: DataSettings, size: int, filter: Filter) -> tuple[ImageS
     Those that can't be read or are too small show themselves where they are fetched, by Unusable. Nothing is kept in
     memory. Raises UserError for whatever is wrong with the source or its columns.
     """
-    stored, path = open_stored(data), Path(data.required)
-    captions, _ = read_captions(stored, data.caption_column)
+    stored, path = open_stored(data).with_captions(data.caption_column), Path(data.required)
+    captions = stored.captions or []
     drop = {"without a caption": [caption is None for caption in captions]}
     if filter.unsafe_column:
         drop["unsafe"] = [_is_unsafe(cell, filter, path) for cell in stored.column(filter.unsafe_column)]
     if filter.aesthetic_column and filter.min_aesthetic is not None:
         scores = [_score(cell, filter, path) for cell in stored.column(filter.aesthetic_column)]
         drop[f"aesthetic score below {filter.min_aesthetic:g}"] = [not s >= filter.min_aesthetic for s in scores]
-    reasons = [next((reason for reason in drop if drop[reason][row]), None) for row in range(len(captions))]
+    reasons = [next((reason for reason in drop if drop[reason][row]), None) for row in range(stored.length)]
     kept = [row for row, reason in enumerate(reasons) if reason is None]
-    told = [captions[row] or "" for row in kept]
     left = replace(
-        stored, cells=lambda rows: stored.cells([kept[row] for row in rows]), length=len(kept), captions=told
+        stored,
+        cells=lambda rows: stored.cells([kept[row] for row in rows]),
+        length=len(kept),
+        captions=[captions[row] for row in kept],
     )
     return decoded(left, data, size, 3, filter.min_side), dict(Counter(reason for reason in reasons if reason))
 

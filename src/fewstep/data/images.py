@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from fewstep.data.columns import LABELS, Stored, read_captions, read_labels
+from fewstep.data.columns import LABELS, Stored
 from fewstep.data.decoding import decode
 from fewstep.data.listing import files_digest
 from fewstep.data.settings import DataSettings
@@ -65,12 +65,11 @@ def load_images(
     `size`. Raises UserError for whatever is wrong with the files.
     """
     stored = open_stored(data)
-    if not num_classes:
-        names = next((stored.names[name] for name in LABELS if name in stored.names), None)
-        return _opened(replace(stored, class_names=names), data, size, channels, shrink)
-    labels, names = read_labels(stored, data.label_column)
-    labels, names = labels_of_classes(labels, names, num_classes, model_names, data.required, whole)
-    return _opened(replace(stored, labels=labels, class_names=names), data, size, channels, shrink, num_classes)
+    unused = next((stored.names[name] for name in LABELS if name in stored.names), None)
+    stored = stored.with_labels(data.label_column) if num_classes else replace(stored, class_names=unused)
+    named = labels_of_classes(stored.labels, stored.class_names, num_classes, model_names, whole, data.required)
+    stored = replace(stored, labels=named[0], class_names=named[1])
+    return _opened(stored, data, size, channels, shrink, num_classes)
 
 
 def content_digest(data: DataSettings) -> str | None:
@@ -79,31 +78,31 @@ def content_digest(data: DataSettings) -> str | None:
 
 
 def labels_of_classes(
-    labels: Tensor,
+    labels: Tensor | None,
     names: Sequence[str] | None,
     num_classes: int,
     model_names: Sequence[str] | None,
-    source: str,
     whole: bool,
-) -> tuple[Tensor, Sequence[str] | None]:
+    source: str,
+) -> tuple[Tensor | None, Sequence[str] | None]:
     """The labels as the model numbers its classes, by their names where both have some, and the names.
 
     Raises UserError unless the images have all of its classes or, but for a `whole` set, some of them.
     """
-    found = sorted(set(labels.tolist()))
+    if labels is None or not num_classes:
+        return None, names
     if names and model_names and set(names) <= set(model_names):
-        numbers = torch.tensor([list(model_names).index(name) for name in names])
-        return numbers[labels], model_names
-    if names and all(name.isdecimal() for name in names) and not whole and len(names) < num_classes:
-        labels, names = torch.tensor([int(name) for name in names])[labels], model_names  # a part, named by its numbers
-        found = sorted(set(labels.tolist()))
+        return torch.tensor([list(model_names).index(name) for name in names])[labels], model_names
+    part = not whole and (model_names or len(names or ()) < num_classes <= 10)  # beyond it 10 is sorted before 2
+    if names and part and all(name.isdecimal() for name in names):  # folders that are called by their numbers
+        labels, names = torch.tensor([int(name) for name in names])[labels], model_names
+    found = sorted(set(labels.tolist()))
     told = f" ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})" if names else ""
-    has = f"has {len(found)} classes, numbered {found[0]} to {found[-1]}{told}"
+    has = f"{source}: has {len(found)} classes, numbered {found[0]} to {found[-1]}{told}"
     if names and model_names and list(names) != list(model_names):
-        raise UserError(f"{source}: {has}, but those of the model are {', '.join(model_names)} (model.num_classes)")
+        raise UserError(f"{has}, but those of the model are {', '.join(model_names)} (data.source)")
     if found[-1] >= num_classes or (len(found) < num_classes and (whole or (names and not model_names))):
-        wanted = f"the model has {num_classes}, numbered 0 to {num_classes - 1}"
-        raise UserError(f"{source}: {has}, but {wanted} (model.num_classes)")
+        raise UserError(f"{has}, but the model has {num_classes}, numbered 0 to {num_classes - 1} (model.num_classes)")
     return labels, names or model_names
 
 
@@ -113,13 +112,12 @@ def load_captioned(data: DataSettings, size: int, shrink: bool | None = None) ->
 
     `shrink` as there. Raises UserError for whatever is wrong with the files, and where captions are missing.
     """
-    stored = open_stored(data)
-    captions, told = read_captions(stored, data.caption_column)
-    lacking = [row for row, caption in enumerate(captions) if caption is None]
+    stored = open_stored(data).with_captions(data.caption_column)
+    lacking = [row for row, caption in enumerate(stored.captions or ()) if caption is None]
     if lacking:
         name = stored.cells(lacking[:1])[0].name
-        raise UserError(f"{data.source}: no caption for {len(lacking)} of {len(captions)} images, such as {name}")
-    return _opened(replace(stored, captions=captions, told=told), data, size, 3, shrink)
+        raise UserError(f"{data.source}: no caption for {len(lacking)} of {stored.length} images, such as {name}")
+    return _opened(stored, data, size, 3, shrink)
 
 
 def _opened(
@@ -142,7 +140,8 @@ def decoded(stored: Stored, data: DataSettings, size: int, channels: int, min_si
         )
 
     class_names = None if stored.labels is None else stored.class_names
-    return ImageSet(fetch, stored.labels, stored.length, stored.captions, class_names)
+    captions = None if stored.captions is None else [caption or "" for caption in stored.captions]
+    return ImageSet(fetch, stored.labels, stored.length, captions, class_names)
 
 
 def in_memory(images: ImageSet, bytes_per_image: int, name: str) -> ImageSet:

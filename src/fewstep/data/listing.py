@@ -30,7 +30,7 @@ def is_image(name: str) -> bool:
 
 def is_hidden(name: str) -> bool:
     """Whether a file or folder is no part of the data: hidden, or of a Mac's archiver."""
-    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+    return any((part[:1] == "." and part.strip(".")) or part == "__MACOSX" for part in name.split("/"))
 
 
 def list_files(folder: Path) -> list[str]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median_low
 
-from fewstep.data.columns import CAPTIONS, LABELS, Stored, read_captions, read_labels
+from fewstep.data.columns import CAPTIONS, LABELS, Stored
 from fewstep.data.decoding import Unusable, opened
 from fewstep.data.settings import DataSettings
 from fewstep.data.tables import open_stored
@@ -34,12 +34,13 @@ class Look:
 def look(source: str) -> Look:
     """Looks at files that `data.source` may name; raises UserError for whatever is wrong with them."""
     stored = open_stored(DataSettings(source=source))
+    stored = stored.with_labels(None) if stored.has(LABELS) else stored
+    captions = stored.with_captions(None).captions if stored.has(CAPTIONS) else None
     sizes, num_grey = _headers(stored)
-    labels, names = read_labels(stored, None) if stored.has(LABELS) else (None, None)
-    counts = [] if labels is None else labels.bincount().tolist()
-    captioned = stored.has(CAPTIONS) and None not in read_captions(stored, None)[0]
-    named = names or [str(label) for label in range(len(counts))] or None
-    return Look(stored.length, sizes, num_grey == sizes.total(), named, counts, captioned)
+    counts = [] if stored.labels is None else stored.labels.bincount().tolist()
+    names = stored.class_names or [str(label) for label in range(len(counts))] or None
+    captioned = captions is not None and None not in captions
+    return Look(stored.length, sizes, num_grey == sizes.total(), names, counts, captioned)
 
 
 def describe(stored: Stored, source: str, size: int, channels: int, shrink: bool, num_classes: int = 0) -> str:

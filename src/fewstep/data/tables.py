@@ -55,9 +55,7 @@ def _open_parquet(path: Path, files: Sequence[Path], data: DataSettings) -> Stor
         builder.download_and_prepare()
         table = builder.as_dataset("train")
     except Exception as error:  # the builder raises almost any error on damaged files
-        raise UserError(
-            f"{path}: can't be read as parquet ({brief(error.__cause__ or error)}) (data.source)"
-        ) from error
+        raise UserError(f"{path}: can't be read as parquet ({brief(error)}) (data.source)") from error
     image_column = find_column(table.column_names, data.image_column, USUAL, "images", "data.image_column", path)
     try:
         images = table.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))

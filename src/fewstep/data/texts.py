@@ -59,7 +59,7 @@ def find_column(
     names: Sequence[str], wanted: str | None, usual: Sequence[str], what: str, setting: str, path: Path, more: str = ""
 ) -> str:
     """The column asked for, or the first usual one, in any capitals; raises UserError that names the setting."""
-    if wanted in names:
+    if wanted and wanted in names:
         return wanted
     by_lower = {name.lower(): name for name in reversed(names)}
     found = [by_lower[name] for name in ((wanted.lower(),) if wanted else usual) if name in by_lower]

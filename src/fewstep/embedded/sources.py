@@ -37,10 +37,8 @@ def open_images(data: DataSettings, model: PixelModelConfig | ImageModel, shrink
     if (model.channels, size) != (1, 8):
         raise UserError(f"data.source: the digits are 1x8x8, the model wants {model.channels}x{size}x{size}")
     images = digits()
-    if not model.num_classes or images.labels is None:
-        return replace(images, labels=None)
-    labels, names = labels_of_classes(images.labels, None, model.num_classes, names, "digits", True)
-    return replace(images, labels=labels, class_names=names)
+    labels, _ = labels_of_classes(images.labels, None, model.num_classes, names, True, "digits")
+    return replace(images, labels=labels)
 
 
 def open_captioned(
