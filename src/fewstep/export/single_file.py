@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import nn
 
 from fewstep.embedded.small_models import SCHEDULE
@@ -23,39 +24,7 @@ Places = dict[str, str]
 """Dotted starts of diffusers' names -> the original ones."""
 SCALES = (0.18215, 0.13025)
 """Of latents, in which readers of a file take SD and SDXL to be."""
-UNET_ENDS = {
-    "conv_in": "input_blocks.0.0",
-    "conv_norm_out": "out.0",
-    "conv_out": "out.2",
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
-    "mid_block.resnets.0": "middle_block.0",
-    "mid_block.attentions.0": "middle_block.1",
-    "mid_block.resnets.1": "middle_block.2",
-}
-UNET_LAYERS = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
-VAE_ENDS = {
-    "conv_in": "conv_in",
-    "conv_norm_out": "norm_out",
-    "conv_out": "conv_out",
-    "mid_block.resnets.0": "mid.block_1",
-    "mid_block.attentions.0": "mid.attn_1",
-    "mid_block.resnets.1": "mid.block_2",
-}
-VAE_LAYERS = {"conv_shortcut": "nin_shortcut", "group_norm": "norm", "to_out.0": "proj_out"}
-VAE_LAYERS |= {f"to_{letter}": letter for letter in "qkv"}
-OPENCLIP_ENDS = {"embeddings.token_embedding": "token_embedding", "final_layer_norm": "ln_final"}
-OPENCLIP_LAYERS = {"layer_norm1": "ln_1", "self_attn": "attn", "layer_norm2": "ln_2"}
-OPENCLIP_LAYERS |= {"mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
+NAMES: dict[str, Places] = yaml.safe_load(Path(__file__).with_name("original_names.yaml").read_text())
 
 
 def write_single_file(model: LatentModel, path: Path, metadata: dict[str, str], dtype: torch.dtype) -> None:
@@ -76,7 +45,9 @@ def original_weights(model: LatentModel) -> Weights:
     """The model's tensors, in place, under their names in the original releases."""
     pipeline = model.pipeline
     first = _text_state(pipeline.text_encoder)  # OpenAI's CLIP keeps its names
-    weights = _renamed(model.network, model.network.state_dict(), UNET, _unet_places(model.network), UNET_LAYERS)
+    weights = _renamed(
+        model.network, model.network.state_dict(), UNET, _unet_places(model.network), NAMES["unet_layers"]
+    )
     weights |= _vae(pipeline.vae)
     if "text_encoder_2" in pipeline.components:
         weights |= _prefixed("conditioner.embedders.0.transformer.text_model.", first)
@@ -106,7 +77,7 @@ def _renamed(network: nn.Module, state: Weights, prefix: str, places: Places, la
 
 def _unet_places(unet: Any) -> Places:
     """The levels as one list of input blocks and one of output blocks; a block is a list of layers."""
-    places, index = dict(UNET_ENDS), 1
+    places, index = dict(NAMES["unet_starts"]), 1
     for level, block in enumerate(unet.down_blocks):
         for layer in range(len(block.resnets)):
             places[f"down_blocks.{level}.resnets.{layer}"] = f"input_blocks.{index}.0"
@@ -130,14 +101,14 @@ def _vae(vae: Any) -> Weights:
     """Levels are counted from the image on both sides; attention is of 1x1 convolutions."""
     places = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
     for side, way, blocks in (("encoder", "down", vae.encoder.down_blocks), ("decoder", "up", vae.decoder.up_blocks)):
-        places |= {f"{side}.{name}": f"{side}.{original}" for name, original in VAE_ENDS.items()}
+        places |= {f"{side}.{name}": f"{side}.{original}" for name, original in NAMES["vae_starts"].items()}
         for number, block in enumerate(blocks):
             level = number if side == "encoder" else len(blocks) - 1 - number
             here, there = f"{side}.{way}_blocks.{number}", f"{side}.{way}.{level}"
             places[f"{here}.{way}samplers.0.conv"] = f"{there}.{way}sample.conv"
             for layer in range(len(block.resnets)):
                 places[f"{here}.resnets.{layer}"] = f"{there}.block.{layer}"
-    weights = _renamed(vae, vae.state_dict(), "first_stage_model.", places, VAE_LAYERS)
+    weights = _renamed(vae, vae.state_dict(), "first_stage_model.", places, NAMES["vae_layers"])
     return {name: t[:, :, None, None] if ".attn_1." in name and t.ndim == 2 else t for name, t in weights.items()}
 
 
@@ -159,10 +130,10 @@ def _openclip(encoder: Any, prefix: str) -> Weights:
     for name in [name for name in state if ".q_proj." in name]:
         joined = [state.pop(name.replace(".q_proj.", f".{letter}_proj.")) for letter in "qkv"]
         state[name.replace(".q_proj.", ".in_proj_")] = torch.cat(joined)
-    places = OPENCLIP_ENDS | {
+    places = NAMES["openclip_starts"] | {
         f"encoder.layers.{index}": f"transformer.resblocks.{index}" for index in range(encoder.config.num_hidden_layers)
     }
-    return _prefixed(prefix, ends) | _renamed(encoder, state, prefix, places, OPENCLIP_LAYERS)
+    return _prefixed(prefix, ends) | _renamed(encoder, state, prefix, places, NAMES["openclip_layers"])
 
 
 def _flags(model: LatentModel) -> list[str]:
