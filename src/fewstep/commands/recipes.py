@@ -28,8 +28,14 @@ def recipes(given: Recipes) -> None:
         _new(given, given.recipe)
     else:
         recipe = load_recipe(given.recipe, given.set_)  # which is the check
-        valid = [f"{given.recipe}: a valid {recipe.kind} recipe"]
-        print("\n".join(explained(recipe) if given.action == "show" else valid))
+        if given.action == "show":
+            print(
+                f"# {given.recipe}, whole: saved as a .yaml file it is a recipe of your own.",
+                *explained(recipe),
+                sep="\n",
+            )
+        else:
+            print(f"{given.recipe}: a valid {recipe.kind} recipe")
 
 
 def _new(given: Recipes, name: str) -> None:
