@@ -4,6 +4,7 @@ import re
 import shlex
 import sys
 import tomllib
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from PIL import Image
 from command_line import fewstep
 from edm_files import small_network, write_checkpoint
 from fewstep.commands.options import VERBS
+from fewstep.evaluation import extractors
 from image_sets import encoded, write_edm_zip, write_files, write_tar
 from single_files import original_weights, write_single_file
 from tiny_pipelines import TINY
@@ -27,6 +29,8 @@ SMALL = {
     "distill my-sdxl.yaml": "--set num_steps=2 --set batch_size=2 --set accumulate=2",
     "distill digits-1step": "--set num_steps=2 --set batch_size=4 --set teacher=runs/digits-teacher",
     "distill": "--set num_steps=2 --set batch_size=2",
+    "sample runs/emoji-1step": "--num 2 --sampler heun:2",
+    "evaluate runs/emoji-teacher": "--num-samples 100 --sampler euler:1",
     "evaluate": "--num-samples 100",
     "data pairs": "--num 4",
 }
@@ -103,6 +107,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = "".join(f"{i}.png,number {i}\n" for i in range(len(large)))
     table = {"metadata.csv": f"file_name,caption\n{lines}".encode()}
     write_files(folder / "pictures", table | {f"{i}.png": image for i, image in enumerate(large)})
+    photos = [encoded(Image.new("RGB", (8, 8), (i % 250, 90, 200))) for i in range(300)]
+    write_files(folder / "photos", {f"{('faces', 'hands', 'signs')[i % 3]}/{i}.png": p for i, p in enumerate(photos)})
     small = {f"{i}.png": encoded(Image.new("L", (8, 8), 5 * i)) for i in range(20)}
     write_edm_zip(folder / "imagenet-64x64.zip", small, [[f"{i}.png", i % 10] for i in range(20)])
     network = small_network(img_resolution=8, img_channels=1, label_dim=10, channel_mult=[1, 1])
@@ -117,6 +123,8 @@ def test_the_lines_of_a_block_run_as_shown_in_the_place_of_those_before(
     monkeypatch.chdir(place)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(place / "cache"))
     monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=Distance))
+    monkeypatch.setattr("fewstep.recipes.new.SECONDS", 0)
+    monkeypatch.setattr(extractors, "train_classifier", partial(extractors.train_classifier, num_steps=5))
     for line in block.strip().splitlines():
         run(line)
 
@@ -130,7 +138,14 @@ def test_prompts_alone_train_as_the_page_says(place: Path, monkeypatch: pytest.M
 
 def test_what_the_blocks_make_is_there(place: Path) -> None:
     made = {"student", "student.safetensors", "samples.png", "evaluation/report.html", "models/edm-imagenet-64"}
-    made |= {"cat.png", "my-evaluation/report.html", "my-sdxl-4step.safetensors", "my-sdxl-4step", "four-steps.png"}
+    made |= {
+        "cat.png",
+        "my-evaluation/report.html",
+        "my-sdxl-4step.safetensors",
+        "my-sdxl-4step",
+        "four-steps.png",
+        "emoji.png",
+    }
     assert all((place / name).exists() for name in made)
     runs = ("sdxl-4step", "sdxl-1step-init", "sdxl-1step", "imagenet64-1step")
     assert all(list((place / "runs" / name / "checkpoints").glob("*/model/fewstep.json")) for name in runs)

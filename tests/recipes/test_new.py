@@ -110,7 +110,7 @@ def test_a_recipe_like_one_whose_teacher_is_brought_along_is_one_file(name: str,
 @pytest.mark.parametrize(
     ("line", "told"),
     [
-        ("new", "write `fewstep recipes`, `fewstep recipes show NAME`, or check or new in the place of show"),
+        ("new", "`fewstep recipes show NAME`, `fewstep recipes check NAME`, `fewstep recipes new NAME`"),
         ("new pets", "takes your images as --source photos"),
         ("new pets --source nowhere", "nowhere: no such file or folder"),
         ("new ../pets --source photos", "'../pets': is the beginning of file names"),

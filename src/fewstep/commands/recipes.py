@@ -23,7 +23,8 @@ def recipes(given: Recipes) -> None:
             table.add_row(name, recipe.kind, recipe.description)
         Console().print(table)
     elif given.action not in ("show", "check", "new") or given.recipe is None:
-        raise UserError("write `fewstep recipes`, `fewstep recipes show NAME`, or check or new in the place of show")
+        ways = ", ".join(f"`fewstep recipes {action} NAME`" for action in ("show", "check", "new"))
+        raise UserError(f"write `fewstep recipes`, or one of {ways}")
     elif given.action == "new":
         _new(given, given.recipe)
     else:
