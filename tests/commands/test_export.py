@@ -339,7 +339,7 @@ DAMAGES: dict[str, tuple[Damage, list[str]]] = {  # by name, which has the optio
         changed("text_encoder", put("final_layer_norm.bias", -math.inf)),
         [TEXT, "final_layer_norm.bias", "holds NaN or infinity"],
     ),
-    "a missing shard": (shard, [f"unet/shard-1.safetensors: {BAD}"]),
+    "a missing shard": (shard, ["index.json: names shard-1.safetensors"]),
     "twice": (copied(UNET, "unet/more.safetensors"), ["unet/more.safetensors", f"also in {Path(UNET).name}"]),
     "too large, float16": (changed("vae", put("conv_out.bias", 1e6)), ["--dtype float16: ", "conv_out.bias", "65504"]),
     "too large, raw, float16": (raw(put("conv_out.bias", -7e4)), ["--dtype float16: ", "numbers beyond its 65504"]),

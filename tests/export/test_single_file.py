@@ -166,7 +166,7 @@ def test_a_teacher_has_no_timesteps_and_metadata_have_the_last_word(sd: Place, t
 @pytest.mark.parametrize("timesteps", ["[1000]", "[999, 0.5]", "[-1]", "999", '["a"]', "[999"])
 def test_timesteps_that_no_student_has_are_refused(sd: Place, tmp_path: Path, timesteps: str) -> None:
     write_single_file(sd.model, tmp_path / "x.safetensors", {"fewstep.timesteps": timesteps}, torch.float32)
-    with pytest.raises(UserError, match=r"x\.safetensors: the model is damaged") as error:
+    with pytest.raises(UserError, match=r"x\.safetensors: .*timesteps") as error:
         load(tmp_path / "x.safetensors", sd.folder)
     assert "\n" not in str(error.value)
 

@@ -70,7 +70,16 @@ def test_the_autoencoder_of_a_pipeline_is_found_in_its_folder(tmp_path: Path) ->
     assert torch.equal(alone.encode_images(pictures(), unit), inside.encode_images(pictures(), unit))
 
 
-@pytest.mark.parametrize("damage", ["nothing there", "no weights", "torn weights", "torn configuration", "other sizes"])
+DAMAGES = {
+    "nothing there": "holds no autoencoder",
+    "no weights": "vae: holds no weights in safetensors",
+    "torn weights": r"diffusion_pytorch_model\.safetensors: is missing or damaged",
+    "torn configuration": r"config\.json: is missing or damaged",
+    "other sizes": r"diffusion_pytorch_model\.safetensors: has other sizes",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_folder_without_a_whole_autoencoder_is_refused(model: Autoencoder, damage: str, tmp_path: Path) -> None:
     weights, config = tmp_path / "vae" / "diffusion_pytorch_model.safetensors", tmp_path / "vae" / "config.json"
     if damage != "nothing there":
@@ -83,5 +92,5 @@ def test_a_folder_without_a_whole_autoencoder_is_refused(model: Autoencoder, dam
         config.write_text(config.read_text()[:40])
     elif damage == "other sizes":
         config.write_text(config.read_text().replace('"latent_channels": 3', '"latent_channels": 5'))
-    with pytest.raises(UserError, match="holds no readable autoencoder"):
+    with pytest.raises(UserError, match=DAMAGES[damage]):
         load_autoencoder(tmp_path)

@@ -163,13 +163,13 @@ def test_lpips_is_of_decoded_pictures_and_trains_the_student_alone(tiny: bool, t
 
 def test_what_is_no_tiny_autoencoder_is_refused(tmp_path: Path) -> None:
     cpu = torch.device("cpu")
-    with pytest.raises(UserError, match=r"regression\.decoder: .*absent: holds no readable AutoencoderTiny"):
+    with pytest.raises(UserError, match=r"regression\.decoder: .*absent.*: is missing or damaged"):
         load_tiny_decoder(tmp_path / "absent", 4, cpu)
     tiny_autoencoder(tmp_path / "wide", channels=16)
-    with pytest.raises(UserError, match="a AutoencoderTiny of 16 channels, not an AutoencoderTiny of 4"):
+    with pytest.raises(UserError, match="of 16 channels, not of 4"):
         load_tiny_decoder(tmp_path / "wide", 4, cpu)
     AutoencoderKL(block_out_channels=(8,), norm_num_groups=4).save_pretrained(tmp_path / "kl")
-    with pytest.raises(UserError, match=r"regression\.decoder: .*kl: "):
+    with pytest.raises(UserError, match=r"regression\.decoder: .*kl.*AutoencoderKL; supported is AutoencoderTiny"):
         load_tiny_decoder(tmp_path / "kl", 4, cpu)
 
 

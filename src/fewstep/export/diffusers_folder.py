@@ -63,7 +63,7 @@ def write_diffusers_folder(
             if part.name in stored.parts:
                 metadata = provenance.metadata() if part.name == stored.family.part else {}
                 _convert(stored.parts[part.name], part, folder / part.name, written, metadata, report)
-            elif part.name != "scheduler":
+            elif part.name in stored.family.others and part.name != "scheduler":
                 shutil.copytree(part, folder / part.name, copy_function=_copy)
         write_description(folder, stored.description | {EXPORT: provenance.metadata()})
         if grid:

@@ -3,8 +3,7 @@
 No network is given memory: its configuration says which tensors it has, and those of the files are read one by one.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from fewstep.errors import UserError, brief
+from fewstep.errors import UserError
 from fewstep.files import read_json
 from fewstep.models.image_model import DESCRIPTION, read_description
-from fewstep.models.loading.hub import ID, PIPELINE
-from fewstep.models.loading.pipeline import build_part, check_index, check_subfolders, library_class
-from fewstep.models.loading.weights import check_finite, check_fits, check_names, check_stored
+from fewstep.models.loading.files import check_sizes, part_tensors, whole
+from fewstep.models.loading.hub import ID, PIPELINE, read_index
+from fewstep.models.loading.pipeline import check_index, check_subfolders, library_class, outline
+from fewstep.models.loading.weights import check_finite, check_fits, check_names, plain_name
 from fewstep.networks.families.edm import PIXELS
 from fewstep.networks.family import Family
 from fewstep.networks.settings import PixelModelConfig
@@ -88,17 +88,6 @@ class StoredModel:
             check_finite(stored.file, [(stored.name, stored.read())])
 
 
-@contextmanager
-def whole(where: Path) -> Iterator[None]:
-    """Raises UserError for a file that is missing or damaged, which shows itself as almost any error."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"{where}: is missing or damaged ({brief(error)}); name another checkpoint") from error
-
-
 def open_stored(folder: Path, raw: Raw | None = None) -> StoredModel:
     """The model in `folder`, its trained network with the weights `raw` where they are given.
 
@@ -106,8 +95,9 @@ def open_stored(folder: Path, raw: Raw | None = None) -> StoredModel:
     """
     check_plain(folder)
     description, index, family = read_description(folder), dict[str, Any](), PIXELS
+    check_sizes(folder / DESCRIPTION, description)
     if (folder / PIPELINE).is_file():
-        index = read_json(folder / PIPELINE)
+        index = read_index(folder)
         family = check_index(folder, index)
     with whole(folder / DESCRIPTION):
         [float(t) for t in description["timesteps"]]
@@ -132,34 +122,12 @@ def check_plain(folder: Path) -> None:
 
 def open_part(folder: Path, kind: Any, raw: Raw | None = None) -> Part:
     """A network of that class, of the names and shapes that its configuration gives it; `raw` by its own names."""
-    with whole(folder / "config.json"), torch.device("meta"):
-        network = build_part(kind, folder)
-    tensors = _stored_tensors(folder)
+    network = outline(kind, folder)
+    tensors = {name: Stored(name, file, meta) for name, (file, meta) in part_tensors(folder)[0].items()}
     if raw:
         check_names(raw[0], dict(network.named_parameters()).keys() - raw[1].keys(), ())
         tensors |= {name: Stored(name, raw[0], torch.empty_like(t, device="meta"), t) for name, t in raw[1].items()}
-    needs = {_plain(name): tensor for name, tensor in network.state_dict().items()}
-    found = {_plain(name): stored.meta for name, stored in tensors.items()}
-    check_fits(folder, needs, found, {_plain(name): stored.file for name, stored in tensors.items()})
+    needs = {plain_name(name): tensor for name, tensor in network.state_dict().items()}
+    found = {plain_name(name): stored.meta for name, stored in tensors.items()}
+    check_fits(folder, needs, found, {plain_name(name): stored.file for name, stored in tensors.items()})
     return Part(network, tensors)
-
-
-def _plain(name: str) -> str:
-    """Some versions of transformers have one word more in the names of text encoders."""
-    return name.removeprefix("text_model.")
-
-
-def _stored_tensors(folder: Path) -> dict[str, Stored]:
-    """All of a part, by their names: of the files that are there, and of those that an index of shards names."""
-    files, found = set(folder.glob("*.safetensors")), dict[str, Stored]()
-    for index in folder.glob("*.safetensors.index*.json"):
-        files |= {folder / name for name in read_json(index).get("weight_map", {}).values()}
-    if not files:
-        raise UserError(f"{folder}: holds no weights; name another checkpoint")
-    for file in sorted(files):
-        with whole(file):
-            for name, meta in check_stored(file).items():
-                if name in found:
-                    raise UserError(f"{file}: holds {name}, which is also in {found[name].file.name}")
-                found[name] = Stored(name, file, meta)
-    return found

@@ -7,14 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from fewstep.errors import UserError
-from fewstep.files import read_json
 from fewstep.models.image_model import write_description
-from fewstep.models.loading.pipeline import library_class
-from fewstep.models.loading.weights import check_finite, check_names, check_stored
+from fewstep.models.loading.files import check_files
+from fewstep.models.loading.pipeline import library_class, load_part
 from fewstep.networks.codec import Codec, to_images
 
 if TYPE_CHECKING:
@@ -72,17 +70,10 @@ def load_autoencoder(folder: Path) -> Autoencoder:
 
     Raises UserError if it is not there, or is damaged.
     """
-    kind, where = library_class("AutoencoderKL"), folder / "vae"
-    try:
-        for file in where.glob("*.safetensors"):
-            check_stored(file)
-        options = {"use_safetensors": True, "low_cpu_mem_usage": False, "output_loading_info": True}
-        vae, found = kind.from_pretrained(where, local_files_only=True, **options)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise UserError(f"{folder}: holds no readable autoencoder (vae/)") from error
-    check_names(where, found["missing_keys"], found["unexpected_keys"])
-    check_finite(where, vae.state_dict().items())
-    return Autoencoder(vae.eval())
+    if not (folder / "vae").is_dir():
+        raise UserError(f"{folder}: holds no autoencoder (vae/)")
+    check_files(folder, ["vae"])
+    return Autoencoder(load_part(library_class("AutoencoderKL"), folder / "vae").eval())
 
 
 def load_tiny_decoder(folder: Path, num_channels: int, device: torch.device) -> Decode:
@@ -90,14 +81,12 @@ def load_tiny_decoder(folder: Path, num_channels: int, device: torch.device) -> 
 
     Raises UserError if it is none, or is for other latents.
     """
-    kind = library_class("AutoencoderTiny")
     try:
-        tiny = kind.from_pretrained(folder, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False)
-        name = read_json(folder / "config.json")["_class_name"]
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise UserError(f"regression.decoder: {folder}: holds no readable AutoencoderTiny") from error
-    if name != "AutoencoderTiny" or tiny.config.latent_channels != num_channels:
-        found = f"{name} of {tiny.config.latent_channels} channels"
-        raise UserError(f"regression.decoder: {folder}: a {found}, not an AutoencoderTiny of {num_channels}")
+        check_files(folder, ["."])
+        tiny = load_part(library_class("AutoencoderTiny"), folder)
+    except UserError as error:
+        raise UserError(f"regression.decoder: {error}") from error
+    if (found := tiny.config.latent_channels) != num_channels:
+        raise UserError(f"regression.decoder: {folder}: an AutoencoderTiny of {found} channels, not of {num_channels}")
     tiny.eval().requires_grad_(False).to(device)
     return Codec(tiny).decode

@@ -200,7 +200,7 @@ class ImageModel(ABC):
             if temporary.is_dir():
                 os.replace(temporary, frozen)
         if frozen is not None and frozen.is_dir():
-            shutil.copytree(frozen, folder, copy_function=link_weights, dirs_exist_ok=True)
+            shutil.copytree(frozen, folder, symlinks=True, copy_function=link_weights, dirs_exist_ok=True)
         self.save_trained(folder, dict(self.denoiser.named_parameters()))
 
     def save_frozen(self, folder: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from fewstep.errors import UserError, brief
 from fewstep.files import read_json
+from fewstep.models.loading.files import check_files
 
 PIPELINE = "model_index.json"
 ID = re.compile(r"(\w[\w.-]*)/\w[\w.-]*")
@@ -34,14 +35,17 @@ def fetch(name: str, parts: Iterable[str], weights: Iterable[str]) -> Path:
     parts, weights = list(parts), list(weights)
     wanted = [PIPELINE, *(f"{part}/*{suffix}" for part in parts for suffix in (".json", ".txt"))]
     folder = _fetch(name, wanted + [f"{part}/*.safetensors" for part in weights], ignore="*/*.*.safetensors")
-    halves = [part for part in weights if not any((folder / part).glob("*.safetensors"))]
-    return _fetch(name, [f"{part}/*.fp16*.safetensors" for part in halves]) if halves else folder
+    for variant in (".fp16", ""):  # then any
+        if lacking := [part for part in weights if not any((folder / part).glob("*.safetensors"))]:
+            folder = _fetch(name, [f"{part}/*{variant}*.safetensors" for part in lacking])
+    return folder
 
 
 def read_index(folder: Path) -> dict[str, Any]:
     """A pipeline's class and parts."""
     if not (folder / PIPELINE).exists():
         raise UserError(f"{folder}: is damaged (it has no {PIPELINE})")
+    check_files(folder, [PIPELINE])
     return read_json(folder / PIPELINE)
 
 

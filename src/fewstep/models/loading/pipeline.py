@@ -1,5 +1,6 @@
 """Diffusers pipelines out of a folder, or out of a single file and a folder with its configuration."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -7,10 +8,10 @@ import torch
 from torch import nn
 
 from fewstep.errors import UserError
-from fewstep.files import read_json
+from fewstep.models.loading.files import check_files, part_tensors, read_config, whole
 from fewstep.models.loading.hub import read_index
 from fewstep.models.loading.single_file import Weights, convert, parts_in, pipeline_name
-from fewstep.models.loading.weights import check_finite, check_names, check_stored, load_checked
+from fewstep.models.loading.weights import check_finite, check_fits, load_checked, plain_name
 from fewstep.networks.families import FAMILIES, find_family
 from fewstep.networks.family import Family
 
@@ -42,7 +43,8 @@ def load_pipeline(folder: Path, changes: Changes) -> Any:
     """The pipeline in a diffusers folder, in float32, with these changes to its scheduler."""
     family = check_index(folder, read_index(folder))
     check_subfolders(folder, family)
-    return _assemble(folder, family, {part: _from_folder(folder, part, family) for part in family.weights}, changes)
+    parts = {part: load_part(library_class(kind), folder / part) for part, kind in family.weights.items()}
+    return _assemble(folder, family, parts, changes)
 
 
 def load_single_file(path: Path, weights: Weights, config: Path, changes: Changes) -> Any:
@@ -53,56 +55,53 @@ def load_single_file(path: Path, weights: Weights, config: Path, changes: Change
         raise UserError(f"{path}: for a {pipeline_name(weights)}, but {its}")
     check_subfolders(config, family)
     there = parts_in(weights)
-    absent = [part for part in family.weights if part not in there and not _files(config, part)]
+    absent = [part for part in family.weights if part not in there and not any((config / part).glob("*.safetensors"))]
     if absent:
         raise UserError(f"{path}: lacks {', '.join(absent)}, and {config} has no weights for that; name a whole folder")
     parts = {
-        part: _from_file(path, weights, config, part, family) if part in there else _from_folder(config, part, family)
-        for part in family.weights
+        part: _from_file(path, weights, config, part, kind) if part in there else load_part(kind, config / part)
+        for part, kind in ((part, library_class(name)) for part, name in family.weights.items())
     }
     return _assemble(config, family, parts, changes)
 
 
 def check_subfolders(folder: Path, family: Family) -> None:
-    """Raises UserError unless the folder has one for every part."""
+    """Raises UserError unless the folder has one for every part, of files of its own."""
     missing = [part for part in family.parts if not (folder / part).is_dir()]
     if missing:
         raise UserError(f"{folder}: lacks the subfolder {', '.join(missing)}; the whole pipeline is needed")
+    check_files(folder, family.parts)
 
 
-def _files(folder: Path, part: str) -> list[Path]:
-    return sorted((folder / part).glob("*.safetensors"))
+def load_part(kind: Any, folder: Path) -> Any:
+    """The network of that class in the folder of a part, on the CPU, in float32.
 
-
-def _from_folder(folder: Path, part: str, family: Family) -> nn.Module:
-    files = _files(folder, part)
-    if not files:
-        raise UserError(f"{folder}: {part} has no safetensors weights; other formats can run code, and are never read")
-    halves = all(".fp16" in file.name for file in files)  # also of shards: .fp16-00001-of-00002
-    read = [file for file in files if halves or ".fp16" not in file.name]
-    place = {name: file for file in read for name in check_stored(file)}
-    kind = library_class(family.weights[part])
-    model, information = kind.from_pretrained(
-        str(folder),
-        subfolder=part,
-        variant="fp16" if halves else None,
-        torch_dtype=torch.float32,
-        use_safetensors=True,
-        local_files_only=True,
-        output_loading_info=True,
-        **({"low_cpu_mem_usage": False} if hasattr(kind, "from_config") else {}),  # those of diffusers
-    )
-    check_names(f"{folder}: {part}", information["missing_keys"], information["unexpected_keys"])
-    for name, tensor in model.state_dict().items():
-        check_finite(place.get(name, folder / part), [(name, tensor)])
-    network: nn.Module = model
+    It is given memory when the files have the names and shapes that its configuration gives it. Raises UserError,
+    naming part, file and tensor, if they have not, or a number is not finite.
+    """
+    tensors, variant = part_tensors(folder)
+    place = {plain_name(name): file for name, (file, _) in tensors.items()}
+    needs = {plain_name(name): tensor for name, tensor in outline(kind, folder).state_dict().items()}
+    check_fits(folder, needs, {plain_name(name): meta for name, (_, meta) in tensors.items()}, place)
+    with whole(folder):
+        network = kind.from_pretrained(
+            str(folder),
+            variant=variant,
+            torch_dtype=torch.float32,
+            use_safetensors=True,
+            local_files_only=True,
+            **({"low_cpu_mem_usage": False} if hasattr(kind, "from_config") else {}),  # those of diffusers
+        )
+    for name, tensor in network.state_dict().items():
+        check_finite(place.get(plain_name(name), folder), [(name, tensor)])
     return network
 
 
-def _from_file(path: Path, weights: Weights, config: Path, part: str, family: Family) -> nn.Module:
-    model = build_part(library_class(family.weights[part]), config / part)
+def _from_file(path: Path, weights: Weights, config: Path, part: str, kind: Any) -> nn.Module:
     try:
-        load_checked(f"{path}: {part}", model, convert(weights, part, model))
+        found = convert(weights, part, bare := outline(kind, config / part))
+        check_fits(f"{path}: {part}", bare.state_dict(), found)
+        load_checked(f"{path}: {part}", model := build_part(kind, config / part), found)
     except UserError as error:
         raise UserError(f"{error}" + f" ({config} configures it)" * ("other sizes" in str(error))) from error
     return model
@@ -110,21 +109,48 @@ def _from_file(path: Path, weights: Weights, config: Path, part: str, family: Fa
 
 def build_part(kind: Any, folder: Path) -> nn.Module:
     """A network of that class, of random weights, by the configuration in its folder."""
-    config = read_json(folder / "config.json")
-    network: nn.Module = kind.from_config(config) if hasattr(kind, "from_config") else kind(kind.config_class(**config))
+    config = read_config(path := folder / "config.json")
+    if config.get("quantization_config"):
+        raise UserError(f"{path}: is of quantised weights, which are not read; name the model in 16 or 32 bits")
+    if (name := config.get("_class_name", kind.__name__)) != kind.__name__:
+        raise UserError(f"{path}: is of the class {name}; supported is {kind.__name__}")
+    with whole(path):
+        made = kind.from_config(config) if hasattr(kind, "from_config") else kind(kind.config_class(**config))
+    network: nn.Module = made
     return network
+
+
+def outline(kind: Any, folder: Path) -> nn.Module:
+    """The same without memory: names and shapes alone."""
+    with torch.device("meta"):
+        return build_part(kind, folder)
 
 
 def _assemble(folder: Path, family: Family, parts: dict[str, nn.Module], changes: Changes) -> Any:
     """The pipeline of these parts, with the folder's scheduler and tokenizers."""
-    kind = library_class(family.name)
-    others = {name for name, entry in read_index(folder).items() if isinstance(entry, list)}  # SD3's T5, say
+    from diffusers.configuration_utils import FrozenDict
+
+    kind, index = library_class(family.name), read_index(folder)
+    others = {name for name, entry in index.items() if isinstance(entry, list)}  # SD3's T5, say
     unwanted = (others | set(kind._optional_components)) - set(family.parts)
-    pipeline = kind.from_pretrained(str(folder), local_files_only=True, **parts, **dict.fromkeys(unwanted))
-    if changes:  # DDIM's is the one scheduler that knows all of them
-        family.schedule(pipeline.scheduler.config)  # which refuses what is not its kind
-        pipeline.scheduler = library_class("DDIMScheduler").from_config(pipeline.scheduler.config, **changes)
+    told = read_config(folder / "scheduler" / "scheduler_config.json")  # of which a class drops what it does not know
+    given = parts | {name: _without_weights(folder / name, str(index[name][1])) for name in family.others}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # 20 lines each, of settings that no denoiser depends on
+        pipeline = kind.from_pretrained(str(folder), local_files_only=True, **given, **dict.fromkeys(unwanted))
+        for config in (FrozenDict(told), pipeline.scheduler.config):
+            family.schedule(config)  # which refuses what is not its kind
+        if changes:  # DDIM's is the one scheduler that knows all of them
+            pipeline.scheduler = library_class("DDIMScheduler").from_config(pipeline.scheduler.config, **changes)
     return pipeline
+
+
+def _without_weights(folder: Path, name: str) -> Any:
+    """A scheduler or a tokenizer of that class."""
+    if not name.endswith(("Scheduler", "Tokenizer", "TokenizerFast")):
+        raise UserError(f"{folder}: is of the class {name}, which is no scheduler and no tokenizer")
+    with whole(folder):
+        return library_class(name).from_pretrained(str(folder), local_files_only=True)
 
 
 def library_class(name: str) -> Any:

@@ -6,15 +6,16 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from fewstep.errors import UserError, brief
-from fewstep.files import read_json
 from fewstep.models.image_model import DESCRIPTION, read_description
 from fewstep.models.latent_model import LatentModel
 from fewstep.models.loading import hub, single_file
+from fewstep.models.loading.files import check_files, check_sizes, part_tensors, read_config, whole
 from fewstep.models.loading.hub import PIPELINE, read_index
 from fewstep.models.loading.pipeline import check_index, load_pipeline, load_single_file
-from fewstep.models.loading.weights import check_stored, load_checked
+from fewstep.models.loading.weights import check_fits, load_checked
 from fewstep.models.pixel_model import PixelModel
 from fewstep.networks.families import find_family
 from fewstep.networks.families.stable_diffusion import PARAMETERIZATIONS
@@ -58,9 +59,7 @@ def load(
         else:
             folder = _local(path)
             model = _load_folder(folder, prediction_type, None if folder == path else str(path))
-        if model.timesteps:
-            model.denoiser.schedule.check_timesteps(torch.tensor(model.timesteps))
-        return model
+        return _checked(model)
     except UserError as error:
         if str(source) in str(error):
             raise
@@ -84,39 +83,60 @@ def _load_folder(folder: Path, prediction_type: str | None, hub_id: str | None) 
         raise UserError(
             f"{folder}: not a model folder (it has no {DESCRIPTION}); name a run or another checkpoint's model"
         )
+    check_files(folder, [name for name in (DESCRIPTION, PIPELINE) if (folder / name).is_file()])
     description = read_description(folder)
+    check_sizes(folder / DESCRIPTION, description)
+    with whole(folder / DESCRIPTION):  # without them a student would pass for a teacher
+        timesteps = description["timesteps"] if (folder / DESCRIPTION).is_file() else None
     named = description["family"]
     if named == "latent":
         pipeline = load_pipeline(folder, {"prediction_type": prediction_type} if prediction_type else {})
         base = hub_id or description.get("base_model")
-        return LatentModel(pipeline, description.get("timesteps"), description.get("image_size"), base)
+        return LatentModel(pipeline, timesteps, description.get("image_size"), base)
     if prediction_type:
         raise UserError(f"{folder}: a pixel model, which takes no prediction type")
-    family = find_family(named)
+    family = find_family(str(named))
     if family is None or family.settings is None:
         raise UserError(
             f"{folder}: of the family {named!r}, which is not known here; name it with --family MODULE:NAME"
         )
-    return _load_pixel_model(folder, description, family, family.settings(**description["config"]))
+    with whole(folder / DESCRIPTION):
+        config = family.settings(**description["config"])
+    names = description.get("class_names")
+    return PixelModel(config, _load_network(folder, family, config), timesteps, names, family)
 
 
-def _load_pixel_model(folder: Path, description: dict[str, Any], family: Family, config: PixelSettings) -> PixelModel:
-    timesteps = description["timesteps"] and [float(t) for t in description["timesteps"]]
-    network, place = family.network(config), folder / family.part
-    if hasattr(network, "config"):
-        stored = read_json(place / "config.json")
-        for name, value in json.loads(json.dumps(dict(network.config))).items():  # lists for tuples, as the file has
+def _checked(model: Any) -> Any:
+    """The model in evaluation mode; raises UserError for timesteps that are none of its schedule."""
+    if model.timesteps is not None:
+        try:
+            model.timesteps = [float(t) for t in model.timesteps]
+            model.denoiser.schedule.check_timesteps(torch.tensor(model.timesteps, dtype=torch.float64))
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"timesteps: can't be a student's ({brief(error)}); name another checkpoint") from error
+    model.denoiser.eval()
+    return model
+
+
+def _load_network(folder: Path, family: Family, config: PixelSettings) -> nn.Module:
+    """The network on pixels by its settings, which its own configuration, where there is one, must not contradict."""
+    place = folder / family.part
+    check_files(folder, [family.part])
+    tensors, _ = part_tensors(place)
+    if family.weights:  # of a library, whose networks can be made without memory: so it is known that they fit
+        with torch.device("meta"):
+            bare = family.network(config)
+        stored = read_config(place / "config.json")
+        for name, value in json.loads(json.dumps(dict(bare.config))).items():  # lists for tuples, as the file has them
             if not name.startswith("_") and name in stored and stored[name] != value:
                 raise UserError(
                     f"{place}/config.json says {name} {stored[name]}, {DESCRIPTION} {value}; they are of two models"
                 )
-    files = sorted(place.glob("*.safetensors"))
-    for file in files:
-        check_stored(file)
+        check_fits(place, bare.state_dict(), {name: meta for name, (_, meta) in tensors.items()})
+    network = family.network(config)
+    files = dict.fromkeys(file for file, _ in tensors.values())
     load_checked(place, network, {name: value for file in files for name, value in load_file(file).items()})
-    model = PixelModel(config, network, timesteps, description.get("class_names"), family)
-    model.denoiser.eval()
-    return model
+    return network
 
 
 def _load_file(path: Path, config: str | Path | None, prediction_type: str | None) -> LatentModel:

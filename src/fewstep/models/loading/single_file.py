@@ -58,11 +58,14 @@ def read(path: Path) -> Weights:
         raise UserError(f"{path}: not a whole safetensors file ({brief(error)}); fetch it again") from error
 
 
-def read_timesteps(path: Path) -> list[float] | None:
-    """The student's timesteps by the file's header; None where it says nothing of them."""
+def read_timesteps(path: Path) -> Any:
+    """The student's timesteps by the file's header, unchecked; None where it says nothing of them."""
     with safe_open(path, framework="pt") as file:
-        timesteps = json.loads((file.metadata() or {}).get(TIMESTEPS, "null"))
-    return timesteps and [float(t) for t in timesteps]
+        told = (file.metadata() or {}).get(TIMESTEPS, "null")
+    try:
+        return json.loads(told)
+    except ValueError as error:
+        raise UserError(f"{path}: {TIMESTEPS} {told!r} in its header is no list of numbers") from error
 
 
 def _check_family(path: Path, names: list[str]) -> None:

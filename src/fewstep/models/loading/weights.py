@@ -25,6 +25,15 @@ NO_PART = re.compile(  # of CLIP's text encoders: what no part of a pipeline tak
     r"position_ids$|logit_scale$|attn_mask$|(^|\.)(visual|text)_projection(\.weight)?$|(^|\.)vision_model\."
 )
 
+OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def plain_name(name: str) -> str:
+    """A tensor's name as newer versions have it: text encoders had one word more, autoencoders' attention others."""
+    name = name.removeprefix("text_model.")
+    old = re.search(r"attentions\.\d+\.(query|key|value|proj_attn)\.", name)
+    return name.replace(f".{old[1]}.", f".{OLD_ATTENTION[old[1]]}.") if old else name
+
 
 def check_stored(path: Path) -> dict[str, Tensor]:
     """The tensors in a safetensors file by name, without memory: its header alone is read.
