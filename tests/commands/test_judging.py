@@ -1,6 +1,7 @@
 """A run that judges itself finds what `fewstep evaluate` finds."""
 
 import json
+import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,17 +11,20 @@ import pytest
 import torch
 
 from fewstep.commands.distill import distill
-from fewstep.commands.evaluate import evaluate
+from fewstep.commands.evaluate import command_line, evaluate, holds_results
 from fewstep.commands.options import Evaluate
+from fewstep.commands.runs import free_place
 from fewstep.commands.teach import teach
 from fewstep.data.images import ImageSet
 from fewstep.data.settings import DataSettings
+from fewstep.embedded.sources import digits
 from fewstep.errors import UserError
 from fewstep.evaluation import reference
 from fewstep.evaluation.extractors import train_classifier
 from fewstep.evaluation.judge import classifier_path
 from fewstep.metric_table import metrics_of
 from fewstep.models.loading.pretrained import open_model
+from fewstep.pictures import save_png, to_picture
 from fewstep.recipes.loading import load_recipe
 from steps import curves
 
@@ -48,7 +52,7 @@ def judged(runs: Path, out: Path, *names: str, **more: Any) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fewstep.commands.evaluate.images_per_second", lambda *args: 1.0)
         more = {"num_samples": 100, "device": "cpu", "overwrite": True, **more}
-        evaluate(Evaluate(runs=[f"{runs}/{name}" for name in names], out=out, **more))
+        evaluate(Evaluate(runs=[name if name.startswith("/") else f"{runs}/{name}" for name in names], out=out, **more))
 
 
 def test_the_numbers_are_those_of_evaluate(runs: Path, tmp_path: Path) -> None:
@@ -61,6 +65,80 @@ def test_the_numbers_are_those_of_evaluate(runs: Path, tmp_path: Path) -> None:
         assert lines[0] != lines[1]
         assert lines[-1] == pytest.approx({metric: rows[name][metric] for metric in lines[-1]}, rel=1e-6)
         assert lines[-1].keys() == {*metrics_of("features", "classes")}
+
+
+def test_model_folders_and_folders_of_images_are_judged_as_runs_are(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(runs.parent)  # where `runs` holds what other tests have gathered
+    (tmp_path / "real").mkdir()
+    for index, image in enumerate(digits().fetch(torch.arange(200))):
+        save_png(to_picture(image), tmp_path / "real" / f"{index}.png")
+    shutil.copytree(next((runs / "student" / "checkpoints").glob("*4")) / "model", tmp_path / "exported")
+    judged(runs, tmp_path / "out", "student", f"{tmp_path}/real", f"{tmp_path}/exported")
+    floor, *rows = json.loads((tmp_path / "out" / "results.json").read_text())
+    student, exported, real = rows
+    assert [row["model"] for row in rows] == ["student", "exported", "real"]
+    assert {**exported, "model": "student"} == student
+    assert (real["sampler"], real["nfe"], real["accuracy"]) == ("images", None, None)
+    assert real["fid"] < student["fid"] / 10
+    assert (real["precision"], real["recall"]) > (0.9, 0.5)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "data: digits<br>" in page
+    assert "command: fewstep " in page
+    judged(runs, tmp_path / "alone", f"{tmp_path}/exported", data="digits")
+    alone = json.loads((tmp_path / "alone" / "results.json").read_text())
+    assert alone == [{**floor, "intervals": None}, exported]
+
+
+def test_what_can_not_be_judged_is_one_line_and_nothing_is_overwritten(runs: Path, tmp_path: Path) -> None:
+    (tmp_path / "few").mkdir()
+    save_png(to_picture(torch.zeros(1, 8, 8, dtype=torch.uint8)), tmp_path / "few" / "0.png")
+    model = next((runs / "student" / "checkpoints").glob("*4")) / "model"
+    (tmp_path / "out").mkdir()
+    for names, told in {
+        (f"{tmp_path}/few",): "few: is a folder of images; name the model",
+        ("student", f"{tmp_path}/few"): "few: has 1 images; judging needs at least 40",
+        (str(model),): "model: is no run, which would say what it is compared with; name images with --data",
+        ("student", "nowhere"): "nowhere: no such run folder",
+    }.items():
+        with pytest.raises(UserError, match=told):
+            judged(runs, tmp_path / "out", *names)
+    assert not [*(tmp_path / "out").iterdir()]
+    (tmp_path / "out" / "report.html").write_text("precious")
+    with pytest.raises(UserError, match=r"--out .*/out: exists already; replace it with --overwrite"):
+        judged(runs, tmp_path / "out", "student", overwrite=False)
+    assert [path.read_text() for path in (tmp_path / "out").iterdir()] == ["precious"]
+
+
+def test_evaluations_are_numbered_where_no_place_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("evaluation", "evaluation-2"):
+        place = free_place(None, Path("evaluation"), holds_results, overwrite=False)
+        assert place == Path(name)
+        place.mkdir()
+        assert free_place(None, Path("evaluation"), holds_results, overwrite=False) == place
+        (place / "results.json").write_text("[]")
+    assert free_place(None, Path("evaluation"), holds_results, overwrite=True) == Path("evaluation")
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        (["evaluate", "runs/a", "/home/me/x/b", "~/c"], "fewstep evaluate runs/a b c"),
+        (
+            ["evaluate", "../up/a", "--data=/srv/secret/photos", "--seed", "3"],
+            "fewstep evaluate a --data=photos --seed 3",
+        ),
+        (["teach", "--set", "data.source=/home/me/my photos"], "fewstep teach --set 'data.source=my photos'"),
+        (["evaluate", "a@best-fid", "owner/name"], "fewstep evaluate a@best-fid owner/name"),
+    ],
+)
+def test_the_command_is_shown_without_where_things_lie(
+    words: list[str], shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["/usr/bin/fewstep", *words])
+    assert command_line() == shown
 
 
 def test_images_that_are_not_finite_are_told_with_model_and_step_and_nothing_is_written(

@@ -41,7 +41,7 @@ def evaluate(given: Evaluate) -> None:
 
     Every average of a run has a row.
     """
-    given = replace(given, out=free_place(given.out, Path("evaluation"), _holds_results, given.overwrite))
+    given = replace(given, out=free_place(given.out, Path("evaluation"), holds_results, given.overwrite))
     check_writable(given.out)
     use_family(given.family)
     asked, device = [parse_sampler(text) for text in given.samplers], pick_device(given.device)
@@ -72,7 +72,7 @@ def evaluate(given: Evaluate) -> None:
     publish(rows, curves, given.out, title, judge, facts, then or [f"sample {quote(sources[0])}"])
 
 
-def _holds_results(folder: Path) -> bool:
+def holds_results(folder: Path) -> bool:
     return any((folder / name).exists() for name in (RESULTS, PAGE))
 
 
@@ -147,14 +147,14 @@ def publish(
     """Writes results.json and report.html into `out`, prints the table, and what comes next."""
     out.mkdir(parents=True, exist_ok=True)
     report.write_json(rows, out / RESULTS)
-    when = {"date": f"{datetime.now():%Y-%m-%d %H:%M}", "fewstep": fewstep.__version__, "command": _command_line()}
+    when = {"date": f"{datetime.now():%Y-%m-%d %H:%M}", "fewstep": fewstep.__version__, "command": command_line()}
     kind = "text" if judge.prompts else "label"
     report.write_page(rows, curves, out / PAGE, title, kind, judge.extractor.name, {**facts, **when})
     Console().print(report.text_table(rows))
     tell_done(f"{out / PAGE} and {out / RESULTS}", *next_commands)
 
 
-def _command_line() -> str:
+def command_line() -> str:
     """As it was typed, but for the folders that paths of one's own go through."""
-    words = [re.sub(r"(?:(?<=[=:@])|^)(?:/|~|\.\.)\S*", lambda path: last_part(path[0]), word) for word in sys.argv[1:]]
+    words = [re.sub(r"(?:(?<==)|^)(?:/|~|\.\.).*", lambda path: last_part(path[0]), word) for word in sys.argv[1:]]
     return join(["fewstep", *words])

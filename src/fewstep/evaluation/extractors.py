@@ -13,6 +13,7 @@ from fewstep.data.images import ImageSet, batch_indices
 from fewstep.errors import UserError
 from fewstep.files import written_whole
 from fewstep.models.image_model import ImageModel
+from fewstep.models.loading.weights import check_finite
 from fewstep.networks.codec import to_pixels
 from fewstep.networks.fingerprint import fingerprint
 from fewstep.networks.settings import PixelModelConfig
@@ -20,6 +21,7 @@ from fewstep.runtime.tracking import Report, progress_bar
 from fewstep.seeding import generator
 
 CLASSIFIER_STEPS = 600
+MAX_FEATURES = 4096  # of a covariance that a Fréchet distance can be taken of
 RETURN_FEATURES = "return_features"
 
 
@@ -42,7 +44,7 @@ class TorchScriptExtractor:
     """
 
     def __init__(self, path: Path, device: torch.device | str = "cpu"):
-        self.device = device
+        self.device, self.width = device, 0  # of its features, known when some were made
         try:
             self.network = torch.jit.load(str(path), map_location=device).eval()
             arguments = self.network.forward.schema.arguments[1:]  # without self
@@ -62,22 +64,34 @@ class TorchScriptExtractor:
     def features(self, images: Tensor) -> Tensor:
         shape = (len(images), 3, *images.shape[2:])
         try:
-            found: Tensor = self.network(images.to(self.device).expand(-1, 3, -1, -1), **self.options).flatten(1)
-        except (RuntimeError, AttributeError) as error:
+            given = self.network(images.to(self.device).expand(-1, 3, -1, -1), **self.options)
+        except RuntimeError as error:
             told = f"must take uint8 images {shape} and give features (B, D) (--features)"
             raise UserError(f"{self.path}: {told}") from error
-        if found.shape[1] > 1 and (found >= 0).all() and ((found.sum(1) - 1).abs() < 1e-3).all():
+        what = f"numbers {tuple(given.shape)}" if isinstance(given, Tensor) else f"a {type(given).__name__}"
+        if not isinstance(given, Tensor) or given.dim() < 2 or given[0].numel() != given.shape[1] <= MAX_FEATURES:
+            what = f"gives {what} for {len(images)} images"
+            raise UserError(f"{self.path}: {what}, not features (B, D) with D up to {MAX_FEATURES} (--features)")
+        found = given.flatten(1)
+        if len(found) != len(images) or found.shape[1] != (self.width or found.shape[1]):
+            advice = "it must give as many for every image, whatever images are beside it (--features)"
+            raise UserError(f"{self.path}: gives {what} for {len(images)} images: {advice}")
+        self.width = found.shape[1]
+        if any(self._are_probabilities(each) for each in (found, found.exp())):
             what = f"gives class probabilities, {found.shape[1]} numbers that sum to 1; a FID is of features"
             advice = "give a network that ends in the layer before its classes (--features)"
             raise UserError(f"{self.path}: {what}: {advice}")
         return found
+
+    @staticmethod
+    def _are_probabilities(found: Tensor) -> bool:
+        return bool(found.shape[1] > 1 and (found >= 0).all() and ((found.sum(1) - 1).abs() < 1e-3).all())
 
 
 class AutoencoderExtractor:
     """The means of a diffusers autoencoder's posterior, flattened: uint8 (B, 3, H, W) -> (B, C h w)."""
 
     name = "the autoencoder"
-    MAX_FEATURES = 4096  # of a covariance that a Fréchet distance can be taken of
 
     def __init__(self, autoencoder: Any):
         self.autoencoder = autoencoder
@@ -89,7 +103,7 @@ class AutoencoderExtractor:
     def features(self, images: Tensor) -> Tensor:
         pixels = to_pixels(images.to(self.autoencoder.device)).to(self.autoencoder.dtype)
         means: Tensor = self.autoencoder.encode(pixels).latent_dist.mode()
-        if means[0].numel() > self.MAX_FEATURES:
+        if means[0].numel() > MAX_FEATURES:
             what = f"the autoencoder's {means[0].numel():,} numbers per image are too many for a FID"
             raise UserError(f"--features: {what}; give a TorchScript file")
         return means.flatten(1)
@@ -186,6 +200,7 @@ def open_classifier(
     network = Classifier(model.channels, model.num_classes)
     try:
         network.load_state_dict(load_file(path))
+        check_finite(path, network.state_dict().items())
     except Exception as error:  # a damaged file shows itself as almost any error
         raise UserError(f"{path}: not a classifier of these images; remove it to train it again") from error
     return network.eval()

@@ -33,7 +33,8 @@ def kept(path: Path, make: Callable[[], Gathered]) -> Gathered:
         with suppress(OSError, SafetensorError, ValueError, KeyError, TypeError):
             return _load(path)
     made = make()
-    sums, facts = made.sums, {"count": made.sums.count, "shares": made.shares, "prompts": list(made.prompts)}
+    sums, prompts = made.sums, list(made.prompts)
+    facts = {"count": sums.count, "shares": made.shares, "prompts": prompts, "name": path.name}
     tensors = (sums.total, sums.products, made.features, made.pictures)
     with written_whole(path) as temporary:
         save_file(dict(zip(TENSORS, tensors, strict=True)), temporary, metadata={"fewstep": json.dumps(facts)})
@@ -45,6 +46,9 @@ def _load(path: Path) -> Gathered:
         facts = json.loads(file.metadata()["fewstep"])
         total, products, features, pictures = map(file.get_tensor, TENSORS)
     shares = {name: Share(*share) for name, share in facts["shares"].items()}
+    width = features.shape[1]
+    if facts["name"] != path.name or products.shape != (width, width) or not (products + total).isfinite().all():
+        raise ValueError("of other images or features, or damaged")
     return Gathered([Sums(facts["count"], total, products)], features, pictures, shares, facts["prompts"])
 
 
