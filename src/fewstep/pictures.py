@@ -112,6 +112,14 @@ def save_png(picture: Image.Image, path: Path, text: Mapping[str, str] | None = 
         temporary.write_bytes(png_bytes(picture, text))
 
 
+def is_picture(path: Path) -> bool:
+    """Whether it is a whole image file, and no link to one."""
+    try:
+        return path.is_file() and not path.is_symlink() and Image.open(path).verify() is None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return False
+
+
 def read_text(path: Path) -> dict[str, str]:
     """The text chunks of a PNG file; {} of anything else."""
     try:

@@ -15,8 +15,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from command_line import Answer, fewstep
-from conftest import VERBS, bounded, make_place
 from image_sets import encoded
+from small_runs import VERBS, bounded, make_place
 
 Act = Callable[[Path], object]
 CHECKPOINT = "student/checkpoints/00000004"
@@ -385,8 +385,11 @@ def test_damage_is_told_in_one_line_or_changes_nothing(
     assert not hung, "waits for a FIFO"
     assert not Path("code-was-run").exists()
     if code == 0:
-        assert all(told(line + "\n", damage) for line in errors.splitlines())
+        assert all(told(line, damage) for line in errors.splitlines(keepends=True) if line.startswith("fewstep: "))
         found = result(verb)
+        if damage.path.startswith("student/samples") and verb == "export":  # whose card then has no picture
+            assert found.keys() == given[verb].keys() - {"out/samples.png"}
+            return
         assert {name: found.get(name) for name in given[verb]} == given[verb]
     else:
         lines = errors.splitlines(keepends=True)

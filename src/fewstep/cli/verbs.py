@@ -25,6 +25,7 @@ app = typer.Typer(
     epilog="Example: fewstep demo",
 )
 DEBUG = "--debug"
+LONGEST = 800  # letters of a line
 GROUPS = {
     "import": typer.Typer(no_args_is_help=True, help="Bring in models from elsewhere."),
     "data": typer.Typer(no_args_is_help=True, help="Prepare data for runs."),
@@ -48,7 +49,7 @@ def run() -> None:
             raise
         if debug:
             traceback.print_exc()
-        print(f"fewstep: {line}", file=sys.stderr)
+        print(f"fewstep: {_in_one_line(line)}", file=sys.stderr)
         sys.exit(getattr(error, "exit_code", UserError.exit_code))
     finally:
         try:
@@ -65,6 +66,12 @@ def _told(error: Exception) -> str | None:
         return _of_a_file(error)
     told = out_of_memory(error)
     return told and f"{told}; close other programs, ask for less at once, or take --device cpu"
+
+
+def _in_one_line(text: str) -> str:
+    """Without what would break or colour the line, and without the middle of what is too long to be read."""
+    plain = text if text.isprintable() else "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
+    return plain if len(plain) <= LONGEST else f"{plain[: LONGEST // 2]} ... {plain[-LONGEST // 2 :]}"
 
 
 def _tell_version(asked: bool) -> None:

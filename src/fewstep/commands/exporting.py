@@ -30,6 +30,7 @@ from fewstep.models.latent_model import LatentModel
 from fewstep.models.loading.pretrained import SUFFIX, WEIGHT_SUFFIXES, load
 from fewstep.models.sampler import parse_sampler
 from fewstep.networks.precision import INFERENCE_DTYPES
+from fewstep.pictures import is_picture
 from fewstep.recipes.loading import read_run_recipe
 from fewstep.recipes.schema import StudentRecipe
 from fewstep.runtime.checkpoint import EVALUATIONS, RECIPE, check_run, load_state, step_name
@@ -65,9 +66,9 @@ def export(given: Export) -> None:
 
 
 def newest_grid(found: Found) -> Path | None:
-    """The last picture of the run that is not younger than the model; a link is none."""
-    grids = [path for path in (found.run / "samples").glob("*.png") if path.stem <= step_name(found.step)]
-    return max((path for path in grids if not path.is_symlink()), default=None)
+    """The last picture of the run that is not younger than the model; a link is none, nor is what else has the name."""
+    grids = sorted((found.run / "samples").glob("*.png"), reverse=True)
+    return next((path for path in grids if path.stem <= step_name(found.step) and is_picture(path)), None)
 
 
 def tell(out: Path, stored: StoredModel, provenance: Provenance, target: str) -> None:

@@ -10,6 +10,8 @@ from typing import Annotated, Any, NamedTuple, dataclass_transform
 
 from typer import Argument, Option
 
+MOST = 10**6  # images of one command
+
 
 def option(help: str, default: Any = None, *names: str, **more: Any) -> Any:
     """A field of that default which the command line knows by these names; `more` is typer's."""
@@ -23,7 +25,7 @@ PlaceIfAny = Annotated[str | None, "a place"]
 Set = Annotated[list[str], Option("--set", metavar="KEY=VALUE", help="Override a setting; repeatable.")]
 Resume = Annotated[bool, Option("--resume", help="Continue the run in that folder.")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace what the last one wrote there.")]
-Seed = Annotated[int, Option(metavar="N", min=0, help="Image i is a function of it and i.")]
+Seed = Annotated[int, Option(metavar="N", min=0, max=2**63 - 1, help="Image i is a function of it and i.")]
 Device = Annotated[str, Option(help="auto, cpu or cuda.")]
 Family = Annotated[
     str | None, Option(metavar="MODULE:NAME", help="Of models of a family of your own, which it imports.")
@@ -69,7 +71,9 @@ class Demo(Order):
     out: Path | None = option("Folder of the runs, the table and the page.", show_default="runs/demo[-text]")
     resume: Resume = False
     set_: Set = field(default_factory=list)
-    num_samples: int | None = option("Images per row of the table.", min=100, show_default="5000; 5120 for --text")
+    num_samples: int | None = option(
+        "Images per row of the table.", min=100, max=MOST, show_default="5000; 5120 for --text"
+    )
     text: bool = option("Text to image, on drawn shapes, instead of digits.", False, "--text")
 
 
@@ -119,7 +123,7 @@ class Sample(Order):
     out: Path = option("Grid to write.", metavar="PNG", show_default="samples.png, or samples-2.png and so on")
     overwrite: Overwrite = False
     grid_only: bool = option("Without the folder of single images.", False, "--grid-only")
-    num: int | None = option("Images.", metavar="N", min=1, show_default="40; of text 4, or one per prompt")
+    num: int | None = option("Images.", metavar="N", min=1, max=MOST, show_default="40; of text 4, or one per prompt")
     seed: Seed = 0
     label: str | None = option("Class, by its name or number; by default all in turn.", None, "--class", "--label")
     prompt: list[str] = option("For text-to-image; repeatable.", [], metavar="TEXT", show_default=False)
@@ -128,11 +132,12 @@ class Sample(Order):
         "Instead of the sampler's own, or of those of a student whose several steps are evenly spaced.",
         metavar="N",
         min=1,
+        max=10_000,
     )
     sampler: str | None = option(
         "Of a teacher: heun, euler, ddim, dpm++, unipc.", metavar="KIND:N", show_default="heun:18; ddim:50 for text"
     )
-    guidance: float = option("Of a teacher; 1 is none.", 1.0, metavar="S", min=1)
+    guidance: float = option("Of a teacher; 1 is none.", 1.0, metavar="S", min=1, max=1000)
     compare: PlaceIfAny = option("A second model, on the same noise, in every other column.", metavar="OTHER")
     device: Device = "auto"
     config: PlaceIfAny = option("Of a file: diffusers folder of its family.", metavar="DIR")
@@ -164,8 +169,8 @@ class Evaluate(Order):
         "TorchScript file, `classifier` (a small one trained on the labels) or `autoencoder` (the model's).",
         show_default="classifier; autoencoder for text-to-image",
     )
-    num_samples: int = option("Images per row.", 5000, min=100)
-    num_real: int = option("Real images to compare with, at most.", 50_000, min=100)
+    num_samples: int = option("Images per row.", 5000, min=100, max=MOST)
+    num_real: int = option("Real images to compare with, at most.", 50_000, min=100, max=MOST)
     samplers: list[str] = option(
         "Of teachers, repeatable: heun:18, ddim:50@3 (guided), dpm++:4, unipc:4.",
         [],
@@ -228,7 +233,7 @@ class Latents(Order):
     caption_column: str | None = option("By default caption, text, txt or prompt.")
     split: str = option("The split to read, where there are several.", "train")
     background: str = option("Ground under what is transparent.", "white", metavar="COLOUR")
-    batch_size: int = option("Images per pass of the autoencoder.", 8, min=1)
+    batch_size: int = option("Images per pass of the autoencoder.", 8, min=1, max=MOST)
     config: PlaceIfAny = option("Of a file: diffusers folder of its family.", metavar="DIR")
     seed: Seed = 0
     device: Device = "auto"
@@ -239,7 +244,7 @@ class Pairs(Order):
     """Draw pairs of noise and image by a teacher's sampler; under torchrun every rank makes its share."""
 
     teacher: Annotated[Place, Option(help="Run folder, model folder, .safetensors file or hub id of the teacher.")]
-    num: Annotated[int, Option(min=1, help="Pairs of noise and image; paper: 10000.")]
+    num: Annotated[int, Option(min=1, max=10**9, help="Pairs of noise and image; paper: 10000.")]
     sampler: Annotated[
         str, Option(help="heun:18 for EDM; euler:50@8 (paper), ddim, dpm++, unipc for text to image; @: CFG.")
     ]
@@ -248,7 +253,7 @@ class Pairs(Order):
     prompt_column: str | None = option("By default prompt, caption or text.")
     classes: str = option("Of a teacher with classes: turn, or uniform at random.", "turn")
     seed: Seed = 0
-    batch_size: int | None = option("Pairs drawn at once; by default by size.", min=1)
+    batch_size: int | None = option("Pairs drawn at once; by default by size.", min=1, max=MOST)
     device: Device = "auto"
     family: Family = None
     precision: str = option("float32, bfloat16 or float16 (paper) of the teacher.", "float32")

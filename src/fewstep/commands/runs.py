@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -127,6 +127,8 @@ def read_facts(run: Path) -> dict[str, str | None]:
 
 def check_writable(folder: Path) -> None:
     """Raises UserError if nothing could be written in `folder`, there or not yet; writes nothing."""
+    with suppress(FileNotFoundError, NotADirectoryError):  # which tells a name that is too long
+        os.lstat(folder)
     nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise UserError(f"--out: {nearest} is not a folder that can be written to; choose another")

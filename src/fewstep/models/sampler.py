@@ -1,6 +1,5 @@
 """Images from an image model for evaluation: noise and class of image i depend on (seed, i) alone, not on the batch."""
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -18,6 +17,8 @@ from fewstep.errors import UserError
 from fewstep.models.image_model import Asked, ImageModel
 from fewstep.networks.codec import to_images
 from fewstep.seeding import generator
+
+MOST_STEPS, MOST_GUIDANCE = 10_000, 1000.0
 
 SAMPLERS = ("ddim", "heun", "euler", "dpm++", "unipc")  # of teachers
 MULTISTEP = {"dpm++": "DPMSolverMultistepScheduler", "unipc": "UniPCMultistepScheduler"}
@@ -60,9 +61,11 @@ def parse_sampler(text: str) -> Sampler:
     kind, _, steps = what.partition(":")
     with suppress(ValueError):
         guidance = float(scale if at else 1)
-        if kind in SAMPLERS and steps.isdecimal() and int(steps) and 1 <= guidance < math.inf:
+        if kind in SAMPLERS and steps.isdecimal() and 0 < int(steps) <= MOST_STEPS and 1 <= guidance <= MOST_GUIDANCE:
             return Sampler(kind, int(steps), guidance)  # type: ignore[arg-type]
     kinds = ", ".join(f"{name}:STEPS" for name in SAMPLERS)
+    if len(steps) > 4 and steps.isdecimal():
+        raise UserError(f"sampler {text!r}: takes at most {MOST_STEPS} steps")
     raise UserError(f"sampler {text!r}: write {kinds}, for example heun:18, or ddim:50@3 for guidance of scale 3")
 
 

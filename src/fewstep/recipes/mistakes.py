@@ -80,7 +80,7 @@ def meant(key: str, known: list[str]) -> str:
         return [each for each in among if each.rpartition(".")[2] in names]
 
     def near(among: list[str], cutoff: float) -> list[str]:
-        return difflib.get_close_matches(name, [each.rpartition(".")[2] for each in among], n=1, cutoff=cutoff)
+        return difflib.get_close_matches(name[:99], [each.rpartition(".")[2] for each in among], n=1, cutoff=cutoff)
 
     word = [WORDS.get(name.lower(), name)]
     choices = [
@@ -96,7 +96,7 @@ def meant(key: str, known: list[str]) -> str:
 def nearest(word: str, words: list[str]) -> str:
     """`, did you mean ...?`: those that begin so, else the one that is spelt nearly so."""
     begin = [each for each in words if word and each.startswith(word)]
-    return asked(begin or difflib.get_close_matches(word, words, n=1, cutoff=0.5))
+    return asked(begin or difflib.get_close_matches(word[:99], words, n=1, cutoff=0.5))
 
 
 def asked(choices: Sequence[str]) -> str:

@@ -6,6 +6,7 @@ checkpoints/00000500/{model/, state.pt, manifest.json}
 A student with several averages has the first in model/ and the others beside it, as model-ema0.99995/.
 """
 
+import os
 import shutil
 import sys
 import zipfile
@@ -39,7 +40,10 @@ def checkpoint_folder(run: Path, step: int) -> Path:
 
 def checkpoint_steps(run: Path) -> list[int]:
     """The steps of a run's finished checkpoints, oldest first."""
-    return sorted(int(path.name) for path in (run / "checkpoints").glob("[0-9]" * 8))
+    folder = run / "checkpoints"
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise UserError(f"{folder}: is no folder; remove it, or choose another run")
+    return sorted(int(path.name) for path in folder.glob("[0-9]" * 8))
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -126,7 +130,9 @@ def newest_whole(run: Path) -> Path | None:
 
 def _own_faults(run: Path, checkpoint: Path) -> Iterator[str]:
     """What is wrong with a checkpoint alone; for what is wrong with shared files, these are set aside."""
-    if not zipfile.is_zipfile(checkpoint / "state.pt"):  # of an earlier version, which had no manifest
+    if not (state := checkpoint / "state.pt").is_file() or not zipfile.is_zipfile(
+        state
+    ):  # of an earlier version, which had no manifest
         yield "state.pt is torn or missing"
     for path, what in faults(checkpoint):
         if not path.is_file() or path.stat().st_nlink == 1:

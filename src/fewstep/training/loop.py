@@ -115,11 +115,11 @@ def _resume(method: Method, metrics: Metrics, run: Path) -> int:
         try:
             method.load_state_dict(state["method"])
             metrics.load_state_dict(state["metrics"], method.model.device)
-        except (KeyError, ValueError, RuntimeError) as error:
+            step = range(int(newest.name) + 1)[state["step"]]
+        except (KeyError, IndexError, ValueError, RuntimeError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{newest}: the checkpoint is not of this run; remove it to go on from before it"
             ) from error
-        step = int(state["step"])
     for path in (run / checkpoint.METRICS, run / checkpoint.EVALUATIONS):
         if path.exists():
             rewind(path, step)  # lines behind the checkpoint are written anew
