@@ -1,7 +1,6 @@
 """What Ctrl-C and SIGTERM do: one line and an end without leavings at any moment, or a request where a job asks for it.
 
-Nothing heavy is imported: the handler stands before the first library is, for several of them make another error, or
-none, of a KeyboardInterrupt in their imports.
+The handler raises nothing: several libraries make another error, or none, of a KeyboardInterrupt in their imports.
 """
 
 import os
@@ -21,7 +20,7 @@ _advice = [""]  # how to go on after a stop; the innermost job's is the last
 
 
 def end_on_signals() -> None:
-    """From now on a signal ends the process at once, with one line, but for one that the shell ignores."""
+    """From now on a signal ends the process at once, in one line and without leavings; what is ignored stays so."""
     for each in SIGNALS:
         if signal.getsignal(each) != signal.SIG_IGN:
             signal.signal(each, end)

@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from command_line import OF_EVERY_RUN, fewstep, refused
 from fewstep.cli.verbs import run
@@ -448,6 +448,21 @@ def test_row_16_relative_a_signal_that_the_shell_ignores_is_ignored() -> None:
     Path("modules/typer.py").write_text(f"import os, sys\nos.kill(os.getpid(), {int(signal.SIGINT)})\nsys.exit(7)")
     process = start("recipes", preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
     assert (*process.communicate(timeout=60), process.returncode) == ("", "", 7)
+
+
+# --- weights that are no numbers -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("line", ["distill d.yaml --out run --set teacher=broken", "sample broken"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_row_27_relatives_a_tensor_that_is_not_finite_is_named_when_it_is_opened(value: float, line: str) -> None:
+    shutil.copytree(checkpoints(Path("teacher"))[-1] / "model", "broken")
+    path = next(Path("broken").rglob("*.safetensors"))
+    weights = load_file(path)
+    weights["conv_out.weight"].view(-1)[3] = value
+    save_file(weights, path)
+    refused(fewstep(line), "broken/unet: conv_out.weight holds NaN or infinity; fetch the model again")
+    assert not Path("run").exists()
 
 
 # --- the command line ------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from fewstep.files import read_json
 from fewstep.networks.family import Family
 from fewstep.networks.fingerprint import fingerprint
 from fewstep.seeding import Draws
+from fewstep.stopping import temporary
 
 DESCRIPTION = "fewstep.json"
 WEIGHTS = "model.safetensors"
@@ -194,11 +195,11 @@ class ImageModel(ABC):
         if frozen is None:
             self.save_frozen(folder)
         elif not frozen.is_dir():
-            temporary = frozen.with_name(f".{frozen.name}.tmp")
-            shutil.rmtree(temporary, ignore_errors=True)
-            self.save_frozen(temporary)
-            if temporary.is_dir():
-                os.replace(temporary, frozen)
+            with temporary(frozen.with_name(f".{frozen.name}.tmp")) as hidden:
+                shutil.rmtree(hidden, ignore_errors=True)
+                self.save_frozen(hidden)
+                if hidden.is_dir():
+                    os.replace(hidden, frozen)
         if frozen is not None and frozen.is_dir():
             shutil.copytree(frozen, folder, symlinks=True, copy_function=link_weights, dirs_exist_ok=True)
         self.save_trained(folder, dict(self.denoiser.named_parameters()))

@@ -150,13 +150,17 @@ def progress_display(seconds: float = 10.0) -> Iterator[Callable[[str, int], Adv
         *(TextColumn("{task.description:<16}"), BarColumn(bar_width=12), MofNCompleteColumn()),
         TextColumn("left"),
     )
-    with Progress(
-        *columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=Console(stderr=True)
-    ) as bars:
+    note_column = TextColumn("{task.fields[note]}")
+    with Progress(*columns, TimeRemainingColumn(), note_column, console=Console(stderr=True)) as bars:
 
         def start(title: str, total: int) -> Advance:
             task = bars.add_task(title, total=total, note="")
-            return lambda done, note: bars.update(task, completed=done, **({"note": note} if note else {}))
+
+            def advance(done: int, note: str) -> None:
+                fields: dict[str, Any] = {"note": note} if note else {}
+                bars.update(task, completed=done, **fields)
+
+            return advance
 
         yield start
 

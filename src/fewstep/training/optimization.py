@@ -1,7 +1,7 @@
 """One optimizer with its schedule and its clipping; what is not finite never reaches the weights."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -27,7 +27,8 @@ class Optimizer:
         given = settings.model_dump(include={"lr", "betas", "weight_decay", "eps"})
         # Fused: one kernel, and the only one that can skip without the host.
         self.adamw = torch.optim.AdamW(self.parameters, **given, fused=True)
-        self.lr, self.factor = settings.lr, lambda update: learning_rate_factor(update, num_updates, settings)
+        self.lr: float = settings.lr
+        self.factor: Callable[[int], float] = lambda update: learning_rate_factor(update, num_updates, settings)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.adamw, self.factor)
 
     def step(self, finite: Tensor) -> tuple[Tensor, Tensor]:
