@@ -275,7 +275,7 @@ def test_kept_embeddings_make_the_same_student_as_fresh_ones(run: Run, place: Pa
 def test_kept_embeddings_are_the_fresh_ones_bit_for_bit(place: Path) -> None:
     model = load(place / "teacher")
     texts = ["a cat", "a mat", "a cat", "a prompt that is longer than twenty tokens"]
-    kept = open_texts(texts, "prompts", model.conditioner, EmbeddingSettings(), place / "kept")
+    kept = open_texts(texts, "prompts", model.conditioner, EmbeddingSettings(), place)
     ours = model.encode_condition(kept.batch(torch.tensor([1, 3, 2])))
     fresh = model.text_condition(["a cat", "a mat", texts[3]])  # in the batch in which they were embedded
     assert all(torch.equal(ours[key], fresh[key][[1, 2, 0]]) for key in fresh)

@@ -105,12 +105,10 @@ def text_batches(
 ) -> tuple[BatchAt, list[str]]:
     """Captions of the images, with `real` the images, too, and the `wanted` prompts; and those that grids show.
 
-    Embeddings are kept in the settings' folder, by default in `runs`, where the runs there share them. If every one is
-    kept, the text encoders are left on the CPU, where only grids need them.
+    If every text's embeddings are kept, the text encoders are left on the CPU, where only grids need them.
     """
     told = list(images.captions or []) if images else []
-    folder = Path(embeddings.folder or runs / "embeddings")
-    keep = partial(open_texts, conditioner=model.conditioner, settings=embeddings, folder=folder)
+    keep = partial(open_texts, conditioner=model.conditioner, settings=embeddings, runs=runs)
     captions, prompts = told and keep(told, "captions"), wanted and keep(wanted, "prompts")
     if all(not texts or texts.rows is not None for texts in (captions, prompts)):
         model.conditioner.to("cpu")  # gigabytes of a GPU that nothing in a step uses
@@ -130,11 +128,9 @@ def text_batches(
 def pair_batches(
     model: LatentModel, pairs: PairSet, settings: LoopSettings, embeddings: EmbeddingSettings, runs: Path
 ) -> tuple[BatchAt, list[str] | None]:
-    """Pairs with the embeddings of their prompts, kept as `text_batches` does; and the prompts that grids show."""
-    texts, prompts = None, pairs.given.get("prompt")
-    if prompts:
-        folder = Path(embeddings.folder or runs / "embeddings")
-        texts = open_texts(prompts, "prompts of pairs", model.conditioner, embeddings, folder)
+    """Pairs with the embeddings of their prompts; and the prompts that grids show."""
+    prompts = pairs.given.get("prompt")
+    texts = open_texts(prompts, "prompts of pairs", model.conditioner, embeddings, runs) if prompts else None
 
     def batch_at(step: int, rows: range) -> Batch:
         indices = _indices(pairs.length, settings, step, rows, "pairs")
@@ -144,9 +140,10 @@ def pair_batches(
 
 
 def open_texts(
-    texts: list[str], what: str, conditioner: TextConditioner, settings: EmbeddingSettings, folder: Path
+    texts: list[str], what: str, conditioner: TextConditioner, settings: EmbeddingSettings, runs: Path
 ) -> Texts:
-    """The texts, with their embeddings if those may be kept; prints how many are cut."""
+    """The texts, with embeddings if those may be kept, by default beside the `runs`; prints how many are cut."""
+    folder = Path(settings.folder or runs / "embeddings")
     number = {text: index for index, text in enumerate(dict.fromkeys(texts))}  # each text is embedded once
     row_of = torch.tensor([number[text] for text in texts])
     num_cut = int(conditioner.too_long(list(number))[row_of].sum())
