@@ -116,7 +116,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("block", SHELL, ids=range(len(SHELL)))
+@pytest.mark.parametrize(
+    "block",
+    [pytest.param(block, marks=pytest.mark.slow) if "teach shapes" in block else block for block in SHELL],
+    ids=range(len(SHELL)),
+)
 def test_the_lines_of_a_block_run_as_shown_in_the_place_of_those_before(
     block: str, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
