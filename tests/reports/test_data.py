@@ -380,8 +380,8 @@ def test_images_of_a_tar_may_be_of_several_kinds_and_have_others_beside_them(tmp
         ({"0.png": picture(), "0.txt": b"F\xfc"}, "s.tar: 0.txt: not UTF-8 text"),
         ({"0.png": picture(), "0.txt": b"x" * 2**21}, "s.tar: 0.txt: a text of 1.0 MB"),
         ({"0.png": picture(), "0.json": b"["}, "no column of captions"),
-        ({"0.txt": b"x"}, "no member is with an image"),
-        ({"a.bin": b"x"}, "no member is with an image"),
+        ({"0.txt": b"x"}, "holds no image"),
+        ({"a.bin": b"x"}, "holds no image"),
         ({"0.png": picture(), "1.png": picture(), "0.txt": b"x", "1.txt": b" "}, "no caption for 1 of 2 images"),
     ],
     ids=range(7),
@@ -526,7 +526,30 @@ def test_bombs_are_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         archive.writestr("dataset.json", b'{"labels": null, "more": "' + b"x" * 2**22 + b'"}')
     with pytest.raises(UserError) as error:
         load(tmp_path / "b.zip", SIZE, 3)
-    one_line(error, "dataset.json unpacks to over 1 MB for 1 images")
+    one_line(error, "dataset.json has over 1 MB for 1 images")
+
+
+def test_sizes_that_an_index_says_are_not_believed(tmp_path: Path) -> None:
+    path = write_edm_zip(tmp_path / "a.zip", pictures(["0.png", "1.png"]), None)
+    content = bytearray(path.read_bytes())
+    at = content.index(b"PK\x01\x02")
+    content[at + 20 : at + 28] = struct.pack("<II", 2**32 - 2, 2**32 - 2)
+    path.write_bytes(content)
+    assert drawn(load(path, SIZE, 3)) == [0, 1]
+
+
+def test_a_table_is_read_anew_where_it_changed_and_may_be_empty(tmp_path: Path) -> None:
+    path = tmp_path / "s.parquet"
+    for index in (1, 2):
+        parquet.write_table(pyarrow.table({"image": [picture(index)], "label": ["9" * 12]}), path)
+        assert drawn(load(path, SIZE, 3)) == [index]
+    with pytest.raises(UserError) as error:
+        given(path, None)
+    one_line(error, "has 1 classes, numbered 0 to 0 (999999999999), but the model has 3")
+    parquet.write_table(pyarrow.table({"image": pyarrow.array([], pyarrow.binary())}), path)
+    with pytest.raises(UserError) as error:
+        load(path, SIZE, 3)
+    one_line(error, "s.parquet: can't be read as parquet", "no data")
 
 
 def test_a_cell_of_parquet_that_names_a_file_opens_none(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from fewstep.data.columns import Stored
+from fewstep.data.decoding import MAX_BYTES as MAX_PICTURE
 from fewstep.data.decoding import Cell
 from fewstep.data.listing import IMAGES, TEXTS, is_hidden, is_image
 from fewstep.data.texts import MAX_BYTES, as_object, as_text
@@ -37,10 +38,10 @@ def open_tars(path: Path, files: Sequence[Path], image_column: str | None) -> St
     images = [end for end in ((image_column,) if image_column else (end[1:] for end in IMAGES)) if end in places]
     rows = np.logical_or.reduce([places[end][:, 0] >= 0 for end in images] or [np.zeros(0, bool)]).nonzero()[0]
     if not len(rows):
-        wanted = f"named .{image_column} (data.image_column)" if image_column else "with an image"
-        raise UserError(f"{path}: no member is {wanted}; their names end in {', '.join(places) or 'nothing usual'}")
+        wanted = f"member .{image_column} (data.image_column)" if image_column else "image"
+        raise UserError(f"{path}: holds no {wanted}; names end in {', '.join(places) or 'nothing usual'}")
 
-    def read(row: int, end: str, limit: int = 2**63 - 1) -> tuple[str, bytes]:
+    def read(row: int, end: str, limit: int = MAX_PICTURE) -> tuple[str, bytes]:
         number, start, size = places[end][rows[row]].tolist()
         with files[number].open("rb") as file:
             file.seek(start)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fewstep.data.decoding import Cell
-from fewstep.data.texts import find_column
+from fewstep.data.texts import find_column, some
 from fewstep.errors import UserError
 
 LABELS = ("label", "labels", "class", "cls")
@@ -50,7 +50,7 @@ class Stored:
         cells = [cell if isinstance(cell, dict) else {} for cell in found]
         names = dict.fromkeys(f"{outer}.{key}" for cell in cells for key in cell)
         if name not in names:
-            raise UserError(f"{self.path}: has no column {name!r}; it has {', '.join([*self.columns, *names][:30])}")
+            raise UserError(f"{self.path}: has no column {name!r}; it has {some([*self.columns, *names], 30)}")
         return [cell.get(inner) for cell in cells]
 
     def _find(self, wanted: str | None, usual: Sequence[str], what: str, more: str) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 from fewstep.errors import UserError, brief
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # said from half the limit on
+MAX_BYTES = 2**28  # of a picture, unpacked; what is longer is cut
 DEEP = {"I": "32-bit", "F": "floating-point"}
 
 
@@ -37,7 +38,9 @@ class Unusable(UserError):
 @contextmanager
 def opened(cell: Cell, where: str) -> Iterator[Image.Image]:
     """The picture with only its header read; what fails here, and in the block, is Unusable."""
-    name = str(cell.content) if isinstance(cell.content, Path) else f"{where} ({cell.name})" if cell.name else where
+    name = (
+        str(cell.content) if isinstance(cell.content, Path) else f"{where} ({cell.name[:200]})" if cell.name else where
+    )
     try:
         if cell.content is None:
             raise Unusable(name, cell.fault)

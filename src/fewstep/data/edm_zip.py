@@ -12,14 +12,12 @@ from typing import Any
 import numpy as np
 
 from fewstep.data.columns import Stored
-from fewstep.data.decoding import Cell
+from fewstep.data.decoding import MAX_BYTES, Cell
 from fewstep.data.listing import is_hidden, is_image, list_files
 from fewstep.errors import UserError, brief
 
 LABELS = "dataset.json"
 LOCAL_HEADER = 30  # bytes before an entry's name and extra field; the last four are the lengths of these
-MAX_BYTES = 2**28  # of one image, unpacked
-MAX_BYTES_PER_LABEL = 2**10  # of dataset.json; a bomb has more
 
 
 def is_edm_set(path: Path) -> bool:
@@ -38,7 +36,8 @@ def open_edm_set(path: Path) -> Stored:
 
 def _open_folder(folder: Path) -> Stored:
     names = [name for name in list_files(folder) if is_image(name)]
-    columns = _labels((folder / LABELS).read_bytes(), names, folder)
+    with (folder / LABELS).open("rb") as file:
+        columns = _labels(file.read(_limit(len(names)) + 1), names, folder)
     return Stored(folder, lambda rows: [Cell(names[row], folder / names[row]) for row in rows], len(names), columns)
 
 
@@ -49,15 +48,12 @@ def _open_zip(path: Path) -> Stored:
             entries = sorted(images, key=attrgetter("filename"))
             if LABELS not in archive.NameToInfo:
                 raise UserError(f"{path}: has no {LABELS} at its top; EDM's dataset_tool writes it (data.source)")
-            limit = 2**20 + MAX_BYTES_PER_LABEL * len(entries)
             with archive.open(LABELS) as file:
-                described = file.read(limit + 1)
-    except (zipfile.BadZipFile, OSError, zlib.error, EOFError, RuntimeError, NotImplementedError, ValueError) as error:
+                described = file.read(_limit(len(entries)) + 1)
+    except UserError:
+        raise
+    except Exception as error:  # zipfile raises almost any on damaged files
         raise UserError(f"{path}: can't be read as a zip ({brief(error)}) (data.source)") from error
-    if len(described) > limit:
-        raise UserError(
-            f"{path}: its {LABELS} unpacks to over {limit / 1e6:.0f} MB for {len(entries):,} images (data.source)"
-        )
     for entry in entries:
         if entry.flag_bits & 1 or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise UserError(f"{path}: {entry.filename} is encrypted or compressed; zip the images as they are")
@@ -79,7 +75,7 @@ def _cell(file: Any, start: int, size: int, packed: bool) -> Cell:
     name_size, extra_size = (int.from_bytes(file.read(2), "little") for _ in range(2))
     name = file.read(name_size).decode(errors="replace")
     file.seek(extra_size, 1)
-    content = file.read(size)
+    content = file.read(min(size, MAX_BYTES))  # whatever the index says
     if packed:
         unpacking = zlib.decompressobj(-zlib.MAX_WBITS)
         try:
@@ -91,8 +87,15 @@ def _cell(file: Any, start: int, size: int, packed: bool) -> Cell:
     return Cell(name, content)
 
 
+def _limit(num: int) -> int:
+    """Bytes of the description of so many images; a bomb has more."""
+    return 2**20 + 2**10 * num
+
+
 def _labels(described: bytes, names: Sequence[str], path: Path) -> dict[str, Any]:
     """The column of class indices of the images `names`; raises UserError unless each has one, or none has."""
+    if len(described) > (limit := _limit(len(names))):
+        raise UserError(f"{path}: its {LABELS} has over {limit / 1e6:.0f} MB for {len(names):,} images (data.source)")
     try:
         pairs = json.loads(described)["labels"]
         of_name = None if pairs is None else dict(pairs)

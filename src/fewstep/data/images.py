@@ -19,6 +19,7 @@ from fewstep.data.settings import DataSettings
 from fewstep.data.shards import chunks
 from fewstep.data.stored import describe
 from fewstep.data.tables import open_stored
+from fewstep.data.texts import some
 from fewstep.errors import UserError
 from fewstep.seeding import generator
 
@@ -94,13 +95,15 @@ def labels_of_classes(
     if names and model_names and set(names) <= set(model_names):
         return torch.tensor([list(model_names).index(name) for name in names])[labels], model_names
     part = not whole and (model_names or len(names or ()) < num_classes <= 10)  # beyond it 10 is sorted before 2
-    if names and part and all(name.isdecimal() for name in names):  # folders that are called by their numbers
+    if (
+        names and part and all(name.isdecimal() and len(name) < 10 for name in names)
+    ):  # folders that are called by their numbers
         labels, names = torch.tensor([int(name) for name in names])[labels], model_names
     found = sorted(set(labels.tolist()))
-    told = f" ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})" if names else ""
+    told = f" ({some(names)})" if names else ""
     has = f"{source}: has {len(found)} classes, numbered {found[0]} to {found[-1]}{told}"
     if names and model_names and list(names) != list(model_names):
-        raise UserError(f"{has}, but those of the model are {', '.join(model_names)} (data.source)")
+        raise UserError(f"{has}, but those of the model are {some(model_names)} (data.source)")
     if found[-1] >= num_classes or (len(found) < num_classes and (whole or (names and not model_names))):
         raise UserError(f"{has}, but the model has {num_classes}, numbered 0 to {num_classes - 1} (model.num_classes)")
     return labels, names or model_names

@@ -9,6 +9,7 @@ from fewstep.data.columns import CAPTIONS, LABELS, Stored
 from fewstep.data.decoding import Unusable, opened
 from fewstep.data.settings import DataSettings
 from fewstep.data.tables import open_stored
+from fewstep.data.texts import some
 from fewstep.errors import UserError
 
 LOOKED_AT = 1000  # headers at most, so that a look takes seconds
@@ -94,7 +95,7 @@ def _classes(stored: Stored, num_classes: int) -> str:
     told = [f"{named[label]} ({number:,})" for label, number in counts.items() if number]
     lacking = [named[label] for label, number in counts.items() if not number]
     found = f"; {len(told)} classes: {', '.join(told if len(told) <= 10 else [*told[:3], '...', told[-1]])}"
-    return found + (f"; no image of class {', '.join(lacking[:5] + ['...'] * (len(lacking) > 5))}" if lacking else "")
+    return found + (f"; no image of class {some(lacking)}" if lacking else "")
 
 
 def _done(sizes: Counter[tuple[int, int]], num_grey: int, size: int, channels: int) -> str:

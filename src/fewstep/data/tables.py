@@ -27,19 +27,17 @@ def open_stored(data: DataSettings) -> Stored:
     if is_edm_set(path):
         return open_edm_set(path)
     names = list_files(path) if path.is_dir() else [path.name] if path.is_file() else []
-    for suffix in (".parquet", ".tar"):
+    for suffix, open_shards in ((".parquet", _open_parquet), (".tar", open_tars)):
         if shards := [name for name in names if name.lower().endswith(suffix)]:
             files = [path] if path.is_file() else [path / name for name in of_split(shards, data.split, path)]
-            return (
-                _open_parquet(path, files, data) if suffix == ".parquet" else open_tars(path, files, data.image_column)
-            )
+            return open_shards(path, files, data.image_column)
     if path.is_dir() and (images := [name for name in names if is_image(name)]):
         return open_folder(path, names, of_split(images, data.split, path))
     kinds = "a folder of images, a .zip, a .parquet file or a WebDataset .tar"
     raise UserError(f"{path}: no images here; a source is {kinds}")
 
 
-def _open_parquet(path: Path, files: Sequence[Path], data: DataSettings) -> Stored:
+def _open_parquet(path: Path, files: Sequence[Path], image_column: str | None) -> Stored:
     """By `datasets`, which keeps an uncompressed copy, so that any row is read alone; its paths would be patterns."""
     import datasets
     from datasets.data_files import DataFilesDict, DataFilesList
@@ -51,12 +49,13 @@ def _open_parquet(path: Path, files: Sequence[Path], data: DataSettings) -> Stor
     origins = [(str(os.stat(file).st_mtime_ns), str(os.path.getsize(file))) for file in files]
     try:
         literal = DataFilesDict({"train": DataFilesList(whole, origins)})
-        builder = Parquet(data_files=literal)
+        builder = Parquet(data_files=literal, batch_size=100)
         builder.download_and_prepare()
         table = builder.as_dataset("train")
     except Exception as error:  # the builder raises almost any error on damaged files
-        raise UserError(f"{path}: can't be read as parquet ({brief(error)}) (data.source)") from error
-    image_column = find_column(table.column_names, data.image_column, USUAL, "images", "data.image_column", path)
+        reason = error.__cause__ if isinstance(error.__cause__, Exception) else error
+        raise UserError(f"{path}: can't be read as parquet ({brief(reason)}) (data.source)") from error
+    image_column = find_column(table.column_names, image_column, USUAL, "images", "data.image_column", path)
     try:
         images = table.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
     except (ValueError, TypeError, NotImplementedError) as error:  # pyarrow's errors are all one of these
@@ -64,17 +63,16 @@ def _open_parquet(path: Path, files: Sequence[Path], data: DataSettings) -> Stor
         raise UserError(f"{path}: {told}") from error
 
     def cells(rows: list[int]) -> list[Cell]:
-        return [_cell(each or {}) for each in images[rows][image_column]]
+        return [_cell(**(each or {})) for each in images[rows][image_column]]
 
     columns = {name: partial(_column, table, name) for name in table.column_names if name != image_column}
     names = {name: feature.names for name, feature in table.features.items() if getattr(feature, "names", None)}
     return Stored(path, cells, len(table), columns, names)
 
 
-def _cell(found: dict[str, Any]) -> Cell:
+def _cell(path: str | None = None, bytes: bytes | None = None) -> Cell:
     """A path in a cell is a name only: what it names is opened for nobody."""
-    name, content = found.get("path") or "", found.get("bytes")
-    return Cell(name, content, "names a file and does not hold it" if name else "no picture")
+    return Cell(path or "", bytes, "names a file and does not hold it" if path else "no picture")
 
 
 def _column(table: Any, name: str) -> list[Any]:

@@ -55,6 +55,11 @@ def as_object(text: str, what: object) -> dict[str, Any]:
         raise UserError(f"{what}: holds no JSON object") from error
 
 
+def some(names: Sequence[str], most: int = 5) -> str:
+    """The first names of many."""
+    return ", ".join([*names[:most], *["..."] * (len(names) > most)])
+
+
 def find_column(
     names: Sequence[str], wanted: str | None, usual: Sequence[str], what: str, setting: str, path: Path, more: str = ""
 ) -> str:
@@ -65,7 +70,7 @@ def find_column(
     found = [by_lower[name] for name in ((wanted.lower(),) if wanted else usual) if name in by_lower]
     if found:
         return found[0]
-    has = ", ".join(names) or "none"
+    has = some(names, 30) or "none"
     if wanted:
         raise UserError(f"{path}: has no column {wanted!r} ({setting}); it has {has}")
     known = f"{', '.join(usual[:-1])} or {usual[-1]}"
