@@ -18,7 +18,7 @@ from fewstep.data.prompts import load_prompts
 from fewstep.errors import UserError
 from fewstep.models.image_model import Asked, ImageModel
 from fewstep.models.loading.hub import is_hub_id
-from fewstep.models.loading.pretrained import SUFFIX, open_model
+from fewstep.models.loading.pretrained import is_single_file, open_model
 from fewstep.models.sampler import Sampler, default_sampler, generate, parse_sampler
 from fewstep.networks.families import use_family
 from fewstep.networks.fingerprint import fingerprint
@@ -121,7 +121,7 @@ def single_path(order: Sample, number: int, index: int) -> Path:
 def make_painters(order: Sample, prompts: list[str]) -> list[Painter]:
     """One or two models, open on the CPU, with their samplers; raises UserError for what they can't do."""
     sources = [order.path, *([order.compare] if order.compare else [])]
-    configured = [source for source in sources if Path(source).suffix == SUFFIX] or sources[:1]
+    configured = [source for source in sources if is_single_file(source)] or sources[:1]
     models: list[ImageModel] = []
     for source in sources:
         prediction_type = order.prediction_type if not models else None  # of the first

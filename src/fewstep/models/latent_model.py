@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.diffusion.denoiser import Condition, Denoiser
+from fewstep.errors import UserError
 from fewstep.models.image_model import Asked, ImageModel
 from fewstep.networks.codec import Codec, to_images
 from fewstep.networks.families import FAMILIES
+from fewstep.networks.settings import MAX_SIZE
 from fewstep.seeding import Draws
 
 Part = TypeVar("Part", bound=nn.Module)
@@ -39,6 +41,8 @@ class LatentModel(ImageModel):
         self.family.check(pipeline)
         self.autoencoder = pipeline.vae.eval().requires_grad_(False)
         self.image_size = image_size or self.family.image_size(pipeline)
+        if not 1 <= self.image_size <= MAX_SIZE:
+            raise UserError(f"image_size {self.image_size}: pictures have up to {MAX_SIZE} pixels a side")
         self.shape = self.codec.shape(self.image_size)
         self.conditioner = self.family.conditioner(pipeline, self.image_size).eval().requires_grad_(False)
         adapter = self.family.adapter(getattr(pipeline, self.part)).eval()

@@ -4,12 +4,14 @@ from __future__ import annotations  # transformers is imported only where a text
 
 import json
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from textwrap import shorten
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from fewstep.diffusion.denoiser import Condition
+from fewstep.errors import UserError
 from fewstep.networks.fingerprint import fingerprint
 
 if TYPE_CHECKING:
@@ -26,6 +28,8 @@ class TextConditioner(nn.Module):
     def __init__(self, tokenizers: tuple[CLIPTokenizer, ...], encoders: tuple[nn.Module, ...]):
         super().__init__()
         self.tokenizers, self.encoders = tokenizers, nn.ModuleList(encoders)
+        for tokenizer, encoder in zip(tokenizers, encoders, strict=True):
+            _check_fit(tokenizer, encoder.config)
 
     def forward(self, prompts: list[str]) -> Condition:
         """The condition of `prompts`; those that are too long are cut."""
@@ -58,8 +62,26 @@ class TextConditioner(nn.Module):
         return fingerprint(self.encoders, type(self).__name__, *map(_vocabulary, self.tokenizers))
 
 
+def _check_fit(tokenizer: CLIPTokenizer, config: Any) -> None:
+    """Gives the tokenizer the length of its text encoder's, where its files say a longer one, or none.
+
+    Raises UserError if the encoder has no embedding for some of its tokens.
+    """
+    tokenizer.model_max_length = min(tokenizer.model_max_length, config.max_position_embeddings)
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(f"tokenizer: has {len(tokenizer)} tokens, its text encoder embeds {config.vocab_size}")
+
+
 def tokenize(tokenizer: CLIPTokenizer, prompts: list[str], encoder: nn.Module) -> Tensor:
-    """Token indices (B, L), padded and cut to the tokenizer's length, where the encoder's weights are."""
+    """Token indices (B, L), padded and cut to the tokenizer's length, where the encoder's weights are.
+
+    Raises UserError for what is no text: halves of characters, as a terminal gives in another encoding.
+    """
+    for prompt in prompts:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"prompt {shorten(ascii(prompt), 80)} is no UTF-8; write it in that encoding") from error
     length = tokenizer.model_max_length
     tokens = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     indices: Tensor = tokens.input_ids.to(next(encoder.parameters()).device)  # (B, L) int64

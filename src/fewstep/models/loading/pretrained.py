@@ -24,7 +24,7 @@ from fewstep.networks.settings import PixelSettings
 from fewstep.runtime.runs import find
 
 SUFFIX = ".safetensors"
-WEIGHT_SUFFIXES = (SUFFIX, ".ckpt", ".pt", ".pth", ".bin", ".gguf", ".pkl")  # all but the first are refused, by name
+WEIGHT_SUFFIXES = (SUFFIX, ".sft", ".ckpt", ".pt", ".pth", ".bin", ".gguf", ".pkl")  # all but two are refused, by name
 
 
 def is_model_folder(folder: Path) -> bool:
@@ -32,10 +32,15 @@ def is_model_folder(folder: Path) -> bool:
     return any((folder / name).is_file() for name in (DESCRIPTION, PIPELINE))
 
 
+def is_single_file(source: str | Path) -> bool:
+    """Whether it has the name of a file of safetensors."""
+    return Path(source).suffix.lower() in (SUFFIX, ".sft")
+
+
 def is_loadable(source: str | Path) -> bool:
     """Whether it is a model folder, a file of weights or a hub id."""
     path = Path(source)
-    return is_model_folder(path) or path.suffix in WEIGHT_SUFFIXES or hub.is_hub_id(source)
+    return is_model_folder(path) or path.suffix.lower() in WEIGHT_SUFFIXES or hub.is_hub_id(source)
 
 
 def load(
@@ -51,10 +56,10 @@ def load(
     path = Path(source)
     if prediction_type not in (None, *PARAMETERIZATIONS):
         raise UserError(f"prediction type {prediction_type!r}: write {' or '.join(PARAMETERIZATIONS)}")
-    if config is not None and path.suffix != SUFFIX:
+    if config is not None and not is_single_file(path):
         raise UserError(f"{source}: has its own configuration; only a single {SUFFIX} file takes another")
     try:
-        if path.is_file() or path.suffix in WEIGHT_SUFFIXES:
+        if path.is_file() or path.suffix.lower() in WEIGHT_SUFFIXES:
             model: PixelModel | LatentModel = _load_file(path, config, prediction_type)
         else:
             folder = _local(path)
@@ -142,7 +147,7 @@ def _load_network(folder: Path, family: Family, config: PixelSettings) -> nn.Mod
 def _load_file(path: Path, config: str | Path | None, prediction_type: str | None) -> LatentModel:
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    if path.suffix != SUFFIX:
+    if not is_single_file(path):
         hint = "; `fewstep import edm` reads EDM's" if path.suffix == ".pkl" else ""
         raise UserError(
             f"{path}: only {SUFFIX} files are read; others ({path.suffix}) can run code when they are opened{hint}"

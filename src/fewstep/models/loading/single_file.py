@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ from fewstep.models.loading.weights import check_names, check_stored
 
 Weights = dict[str, Tensor]
 UNET = "model.diffusion_model."
+FIRST = "input_blocks.0.0.weight"
+UNET_ALONE = re.compile(r"(diffusion_model\.)?(input_blocks|middle_block|output_blocks|time_embed|label_emb|out)\.")
+EDITORS = {9: "inpainting models", 8: "editing models (InstructPix2Pix)"}
 HARMLESS = re.compile(  # averages and tables of training, flags, and what merges of the first version drag along
     r"(^|\.)model_ema\.|^(v_pred|ztsnr|betas|logvar|lvlb_weights|scale_factor|denoiser\.sigmas|embedding_manager\..*)$|"
     r"^(log_one_minus_|sqrt_one_minus_|sqrt_recip_|sqrt_recipm1_|sqrt_)?alphas_cumprod(_prev)?$|"
@@ -45,10 +49,11 @@ PREFIXES = {  # of the parts in the file
 def read(path: Path) -> Weights:
     """All tensors of the file; raises UserError unless it is whole and holds an SD or SDXL model, and nothing else."""
     try:
-        names = list(check_stored(path))
-        _check_family(path, names)
+        stored = check_stored(path)
+        place = {_original_name(name, stored): name for name in stored}
+        _check_family(path, {name: stored[theirs] for name, theirs in place.items()})
         with safe_open(path, framework="pt") as file:
-            weights = {name: file.get_tensor(name) for name in names}
+            weights = {name: file.get_tensor(theirs) for name, theirs in place.items()}
         prefixes = tuple(PREFIXES[pipeline_name(weights)].values())
         check_names(path, (), [name for name in weights if not name.startswith(prefixes) and not HARMLESS.search(name)])
         return weights
@@ -68,11 +73,22 @@ def read_timesteps(path: Path) -> Any:
         raise UserError(f"{path}: {TIMESTEPS} {told!r} in its header is no list of numbers") from error
 
 
-def _check_family(path: Path, names: list[str]) -> None:
-    if f"{UNET}input_blocks.0.0.weight" not in names or any(name.startswith("edm_") for name in names):
+def _original_name(name: str, names: Container[str]) -> str:
+    """The name in a whole model: ComfyUI's files of the UNet alone lack the prefix, or half of it."""
+    if f"{UNET}{FIRST}" in names or not UNET_ALONE.match(name):
+        return name
+    return UNET + name.removeprefix("diffusion_model.")
+
+
+def _check_family(path: Path, names: Mapping[str, Tensor]) -> None:
+    if f"{UNET}{FIRST}" not in names or any(name.startswith("edm_") for name in names):
         found = [text for piece, text in OTHERS.items() if any(piece in name.lower() for name in names)]
         what = found[0] if found else "without the UNet of a diffusion model"
         raise UserError(f"{path}: {what}; supported are whole models of {FAMILIES}")
+    if (channels := names[f"{UNET}{FIRST}"].shape[1]) in EDITORS:
+        raise UserError(f"{path}: takes {channels} channels, as {EDITORS[channels]} do; name a text-to-image model")
+    if any(name.startswith("conditioner.embedders.0.model.") for name in names):
+        raise UserError(f"{path}: an SDXL refiner, which goes on with pictures of another model; name a whole SDXL")
 
 
 def pipeline_name(weights: Weights) -> str:

@@ -14,6 +14,7 @@ from fewstep.diffusion.schedules import VP
 from fewstep.errors import UserError
 from fewstep.networks.codec import Codec
 from fewstep.networks.family import Family, unet_map
+from fewstep.networks.settings import MAX_SIZE
 from fewstep.networks.text import TextConditioner, tokenize
 
 if TYPE_CHECKING:
@@ -134,7 +135,8 @@ def _check(pipeline: Any) -> None:
             "that it was made from"
         )
     others = ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type", "encoder_hid_dim")
-    for name, wanted in {"addition_embed_type": added, **dict.fromkeys(others)}.items():
+    expected = {"addition_embed_type": added, "attention_type": "default", **dict.fromkeys(others)}
+    for name, wanted in expected.items():
         if config.get(name) != wanted:
             raise UserError(f"unet: {name} is {config.get(name)!r}, not {wanted!r}; name a text-to-image model")
 
@@ -144,10 +146,17 @@ def _image_size(default: int, pipeline: Any) -> int:
     size = pipeline.unet.config.sample_size
     if size is None:
         return default
-    height, width = (size, size) if isinstance(size, int) else size
-    if height != width:
-        raise UserError(f"unet: its sample_size {list(size)} is not square; only square pictures are supported")
-    return int(height * pipeline.vae_scale_factor)
+    sides = list(size) if isinstance(size, list | tuple) else [size]
+    if not all(type(side) is int and 1 <= side * pipeline.vae_scale_factor <= MAX_SIZE for side in sides):
+        raise UserError(f"unet: its sample_size {size!r} is no size of latents, for pictures up to {MAX_SIZE} pixels")
+    if len({*sides}) != 1:
+        raise UserError(f"unet: its sample_size {sides} is not square; only square pictures are supported")
+    return int(sides[0] * pipeline.vae_scale_factor)
+
+
+def _feature_layer(unet: Any) -> str:
+    """The middle, as in the official system (spec, 1.4); the last encoder block of a UNet without one (BK-SDM)."""
+    return "unet.mid_block" if unet.mid_block is not None else f"unet.down_blocks.{len(unet.down_blocks) - 1}"
 
 
 def _codec(ignored: tuple[str, ...], vae: Any) -> Codec:
@@ -169,7 +178,7 @@ SD = Family(
     codec=partial(_codec, ("shift_factor", "latents_mean", "latents_std")),
     schedule=vp_schedule,
     image_size=partial(_image_size, 512),
-    feature_layer=lambda unet: "unet.mid_block",  # as in the official system (spec, 1.4)
+    feature_layer=_feature_layer,
     time_layer="unet.time_embedding",
 )
 SDXL = Family(
