@@ -19,6 +19,7 @@ from fewstep.commands.runs import (
 )
 from fewstep.data.pairs import PairSet, load_pairs
 from fewstep.data.prompts import load_prompts
+from fewstep.data.settings import EmbeddingSettings
 from fewstep.embedded.sources import open_captioned, open_images
 from fewstep.errors import UserError
 from fewstep.evaluation.lpips import load_lpips
@@ -111,8 +112,8 @@ def open_batches(recipe: DistillRecipe, model: Any, runs: Path) -> tuple[BatchAt
         images = open_captioned(recipe.data, model, shrink=True) if real or not wanted else None
         tell_found(images)
         return text_batches(model, images, wanted, real, recipe, recipe.embeddings, runs)
-    if recipe.prompts:
-        raise UserError("prompts: the teacher takes no text")
+    if recipe.prompts or recipe.embeddings != EmbeddingSettings():
+        raise UserError(f"{'prompts' if recipe.prompts else 'embeddings'}: the teacher takes no text")
     images = open_images(recipe.data, model, shrink=True)
     tell_found(images)
     return (image_batches(images, recipe) if real else lambda step, rows: {}), None  # fakes have classes of their own

@@ -231,7 +231,9 @@ def finished_run(name: str, runs: Path, field: str) -> Path:
     if Path(name).exists():
         return Path(name)
     if name not in recipe_names():
-        raise UserError(f"{field}: {name!r} is neither a folder nor the name of a recipe, nor a file or a hub id")
+        file = Path(f"{Path(name).name}.yaml")  # as `recipes new` leaves them
+        how = f"; `fewstep teach {file}` makes it" if file.is_file() else ""
+        raise UserError(f"{field}: {name!r} is neither a folder nor the name of a recipe, nor a file or a hub id{how}")
     run, recipe = runs / name, _recipe_of(name, runs)
     if not recipe.kind.startswith("teach"):
         raise UserError(f"{field}: the recipe {name!r} does not train one; `fewstep recipes` lists those that do")

@@ -6,31 +6,21 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-WORDS = {
-    "learning_rate": "lr",
-    "lrate": "lr",
-    "iterations": "num_steps",
-    "epochs": "num_steps",
-    "steps": "num_steps",
-    "max_train_steps": "num_steps",
-    "train_batch_size": "batch_size",
-    "resolution": "image_size",
-    "size": "image_size",
-    "width": "image_size",
-    "classes": "num_classes",
-    "dataset": "data",
-    "path": "source",
-    "folder": "source",
-    "ema": "ema_decay",
-    "cfg": "guidance_scale",
-    "cfg_scale": "guidance_scale",
-    "save_every": "checkpoint_every",
-    "gradient_accumulation_steps": "accumulate",
-    "gradient_checkpointing": "checkpointing",
-    "mixed_precision": "precision",
-    "dtype": "precision",
-    "max_grad_norm": "clip_norm",
-}
+_OTHERS = """lr: learning_rate lrate
+num_steps: steps iterations epochs max_train_steps
+batch_size: train_batch_size
+image_size: resolution size width
+num_classes: classes
+data: dataset
+source: path folder
+ema_decay: ema
+guidance_scale: cfg cfg_scale
+checkpoint_every: save_every
+accumulate: gradient_accumulation_steps
+checkpointing: gradient_checkpointing
+precision: mixed_precision dtype
+clip_norm: max_grad_norm"""
+WORDS = {word: key for key, words in (line.split(": ") for line in _OTHERS.splitlines()) for word in words.split()}
 """What other programs call some settings."""
 
 
