@@ -10,7 +10,9 @@ from PIL import Image
 
 from command_line import fewstep, refused
 from fewstep.cli.verbs import VERBS, at_home, is_place
+from fewstep.commands.distill import open_batches
 from fewstep.errors import UserError
+from fewstep.models.pixel_model import PixelModel
 from fewstep.recipes.loading import documented, dump, load_recipe
 from image_sets import encoded, write_files
 
@@ -262,6 +264,8 @@ def test_a_mark_of_the_byte_order_is_no_part_of_the_first_key(encoding: str) -> 
         (f"{'x' * 5000}=1", "unknown key"),
         (f"data.source={'x' * 5000}", "data.source: string should have at most 4096 characters"),
         ("data.source=", "data.source: '' is no path"),
+        ("a\nb=1", "a\\nb: unknown key"),
+        ("optimizer.lr=[\n", "--set optimizer.lr: '[\\n' is not a YAML value"),
     ],
     ids=lambda text: text[:30],
 )  # fmt: skip
@@ -347,3 +351,18 @@ def test_what_others_say_and_what_a_run_holds_may_change_nothing(name: str, over
 def test_a_wrong_name_tells_the_right_one(line: str, told: str) -> None:
     refused(fewstep(line), told)
     assert not Path("runs").exists()
+
+
+def test_an_average_of_more_than_any_number_is_refused() -> None:
+    assert "student.ema_decay: takes a number" in mistake("digits-1step", f"student.ema_decay={'9' * 400}")
+
+
+def test_a_teacher_whose_recipe_lies_here_is_told_to_be_taught() -> None:
+    refused(
+        fewstep("distill digits-1step --set teacher=runs/t"), "'runs/t' is neither", "; `fewstep teach t.yaml` makes"
+    )
+
+
+def test_embeddings_of_a_teacher_without_text_are_refused(tiny_model: PixelModel) -> None:
+    with pytest.raises(UserError, match="embeddings: the teacher takes no text"):
+        open_batches(load_recipe("digits-1step", ["embeddings.max_gb=1"]), tiny_model, Path())

@@ -199,7 +199,9 @@ def _override(text: str) -> dict[str, Any]:
         try:
             return read_yaml(value) if value else ""
         except ValueError as error:
-            raise UserError(f"--set {shown(text, 90)}: {shown(value)} is not a YAML value ({error})") from error
+            raise UserError(
+                f"--set {shown(key, 90, quoted=False)}: {shown(value)} is not a YAML value ({error})"
+            ) from error
 
     nested: Any = Written(value, read)
     for part in reversed(key.strip().split(".")):

@@ -1,7 +1,7 @@
 """What is wrong in a recipe, in one line, with what was probably meant."""
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -24,11 +24,11 @@ WORDS = {word: key for key, words in (line.split(": ") for line in _OTHERS.split
 """What other programs call some settings."""
 
 
-def explain(error: ValidationError, kinds: dict[Any, type[BaseModel]], kind: object) -> str:
+def explain(error: ValidationError, kinds: Mapping[Any, type[BaseModel]], kind: object) -> str:
     """The first mistake as `key: what is wrong`, with the right key if one is misspelt."""
     first, more = error.errors()[0], error.error_count() - 1
     location = [str(part) for part in first["loc"][1:]]  # behind the kind
-    key, given = shown(".".join(location), 200), first["input"]
+    key, given = shown(".".join(location), 200, quoted=False), first["input"]
     if first["type"].startswith("union_tag"):
         return f"kind: must be {', '.join(map(str, kinds))}, not {shown(kind)}"
     if first["type"] == "extra_forbidden":
@@ -46,9 +46,9 @@ def explain(error: ValidationError, kinds: dict[Any, type[BaseModel]], kind: obj
     return text + (f" (and {more} more)" if more else "")
 
 
-def shown(value: object, most: int = 60) -> str:
-    """A value, or text itself, as far as a line has room."""
-    text = value if most > 60 and isinstance(value, str) else repr(value)
+def shown(value: object, most: int = 60, quoted: bool = True) -> str:
+    """A value as far as a line has room; text without quotes has its line ends and the like escaped, too."""
+    text = repr(value) if quoted else repr(value)[1:-1]
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 

@@ -86,7 +86,7 @@ def suggest(name: str, source: str, size: int | None, device: str) -> Suggested:
     told = {"teacher": ("digits-teacher", teacher)}
     judged = found.num_images >= MIN_JUDGED and 0 < classes <= MAX_JUDGED_CLASSES
     for steps, num_steps in ((1, 1600), (4, 1200)):
-        student = _student(steps, round(num_steps * max(plan.num_steps / 3000, 1), -2), model, plan, judged)
+        student = _student(steps, int(num_steps * max(plan.num_steps / 3000, 1)) // 100 * 100, model, plan, judged)
         student |= {"description": f"{steps}-step student of {name}-teacher", "teacher": f"runs/{name}-teacher"}
         told[f"{steps}step"] = (f"digits-{steps}step", student)
     shared = {"data.source": source, "batch_size": plan.batch_size}
@@ -185,4 +185,4 @@ def seconds_per_step(recipe: Any, model: PixelModelConfig, device: torch.device)
 
     method.step([(rows, batch)], 1)  # the first one is slower
     others = seconds(1) if turns > 1 else 0
-    return (seconds(0) + (turns - 1) * others) / turns * recipe.batch_size / len(rows)
+    return float((seconds(0) + (turns - 1) * others) / turns * recipe.batch_size / len(rows))

@@ -65,13 +65,13 @@ class _Reader:
         for event in self.events:
             if isinstance(event, yaml.DocumentStartEvent):
                 if found:
-                    raise ValueError(f"line {event.start_mark.line + 1}: a second document begins; a recipe is one")
+                    raise ValueError("a second document begins; a recipe is one")
                 content, found = self.value(next(self.events), 0), True
         return content
 
     def value(self, event: Any, depth: int) -> Any:
         """What begins with that event, nested so deep."""
-        before, line = self.count, event.start_mark.line + 1
+        before, line = self.count, int(event.start_mark.line) + 1
         if isinstance(event, yaml.AliasEvent):
             if event.anchor not in self.anchors:
                 raise ValueError(f"line {line}: *{event.anchor} stands for nothing above it")

@@ -171,7 +171,7 @@ class StudentSettings(Settings):
     @classmethod
     def _decays_fit(cls, given: Any) -> Any:
         decays = given if isinstance(given, list) else [given]
-        with suppress(TypeError, ValueError):
+        with suppress(TypeError, ValueError, OverflowError):
             if 0 < len(decays) <= MAX_DECAYS and len({float(each) for each in decays if 0 <= float(each) < 1}) == len(
                 decays
             ):
