@@ -13,7 +13,7 @@ from rich.console import Console
 
 import fewstep
 from fewstep.commands.options import Evaluate
-from fewstep.commands.runs import check_writable, free_place, pick_device, tell_done
+from fewstep.commands.runs import check_alike, check_writable, free_place, pick_device, tell_done
 from fewstep.data.images import load_images
 from fewstep.data.listing import is_image, list_files
 from fewstep.data.settings import DataSettings
@@ -50,7 +50,7 @@ def evaluate(given: Evaluate) -> None:
     data, keep = _reference(given, sources)
     averages = [open_averages(source, given.config) for source in sources]
     firsts = [of[""] for of in averages]
-    _check_alike(sources, firsts)
+    check_alike(sources, firsts)
     firsts[0].to(device)  # where the judge's network goes, too
     judge = make_judge(data, firsts[0], given.features, keep, given.num_samples, given.num_real)
     names = dict(zip(given.runs, _names(given.runs), strict=True))
@@ -124,15 +124,6 @@ def _row_of_images(judge: Judge, name: str, folder: str, model: ImageModel, num:
             yield images.fetch(part)
 
     return judge.row_of_images(name, batches(), num)
-
-
-def _check_alike(sources: Sequence[str], models: Sequence[ImageModel]) -> None:
-    """Raises UserError unless all models make the images and the classes of the first."""
-    made = [(*model.shape, model.num_classes if model.kind == "label" else model.kind) for model in models]
-    for source, other in zip(sources, made, strict=True):
-        if other != made[0]:
-            what = f"channels, height, width and classes are {other}, those of {sources[0]} {made[0]}"
-            raise UserError(f"{source}: {what}; judge it apart")
 
 
 def publish(

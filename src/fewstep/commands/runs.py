@@ -2,9 +2,9 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from itertools import count
+from itertools import count, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from fewstep.data.prompts import load_prompts
 from fewstep.embedded.sources import origin
 from fewstep.errors import Interrupted, UserError, out_of_memory
 from fewstep.files import folder_lock, write_text
-from fewstep.models.image_model import Asked
+from fewstep.models.image_model import Asked, ImageModel
 from fewstep.recipes.loading import differences, dump, load_recipe, read_run_recipe, recipe_names
 from fewstep.recipes.schema import AnyRecipe
 from fewstep.runtime.checkpoint import EVALUATIONS, FACTS, RECIPE, check_run, checkpoint_steps
@@ -144,6 +144,22 @@ def free_place(named: Path | None, default: Path, taken: Callable[[Path], bool],
     numbered = (default.with_stem(f"{default.stem}-{number}") for number in count(2))
     free = default if overwrite or not taken(default) else next(path for path in numbered if not taken(path))
     return named or free
+
+
+def check_alike(sources: Sequence[str], models: Sequence[ImageModel]) -> None:
+    """Raises UserError unless all models make the images of the first, of its classes or from text."""
+    for source, both in zip(sources, product(models, models[:1]), strict=True):
+        made = [
+            f"{'x'.join(map(str, each.shape))} numbers "
+            + (f"of {each.num_classes} classes" if each.kind == "label" else "from text")
+            for each in both
+        ]
+        for number, names in enumerate(zip(*(each.class_names or () for each in both), strict=False)):
+            if names[0] != names[1]:
+                made = [f"{name!r} of class {number}" for name in names]
+                break
+        if made[0] != made[1]:
+            raise UserError(f"{source}: makes {made[0]}, but {sources[0]} {made[1]}; take models that are alike")
 
 
 def tell_done(wrote: str, *next_commands: str) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import fewstep
 from fewstep.commands.options import Sample
-from fewstep.commands.runs import check_writable, free_place, pick_device, tell_done
+from fewstep.commands.runs import check_alike, check_writable, free_place, pick_device, tell_done
 from fewstep.data.prompts import load_prompts
 from fewstep.errors import UserError
 from fewstep.models.image_model import Asked, ImageModel
@@ -160,22 +160,6 @@ def class_number(model: ImageModel, label: str) -> int:
     meant = [name for name in names if name.lower() in near]
     told = f"; did you mean {meant[0]!r}?" if meant else f", from {names[0]!r} to {names[-1]!r}" if names else ""
     raise UserError(f"--class {label}: the model has {model.num_classes} classes, counted from 0{told}")
-
-
-def check_alike(sources: list[str], models: list[ImageModel]) -> None:
-    """Raises UserError unless all models start from noise of one shape and take the same classes or text."""
-    made = [
-        f"{'x'.join(map(str, model.shape))} numbers "
-        + (f"of {model.num_classes} classes" if model.kind == "label" else "from text")
-        for model in models
-    ]
-    names = [model.class_names or [] for model in models]
-    for number, (here, there) in enumerate(zip(names[0], names[-1], strict=False)):
-        if here != there:
-            made = [f"{each}, of which {number} is {name!r}" for each, name in zip(made, (here, there), strict=True)]
-            break
-    if made[-1] != made[0]:
-        raise UserError(f"--compare {sources[-1]}: makes {made[-1]}, but {sources[0]} {made[0]}; compare models alike")
 
 
 def choose_sampler(model: ImageModel, order: Sample, first: bool, no_teacher: bool) -> tuple[ImageModel, Sampler]:
