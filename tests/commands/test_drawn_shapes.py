@@ -83,7 +83,7 @@ def test_a_missing_autoencoder_is_trained_first(tell: Tell, workplace: Path, mon
 
 @pytest.mark.parametrize("what", ["student", "teacher --sampler unipc:2@1.5"])
 def test_a_prompt_is_sampled(tell: Tell, workplace: Path, what: str) -> None:
-    assert tell(f"sample runs/{what} --num 2 --prompt circle --out sampled.png --device cpu")[0] == 0
+    assert tell(f"sample runs/{what} --num 2 --prompt circle --out sampled.png --overwrite --device cpu")[0] == 0
     assert Image.open(workplace / "sampled.png").width > 2 * 32
 
 
@@ -91,7 +91,7 @@ def test_the_scale_in_a_samplers_name_guides(tell: Tell, workplace: Path) -> Non
     line = "sample runs/teacher --prompt red --num 1 --device cpu"
     pictures = []
     for more in ("--sampler ddim:2", "--sampler ddim:2@5", "--sampler ddim:2 --guidance 5"):
-        assert tell(f"{line} {more} --out guided.png")[0] == 0
+        assert tell(f"{line} {more} --out guided.png --overwrite")[0] == 0
         pictures.append((workplace / "guided.png").read_bytes())
     assert pictures[1] == pictures[2]
     assert pictures[0] != pictures[1]

@@ -78,7 +78,9 @@ def holds_results(folder: Path) -> bool:
 
 def _is_image_folder(text: str) -> bool:
     folder = Path(text)
-    return folder.is_dir() and not is_loadable(text) and not is_run(text) and any(map(is_image, list_files(folder)))
+    if not folder.is_dir() or is_loadable(text) or is_run(text) or (folder / "checkpoints").exists():
+        return False
+    return any(map(is_image, list_files(folder)))
 
 
 def _reference(given: Evaluate, sources: Sequence[str]) -> tuple[DataSettings, Path]:
