@@ -68,7 +68,7 @@ def save_checkpoint(
         shutil.rmtree(left, ignore_errors=True)
     advice = "make room and --resume, which goes on from the checkpoint before it"
     there = checkpoints(run)
-    needed = max(_own_bytes(there[-1]) if there else 0, _tensor_bytes(state))
+    needed = max(_own_bytes(there[-1]) if there else 0, sum(each.nbytes for each in tensors(state)))
     check_room(checkpoint_folder(run, step), needed, "a checkpoint", advice)
     try:
         with written_folder(checkpoint_folder(run, step)) as hidden:
@@ -91,11 +91,12 @@ def _own_bytes(checkpoint: Path) -> int:
     return sum(each.st_size for each in sizes if each.st_nlink == 1)
 
 
-def _tensor_bytes(state: Any) -> int:
+def tensors(state: Any) -> list[torch.Tensor]:
+    """All in a nested state."""
     if isinstance(state, torch.Tensor):
-        return state.nbytes
+        return [state]
     values = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else []
-    return sum(map(_tensor_bytes, values))
+    return [tensor for value in values for tensor in tensors(value)]
 
 
 def _save_state(state: dict[str, Any], path: Path) -> None:

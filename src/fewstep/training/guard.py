@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fewstep.errors import UserError
+from fewstep.runtime.checkpoint import tensors
 from fewstep.training.method import Metrics
 
 SOURCES = {  # in the order of cause and effect
@@ -68,14 +69,7 @@ class Guard:
 def check_finite(state: dict[str, Any], step: int) -> None:
     """Raises UserError if a number of a method's state is not finite, before it is saved."""
     # Weights, averages and moments: one finite update can still overflow what it is added to.
-    broken = next((name for name, part in state.items() if not all(x.isfinite().all() for x in _tensors(part))), None)
+    broken = next((name for name, part in state.items() if not all(x.isfinite().all() for x in tensors(part))), None)
     if broken:
         advice = "lower the learning rate or the GAN weights, and go on from the newest checkpoint, which is whole"
         raise UserError(f"step {step}: {broken} is not finite and was not saved; {advice}")
-
-
-def _tensors(state: Any) -> list[Tensor]:
-    if isinstance(state, Tensor):
-        return [state]
-    values = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else []
-    return [tensor for value in values for tensor in _tensors(value)]
