@@ -127,7 +127,7 @@ def _opened(
     stored: Stored, data: DataSettings, size: int, channels: int, shrink: bool | None, num_classes: int = 0
 ) -> ImageSet:
     """The images, decoded once if they fit into memory; what is refused is told before that takes its time."""
-    found = None if shrink is None else describe(stored, data.required, size, channels, shrink, num_classes)
+    found = None if shrink is None else describe(stored, data, size, channels, shrink, num_classes)
     images = in_memory(decoded(stored, data, size, channels), channels * size**2, Path(data.required).name)
     return replace(images, found=found)
 

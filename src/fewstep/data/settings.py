@@ -22,17 +22,19 @@ class DataSettings(Settings):
     """Where the real images come from; size, grey or RGB, and the number of classes are the model's."""
 
     source: UserPath | None = "digits"
-    """`digits` or, with captions, `shapes` (both embedded), an image folder, a zip (or folder) of images with a
-    dataset.json as EDM's dataset_tool writes them, a parquet file, a WebDataset tar, a folder of those, or of latents
-    that `fewstep data latents` wrote; null for text-to-image with `prompts` and without GAN, which needs no images."""
+    """`digits` or, with captions, `shapes` (both embedded), a folder of images (with a folder per class, or captions in
+    metadata.csv, metadata.jsonl or a .txt file beside each), a zip (or folder) of images with a dataset.json as EDM's
+    dataset_tool writes them, a parquet file, a WebDataset tar, a folder of those, or of latents that `fewstep data
+    latents` wrote; null for text-to-image with `prompts` and without GAN, which needs no images."""
     split: str = "train"
-    """The split to read, where the source has several."""
+    """The split to read, where the source has several: shards called train-0.parquet, or folders train/ and test/."""
     image_column: str | None = None
     """Column of the images; by default the first of image, png, jpg, jpeg, webp."""
     label_column: str | None = None
-    """Column of the class indices; by default the first of label, labels, class, cls."""
+    """Column of the class indices, or of the names of classes; by default the first of label, labels, class, cls."""
     caption_column: str | None = None
-    """Column of the captions, for text-to-image; by default the first of caption, text, txt, prompt."""
+    """Column of the captions, for text-to-image, or json.FIELD in a tar; by default the first of caption, text, txt,
+    prompt."""
     background: Colour = "white"
     """The ground under what is transparent: a colour by its name, #rrggbb or rgb(r, g, b)."""
 

@@ -37,19 +37,19 @@ def look(source: str) -> Look:
     stored = open_stored(DataSettings(source=source))
     stored = stored.with_labels(None) if stored.has(LABELS) else stored
     captions = stored.with_captions(None).captions if stored.has(CAPTIONS) else None
-    sizes, num_grey = _headers(stored)
+    sizes, num_grey, _ = _headers(stored)
     counts = [] if stored.labels is None else stored.labels.bincount().tolist()
     names = stored.class_names or [str(label) for label in range(len(counts))] or None
     captioned = captions is not None and None not in captions
     return Look(stored.length, sizes, num_grey == sizes.total(), names, counts, captioned)
 
 
-def describe(stored: Stored, source: str, size: int, channels: int, shrink: bool, num_classes: int = 0) -> str:
-    """One line: what was found at `source`, and what a model of `size` pixels makes of it.
+def describe(stored: Stored, data: DataSettings, size: int, channels: int, shrink: bool, num_classes: int = 0) -> str:
+    """One line: what was found at the source, and what a model of `size` pixels makes of it.
 
     Raises UserError if the model is smaller than most of the images, unless `shrink`.
     """
-    sizes, num_grey = _headers(stored)
+    source, (sizes, num_grey, num_clear) = data.required, _headers(stored)
     if not sizes:
         return f"{source}: {stored.length:,} images"  # whoever fetches them says what is wrong
     short = median_low(min(each) for each in sizes.elements())
@@ -60,22 +60,24 @@ def describe(stored: Stored, source: str, size: int, channels: int, shrink: bool
     kind = "grey" if num_grey == sizes.total() else "grey and RGB" if num_grey else "RGB"
     looked = f" ({sizes.total():,} looked at)" if sizes.total() < stored.length else ""
     captioned = f" with captions{stored.told}" if stored.captions is not None else ""
+    ground = f", what is transparent made {data.background}" if num_clear else ""
     found = f"{stored.length:,} {kind} images{captioned}, {_sizes(sizes)}{looked}{_classes(stored, num_classes)}"
-    return f"{source}: {found}; {_done(sizes, num_grey, size, channels)}"
+    return f"{source}: {found}; {_done(sizes, num_grey, size, channels)}{ground}"
 
 
-def _headers(stored: Stored) -> tuple[Counter[tuple[int, int]], int]:
-    """How often each (width, height) occurs among the images that are looked at, and how many of them are grey."""
+def _headers(stored: Stored) -> tuple[Counter[tuple[int, int]], int, int]:
+    """How often each (width, height) occurs among the images that are looked at; how many are grey, and transparent."""
     sizes: Counter[tuple[int, int]] = Counter()
-    num_grey = 0
+    num_grey = num_clear = 0
     for row in range(0, stored.length, -(-stored.length // LOOKED_AT)):
         try:
             with opened(stored.cells([row])[0], "") as header:
                 sizes[header.size] += 1
                 num_grey += header.mode[0] in "1LIF"
+                num_clear += header.has_transparency_data
         except Unusable:
             continue
-    return sizes, num_grey
+    return sizes, num_grey, num_clear
 
 
 def _sizes(sizes: Counter[tuple[int, int]]) -> str:
