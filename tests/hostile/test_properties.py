@@ -32,8 +32,8 @@ def words(text: str) -> list[str]:
 TEXT = some.text(some.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=40)
 WORDS = some.sampled_from(
     words(
-        "kind teach distill regress teacher data source num_steps seed model student timesteps optimizer lr gan extends "
-        "digits image_size evaluation every null ~ prompts 2026-11-26 1e3 1_0 0x1F 0o7 yes no .inf .nan << &a *a"
+        "kind teach distill regress teacher data source num_steps seed model student timesteps optimizer lr gan every "
+        "digits image_size evaluation extends null ~ prompts 2026-11-26 1e3 1_0 0x1F 0o7 yes no .inf .nan << &a *a"
     )
 )
 SCALARS = some.none() | some.booleans() | some.integers() | some.floats() | TEXT | WORDS | some.dates()
