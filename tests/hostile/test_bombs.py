@@ -93,10 +93,7 @@ def test_a_bomb_is_one_line_at_once(place: Path, line: str, fragment: str) -> No
     with bounded(10):
         code, _, error = fewstep(line)
     assert time.process_time() - start < 5
-    if "Usage" not in error:  # of options, whose bounds typer tells with a hint at --help
-        refused((code, error), fragment)
-    assert code == 2, error
-    assert fragment in error
+    refused((code, error), fragment)
     assert len(error) < 1000
     assert sorted(os.listdir(place)) == before
 

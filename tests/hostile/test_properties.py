@@ -138,7 +138,7 @@ def any_words_as_a_command(words: list[str]) -> None:
     with bounded(20):
         code, _, error = fewstep(shlex.join(words))
     assert code in (0, 2), error
-    assert code == 0 or "Error" in error or (error.startswith("fewstep: ") and error.count("\n") == 1), error
+    assert code == 0 or words == ["recipes"] or (error.startswith("fewstep: ") and error.count("\n") == 1), error
 
 
 VERBS = some.sampled_from(

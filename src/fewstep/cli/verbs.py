@@ -25,6 +25,7 @@ app = typer.Typer(
     epilog="Example: fewstep demo",
 )
 DEBUG = "--debug"
+USAGE: Any = typer.BadParameter.__base__  # of click, or of typer's own copy of it
 LONGEST = 800  # letters of a line
 GROUPS = {
     "import": typer.Typer(no_args_is_help=True, help="Bring in models from elsewhere."),
@@ -40,16 +41,17 @@ def run() -> None:
     debug = DEBUG in sys.argv
     sys.argv = [word for word in sys.argv if word != DEBUG]  # wherever it stands
     try:
-        app()
+        sys.exit(app(standalone_mode=False) or 0)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
         line = _told(error)
-        if line is None:
+        if line is None and not isinstance(error, USAGE):
             raise
         if debug:
             traceback.print_exc()
-        print(f"fewstep: {_in_one_line(line)}", file=sys.stderr)
+        if line:
+            print(f"fewstep: {_in_one_line(line)}", file=sys.stderr)
         sys.exit(getattr(error, "exit_code", UserError.exit_code))
     finally:
         try:
@@ -64,6 +66,9 @@ def _told(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, OSError):
         return _of_a_file(error)
+    if isinstance(error, USAGE):
+        help = type(error).__name__ == "NoArgsIsHelpError"  # which is the whole of it
+        return error.show() if help else f"{' '.join(error.format_message().split()).rstrip('.')}; see --help"
     told = out_of_memory(error)
     return told and f"{told}; close other programs, ask for less at once, or take --device cpu"
 
