@@ -104,9 +104,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     large = [encoded(Image.new("RGB", (1024, 1024), (5 * i, 90, 200))) for i in range(40)]  # enough to judge by
     pairs = [((f"{i}.png", image), (f"{i}.txt", f"a {i}".encode())) for i, image in enumerate(large)]
     write_tar(folder / "captioned.tar", dict(member for pair in pairs for member in pair))
-    lines = "".join(f"{i}.png,number {i}\n" for i in range(len(large)))
-    table = {"metadata.csv": f"file_name,caption\n{lines}".encode()}
-    write_files(folder / "pictures", table | {f"{i}.png": image for i, image in enumerate(large)})
+    write_files(folder / "pictures", dict(member for pair in pairs for member in pair))
     photos = [encoded(Image.new("RGB", (8, 8), (i % 250, 90, 200))) for i in range(300)]
     write_files(folder / "photos", {f"{('faces', 'hands', 'signs')[i % 3]}/{i}.png": p for i, p in enumerate(photos)})
     small = {f"{i}.png": encoded(Image.new("L", (8, 8), 5 * i)) for i in range(20)}
