@@ -16,6 +16,8 @@ TAUGHT_HERE = ("digits-teacher",)
 
 def recipes(given: Recipes) -> None:
     """Prints a table of the recipes, one as a file would hold it, or that it is valid; or writes files."""
+    if given.action != "new" and (given.source or given.size or given.teacher):
+        raise UserError("--source, --size and --teacher: are for `fewstep recipes new NAME`")
     if given.action == "list" and given.recipe is None:
         table = Table("recipe", "kind", "what it does")
         for name in recipe_names():
@@ -46,12 +48,16 @@ def _new(given: Recipes, name: str) -> None:
 
     if name != Path(name).name or name.startswith((".", "-")) or len(name) > 100:
         raise UserError(f"{name!r}: is the beginning of file names, such as cats")
+    if given.set_:
+        raise UserError("--set: is for show and check; change the files that new writes")
     base = load_recipe(given.from_, verb="distill")
     device, taught_here = pick_device(base.device), base.teacher in TAUGHT_HERE
     if taught_here and (given.teacher or not given.source):
         raise UserError(f"--from {given.from_}: takes your images as --source photos, and teaches the teacher itself")
     if given.size and not taught_here:
         raise UserError(f"--size: is the teacher's, which {given.from_} does not teach")
+    if given.source and not given.teacher and not taught_here and base.teacher in recipe_names():
+        raise UserError(f"--teacher: {base.teacher} is trained on other images; name the run of one that is on these")
     if taught_here:
         recipes, notes, found = new.suggest(name, str(given.source), given.size, device.type)
     else:
