@@ -537,6 +537,12 @@ def test_sizes_that_an_index_says_are_not_believed(tmp_path: Path) -> None:
     content[at + 20 : at + 28] = struct.pack("<II", 2**32 - 2, 2**32 - 2)
     path.write_bytes(content)
     assert drawn(load(path, SIZE, 3)) == [0, 1]
+    at = content.index(b"PK\x05\x06")
+    content[at + 16 : at + 20] = struct.pack("<I", struct.unpack("<I", content[at + 16 : at + 20])[0] + 9)
+    path.write_bytes(content)  # so that the first image would begin before the file
+    with pytest.raises(UserError) as error:
+        load(path, SIZE, 3)
+    one_line(error, "a.zip")
 
 
 def test_a_table_is_read_anew_where_it_changed_and_may_be_empty(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def _open_zip(path: Path) -> Stored:
         if entry.flag_bits & 1 or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise UserError(f"{path}: {entry.filename} is encrypted or compressed; zip the images as they are")
     labels = _labels(described, [entry.filename for entry in entries], path)
-    places = np.array([(entry.header_offset, entry.compress_size) for entry in entries], np.int64)
+    places = np.array([(max(0, entry.header_offset), entry.compress_size) for entry in entries], np.int64)
     packed = np.array([entry.compress_type == zipfile.ZIP_DEFLATED for entry in entries])  # no object per image
 
     def cells(rows: list[int]) -> list[Cell]:
