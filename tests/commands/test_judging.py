@@ -104,6 +104,8 @@ def test_what_can_not_be_judged_is_one_line_and_nothing_is_overwritten(runs: Pat
     }.items():
         with pytest.raises(UserError, match=told):
             judged(runs, tmp_path / "out", *names)
+    with pytest.raises(UserError, match=r"only a single .safetensors file takes another"):
+        judged(runs, tmp_path / "out", "student", config=str(model))
     assert not [*(tmp_path / "out").iterdir()]
     (tmp_path / "out" / "report.html").write_text("precious")
     with pytest.raises(UserError, match=r"--out .*/out: exists already; replace it with --overwrite"):

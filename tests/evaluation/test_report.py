@@ -147,6 +147,10 @@ def test_the_best_model_of_each_column_is_marked_and_real_images_do_not_compete(
     assert page_of(tmp_path).best == ["0.500", "0.0031", "0.800", "0.960", "0.950", "4,321"]
 
 
+def test_of_one_model_nothing_is_the_best(tmp_path: Path) -> None:
+    assert not page_of(tmp_path, [REAL, STUDENT]).best
+
+
 def test_names_are_escaped(tmp_path: Path) -> None:
     nasty = '<script>alert("&")</script>$title'
     facts = {"features": nasty, "command": nasty}

@@ -151,9 +151,9 @@ def _attribute_tables(rows: list[Row]) -> str:
 
 
 def _best(rows: list[Row], name: str) -> float | None:
-    """The best value of a column among the models; the row of the real images does not compete."""
+    """The best value of a column among several models; the row of the real images does not compete."""
     values = [row.values[name] for row in rows if row.sampler is not None and name in row.values and name in METRICS]
-    return (min if lower_is_better(name) else max)(values, default=None)
+    return (min if lower_is_better(name) else max)(values) if len(values) > 1 else None
 
 
 def _image(what: str, picture: bytes) -> str:

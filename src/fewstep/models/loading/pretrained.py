@@ -187,5 +187,5 @@ def open_model(
 def open_averages(source: str | Path, config: str | Path | None = None) -> dict[str, PixelModel | LatentModel]:
     """The image model in `source` as "", and of a run the other averages of its checkpoint as " ema0.99995"."""
     if is_loadable(source):
-        return {"": load(source, config if Path(source).suffix == SUFFIX else None)}
-    return {f" ema{each.ema}" if each.ema else "": load(each.folder) for each in find(source).averages}
+        return {"": load(source, config)}
+    return {f" ema{each.ema}" if each.ema else "": load(each.folder, config) for each in find(source).averages}
