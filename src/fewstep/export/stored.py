@@ -99,6 +99,10 @@ def open_stored(folder: Path, raw: Raw | None = None) -> StoredModel:
     if (folder / PIPELINE).is_file():
         index = read_index(folder)
         family = check_index(folder, index)
+    elif description["family"] != family.name:
+        raise UserError(
+            f"{folder}: of the family {description['family']!r}, which has no export; sample takes --family"
+        )
     with whole(folder / DESCRIPTION):
         [float(t) for t in description["timesteps"]]
         if not index:
