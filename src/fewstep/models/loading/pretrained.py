@@ -111,7 +111,7 @@ def _load_folder(folder: Path, prediction_type: str | None, hub_id: str | None) 
     return PixelModel(config, _load_network(folder, family, config), timesteps, names, family)
 
 
-def _checked(model: Any) -> Any:
+def _checked(model: PixelModel | LatentModel) -> PixelModel | LatentModel:
     """The model in evaluation mode; raises UserError for timesteps that are none of its schedule."""
     if model.timesteps is not None:
         try:
@@ -130,7 +130,7 @@ def _load_network(folder: Path, family: Family, config: PixelSettings) -> nn.Mod
     tensors, _ = part_tensors(place)
     if family.weights:  # of a library, whose networks can be made without memory: so it is known that they fit
         with torch.device("meta"):
-            bare = family.network(config)
+            bare: Any = family.network(config)
         stored = read_config(place / "config.json")
         for name, value in json.loads(json.dumps(dict(bare.config))).items():  # lists for tuples, as the file has them
             if not name.startswith("_") and name in stored and stored[name] != value:
