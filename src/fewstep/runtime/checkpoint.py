@@ -66,14 +66,15 @@ def save_checkpoint(
     """
     for left in (run / "checkpoints").glob(".*"):  # by a process that was killed
         shutil.rmtree(left, ignore_errors=True)
-    advice = "make room and --resume, which goes on from the checkpoint before it"
-    there = checkpoints(run)
-    needed = max(_own_bytes(there[-1]) if there else 0, sum(each.nbytes for each in tensors(state)))
-    check_room(checkpoint_folder(run, step), needed, "a checkpoint", advice)
+    there, folder, state_bytes = checkpoints(run), checkpoint_folder(run, step), sum(x.nbytes for x in tensors(state))
+    advice = f"make room and --resume, which {'goes on from the checkpoint before it' if there else 'begins anew'}"
+    needed = max(_own_bytes(there[-1]) if there else 0, state_bytes)
+    check_room(folder, needed, "a checkpoint", advice)
     try:
-        with written_folder(checkpoint_folder(run, step)) as hidden:
+        with written_folder(folder) as hidden:
             (hidden / "model").mkdir()
             save_model(hidden / "model")
+            check_room(folder, state_bytes, "state.pt", "the model beside it took the rest")
             _save_state({"step": step, **state}, hidden / "state.pt")
             write_manifest(hidden, there)
     except UserError as error:

@@ -175,9 +175,9 @@ class _Lines:
 
     def advance(self, done: int, note: str) -> None:
         now = time.monotonic()
-        if self.first is None:
+        if self.first is None and done:
             self.began, self.first = now, done
-        if now - self.told < self.seconds or not (note or self.seconds):
+        if self.first is None or now - self.told < self.seconds or not (note or self.seconds):
             return
         self.told = now
         left = (now - self.began) / max(1, done - self.first) * (self.total - done)
