@@ -324,6 +324,10 @@ DAMAGES: dict[str, tuple[Damage, list[str]]] = {  # by name, which has the optio
     "no description": (lose("fewstep.json"), [f"fewstep.json: {BAD} (KeyError"]),
     "another description": (text("fewstep.json", OTHER), [f"fewstep.json: {BAD} (ValidationError"]),
     "no timesteps": (text("fewstep.json", NO_TIMES), [f"fewstep.json: {BAD} (TypeError"]),
+    "a scheduler of nothing": (
+        text("scheduler/scheduler_config.json", "{}"),
+        ["model: scheduler: a ", "without betas"],
+    ),
     "a torn index": (text("model_index.json", "{"), ["model_index.json: is damaged (JSONDecodeError"]),
     "another part": (copied(TEXT, UNET), ["/unet lacks", "tensors (conv_in.bias"]),
     "cut off": (lambda m: os.truncate(m / VAE, 5000), [f"{VAE}: {BAD} (SafetensorError"]),

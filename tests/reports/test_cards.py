@@ -312,11 +312,17 @@ def test_a_link_in_a_model_folder_is_not_followed(name: str, target: str, place:
     assert not (tmp_path / target).exists()
 
 
-def test_nor_is_one_among_the_samples(place: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", [None, b"", b"no picture"], ids=["a link", "emptied", "wrong"])
+def test_nor_is_one_among_the_samples_nor_what_is_no_picture(
+    content: bytes | None, place: Path, tmp_path: Path
+) -> None:
     run = shutil.copytree(place / "run", tmp_path / "run")
-    shutil.rmtree(run / "samples")
-    (run / "samples").mkdir()
-    (run / "samples" / "00000001.png").symlink_to(place / "prompts.txt")
+    (sample,) = (run / "samples").iterdir()
+    sample.unlink()
+    if content is None:
+        sample.symlink_to(next((place / "run" / "samples").iterdir()))
+    else:
+        sample.write_bytes(content)
     assert fewstep(f"export {run} {tmp_path}/out")[0] == 0
     assert not (tmp_path / "out" / "samples.png").exists()
 

@@ -15,14 +15,7 @@ from fewstep.commands.options import Export
 from fewstep.commands.runs import check_writable, tell_done
 from fewstep.errors import UserError
 from fewstep.evaluation.metrics import wilson_interval
-from fewstep.export.card import (
-    Provenance,
-    check_license,
-    interface_settings,
-    last_part,
-    read_scores,
-    read_table,
-)
+from fewstep.export.card import Provenance, check_license, interface_settings, last_part, read_scores, read_table
 from fewstep.export.diffusers_folder import Format, check_folder, write_diffusers_folder
 from fewstep.export.stored import StoredModel, open_stored
 from fewstep.metric_table import METRICS

@@ -108,6 +108,11 @@ def open_stored(folder: Path, raw: Raw | None = None) -> StoredModel:
         if not index:
             PixelModelConfig(**description["config"])
     check_subfolders(folder, family)
+    if index:
+        try:
+            family.schedule(read_json(folder / "scheduler" / "scheduler_config.json"))
+        except UserError as error:
+            raise UserError(f"{folder}: {error}") from error
     prefix, given = f"network.{family.part}.", {}
     if raw:
         given = {family.part: (raw[0], {name.removeprefix(prefix): value for name, value in raw[1].items()})}
