@@ -8,6 +8,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow
@@ -24,6 +25,7 @@ from fewstep.data.prompts import load_prompts
 from fewstep.data.settings import DataSettings
 from fewstep.data.stored import look
 from fewstep.errors import UserError
+from fewstep.evaluation import judge
 from image_sets import encoded, load, write_edm_zip, write_files, write_tar
 
 SIZE = 4
@@ -196,6 +198,7 @@ def test_captions_are_text_whatever_they_look_like(kind: str, tmp_path: Path) ->
         write_files(tmp_path / "s", pictures(names) | told)
     source = next(tmp_path.iterdir())
     assert captions(source, **settings) == TEXTS
+    assert load_filtered(DataSettings(source=str(source), **settings), SIZE, Filter())[0].captions == TEXTS
     assert look(str(source)).captioned == (kind != "json")
 
 
@@ -620,6 +623,14 @@ def test_numbered_labels_of_some_classes_will_do(tmp_path: Path) -> None:
     assert given(path, TEACHER).class_names == TEACHER
     with pytest.raises(UserError, match="numbered 0 to 1, but the model has 1"):
         given(path, None, 1)
+
+
+def test_real_pictures_beside_drawn_ones_are_black_where_a_class_has_none(tmp_path: Path) -> None:
+    write_files(tmp_path, pictures(["bee/0.png", "cat/1.png"]))
+    grid = judge._grid_of_classes(
+        replace(given(tmp_path, TEACHER), fetch=lambda rows: rows[:, None, None, None] + 7), 3
+    )
+    assert grid[:6].flatten().tolist() == [0, 7, 8, 0, 7, 8]
 
 
 # --- by the command line ---------------------------------------------------------------------------------------------
