@@ -115,7 +115,9 @@ def save_png(picture: Image.Image, path: Path, text: Mapping[str, str] | None = 
 def is_picture(path: Path) -> bool:
     """Whether it is a whole image file, and no link to one."""
     try:
-        return path.is_file() and not path.is_symlink() and Image.open(path).verify() is None
+        with Image.open(path) as picture:
+            picture.verify()
+        return not path.is_symlink()
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return False
 
