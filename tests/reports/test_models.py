@@ -169,6 +169,14 @@ REFUSED: dict[str, tuple[Change, list[str]]] = {
     ),
     "another-network": (says("unet", _class_name="UNet3DConditionModel"), ["unet", "UNet3DConditionModel"]),
     "controlnet": (says("model_index.json", _class_name="StableDiffusionControlNetPipeline"), ["ControlNetPipeline"]),
+    "gated-attention": (says("unet", attention_type="gated"), ["unet"]),
+    "a-number-of-classes": (
+        both(
+            says("unet", num_class_embeds=5),
+            holds("unet", lambda tensors: tensors | {"class_embedding.weight": torch.zeros(5, 64)}),
+        ),
+        ["num_class_embeds", "5"],
+    ),
     "class-embedding": (
         both(
             says("unet", class_embed_type="timestep"),
@@ -478,6 +486,8 @@ HARMFUL: dict[str, tuple[Change, list[str]]] = {
     "brackets": (written("scheduler/scheduler_config.json", "[" * 100_000), ["scheduler_config.json"]),
     "brackets-of-a-vocabulary": (written("tokenizer/tokenizer_config.json", '{"a":' * 100_000), ["tokenizer"]),
     "a-list-for-the-index": (written("model_index.json", "[]"), ["model_index.json"]),
+    "a-number-for-a-part": (says("model_index.json", unet=5), ["unet", "[library, class]"]),
+    "a-part-without-a-class": (says("model_index.json", vae=["diffusers"]), ["vae", "[library, class]"]),
     "no-text": (lambda folder: (folder / "vae" / "config.json").write_bytes(b"\xff\xfe"), ["vae/config.json"]),
     "a-shard-that-is-missing": (shards("gone.safetensors"), ["index.json", "gone.safetensors"]),
     "a-shard-from-elsewhere": (shards("../../secret.safetensors"), ["index.json", "../../secret.safetensors"]),

@@ -27,6 +27,8 @@ def check_index(source: object, index: dict[str, Any]) -> Family:
         supported = ", ".join(each.name for each in FAMILIES.values() if not each.settings)
         raise UserError(f"{source}: a {name}, which is not supported; supported are {supported}")
     entries = {part: index.get(part) or (None, None) for part in family.parts}
+    if odd := [part for part, entry in entries.items() if not isinstance(entry, list | tuple) or len(entry) != 2]:
+        raise UserError(f"{source}: its {odd[0]} is {index[odd[0]]!r}, not [library, class]; name another model")
     missing = [part for part, (library, _) in entries.items() if library is None]
     if missing:
         raise UserError(f"{source}: is without {', '.join(missing)}; the whole pipeline is needed")
