@@ -131,7 +131,6 @@ FREE = {
     "grid_images": 7,
     "max_skipped": 5,
     "description": "more",
-    "embeddings.max_gb": 1.5,
     "checkpointing": "blocks",
     "samples.prompts": None,
 }
