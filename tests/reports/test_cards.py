@@ -36,7 +36,6 @@ STUDENT = {
 }
 SECRET = "somebody-private"
 SD = "StableDiffusionPipeline"
-LINKS = ("text_encoder/model.safetensors", "tokenizer/vocab.json", "tokenizer/more.txt", "vae/config.json", "tokenizer")
 
 
 def distilled(folder: Path, teacher: str, source: Path) -> None:
