@@ -114,10 +114,12 @@ def save_png(picture: Image.Image, path: Path, text: Mapping[str, str] | None = 
 
 def is_picture(path: Path) -> bool:
     """Whether it is a whole image file, and no link to one."""
+    if path.is_symlink() or not path.is_file():
+        return False
     try:
         with Image.open(path) as picture:
             picture.verify()
-        return not path.is_symlink()
+        return True
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return False
 
