@@ -138,7 +138,8 @@ FREE = {
 
 def test_row_15_what_changes_no_number_may_change_and_stands_in_the_recipe() -> None:
     changes = " ".join(f"--set {key}={'null' if value is None else value}" for key, value in FREE.items())
-    assert fewstep(f"distill d.yaml --out d-stopped --resume {changes}")[0] == 0
+    answer = fewstep(f"distill d.yaml --out d-stopped --resume {changes}")
+    assert answer[0] == 0, answer
     assert same(last_state(Path("d-stopped"))["method"], last_state(Path("d-whole"))["method"])
     found = {key: value for key, value, _ in documented(read_run_recipe(Path("d-stopped/recipe.yaml")))}
     assert FREE.items() <= found.items()
