@@ -181,11 +181,19 @@ def open_model(
     """What `pretrained.load` finds in `source`, or the image model of RUN, RUN@STEP or RUN@best-METRIC."""
     if is_loadable(source):
         return load(source, config, prediction_type)
-    return load(find(source).folder, config, prediction_type)
+    return load(_described(find(source).folder), config, prediction_type)
+
+
+def _described(folder: Path) -> Path:
+    """The model folder of a checkpoint; without its description a student would be taken for a teacher."""
+    if not (folder / DESCRIPTION).exists():
+        raise UserError(f"{folder}: is damaged (it has no {DESCRIPTION}); name another checkpoint")
+    return folder
 
 
 def open_averages(source: str | Path, config: str | Path | None = None) -> dict[str, PixelModel | LatentModel]:
     """The image model in `source` as "", and of a run the other averages of its checkpoint as " ema0.99995"."""
     if is_loadable(source):
         return {"": load(source, config)}
-    return {f" ema{each.ema}" if each.ema else "": load(each.folder, config) for each in find(source).averages}
+    found = {each.ema: _described(each.folder) for each in find(source).averages}
+    return {f" ema{ema}" if ema else "": load(folder, config) for ema, folder in found.items()}
