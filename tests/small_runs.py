@@ -13,7 +13,7 @@ from command_line import fewstep
 from image_sets import write_captioned
 from tiny_pipelines import TINY
 
-SECONDS = 20  # for any verb on these tiny models; the machine may be busy
+SECONDS = 60  # for any verb on these tiny models; the machine may be busy
 LOOP = {"num_steps": 4, "batch_size": 4, "checkpoint_every": 2, "student_every": 1}
 STUDENT = {"kind": "distill", "teacher": "teacher", **LOOP}
 MODEL = {"num_classes": 10, "null_class": True, "block_out_channels": [8, 8], "norm_num_groups": 4}

@@ -303,7 +303,7 @@ KINDS = [  # of which 26 of the first order, and relatives of them
 ALWAYS = (  # 26, which times four verbs are 104; all others, and text runs but for some, when slow
     "weights-cut weights-empty weights-a-picture weights-missing weights-a-folder weights-nan weights-other-shape "
     "weights-bytes weights-a-pickle index-of-a-missing-shard index-of-an-outer-shard index-a-list description-empty "
-    "description-list description-nested timesteps-words timesteps-rising another-family recipe-list "
+    "description-list description-nested timesteps-words timesteps-rising timesteps-none recipe-list "
     "recipe-of-another-kind metrics-binary state-cut state-with-code manifest-list checkpoints-a-file checkpoint-a-loop"
 )
 SOMETIMES = "index-nested scheduler-list vocabulary-from-outside part-foreign encoder-cut-in-all"  # of text runs

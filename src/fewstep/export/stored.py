@@ -104,7 +104,8 @@ def open_stored(folder: Path, raw: Raw | None = None) -> StoredModel:
             f"{folder}: of the family {description['family']!r}, which has no export; sample takes --family"
         )
     with whole(folder / DESCRIPTION):
-        [float(t) for t in description["timesteps"]]
+        if min(float(t) for t in description["timesteps"]) < 0 or (description["family"] == "latent") != bool(index):
+            raise ValueError("its family or its timesteps are of no student")
         if not index:
             PixelModelConfig(**description["config"])
     check_subfolders(folder, family)
