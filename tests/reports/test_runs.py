@@ -166,6 +166,7 @@ def test_row_15_more_steps_are_those_of_a_longer_run(name: str) -> None:
         pytest.param({}, "num_steps=3", "num_steps: 4 -> 3", id="row-15-relative-fewer-steps"),
         pytest.param({}, "num_steps=8", "", id="row-15-relative-more-steps"),
         pytest.param({}, "accumulate=2", "", id="row-15-relative-less-memory"),
+        pytest.param({}, "embeddings.max_gb=1.5", "", id="row-15-relative-what-is-kept"),
         pytest.param({}, "batch_size=2", "batch_size: 4 -> 2…--set init_from=d-whole", id="row-15-relative-batch"),
         pytest.param(
             {"decay": "cosine"},
