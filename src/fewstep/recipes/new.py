@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +23,9 @@ from fewstep.training.teacher import TeacherTraining
 
 TUNED_AT = 3 * 64 * 64  # numbers of an image, for which the GAN weights 3e-3 and 1e-2 were found (losses.py)
 MIN_JUDGED, MAX_JUDGED_CLASSES = 100, 100
+ALONE = 1.2  # times what a program computes is what it takes at most, where others don't compute, too
 MEASURED = 256  # images, for their standard deviation
-SECONDS = 0.5  # of each kind of step, which are timed
+SECONDS = 0.3  # of each kind of step, which are timed
 
 
 class Plan(NamedTuple):
@@ -161,28 +163,40 @@ def text(recipe: Any, notes: dict[str, str], head: str) -> str:
 
 
 def seconds_per_step(recipe: Any, model: PixelModelConfig, device: torch.device) -> float:
-    """Measured on noise, on that very network, on a CPU at a part of the batch that it computes in a moment."""
+    """Measured on noise, on that very network, on a CPU at a part of the batch that it computes in a moment.
+
+    There it is the time that one thread computes, which other programs don't lengthen, or, if there are none, the time
+    that all threads take: on a busy machine these wait for one another, up to a hundred times as long.
+    """
     part = max(1024 // model.image_size**2, 4) if device.type == "cpu" else recipe.batch_size
     rows = range(min(recipe.batch_size, part))
     images = torch.randint(256, (len(rows), model.channels, model.image_size, model.image_size), dtype=torch.uint8)
     batch = {"image": images, "label": torch.arange(len(rows)) % max(model.num_classes, 1)}
     start, turns = (recipe, PixelModel(model, build_unet(model).to(device))), getattr(recipe, "student_every", 1)
+    length, threads = (recipe.num_steps, len(rows), recipe.seed), torch.get_num_threads()
     if recipe.kind == "teach":
-        method: Any = TeacherTraining(*start, recipe.num_steps, len(rows), recipe.seed)
+        method: Any = TeacherTraining(*start, *length)
     else:
         num_stops = recipe.student.num_timesteps if recipe.critic.condition_on_stop else 0
-        roles = make_roles(start[1], num_stops=num_stops)
-        method = DMD2(*start, roles, recipe.num_steps, len(rows), recipe.seed)
+        method = DMD2(*start, make_roles(start[1], num_stops=num_stops), *length)
 
-    def seconds(step: int) -> float:
-        done, begun = 0, time.perf_counter()
-        while not done or time.perf_counter() - begun < SECONDS:
+    def seconds(step: int, clock: Callable[[], float]) -> float:
+        done, begun, end = 0, clock(), time.perf_counter() + SECONDS
+        while not done or time.perf_counter() < end:
             method.step([(rows, batch)], step)
             done += 1
         if device.type == "cuda":
             torch.cuda.synchronize()
-        return (time.perf_counter() - begun) / done
+        return (clock() - begun) / done
 
+    def mean(clock: Callable[[], float]) -> float:
+        return (seconds(0, clock) + (turns - 1) * (seconds(1, clock) if turns > 1 else 0)) / turns
+
+    computing = time.process_time if device.type == "cpu" else time.perf_counter
+    torch.set_num_threads(1)
     method.step([(rows, batch)], 1)  # the first one is slower
-    others = seconds(1) if turns > 1 else 0
-    return float((seconds(0) + (turns - 1) * others) / turns * recipe.batch_size / len(rows))
+    begun, computed = time.perf_counter(), computing()
+    found = mean(computing)
+    alone = time.perf_counter() - begun < ALONE * (computing() - computed)
+    torch.set_num_threads(threads)
+    return float((min(found, mean(time.perf_counter)) if alone else found) * recipe.batch_size / len(rows))
