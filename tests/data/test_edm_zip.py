@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fewstep.data.edm_zip import is_edm_set, open_edm_set
+from fewstep.data.archives import is_edm_set, open_edm_set
 from fewstep.errors import UserError
 from image_sets import captioned, encoded, load, picture, write_edm_zip, write_files
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from fewstep.data.prompts import load_prompts
+from fewstep.data.texts import load_prompts
 from fewstep.errors import UserError
 
 SHARED = Path(__file__).parents[2] / ".." / "shared" / "data" / "prompts"

@@ -18,7 +18,7 @@ from hypothesis import strategies as some
 from PIL import Image
 
 from command_line import fewstep
-from fewstep.data.prompts import load_prompts
+from fewstep.data.texts import load_prompts
 from fewstep.errors import UserError
 from fewstep.recipes.loading import FOLDER, load_recipe, recipe_names
 from image_sets import encoded, load, write_files

@@ -18,12 +18,12 @@ from PIL import Image
 from pyarrow import parquet
 
 from command_line import fewstep, refused
-from fewstep.data import edm_zip
+from fewstep.data import archives
 from fewstep.data.filters import Filter, load_filtered
 from fewstep.data.images import ImageSet, content_digest, load_captioned, load_images
-from fewstep.data.prompts import load_prompts
 from fewstep.data.settings import DataSettings
 from fewstep.data.stored import look
+from fewstep.data.texts import load_prompts
 from fewstep.errors import UserError
 from fewstep.evaluation import judge
 from image_sets import encoded, load, write_edm_zip, write_files, write_tar
@@ -519,7 +519,7 @@ def test_archives_of_a_mac_are_read(tmp_path: Path) -> None:
 
 
 def test_bombs_are_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(edm_zip, "MAX_BYTES", 2**20)
+    monkeypatch.setattr(archives, "MAX_BYTES", 2**20)
     deflated = (zipfile.ZIP_DEFLATED,)
     path = write_edm_zip(tmp_path / "a.zip", {"0.png": picture(), "1.png": bytes(2**21)}, None, deflated)
     with pytest.raises(UserError) as error:

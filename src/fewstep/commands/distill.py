@@ -18,8 +18,8 @@ from fewstep.commands.runs import (
     train_recipe,
 )
 from fewstep.data.pairs import PairSet, load_pairs
-from fewstep.data.prompts import load_prompts
 from fewstep.data.settings import EmbeddingSettings
+from fewstep.data.texts import load_prompts
 from fewstep.embedded.sources import open_captioned, open_images
 from fewstep.errors import UserError
 from fewstep.evaluation.lpips import load_lpips

@@ -10,7 +10,7 @@ from torch import Tensor
 from fewstep.commands.options import Pairs
 from fewstep.commands.runs import check_writable, pick_device, tell_done
 from fewstep.data.pairs import Given, write_pairs
-from fewstep.data.prompts import load_prompts
+from fewstep.data.texts import load_prompts
 from fewstep.errors import UserError
 from fewstep.models.image_model import ImageModel
 from fewstep.models.latent_model import LatentModel

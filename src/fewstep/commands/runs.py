@@ -12,7 +12,7 @@ import torch
 
 from fewstep.data.images import ImageSet, content_digest
 from fewstep.data.latents import LatentSet
-from fewstep.data.prompts import load_prompts
+from fewstep.data.texts import load_prompts
 from fewstep.embedded.sources import origin
 from fewstep.errors import Interrupted, UserError, out_of_memory
 from fewstep.files import folder_lock, write_text

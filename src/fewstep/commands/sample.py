@@ -14,7 +14,7 @@ from torch import Tensor
 import fewstep
 from fewstep.commands.options import Sample
 from fewstep.commands.runs import check_alike, check_writable, free_place, pick_device, tell_done
-from fewstep.data.prompts import load_prompts
+from fewstep.data.texts import load_prompts
 from fewstep.errors import UserError
 from fewstep.models.image_model import Asked, ImageModel
 from fewstep.models.loading.hub import is_hub_id

@@ -1,4 +1,4 @@
-"""Text of files as it stands there: nothing is guessed into a number, a date or a missing value."""
+"""Text of files as it stands there, prompts among it: nothing is guessed into a number, a date or a missing value."""
 
 import csv
 import json
@@ -9,6 +9,7 @@ from typing import Any
 from fewstep.errors import UserError
 
 MAX_BYTES = 2**20  # of a caption, or of the JSON of one image
+PROMPTS = ("prompt", "caption", "text")
 
 
 def as_text(content: bytes, what: object) -> str:
@@ -75,3 +76,39 @@ def find_column(
         raise UserError(f"{path}: has no column {wanted!r} ({setting}); it has {has}")
     known = f"{', '.join(usual[:-1])} or {usual[-1]}"
     raise UserError(f"{path}: no column of {what} ({known}) among {has}; name it by {setting}{more}")
+
+
+def load_prompts(source: str, column: str | None = None, field: str = "prompts.source:") -> list[str]:
+    """The prompts at `source`, without blank ones: lines of a text file, or a column of a .csv, .tsv or .parquet file,
+    by default the first of prompt, caption, text. `field` names the source in errors.
+
+    Raises UserError if the file can't be read or has no prompts.
+    """
+    path = Path(source)
+    if path.suffix.lower() not in (".txt", ".csv", ".tsv", ".parquet"):
+        raise UserError(f"{field} {source}: prompts come from a .txt, .csv, .tsv or .parquet file")
+    try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise ValueError("no file")
+        prompts = [cell.strip() for cell in _prompts(path, column) if isinstance(cell, str) and cell.strip()]
+    except (OSError, ValueError, csv.Error) as error:  # pyarrow's and Unicode's errors are ValueErrors
+        raise UserError(f"{field} {source}: can't be read ({' '.join(str(error).split()[:20])})") from error
+    if not prompts:
+        raise UserError(f"{field} {source}: holds no prompts")
+    return prompts
+
+
+def _prompts(path: Path, column: str | None) -> list[Any]:
+    if path.suffix.lower() == ".txt":
+        with path.open(
+            encoding="utf-8-sig"
+        ) as file:  # splitlines knows eight more ends than files have
+            return list(file)
+    if path.suffix.lower() == ".parquet":
+        from pyarrow import parquet
+
+        name = find_column(parquet.read_schema(path).names, column, PROMPTS, "prompts", "prompts.column", path)
+        return list(parquet.read_table(path, columns=[name])[name].to_pylist())
+    names, rows = read_csv(path)
+    name = find_column(names, column, PROMPTS, "prompts", "prompts.column", path)
+    return [row[name] for row in rows]
