@@ -100,9 +100,7 @@ def load_prompts(source: str, column: str | None = None, field: str = "prompts.s
 
 def _prompts(path: Path, column: str | None) -> list[Any]:
     if path.suffix.lower() == ".txt":
-        with path.open(
-            encoding="utf-8-sig"
-        ) as file:  # splitlines knows eight more ends than files have
+        with path.open(encoding="utf-8-sig") as file:  # splitlines knows eight more ends than files have
             return list(file)
     if path.suffix.lower() == ".parquet":
         from pyarrow import parquet
