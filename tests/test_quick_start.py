@@ -60,7 +60,7 @@ def test_recipes_are_shown(line: str) -> None:
         ("distill digits-4stp", "did you mean 'digits-4step'?"),
         ("teach no-such-recipe", "`fewstep recipes` lists them"),
         ("distill digits-1step --set no_such=1", "no_such: unknown key"),
-        ("teach digits-1step", "is for `fewstep distill`"),
+        ("teach digits-1step", "is for `fewstep distill digits-1step`, not for `fewstep teach`"),
     ],
 )
 def test_a_mistake_in_a_recipe_is_one_line_at_once(line: str, fragment: str) -> None:

@@ -85,7 +85,7 @@ def test_model_folders_and_folders_of_images_are_judged_as_runs_are(
     assert (real["precision"], real["recall"]) > (0.9, 0.5)
     page = (tmp_path / "out" / "report.html").read_text()
     assert "data: digits<br>" in page
-    assert "command: fewstep " in page
+    assert "command: fewstep" in page
     judged(runs, tmp_path / "alone", f"{tmp_path}/exported", data="digits")
     alone = json.loads((tmp_path / "alone" / "results.json").read_text())
     assert alone == [{**floor, "intervals": None}, exported]

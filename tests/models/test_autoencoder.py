@@ -74,7 +74,7 @@ DAMAGES = {
     "nothing there": "holds no autoencoder",
     "no weights": "vae: holds no weights in safetensors",
     "torn weights": r"diffusion_pytorch_model\.safetensors: is missing or damaged",
-    "torn configuration": r"config\.json: is missing or damaged",
+    "torn configuration": r"config\.json: is damaged",
     "other sizes": r"diffusion_pytorch_model\.safetensors: has other sizes",
 }
 

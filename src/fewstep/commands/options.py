@@ -25,7 +25,16 @@ PlaceIfAny = Annotated[str | None, "a place"]
 Set = Annotated[list[str], Option("--set", metavar="KEY=VALUE", help="Override a setting; repeatable.")]
 Resume = Annotated[bool, Option("--resume", help="Continue the run in that folder.")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace what the last one wrote there.")]
-Seed = Annotated[int, Option(metavar="N", min=0, max=2**63 - 1, help="Image i is a function of it and i.")]
+
+
+def _seed(typed: str | int) -> int:
+    """What torch takes, in words of ours: typer would show the range in every help."""
+    if str(typed).isdecimal() and int(typed) < 2**63:
+        return int(typed)
+    raise ValueError("write a whole number from 0 to 2^63 - 1")
+
+
+Seed = Annotated[int, Option(metavar="N", parser=_seed, help="Image i is a function of it and i.")]
 Device = Annotated[str, Option(help="auto, cpu or cuda.")]
 Family = Annotated[
     str | None, Option(metavar="MODULE:NAME", help="Of models of a family of your own, which it imports.")
@@ -224,15 +233,15 @@ class Latents(Order):
     model: Annotated[Path, Option(help="Model folder with the autoencoder, .safetensors file, or a run folder.")]
     source: Annotated[Place, Option(help="Captioned images: a folder, a parquet file, a WebDataset tar.")]
     out: Annotated[Path, Option(help="Folder of the latents; the same command goes on after a stop.")]
-    min_side: int = option("Smaller side of the stored image in pixels; paper: 1024.", 0, min=0)
+    min_side: int = option("Smaller side of a stored image in pixels; paper: 1024.", 0, metavar="N", min=0)
     unsafe_column: str | None = option("Drop what is true, UNSAFE, NSFW or above --max-unsafe here, or empty.")
     max_unsafe: float = option("Largest score in --unsafe-column.", 0.5)
     aesthetic_column: str | None = option("Column of aesthetic scores.")
     min_aesthetic: float | None = option("Smallest score there; paper: 5.5 for images, 6.25 for prompts.")
     image_column: str | None = option("By default image, png, jpg, jpeg or webp.")
     caption_column: str | None = option("By default caption, text, txt or prompt.")
-    split: str = option("The split to read, where there are several.", "train")
-    background: str = option("Ground under what is transparent.", "white", metavar="COLOUR")
+    split: str = option("Where there are several.", "train")
+    background: str = option("Under what is transparent.", "white", metavar="COLOUR")
     batch_size: int = option("Images per pass of the autoencoder.", 8, min=1, max=MOST)
     config: PlaceIfAny = option("Of a file: diffusers folder of its family.", metavar="DIR")
     seed: Seed = 0
