@@ -38,9 +38,8 @@ class Unusable(UserError):
 @contextmanager
 def opened(cell: Cell, where: str) -> Iterator[Image.Image]:
     """The picture with only its header read; what fails here, and in the block, is Unusable."""
-    name = (
-        str(cell.content) if isinstance(cell.content, Path) else f"{where} ({cell.name[:200]})" if cell.name else where
-    )
+    named = f"{where} ({cell.name[:200]})" if cell.name else where
+    name = str(cell.content) if isinstance(cell.content, Path) else named
     try:
         if cell.content is None:
             raise Unusable(name, cell.fault)
@@ -78,15 +77,11 @@ def decode(cell: Cell, where: str, size: int, channels: int, background: str = "
         if stored.mode[0] in DEEP:  # which convert() would clip at 255
             sixteen = stored.mode.startswith("I;16") or stored.format == "PNG"
             raise Unusable("", f"{'16-bit' if sixteen else DEEP[stored.mode[0]]}, not 8-bit")
-        picture = _grounded(ImageOps.exif_transpose(stored), background).convert("L" if channels == 1 else "RGB")
+        picture = ImageOps.exif_transpose(stored)
+        if picture.has_transparency_data:  # or colours that stand under it, which nobody sees, would come up
+            ground = Image.new("RGBA", picture.size, ImageColor.getrgb(background)[:3])
+            picture = Image.alpha_composite(ground, picture.convert("RGBA"))
+        picture = picture.convert("L" if channels == 1 else "RGB")
     fitted = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
     pixels = torch.frombuffer(bytearray(fitted.tobytes()), dtype=torch.uint8)
     return pixels.reshape(size, size, channels).permute(2, 0, 1)
-
-
-def _grounded(picture: Image.Image, background: str) -> Image.Image:
-    """Without transparency: colours that stand under it, which nobody sees, would come up."""
-    if not picture.has_transparency_data:
-        return picture
-    ground = Image.new("RGBA", picture.size, ImageColor.getrgb(background)[:3])
-    return Image.alpha_composite(ground, picture.convert("RGBA"))

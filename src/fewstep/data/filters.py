@@ -48,12 +48,8 @@ def load_filtered(data: DataSettings, size: int, filter: Filter) -> tuple[ImageS
         drop[f"aesthetic score below {filter.min_aesthetic:g}"] = [not s >= filter.min_aesthetic for s in scores]
     reasons = [next((reason for reason in drop if drop[reason][row]), None) for row in range(stored.length)]
     kept = [row for row, reason in enumerate(reasons) if reason is None]
-    left = replace(
-        stored,
-        cells=lambda rows: stored.cells([kept[row] for row in rows]),
-        length=len(kept),
-        captions=[captions[row] for row in kept],
-    )
+    left = replace(stored, length=len(kept), captions=[captions[row] for row in kept])
+    left = replace(left, cells=lambda rows: stored.cells([kept[row] for row in rows]))
     return decoded(left, data, size, 3, filter.min_side), dict(Counter(reason for reason in reasons if reason))
 
 

@@ -23,6 +23,7 @@ from fewstep.data.texts import some
 from fewstep.errors import UserError
 from fewstep.seeding import generator
 
+Names = Sequence[str] | None
 MAX_BYTES_IN_MEMORY = 2 * 2**30  # a set under this is decoded once, a larger one at every access
 
 
@@ -34,7 +35,7 @@ class ImageSet:
     labels: Tensor | None
     length: int
     captions: Sequence[str] | None = None
-    class_names: Sequence[str] | None = None
+    class_names: Names = None
     """Of the classes by label, where the source has names for them; a class folder's is its own."""
     found: str | None = None
     """A line that says what was found, where that was asked for."""
@@ -55,7 +56,7 @@ def load_images(
     channels: int,
     num_classes: int = 0,
     shrink: bool | None = None,
-    model_names: Sequence[str] | None = None,
+    model_names: Names = None,
     whole: bool = True,
 ) -> ImageSet:
     """The images of files: an image folder, an EDM zip, a parquet file, a tar, or a folder of these.
@@ -69,8 +70,7 @@ def load_images(
     unused = next((stored.names[name] for name in LABELS if name in stored.names), None)
     stored = stored.with_labels(data.label_column) if num_classes else replace(stored, class_names=unused)
     named = labels_of_classes(stored.labels, stored.class_names, num_classes, model_names, whole, data.required)
-    stored = replace(stored, labels=named[0], class_names=named[1])
-    return _opened(stored, data, size, channels, shrink, num_classes)
+    return _opened(replace(stored, labels=named[0], class_names=named[1]), data, size, channels, shrink, num_classes)
 
 
 def content_digest(data: DataSettings) -> str | None:
@@ -79,13 +79,8 @@ def content_digest(data: DataSettings) -> str | None:
 
 
 def labels_of_classes(
-    labels: Tensor | None,
-    names: Sequence[str] | None,
-    num_classes: int,
-    model_names: Sequence[str] | None,
-    whole: bool,
-    source: str,
-) -> tuple[Tensor | None, Sequence[str] | None]:
+    labels: Tensor | None, names: Names, num_classes: int, model_names: Names, whole: bool, source: str
+) -> tuple[Tensor | None, Names]:
     """The labels as the model numbers its classes, by their names where both have some, and the names.
 
     Raises UserError unless the images have all of its classes or, but for a `whole` set, some of them.
@@ -94,10 +89,9 @@ def labels_of_classes(
         return None, names
     if names and model_names and set(names) <= set(model_names):
         return torch.tensor([list(model_names).index(name) for name in names])[labels], model_names
+    numbered = all(name.isdecimal() and len(name) < 10 for name in names or ())
     part = not whole and (model_names or len(names or ()) < num_classes <= 10)  # beyond it 10 is sorted before 2
-    if (
-        names and part and all(name.isdecimal() and len(name) < 10 for name in names)
-    ):  # folders that are called by their numbers
+    if names and numbered and part:
         labels, names = torch.tensor([int(name) for name in names])[labels], model_names
     found = sorted(set(labels.tolist()))
     told = f" ({some(names)})" if names else ""
@@ -110,10 +104,9 @@ def labels_of_classes(
 
 
 def load_captioned(data: DataSettings, size: int, shrink: bool | None = None) -> ImageSet:
-    """RGB images with a caption each, from the files that `load_images` reads; a folder has them in metadata.csv,
-    metadata.jsonl or in a .txt file beside each.
+    """RGB images with a caption each, from the files that `load_images` reads; `shrink` as there.
 
-    `shrink` as there. Raises UserError for whatever is wrong with the files, and where captions are missing.
+    Raises UserError for whatever is wrong with the files, and where captions are missing.
     """
     stored = open_stored(data).with_captions(data.caption_column)
     lacking = [row for row, caption in enumerate(stored.captions or ()) if caption is None]
@@ -128,36 +121,28 @@ def _opened(
 ) -> ImageSet:
     """The images, decoded once if they fit into memory; what is refused is told before that takes its time."""
     found = None if shrink is None else describe(stored, data, size, channels, shrink, num_classes)
-    images = in_memory(decoded(stored, data, size, channels), channels * size**2, Path(data.required).name)
-    return replace(images, found=found)
+    images = replace(decoded(stored, data, size, channels), found=found)
+    if images.length * channels * size**2 > MAX_BYTES_IN_MEMORY:
+        return images
+    whole, quiet = torch.empty(images.length, channels, size, size, dtype=torch.uint8), not sys.stderr.isatty()
+    told, console = f"reading {Path(data.required).name}", Console(stderr=True, quiet=quiet)
+    parts = chunks(range(images.length), 1000)
+    for part in track(parts, told, transient=True, console=console, disable=quiet):
+        whole[part.start : part.stop] = images.fetch(torch.tensor(part))
+    return replace(images, fetch=whole.__getitem__)
 
 
 def decoded(stored: Stored, data: DataSettings, size: int, channels: int, min_side: int = 0) -> ImageSet:
     """Images decoded at every access; raises Unusable there for those that can't be read or are smaller."""
 
     def fetch(indices: Tensor) -> Tensor:
-        cells = zip(stored.cells(indices.tolist()), indices.tolist(), strict=True)
-        where = f"{Path(data.required)}, row"
-        return torch.stack(
-            [decode(cell, f"{where} {row}", size, channels, data.background, min_side) for cell, row in cells]
-        )
+        rows, where = indices.tolist(), f"{Path(data.required)}, row"
+        cells, how = zip(rows, stored.cells(rows), strict=True), (size, channels, data.background, min_side)
+        return torch.stack([decode(cell, f"{where} {row}", *how) for row, cell in cells])
 
     class_names = None if stored.labels is None else stored.class_names
     captions = None if stored.captions is None else [caption or "" for caption in stored.captions]
     return ImageSet(fetch, stored.labels, stored.length, captions, class_names)
-
-
-def in_memory(images: ImageSet, bytes_per_image: int, name: str) -> ImageSet:
-    """The same images decoded once, if they fit into MAX_BYTES_IN_MEMORY."""
-    if images.length * bytes_per_image > MAX_BYTES_IN_MEMORY:
-        return images
-    first = images.fetch(torch.tensor([0]))
-    whole = first.new_empty(images.length, *first.shape[1:])
-    parts, quiet = chunks(range(images.length), 1000), not sys.stderr.isatty()
-    console = Console(stderr=True, quiet=quiet)
-    for part in track(parts, f"reading {name}", transient=True, console=console, disable=quiet):
-        whole[part.start : part.stop] = images.fetch(torch.tensor(part))
-    return replace(images, fetch=whole.__getitem__)
 
 
 @lru_cache(maxsize=4)

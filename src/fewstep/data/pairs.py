@@ -119,12 +119,9 @@ class PairSet:
         rows = [[cells[row % size] for cells in read(file, row // size)] for file, row in places]
         arrays = [np.stack([np.frombuffer(cell, "<f2") for cell in cells]) for cells in zip(*rows, strict=True)]
         noise, x0 = (torch.from_numpy(array.reshape(-1, *self.plan["shape"])) for array in arrays)
-        batch: dict[str, Any] = {"noise": noise, "x0": x0}
-        if "prompt" in self.given:
-            batch["caption"] = [self.given["prompt"][index] for index in indices.tolist()]
-        if "label" in self.given:
-            batch["label"] = torch.tensor([self.given["label"][index] for index in indices.tolist()])
-        return batch
+        given = {name: [cells[index] for index in indices.tolist()] for name, cells in self.given.items()}
+        told = {"caption": given["prompt"]} if "prompt" in given else {k: torch.tensor(v) for k, v in given.items()}
+        return {"noise": noise, "x0": x0, **told}
 
     def _read(self, number: int, group: int) -> list[list[Any]]:
         """The bytes of noise and x0 of one group of rows of file `number`."""

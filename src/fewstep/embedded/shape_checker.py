@@ -144,7 +144,5 @@ def _is_right(attribute: str, seen: Sequence[Seen], scene: Scene) -> bool:
     if attribute == "relation":  # along the axis on which they are further apart
         x, y = first.x - seen[1].x, first.y - seen[1].y
         return scene.where == max(RELATIONS, key=lambda name: x * RELATIONS[name][0] + y * RELATIONS[name][1])
-    pairs = zip(seen, scene.things, strict=True)
-    return attribute == "count" or all(
-        getattr(thing, attribute) in (None, getattr(each, attribute)) for each, thing in pairs
-    )
+    right = (getattr(t, attribute) in (None, getattr(s, attribute)) for s, t in zip(seen, scene.things, strict=True))
+    return attribute == "count" or all(right)

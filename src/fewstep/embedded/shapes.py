@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
-from typing import overload
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -183,11 +183,7 @@ class Captions(Sequence[str]):
     def __len__(self) -> int:
         return self.length
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
+    def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(self.length))]
         if not -self.length <= index < self.length:
@@ -199,7 +195,6 @@ def shapes(seed: int = 0, length: int = NUM_IMAGES) -> ImageSet:
     """`length` captioned pictures; picture i is a function of (seed, i)."""
 
     def fetch(indices: Tensor) -> Tensor:
-        pictures = [render([draw_scene(index, seed)], generator(seed, "shapes", index)) for index in indices.tolist()]
-        return torch.cat(pictures)
+        return torch.cat([render([draw_scene(i, seed)], generator(seed, "shapes", i)) for i in indices.tolist()])
 
     return ImageSet(fetch, None, length, Captions(seed, length))

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
 MAX_VOCABULARY = 4000  # tokens of a tokenizer that is trained here
+ENDS = ("bos", "eos", "pad")
 SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}  # SD, SDXL
 
 
@@ -58,16 +59,14 @@ def build_unet(config: TextModelConfig, autoencoder: AutoencoderKL) -> UNet2DCon
     """SDXL's shape in small: cross-attention on every level but the first; for `sdxl` with pooled text and time_ids."""
     levels, width, added = len(config.block_out_channels), config.text_width, {}
     if config.architecture == "sdxl":
-        added = {
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 8,
-            "projection_class_embeddings_input_dim": width + 6 * 8,
-        }
+        added = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
+        added |= {"projection_class_embeddings_input_dim": width + 6 * 8}
+    channels = autoencoder.config.latent_channels
     size = autoencoder.config.sample_size // 2 ** (len(autoencoder.config.block_out_channels) - 1)
     return library_class("UNet2DConditionModel")(
         sample_size=size,
-        in_channels=autoencoder.config.latent_channels,
-        out_channels=autoencoder.config.latent_channels,
+        in_channels=channels,
+        out_channels=channels,
         **config.model_dump(include={"block_out_channels", "layers_per_block", "norm_num_groups"}),
         down_block_types=["DownBlock2D", *["CrossAttnDownBlock2D"] * (levels - 1)],
         up_block_types=[*["CrossAttnUpBlock2D"] * (levels - 1), "UpBlock2D"],
@@ -81,20 +80,10 @@ def build_unet(config: TextModelConfig, autoencoder: AutoencoderKL) -> UNet2DCon
 
 def _text_encoder(kind: str, config: TextModelConfig, tokenizer: CLIPTokenizer) -> nn.Module:
     """A random CLIP text encoder: random features of the tokens, which is enough for a small vocabulary."""
-    encoder: nn.Module = library_class(kind)(
-        library_class("CLIPTextConfig")(
-            vocab_size=len(tokenizer),
-            hidden_size=config.text_width,
-            intermediate_size=2 * config.text_width,
-            projection_dim=config.text_width,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=config.num_tokens,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    width, tokens = config.text_width, {f"{end}_token_id": getattr(tokenizer, f"{end}_token_id") for end in ENDS}
+    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "projection_dim": width, "num_hidden_layers": 2}
+    sizes |= {"vocab_size": len(tokenizer), "max_position_embeddings": config.num_tokens, "num_attention_heads": 2}
+    encoder: nn.Module = library_class(kind)(library_class("CLIPTextConfig")(**sizes, **tokens))
     for name, weight in encoder.named_parameters():
         if "embedding" in name:
             nn.init.normal_(weight)  # CLIP's own 0.02 would drown in what attention adds
