@@ -132,7 +132,7 @@ def teacher(tmp_path: Path) -> LatentModel:
 
 def test_its_sampler_is_fifty_steps_of_ddim(teacher: LatentModel) -> None:
     assert default_sampler(teacher) == Sampler("ddim", 50)
-    assert default_sampler(teacher.with_timesteps([999, 499])) == Sampler("student", 2)
+    assert default_sampler(teacher.student(teacher.denoiser, [999, 499])) == Sampler("student", 2)
 
 
 def test_guidance_is_diffusers_on_the_raw_network(teacher: LatentModel) -> None:

@@ -175,7 +175,7 @@ def choose_sampler(model: ImageModel, order: Sample, first: bool, no_teacher: bo
             asked = f"--sampler {named}" if named else f"--guidance {scale:g}"
             raise UserError(f"{asked}: a student has its own timesteps and guidance, and takes neither")
         if steps:
-            model = model.with_timesteps(spread_timesteps(model, model.timesteps, steps))
+            model = model.student(model.denoiser, spread_timesteps(model, model.timesteps, steps))
         sampler = default_sampler(model)
     else:
         sampler = teachers_sampler(model, named, scale, steps)

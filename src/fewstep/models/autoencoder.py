@@ -66,10 +66,7 @@ class Autoencoder:
 
 
 def load_autoencoder(folder: Path) -> Autoencoder:
-    """What `Autoencoder.save` wrote, in evaluation mode, or the autoencoder of a diffusers pipeline folder.
-
-    Raises UserError if it is not there, or is damaged.
-    """
+    """What `Autoencoder.save` wrote, or a pipeline's folder holds, in evaluation mode; UserError if there is none."""
     if not (folder / "vae").is_dir():
         raise UserError(f"{folder}: holds no autoencoder (vae/)")
     check_files(folder, ["vae"])
@@ -77,10 +74,7 @@ def load_autoencoder(folder: Path) -> Autoencoder:
 
 
 def load_tiny_decoder(folder: Path, num_channels: int, device: torch.device) -> Decode:
-    """The decoder of a diffusers AutoencoderTiny (TAESD, TAESDXL) in `folder`, frozen, for latents of these channels.
-
-    Raises UserError if it is none, or is for other latents.
-    """
+    """The frozen decoder of an AutoencoderTiny (TAESD, TAESDXL); raises UserError if it is none for these latents."""
     try:
         check_files(folder, ["."])
         tiny = load_part(library_class("AutoencoderTiny"), folder)

@@ -43,7 +43,7 @@ def read_description(folder: Path) -> dict[str, Any]:
     falling = isinstance(timesteps, list) and all(type(t) in (int, float) and abs(t) < 1e6 for t in timesteps)
     if timesteps is not None and not (falling and timesteps and timesteps == sorted({*timesteps}, reverse=True)):
         raise UserError(f"{path}: is damaged (timesteps {str(timesteps)[:80]}: no falling numbers)")
-    if not isinstance(classes, list | None) or not all(isinstance(name, str) for name in classes or ()):
+    if not isinstance(classes, list | None) or not all(isinstance(name, str) and name for name in classes or ()):
         raise UserError(f"{path}: is damaged (class_names are no words)")
     if not isinstance(description["family"], str) or not isinstance(description.get("image_size"), int | None):
         raise UserError(f"{path}: is damaged (family {description['family']!r}, image_size or both)")
@@ -153,10 +153,7 @@ class ImageModel(ABC):
         self.denoiser.to(device)
 
     def encode_in(self, dtype: torch.dtype) -> None:
-        """Text and images are encoded and decoded in `dtype` from now on; call it before `to`.
-
-        What `save` writes stays as it was loaded. A pixel model has no encoders.
-        """
+        """Encodes and decodes text and images in `dtype` from now on, but saves them as loaded; call it before `to`."""
         return
 
     def release(self) -> None:
@@ -177,10 +174,6 @@ class ImageModel(ABC):
         """How many images are drawn at once: 16 of SD, 4 of SDXL, at most 250."""
         return min(250, max(1, NUMBERS_PER_BATCH // math.prod(self.shape)))
 
-    def with_timesteps(self, timesteps: Sequence[float]) -> Self:
-        """The same few-step student on other timesteps."""
-        return self.student(self.denoiser, timesteps)
-
     def student(self, denoiser: Denoiser, timesteps: Sequence[float]) -> Self:
         """The same image model around a few-step student."""
         model = copy.copy(self)
@@ -188,10 +181,7 @@ class ImageModel(ABC):
         return model
 
     def save(self, folder: Path, frozen: Path | None = None) -> None:
-        """Writes what `pretrained.load` reads.
-
-        With `frozen`, what is not trained is written once, into that folder, and linked from there.
-        """
+        """Writes what `pretrained.load` reads; what is not trained only once, into `frozen`, and linked from there."""
         if frozen is None:
             self.save_frozen(folder)
         elif not frozen.is_dir():
@@ -209,10 +199,7 @@ class ImageModel(ABC):
         return
 
     def save_trained(self, folder: Path, state: Mapping[str, Tensor]) -> None:
-        """Writes the network with the weights in `state`, by their names in the denoiser, and `fewstep.json`.
-
-        Weights that are not in `state` are the model's own.
-        """
+        """Writes `fewstep.json`, and the network with the weights in `state`, by the denoiser's names, else its own."""
         prefix = f"network.{self.part}."
         given = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
         carrier = copy.copy(self.network)  # shares all weights; only what it calls its state differs

@@ -51,14 +51,12 @@ class LatentModel(ImageModel):
     @property
     def codec(self) -> Codec:
         """Of the autoencoder as it is now: in the dtype and where it is used."""
-        codec: Codec = self.family.codec(self.autoencoder)
-        return codec
+        return self.family.codec(self.autoencoder)
 
     @property
     def null_condition(self) -> Condition:
         with torch.no_grad():
-            null: Condition = self._here(self.conditioner).null_condition()
-        return null
+            return self._here(self.conditioner).null_condition()
 
     @property
     def fingerprint(self) -> str:
@@ -67,20 +65,18 @@ class LatentModel(ImageModel):
 
     @property
     def latent_space(self) -> dict[str, Any]:
-        codec: Codec = self.family.codec(self.pipeline.vae)  # as loaded, whatever a run encodes in
-        return codec.latent_space(self.image_size)
+        # as loaded, whatever a run encodes in
+        return self.family.codec(self.pipeline.vae).latent_space(self.image_size)
 
     @torch.no_grad()
     def text_condition(self, prompts: list[str]) -> Condition:
         """The condition of prompts, on the model's device."""
-        condition: Condition = self._here(self.conditioner)(prompts)
-        return condition
+        return self._here(self.conditioner)(prompts)
 
     def encode_condition(self, batch: dict[str, Any]) -> Condition:
         """The condition of {"caption": [B strings]}, or of their embeddings {"text": ..., ...}; else {}."""
         if kept := {name: batch[name].to(self.device) for name in self.conditioner.keeps if name in batch}:
-            condition: Condition = self.conditioner.complete(kept)
-            return condition
+            return self.conditioner.complete(kept)
         return self.text_condition(batch["caption"]) if "caption" in batch else {}
 
     def draw_condition(self, given: Condition, draws: Draws) -> Condition:

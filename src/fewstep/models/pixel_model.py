@@ -1,7 +1,6 @@
 """Image models on pixels, asked for a class: a family's settings and the network that is made by them."""
 
 from collections.abc import Sequence
-from textwrap import shorten
 from typing import Any, Literal
 
 import torch
@@ -18,11 +17,7 @@ from fewstep.seeding import Draws
 
 
 class PixelModel(ImageModel):
-    """A pixel-space image model: x0 is the image itself, (C, H, W) in [-1, 1].
-
-    `timesteps` are a few-step student's, None for a teacher. Raises UserError unless there are as many `class_names` as
-    classes.
-    """
+    """x0 is the image itself, (C, H, W) in [-1, 1]; UserError unless there are as many `class_names` as classes."""
 
     kind: Literal["label"] = "label"
 
@@ -36,7 +31,10 @@ class PixelModel(ImageModel):
     ):
         self.config, self.num_classes, self.channels = config, config.num_classes, config.channels
         self.image_size, self.timesteps, self.family = config.image_size, timesteps, family
-        self.class_names = check_class_names(class_names, config.num_classes)
+        if class_names is not None and self.num_classes:
+            if (given := len(class_names)) != self.num_classes:
+                raise UserError(f"class_names: has {given} names, but the model has {self.num_classes} classes")
+            self.class_names = list(class_names)
         self.denoiser = Denoiser(family.adapter(network), *family.schedule(config))
         self.shape = (config.channels, config.image_size, config.image_size)
 
@@ -76,14 +74,3 @@ class PixelModel(ImageModel):
     def description(self) -> dict[str, Any]:
         names = {"class_names": self.class_names} if self.class_names else {}
         return {"family": self.family.name, "config": self.config.model_dump(), "timesteps": self.timesteps, **names}
-
-
-def check_class_names(names: Any, num_classes: int) -> list[str] | None:
-    """The names as a list, None of none or of a model without classes; raises UserError unless each class has one."""
-    if names is None or not num_classes:
-        return None
-    if not isinstance(names, list | tuple) or not all(isinstance(name, str) and name for name in names):
-        raise UserError(f"class_names: a list of {num_classes} names, one per class, not {shorten(repr(names), 60)}")
-    if len(names) != num_classes:
-        raise UserError(f"class_names: has {len(names)} names, but the model has {num_classes} classes")
-    return list(names)

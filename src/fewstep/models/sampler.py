@@ -74,10 +74,8 @@ def draw_noise(model: ImageModel, num_noises: int, start: int, stop: int, seed: 
 
     The first of an image's noises is alike for every sampler, so that rows of a table start from the same noise.
     """
-    per_image = [
-        torch.randn(num_noises, *model.shape, generator=generator(seed, "image", index)) for index in range(start, stop)
-    ]
-    return torch.stack(per_image, dim=1).to(model.device)
+    each = (torch.randn(num_noises, *model.shape, generator=generator(seed, "image", i)) for i in range(start, stop))
+    return torch.stack(list(each), dim=1).to(model.device)
 
 
 def sample(model: ImageModel, sampler: Sampler, noise: Tensor, condition: Condition) -> Tensor:
@@ -115,8 +113,7 @@ def euler(denoiser: Denoiser | Guided, noise: Tensor, num_steps: int, condition:
 def multistep(denoiser: Denoiser | Guided, noise: Tensor, sampler: Sampler, condition: Condition) -> Tensor:
     """DPM-Solver++ (2M) or UniPC as diffusers has them, on evenly spaced times from T-1; noise (B, ...) -> x0.
 
-    For VP schedules. The schedulers are told that the network predicts x0, which is what a denoiser does.
-    Raises UserError for other schedules.
+    For VP schedules, else UserError. The schedulers are told that the network predicts x0, as a denoiser does.
     """
     import diffusers
 
@@ -168,10 +165,7 @@ def generate(model: ImageModel, sampler: Sampler, indices: range, *args: Any, **
 
 @torch.no_grad()
 def images_per_second(model: ImageModel, sampler: Sampler, batch_size: int = 0, min_seconds: float = 1.0) -> float:
-    """Median throughput, pixels included, over batches for at least `min_seconds` and three of them, after a warm-up.
-
-    A `batch_size` of 0 is the model's default.
-    """
+    """Median throughput, pixels included, over three batches and `min_seconds` at least, after a warm-up."""
     batch_size = batch_size or model.sampling_batch
     noise = draw_noise(model, sampler.num_noises, 0, batch_size, seed=0)
     condition = model.conditions(range(batch_size))

@@ -1,6 +1,7 @@
 """Which modules of a network are its blocks, and what is put on them from outside."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,16 +26,11 @@ def checkpoint_blocks(network: nn.Module) -> None:
     Gradients are the same. For networks without dropout, whose random state would have to be kept with them.
     """
     for block in blocks(network):
-        block.forward = _Recomputed(block.forward)  # not the module replaced: names and hooks stay as they are
+        block.forward = partial(_recomputed, block.forward)  # not the module: names and hooks stay as they are
 
 
-class _Recomputed:
+def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """A block's forward pass, which is recomputed where it has a graph; hooks on the block still run once."""
-
-    def __init__(self, forward: Any):
-        self.forward = forward
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():  # a rollout or a teacher: nothing is kept anyway
-            return self.forward(*args, **kwargs)
-        return checkpoint(self.forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+    if not torch.is_grad_enabled():  # a rollout or a teacher: nothing is kept anyway
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from fewstep.diffusion.parameterizations import Parameterization
 from fewstep.diffusion.schedules import NoiseSchedule
+from fewstep.networks.codec import Codec
+from fewstep.networks.text import TextConditioner
 
 
 def _nothing(given: Any, *more: Any) -> Any:
@@ -49,9 +51,9 @@ class Family:
     """The parts without: scheduler and tokenizers."""
     check: Callable[[Any], None] = _nothing
     """Of a pipeline: refuses what the adapter could not tell the network."""
-    conditioner: Callable[[Any, int], Any] = _nothing
+    conditioner: Callable[[Any, int], TextConditioner] = _nothing
     """Of (pipeline, image size)."""
-    codec: Callable[[Any], Any] = _nothing
+    codec: Callable[[Any], Codec] = _nothing
     """Of the autoencoder."""
     image_size: Callable[[Any], int] = _nothing
     """Of a pipeline, in pixels: its configuration's, or the family's own where that says nothing."""
@@ -62,6 +64,13 @@ class Family:
         return (*self.weights, *self.others)
 
 
-def unet_map(output: Tensor | tuple[Any, ...], x: Tensor) -> Tensor:
-    """The picture in what a layer of a UNet gives, (B, C, H, W): a down block gives (hidden states, skips)."""
-    return output if isinstance(output, Tensor) else output[0]
+class UNetAdapter(nn.Module):
+    """What the adapters of diffusers' UNets have in common."""
+
+    def __init__(self, unet: Any):
+        super().__init__()
+        self.unet = unet
+
+    def feature_map(self, output: Tensor | tuple[Any, ...], x: Tensor) -> Tensor:
+        """The picture in what a layer of a UNet gives, (B, C, H, W): a down block gives (hidden states, skips)."""
+        return output if isinstance(output, Tensor) else output[0]

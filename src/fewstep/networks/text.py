@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class TextConditioner(nn.Module):
-    """Prompts to a condition in two parts: `embed`, whose result can be kept on disk, and `complete`."""
+    """Prompts to a condition: `embed`, whose result can be kept on disk, then `complete`."""
 
     __call__: Callable[..., Condition]
     keeps: tuple[str, ...]
@@ -29,7 +29,11 @@ class TextConditioner(nn.Module):
         super().__init__()
         self.tokenizers, self.encoders = tokenizers, nn.ModuleList(encoders)
         for tokenizer, encoder in zip(tokenizers, encoders, strict=True):
-            _check_fit(tokenizer, encoder.config)
+            config: Any = encoder.config
+            # its files may say a longer length than the encoder's, or none
+            tokenizer.model_max_length = min(tokenizer.model_max_length, config.max_position_embeddings)
+            if len(tokenizer) > config.vocab_size:
+                raise UserError(f"tokenizer: has {len(tokenizer)} tokens, its text encoder embeds {config.vocab_size}")
 
     def forward(self, prompts: list[str]) -> Condition:
         """The condition of `prompts`; those that are too long are cut."""
@@ -62,25 +66,12 @@ class TextConditioner(nn.Module):
         return fingerprint(self.encoders, type(self).__name__, *map(_vocabulary, self.tokenizers))
 
 
-def _check_fit(tokenizer: CLIPTokenizer, config: Any) -> None:
-    """Gives the tokenizer the length of its text encoder's, where its files say a longer one, or none.
-
-    Raises UserError if the encoder has no embedding for some of its tokens.
-    """
-    tokenizer.model_max_length = min(tokenizer.model_max_length, config.max_position_embeddings)
-    if len(tokenizer) > config.vocab_size:
-        raise UserError(f"tokenizer: has {len(tokenizer)} tokens, its text encoder embeds {config.vocab_size}")
-
-
 def tokenize(tokenizer: CLIPTokenizer, prompts: list[str], encoder: nn.Module) -> Tensor:
-    """Token indices (B, L), padded and cut to the tokenizer's length, where the encoder's weights are.
-
-    Raises UserError for what is no text: halves of characters, as a terminal gives in another encoding.
-    """
+    """Token indices (B, L), padded and cut to the tokenizer's length, where the encoder is; UserError for no text."""
     for prompt in prompts:
         try:
             prompt.encode()
-        except UnicodeEncodeError as error:
+        except UnicodeEncodeError as error:  # halves of characters, as a terminal gives in another encoding
             raise UserError(f"prompt {shorten(ascii(prompt), 80)} is no UTF-8; write it in that encoding") from error
     length = tokenizer.model_max_length
     tokens = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")

@@ -57,10 +57,8 @@ class Guard:
             source = sources[0] if sources else worst.removeprefix("skipped_")
             what, advice = SOURCES[source]
             what = f"{what} were" if sources else f"the gradient of the {source} was"
-            raise UserError(
-                f"step {step}: {what} not finite; {self.max_skipped} updates in a row were skipped (max_skipped): "
-                f"{advice}; the newest checkpoint is whole"
-            )
+            end = f"{self.max_skipped} updates in a row were skipped (max_skipped): {advice}"
+            raise UserError(f"step {step}: {what} not finite; {end}; the newest checkpoint is whole")
         # Old troubles must not be named as the cause of new ones.
         if not any(in_a_row.values()):
             self.broken = {}

@@ -16,10 +16,7 @@ NoiseLevelSampler = Callable[[Draws], Tensor]
 
 
 def level_sampler(noise: NoiseLevels, schedule: NoiseSchedule, device: torch.device) -> NoiseLevelSampler:
-    """A function from draws on `device` to native times (B,).
-
-    Raises UserError if the schedule has no such times.
-    """
+    """From draws on `device` to native times (B,); raises UserError if the schedule has no such times."""
     # A lognormal sigma is no time of a VP schedule, though a network would take the number.
     if noise.distribution not in schedule.distributions:
         fitting = " or ".join(schedule.distributions)

@@ -15,21 +15,20 @@ from fewstep.models.loading.weights import check_stored
 MAX_TEXT = 2**28  # bytes of a file that is no weights; the largest tokenizers have 2**25
 MAX_NUMBER = 2**20  # in a configuration, where the largest are vocabularies
 MAX_LAYERS = 1000  # each is built before its weights are looked for
-WEIGHTS = re.compile(
-    r"[^.]+?(\.(?P<variant>[^.]+?))?(-\d+-of-\d+)?\.safetensors"
-)  # as diffusers and transformers write
+# as diffusers and transformers write
+WEIGHTS = re.compile(r"[^.]+?(\.(?P<variant>[^.]+?))?(-\d+-of-\d+)?\.safetensors")
 PREFERRED = ("", "fp32", "bf16", "fp16")  # variants, where a part has several
 
 
 @contextmanager
-def whole(where: Path) -> Iterator[None]:
+def whole(path: object, what: str = "is missing or damaged", advice: str = "name another checkpoint") -> Iterator[None]:
     """Raises UserError for a file that is missing or damaged, which shows itself as almost any error."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{where}: is missing or damaged ({brief(error)}); name another checkpoint") from error
+        raise UserError(f"{path}: {what} ({brief(error)}); {advice}") from error
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -38,20 +37,13 @@ def read_config(path: Path) -> dict[str, Any]:
     return content
 
 
-def check_sizes(path: Path, content: dict[str, Any]) -> None:
-    """Raises UserError for numbers by which no network is made that fits a computer."""
-    for key, number in _numbers("", content):
-        if abs(number) > (MAX_LAYERS if "layers" in key else MAX_NUMBER):
-            raise UserError(f"{path}: {key} is {number:.3g}, which no model has; name another checkpoint")
-
-
-def _numbers(key: str, content: Any) -> Iterator[tuple[str, int]]:
-    """All whole numbers, with the innermost keys."""
+def check_sizes(path: Path, content: Any, key: str = "") -> None:
+    """Raises UserError for whole numbers, named by the innermost `key`, by which no network fits a computer."""
     if isinstance(content, dict | list):
         for name, value in content.items() if isinstance(content, dict) else ((key, value) for value in content):
-            yield from _numbers(name, value)
-    elif isinstance(content, int):
-        yield key, content
+            check_sizes(path, value, name)
+    elif isinstance(content, int) and abs(content) > (MAX_LAYERS if "layers" in key else MAX_NUMBER):
+        raise UserError(f"{path}: {key} is {content:.3g}, which no model has; name another checkpoint")
 
 
 def check_files(folder: Path, names: Iterable[str]) -> None:
@@ -66,16 +58,11 @@ def check_files(folder: Path, names: Iterable[str]) -> None:
         target = path.resolve()
         if not target.is_relative_to(root) and not (cached and target.parent == root.parents[1] / "blobs"):
             raise UserError(f"{path}: is a link out of its model folder; put what it leads to in its place")
-        if not path.is_dir():
-            _check_file(path)
-
-
-def _check_file(path: Path) -> None:
-    if not path.is_file():
-        what = "is no ordinary file" if path.exists() else "is missing or damaged (no such file)"
-        raise UserError(f"{path}: {what}; name another checkpoint")
-    if path.suffix != ".safetensors" and (size := path.stat().st_size) > MAX_TEXT:
-        raise UserError(f"{path}: has {size:,} bytes, which is too much for such a file; name another checkpoint")
+        if not path.is_dir() and not path.is_file():
+            what = "is no ordinary file" if path.exists() else "is missing or damaged (no such file)"
+            raise UserError(f"{path}: {what}; name another checkpoint")
+        if path.is_file() and path.suffix != ".safetensors" and (size := path.stat().st_size) > MAX_TEXT:
+            raise UserError(f"{path}: has {size:,} bytes, which is too much for such a file; name another checkpoint")
 
 
 def part_tensors(folder: Path) -> tuple[dict[str, tuple[Path, Tensor]], str | None]:
@@ -95,7 +82,10 @@ def part_tensors(folder: Path) -> tuple[dict[str, tuple[Path, Tensor]], str | No
         raise UserError(f"{folder}: has weights of several variants ({', '.join(sorted(variants))}); leave one there")
     files = [path for path, of in found if of == variant]
     for index in folder.glob(f"*.safetensors.index{f'.{variant}' if variant else ''}.json"):
-        _check_index(index, {file.name for file in files})
+        with whole(index):
+            missing = set(read_json(index)["weight_map"].values()) - {file.name for file in files}
+        if missing:
+            raise UserError(f"{index}: names {min(map(str, missing))}, which is not there; fetch the model again")
     tensors: dict[str, tuple[Path, Tensor]] = {}
     for file in files:
         with whole(file):
@@ -104,11 +94,3 @@ def part_tensors(folder: Path) -> tuple[dict[str, tuple[Path, Tensor]], str | No
                     raise UserError(f"{file}: holds {name}, which is also in {tensors[name][0].name}")
                 tensors[name] = file, meta
     return tensors, variant or None
-
-
-def _check_index(index: Path, files: set[str]) -> None:
-    """Raises UserError if shards that an index names are not there."""
-    with whole(index):
-        missing = set(read_json(index)["weight_map"].values()) - files
-    if missing:
-        raise UserError(f"{index}: names {min(map(str, missing))}, which is not there; fetch the model again")

@@ -57,12 +57,10 @@ def _fetch(name: str, wanted: list[str], ignore: str | None = None) -> Path:
     try:  # one listing without retries: `hf_hub_download` would wait half a minute for a hub that is not there
         return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=ignore))
     except errors.GatedRepoError as error:
-        raise UserError(
-            f"{name}: the hub wants its terms accepted first; do so, and log in with `hf auth login`"
-        ) from error
+        advice = "do so, and log in with `hf auth login`"
+        raise UserError(f"{name}: the hub wants its terms accepted first; {advice}") from error
     except errors.RepositoryNotFoundError as error:
         raise UserError(f"{name}: no such folder here, and no such model on the hub, or a private one") from error
     except Exception as error:  # no network, no such host, no answer in time, offline mode, a full disk
-        raise UserError(
-            f"{name}: no such folder here, and the hub can't be reached ({brief(error)}); name a local folder"
-        ) from error
+        why = f"the hub can't be reached ({brief(error)})"
+        raise UserError(f"{name}: no such folder here, and {why}; name a local folder") from error

@@ -1,6 +1,7 @@
 """Diffusers pipelines out of a folder, or out of a single file and a folder with its configuration."""
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,8 @@ def load_single_file(path: Path, weights: Weights, config: Path, changes: Change
     """The pipeline of a single file, in float32; its configuration, and the parts it lacks, come from `config`."""
     family = check_index(config, read_index(config))
     if family.name != pipeline_name(weights):
-        its = f"the configuration in {config} is a {family.name}'s"
-        raise UserError(f"{path}: for a {pipeline_name(weights)}, but {its}")
+        of = pipeline_name(weights)
+        raise UserError(f"{path}: for a {of}, but the configuration in {config} is a {family.name}'s")
     check_subfolders(config, family)
     there = parts_in(weights)
     absent = [part for part in family.weights if part not in there and not any((config / part).glob("*.safetensors"))]
@@ -86,14 +87,9 @@ def load_part(kind: Any, folder: Path) -> Any:
     needs = {plain_name(name): tensor for name, tensor in outline(kind, folder).state_dict().items()}
     check_fits(folder, needs, {plain_name(name): meta for name, (_, meta) in tensors.items()}, place)
     with whole(folder):
-        network = kind.from_pretrained(
-            str(folder),
-            variant=variant,
-            torch_dtype=torch.float32,
-            use_safetensors=True,
-            local_files_only=True,
-            **({"low_cpu_mem_usage": False} if hasattr(kind, "from_config") else {}),  # those of diffusers
-        )
+        how: Changes = {"variant": variant, "torch_dtype": torch.float32, "local_files_only": True}
+        how |= {"low_cpu_mem_usage": False} if hasattr(kind, "from_config") else {}  # those of diffusers
+        network = kind.from_pretrained(str(folder), use_safetensors=True, **how)
     for name, tensor in network.state_dict().items():
         check_finite(place.get(plain_name(name), folder), [(name, tensor)])
     return network
@@ -117,9 +113,8 @@ def build_part(kind: Any, folder: Path) -> nn.Module:
     if (name := config.get("_class_name", kind.__name__)) != kind.__name__:
         raise UserError(f"{path}: is of the class {name}; supported is {kind.__name__}")
     with whole(path):
-        made = kind.from_config(config) if hasattr(kind, "from_config") else kind(kind.config_class(**config))
-    network: nn.Module = made
-    return network
+        make: Callable[..., nn.Module] = getattr(kind, "from_config", lambda read: kind(kind.config_class(**read)))
+        return make(config)
 
 
 def outline(kind: Any, folder: Path) -> nn.Module:

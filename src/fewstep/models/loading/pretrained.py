@@ -23,6 +23,8 @@ from fewstep.networks.family import Family
 from fewstep.networks.settings import PixelSettings
 from fewstep.runtime.runs import find
 
+Model = PixelModel | LatentModel
+Source = str | Path
 SUFFIX = ".safetensors"
 WEIGHT_SUFFIXES = (SUFFIX, ".sft", ".ckpt", ".pt", ".pth", ".bin", ".gguf", ".pkl")  # all but two are refused, by name
 
@@ -32,20 +34,18 @@ def is_model_folder(folder: Path) -> bool:
     return any((folder / name).is_file() for name in (DESCRIPTION, PIPELINE))
 
 
-def is_single_file(source: str | Path) -> bool:
+def is_single_file(source: Source) -> bool:
     """Whether it has the name of a file of safetensors."""
     return Path(source).suffix.lower() in (SUFFIX, ".sft")
 
 
-def is_loadable(source: str | Path) -> bool:
+def is_loadable(source: Source) -> bool:
     """Whether it is a model folder, a file of weights or a hub id."""
     path = Path(source)
     return is_model_folder(path) or path.suffix.lower() in WEIGHT_SUFFIXES or hub.is_hub_id(source)
 
 
-def load(
-    source: str | Path, config: str | Path | None = None, prediction_type: str | None = None
-) -> PixelModel | LatentModel:
+def load(source: Source, config: Source | None = None, prediction_type: str | None = None) -> Model:
     """The image model in `source`, on the CPU, in float32 and in evaluation mode.
 
     `source` is a folder (one of ours, or a diffusers pipeline of SD or SDXL), a `.safetensors` file of an SD or SDXL
@@ -59,20 +59,15 @@ def load(
     if config is not None and not is_single_file(path):
         raise UserError(f"{source}: has its own configuration; only a single {SUFFIX} file takes another")
     try:
-        if path.is_file() or path.suffix.lower() in WEIGHT_SUFFIXES:
-            model: PixelModel | LatentModel = _load_file(path, config, prediction_type)
-        else:
+        with whole(source, "the model is damaged", "name another checkpoint's model folder"):
+            if path.is_file() or path.suffix.lower() in WEIGHT_SUFFIXES:
+                return _checked(_load_file(path, config, prediction_type))
             folder = _local(path)
-            model = _load_folder(folder, prediction_type, None if folder == path else str(path))
-        return _checked(model)
+            return _checked(_load_folder(folder, prediction_type, None if folder == path else str(path)))
     except UserError as error:
         if str(source) in str(error):
             raise
         raise UserError(f"{source}: {error}") from error  # of the family, which knows no files
-    except Exception as error:  # a damaged file shows itself as almost any error
-        raise UserError(
-            f"{source}: the model is damaged ({brief(error)}); name another checkpoint's model folder"
-        ) from error
 
 
 def _local(path: Path) -> Path:
@@ -83,11 +78,10 @@ def _local(path: Path) -> Path:
     return hub.fetch(str(path), family.parts, family.weights)
 
 
-def _load_folder(folder: Path, prediction_type: str | None, hub_id: str | None) -> PixelModel | LatentModel:
+def _load_folder(folder: Path, prediction_type: str | None, hub_id: str | None) -> Model:
     if not is_model_folder(folder):
-        raise UserError(
-            f"{folder}: not a model folder (it has no {DESCRIPTION}); name a run or another checkpoint's model"
-        )
+        advice = "name a run or another checkpoint's model"
+        raise UserError(f"{folder}: not a model folder (it has no {DESCRIPTION}); {advice}")
     check_files(folder, [name for name in (DESCRIPTION, PIPELINE) if (folder / name).is_file()])
     description = read_description(folder)
     check_sizes(folder / DESCRIPTION, description)
@@ -102,16 +96,15 @@ def _load_folder(folder: Path, prediction_type: str | None, hub_id: str | None) 
         raise UserError(f"{folder}: a pixel model, which takes no prediction type")
     family = find_family(str(named))
     if family is None or family.settings is None:
-        raise UserError(
-            f"{folder}: of the family {named!r}, which is not known here; name it with --family MODULE:NAME"
-        )
+        advice = "name it with --family MODULE:NAME"
+        raise UserError(f"{folder}: of the family {named!r}, which is not known here; {advice}")
     with whole(folder / DESCRIPTION):
         config = family.settings(**description["config"])
     names = description.get("class_names")
     return PixelModel(config, _load_network(folder, family, config), timesteps, names, family)
 
 
-def _checked(model: PixelModel | LatentModel) -> PixelModel | LatentModel:
+def _checked(model: Model) -> Model:
     """The model in evaluation mode; raises UserError for timesteps that are none of its schedule."""
     if model.timesteps is not None:
         try:
@@ -134,9 +127,8 @@ def _load_network(folder: Path, family: Family, config: PixelSettings) -> nn.Mod
         stored = read_config(place / "config.json")
         for name, value in json.loads(json.dumps(dict(bare.config))).items():  # lists for tuples, as the file has them
             if not name.startswith("_") and name in stored and stored[name] != value:
-                raise UserError(
-                    f"{place}/config.json says {name} {stored[name]}, {DESCRIPTION} {value}; they are of two models"
-                )
+                its = f"{DESCRIPTION} {value}"
+                raise UserError(f"{place}/config.json says {name} {stored[name]}, {its}; they are of two models")
         check_fits(place, bare.state_dict(), {name: meta for name, (_, meta) in tensors.items()})
     network = family.network(config)
     files = dict.fromkeys(file for file, _ in tensors.values())
@@ -144,21 +136,20 @@ def _load_network(folder: Path, family: Family, config: PixelSettings) -> nn.Mod
     return network
 
 
-def _load_file(path: Path, config: str | Path | None, prediction_type: str | None) -> LatentModel:
+def _load_file(path: Path, config: Source | None, prediction_type: str | None) -> LatentModel:
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     if not is_single_file(path):
+        why = f"others ({path.suffix}) can run code when they are opened"
         hint = "; `fewstep import edm` reads EDM's" if path.suffix == ".pkl" else ""
-        raise UserError(
-            f"{path}: only {SUFFIX} files are read; others ({path.suffix}) can run code when they are opened{hint}"
-        )
+        raise UserError(f"{path}: only {SUFFIX} files are read; {why}{hint}")
     weights = single_file.read(path)
     changes = single_file.scheduler_changes(path, weights, prediction_type)
     pipeline = load_single_file(path, weights, _configuration(path, weights, config), changes)
     return LatentModel(pipeline, single_file.read_timesteps(path))
 
 
-def _configuration(path: Path, weights: single_file.Weights, config: str | Path | None) -> Path:
+def _configuration(path: Path, weights: single_file.Weights, config: Source | None) -> Path:
     """A local diffusers folder with what the file lacks."""
     if config is not None and (is_model_folder(Path(config)) or not hub.is_hub_id(config)):
         if not (Path(config) / PIPELINE).is_file():
@@ -169,19 +160,13 @@ def _configuration(path: Path, weights: single_file.Weights, config: str | Path 
         family = check_index(name, read_index(hub.fetch_index(name)))
         return hub.fetch(name, family.parts, weights=set(family.weights) - set(single_file.parts_in(weights)))
     except UserError as error:
-        raise UserError(
-            f"{path}: needs the configuration of its family; name a diffusers folder of it with --config, in a recipe "
-            f"with teacher_config (tried {error})"
-        ) from error
+        advice = "name a diffusers folder of it with --config, in a recipe with teacher_config"
+        raise UserError(f"{path}: needs the configuration of its family; {advice} (tried {error})") from error
 
 
-def open_model(
-    source: str | Path, config: str | Path | None = None, prediction_type: str | None = None
-) -> PixelModel | LatentModel:
+def open_model(source: Source, config: Source | None = None, prediction_type: str | None = None) -> Model:
     """What `pretrained.load` finds in `source`, or the image model of RUN, RUN@STEP or RUN@best-METRIC."""
-    if is_loadable(source):
-        return load(source, config, prediction_type)
-    return load(_described(find(source).folder), config, prediction_type)
+    return load(source if is_loadable(source) else _described(find(source).folder), config, prediction_type)
 
 
 def _described(folder: Path) -> Path:
@@ -191,7 +176,7 @@ def _described(folder: Path) -> Path:
     return folder
 
 
-def open_averages(source: str | Path, config: str | Path | None = None) -> dict[str, PixelModel | LatentModel]:
+def open_averages(source: Source, config: Source | None = None) -> dict[str, Model]:
     """The image model in `source` as "", and of a run the other averages of its checkpoint as " ema0.99995"."""
     if is_loadable(source):
         return {"": load(source, config)}

@@ -9,7 +9,8 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from fewstep.errors import UserError, brief
+from fewstep.errors import UserError
+from fewstep.models.loading.files import whole
 from fewstep.models.loading.weights import check_names, check_stored
 
 Weights = dict[str, Tensor]
@@ -35,20 +36,16 @@ OTHERS = {  # a piece of a name -> what holds such names
     "edm_": "an EDM model, on continuous noise levels",
     "mid_block.": "a part of a diffusers folder; name the whole folder",
 }
+_BOTH, _SDXL_TEXT = {"unet": UNET, "vae": "first_stage_model."}, "conditioner.embedders."
 PREFIXES = {  # of the parts in the file
-    "StableDiffusionPipeline": {"unet": UNET, "vae": "first_stage_model.", "text_encoder": "cond_stage_model."},
-    "StableDiffusionXLPipeline": {
-        "unet": UNET,
-        "vae": "first_stage_model.",
-        "text_encoder": "conditioner.embedders.0.",
-        "text_encoder_2": "conditioner.embedders.1.",
-    },
+    "StableDiffusionPipeline": _BOTH | {"text_encoder": "cond_stage_model."},
+    "StableDiffusionXLPipeline": _BOTH | {"text_encoder": f"{_SDXL_TEXT}0.", "text_encoder_2": f"{_SDXL_TEXT}1."},
 }
 
 
 def read(path: Path) -> Weights:
     """All tensors of the file; raises UserError unless it is whole and holds an SD or SDXL model, and nothing else."""
-    try:
+    with whole(path, "not a whole safetensors file", "fetch it again"):  # cut, a pickle under this name, no file at all
         stored = check_stored(path)
         place = {_original_name(name, stored): name for name in stored}
         _check_family(path, {name: stored[theirs] for name, theirs in place.items()})
@@ -56,11 +53,7 @@ def read(path: Path) -> Weights:
             weights = {name: file.get_tensor(theirs) for name, theirs in place.items()}
         prefixes = tuple(PREFIXES[pipeline_name(weights)].values())
         check_names(path, (), [name for name in weights if not name.startswith(prefixes) and not HARMLESS.search(name)])
-        return weights
-    except UserError:
-        raise
-    except Exception as error:  # a cut file, a pickle under this name, no file at all
-        raise UserError(f"{path}: not a whole safetensors file ({brief(error)}); fetch it again") from error
+    return weights
 
 
 def read_timesteps(path: Path) -> Any:
@@ -123,10 +116,8 @@ def scheduler_changes(path: Path, weights: Weights, prediction_type: str | None)
     if prediction_type:
         said = {prediction_type}
     if len(said) > 1 or not said <= {*PREDICTIONS.values(), "sample"}:
-        raise UserError(
-            f"{path}: says of its prediction type {' and '.join(sorted(said))}; choose epsilon or v_prediction "
-            "(--prediction-type, in a recipe teacher_prediction_type)"
-        )
+        advice = "choose epsilon or v_prediction (--prediction-type, in a recipe teacher_prediction_type)"
+        raise UserError(f"{path}: says of its prediction type {' and '.join(sorted(said))}; {advice}")
     changes: dict[str, Any] = {"prediction_type": said.pop()} if said else {}
     return changes | ({"rescale_betas_zero_snr": True} if "ztsnr" in weights else {})
 

@@ -10,22 +10,16 @@ from torch import Tensor
 
 from fewstep.errors import UserError
 
-DTYPES = {  # of what is read and written; integers are indices and counts
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "BOOL": torch.bool,
-}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # that are read
+DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "BOOL": torch.bool}  # indices and counts
 SCALES = re.compile(r"(^|\.)(scaled_fp8|comfy_quant|absmax|SCB|scale_(weight|input)|(weight|input)_scale(_inv|_2)?)$")
 NO_PART = re.compile(  # of CLIP's text encoders: what no part of a pipeline takes, or an index that is counted anew
     r"position_ids$|logit_scale$|attn_mask$|(^|\.)(visual|text)_projection(\.weight)?$|(^|\.)vision_model\."
 )
-
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+Named = Mapping[str, Tensor]
+Files = Mapping[str, object] | None
+"""The places of tensors by name, where they are of several files."""
 
 
 def plain_name(name: str) -> str:
@@ -61,24 +55,19 @@ def check_finite(where: object, tensors: Iterable[tuple[str, Tensor]]) -> None:
             raise UserError(f"{where}: {name} holds NaN or infinity; fetch the model again, or name another checkpoint")
 
 
-def check_names(
-    where: object, missing: Iterable[str], unexpected: Iterable[str], files: Mapping[str, object] | None = None
-) -> None:
+def check_names(where: object, missing: Iterable[str], unexpected: Iterable[str], files: Files = None) -> None:
     """Raises UserError unless every tensor has its place; the libraries would go on with random weights, or without."""
     missing, unexpected = sorted(missing), sorted(name for name in unexpected if not NO_PART.search(name))
     if missing:
         raise UserError(f"{where} lacks {len(missing)} tensors ({missing[0]}, ...); fetch the model again")
     if unexpected:
-        raise UserError(
-            f"{(files or {}).get(unexpected[0], where)} holds {len(unexpected)} tensors that no part takes "
-            f"({unexpected[0]}, ...); it is another model's, or has additions that are not supported"
-        )
+        what = f"{len(unexpected)} tensors that no part takes ({unexpected[0]}, ...)"
+        advice = "it is another model's, or has additions that are not supported"
+        raise UserError(f"{(files or {}).get(unexpected[0], where)} holds {what}; {advice}")
 
 
-def check_fits(
-    where: object, needs: Mapping[str, Tensor], found: Mapping[str, Tensor], files: Mapping[str, object] | None = None
-) -> None:
-    """Raises UserError unless names and shapes are those of the configuration; `files` has the places of tensors."""
+def check_fits(where: object, needs: Named, found: Named, files: Files = None) -> None:
+    """Raises UserError unless names and shapes are those of the configuration."""
     check_names(where, needs.keys() - found.keys(), found.keys() - needs.keys(), files)
     for name, tensor in needs.items():
         if found[name].shape != tensor.shape:
@@ -86,7 +75,7 @@ def check_fits(
             raise UserError(f"{(files or {}).get(name, where)}: has other sizes than its configuration: {sizes}")
 
 
-def load_checked(where: object, network: torch.nn.Module, weights: Mapping[str, Tensor]) -> None:
+def load_checked(where: object, network: torch.nn.Module, weights: Named) -> None:
     """Puts the weights into the network; raises UserError unless names, shapes and numbers are as they should be."""
     check_fits(where, network.state_dict(), weights)
     check_finite(where, weights.items())

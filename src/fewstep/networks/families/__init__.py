@@ -6,8 +6,7 @@ the user says it, MODULE:NAME. A model folder has the name alone, by which nothi
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
@@ -24,38 +23,27 @@ GROUP = "fewstep.families"
 def find_family(name: str) -> Family | None:
     """The family of that name, if it is known here or to an installed package."""
     for entry in entry_points(group=GROUP, name=name) if name not in FAMILIES else ():
-        with _importing(entry.value):
-            family = entry.load()
-        _add(entry.value, family)
+        _add(entry.value, entry.load)
     return FAMILIES.get(name)
 
 
 def use_family(reference: str | None) -> None:
-    """Makes the family MODULE:NAME known, of an installed module or one in the current folder; None changes nothing.
-
-    Raises UserError if there is none.
-    """
+    """Makes MODULE:NAME known, installed or in the current folder; None changes nothing. UserError if there is none."""
     if reference is None:
         return
     module, _, name = reference.partition(":")
     sys.path.append(os.getcwd())  # behind all else: a file here never takes an installed module's place
     try:
-        with _importing(reference):
-            family = getattr(import_module(module), name)
+        _add(reference, lambda: getattr(import_module(module), name))
     finally:
         sys.path.remove(os.getcwd())
-    _add(reference, family)
 
 
-@contextmanager
-def _importing(what: str) -> Iterator[None]:
+def _add(reference: str, load: Callable[[], Any]) -> None:
     try:
-        yield
+        family = load()
     except Exception as error:  # whatever the module itself raises
-        raise UserError(f"family {what}: can't be imported ({brief(error)}); write MODULE:NAME") from error
-
-
-def _add(reference: str, family: Any) -> None:
+        raise UserError(f"family {reference}: can't be imported ({brief(error)}); write MODULE:NAME") from error
     if not isinstance(family, Family):
         raise UserError(f"family {reference}: is a {type(family).__name__}, not a Family")
     FAMILIES[family.name] = family

@@ -4,29 +4,23 @@ from __future__ import annotations  # diffusers is imported only where a network
 
 from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fewstep.diffusion.denoiser import Condition
 from fewstep.diffusion.parameterizations import edm
 from fewstep.diffusion.schedules import EDM
-from fewstep.networks.family import Family, unet_map
+from fewstep.networks.family import Family, UNetAdapter
 from fewstep.networks.settings import PixelModelConfig
 
 if TYPE_CHECKING:
     from diffusers import UNet2DModel
 
 
-class PixelUNet(nn.Module):
+class PixelUNet(UNetAdapter):
     """A `UNet2DModel` on EDM noise levels: time = ln(sigma)/4 (arXiv 2206.00364, table 1), optional class labels.
 
     x (B, C, H, W), t (B,) noise levels, condition {"label": (B,) int64} or {} -> (B, C, H, W).
     """
-
-    feature_map = staticmethod(unet_map)
-
-    def __init__(self, unet: UNet2DModel):
-        super().__init__()
-        self.unet = unet
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         x = x.to(self.unet.dtype)  # (B, C, H, W); t stays in float32, for bfloat16 tells few levels apart

@@ -1,40 +1,30 @@
 """Stable Diffusion 1.x and 2.x, and SDXL: a UNet on the latents of an autoencoder, conditioned on CLIP's text."""
 
-from __future__ import annotations  # diffusers is imported only where a pipeline is loaded
-
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fewstep.diffusion.denoiser import Condition
 from fewstep.diffusion.parameterizations import Parameterization, eps, v, x0
 from fewstep.diffusion.schedules import VP
 from fewstep.errors import UserError
 from fewstep.networks.codec import Codec
-from fewstep.networks.family import Family, unet_map
+from fewstep.networks.family import Family, UNetAdapter
 from fewstep.networks.settings import MAX_SIZE
 from fewstep.networks.text import TextConditioner, tokenize
-
-if TYPE_CHECKING:
-    from diffusers import UNet2DConditionModel
 
 PARAMETERIZATIONS = {"epsilon": eps, "v_prediction": v, "sample": x0}
 BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
 
-class TextUNet(nn.Module):
+class TextUNet(UNetAdapter):
     """A `UNet2DConditionModel` of the SD and SDXL family on integer times 0..999.
 
     x (B, C, H, W), t (B,), condition {"text": (B, L, E)} and for SDXL "pooled" (B, P), "time_ids" (B, 6).
     """
-
-    feature_map = staticmethod(unet_map)
-
-    def __init__(self, unet: UNet2DConditionModel):
-        super().__init__()
-        self.unet = unet
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         dtype, added = self.unet.dtype, None
@@ -96,10 +86,7 @@ class SDXLText(TextConditioner):
 
 
 def vp_schedule(config: Any) -> tuple[VP, Parameterization]:
-    """Schedule (with zero terminal SNR where the scheduler has it) and parameterization of any VP scheduler.
-
-    Raises UserError, naming the scheduler, for those of other kinds: EDM's, flow matching.
-    """
+    """Schedule (of zero terminal SNR where it says so) and parameterization of a VP scheduler; UserError for others."""
     from diffusers import DDIMScheduler
 
     name, betas = config.get("_class_name", "scheduler"), config.get("beta_schedule")
@@ -125,15 +112,11 @@ def _check(pipeline: Any) -> None:
     takes, gives, latent = config.in_channels, config.out_channels, pipeline.vae.config.latent_channels
     if not takes == gives == latent:
         what = " (inpainting and editing models take a picture, too)" if takes > gives else ""
-        raise UserError(
-            f"unet: takes {takes} channels and gives {gives}{what}, where the autoencoder has {latent}; name a "
-            "text-to-image model"
-        )
+        what += f", where the autoencoder has {latent}; name a text-to-image model"
+        raise UserError(f"unet: takes {takes} channels and gives {gives}{what}")
     if config.time_cond_proj_dim is not None:
-        raise UserError(
-            "unet: takes the guidance scale as an input (time_cond_proj_dim), as students of LCM do; name the model "
-            "that it was made from"
-        )
+        what = "takes the guidance scale as an input (time_cond_proj_dim), as students of LCM do"
+        raise UserError(f"unet: {what}; name the model that it was made from")
     others = ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type", "encoder_hid_dim")
     expected = {"addition_embed_type": added, "attention_type": "default", **dict.fromkeys(others)}
     for name, wanted in expected.items():
@@ -181,17 +164,12 @@ SD = Family(
     feature_layer=_feature_layer,
     time_layer="unet.time_embedding",
 )
-SDXL = Family(
+SDXL = replace(
+    SD,
     name="StableDiffusionXLPipeline",
-    part="unet",
     weights={**SD.weights, "text_encoder_2": "CLIPTextModelWithProjection"},
     others=(*SD.others, "tokenizer_2"),
-    check=_check,
-    adapter=TextUNet,
     conditioner=SDXLText,
     codec=partial(_codec, ("shift_factor",)),
-    schedule=vp_schedule,
     image_size=partial(_image_size, 1024),
-    feature_layer=SD.feature_layer,
-    time_layer=SD.time_layer,
 )
