@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -19,7 +19,7 @@ from fewstep.data.listing import is_image, list_files
 from fewstep.data.settings import DataSettings
 from fewstep.errors import UserError
 from fewstep.evaluation import report
-from fewstep.evaluation.gathering import GRID_IMAGES
+from fewstep.evaluation.gathering import GRID_IMAGES, MAX_BATCH
 from fewstep.evaluation.judge import Judge, describe, make_judge
 from fewstep.evaluation.report import Curves, Row
 from fewstep.export.card import last_part
@@ -121,12 +121,7 @@ def _row_of_images(judge: Judge, name: str, folder: str, model: ImageModel, num:
     num = min(num, images.length)
     if num < GRID_IMAGES:
         raise UserError(f"{folder}: has {num} images; judging needs at least {GRID_IMAGES}")
-
-    def batches() -> Iterator[torch.Tensor]:
-        for part in torch.arange(num).split(250):
-            yield images.fetch(part)
-
-    return judge.row_of_images(name, batches(), num)
+    return judge.row_of_images(name, (images.fetch(part) for part in torch.arange(num).split(MAX_BATCH)), num)
 
 
 def publish(
@@ -136,7 +131,7 @@ def publish(
     title: str,
     judge: Judge,
     facts: Mapping[str, object],
-    next_commands: Sequence[str] = (),
+    then: Sequence[str],
 ) -> None:
     """Writes results.json and report.html into `out`, prints the table, and what comes next."""
     out.mkdir(parents=True, exist_ok=True)
@@ -145,7 +140,7 @@ def publish(
     kind = "text" if judge.prompts else "label"
     report.write_page(rows, curves, out / PAGE, title, kind, judge.extractor.name, {**facts, **when})
     Console().print(report.text_table(rows))
-    tell_done(f"{out / PAGE} and {out / RESULTS}", *next_commands)
+    tell_done(f"{out / PAGE} and {out / RESULTS}", *then)
 
 
 def command_line() -> str:

@@ -10,8 +10,7 @@ from fewstep.errors import UserError
 from fewstep.files import write_text
 from fewstep.recipes.loading import explained, load_recipe, recipe_names
 
-TAUGHT_HERE = ("digits-teacher",)
-"""Recipes of teachers on pixels, which `new` writes for other images."""
+TAUGHT_HERE = "digits-teacher"  # the recipe of a teacher on pixels, which `new` writes for other images
 
 
 def recipes(given: Recipes) -> None:
@@ -32,11 +31,8 @@ def recipes(given: Recipes) -> None:
     else:
         recipe = load_recipe(given.recipe, given.set_)  # which is the check
         if given.action == "show":
-            print(
-                f"# {given.recipe}, whole: saved as a .yaml file it is a recipe of your own.",
-                *explained(recipe),
-                sep="\n",
-            )
+            head = f"# {given.recipe}, whole: saved as a .yaml file it is a recipe of your own."
+            print(head, *explained(recipe), sep="\n")
         else:
             print(f"{given.recipe}: a valid {recipe.kind} recipe")
 
@@ -51,7 +47,7 @@ def _new(given: Recipes, name: str) -> None:
     if given.set_:
         raise UserError("--set: is for show and check; change the files that new writes")
     base = load_recipe(given.from_, verb="distill")
-    device, taught_here = pick_device(base.device), base.teacher in TAUGHT_HERE
+    device, taught_here = pick_device(base.device), base.teacher == TAUGHT_HERE
     if taught_here and (given.teacher or not given.source):
         raise UserError(f"--from {given.from_}: takes your images as --source photos, and teaches the teacher itself")
     if given.size and not taught_here:

@@ -64,10 +64,10 @@ def sample(order: Sample) -> None:
     images = [draw(painter, order, number, num, device) for number, painter in enumerate(painters, 1)]
     subjects = len(prompts) or (1 if order.label else painters[0].model.num_classes)
     columns = len(painters) * num_columns(num, subjects, COLUMNS // len(painters))
-    text = grid_text(painters, order, num, columns, prompts)
     labels = [painters[0].label(index) for index in range(num) for _ in painters]
-    heads = [str(painter) for painter in painters] * (columns // len(painters)) if order.compare else ()
-    save_png(grid(torch.stack(images, dim=1).flatten(0, 1), columns, labels, heads), order.out, text)
+    heads = [str(painter) for painter in painters] * (columns // len(painters))
+    picture = grid(torch.stack(images, dim=1).flatten(0, 1), columns, labels, heads if order.compare else ())
+    save_png(picture, order.out, grid_text(painters, order, num, heads, prompts))
     if not order.grid_only:
         new = {single_path(order, number, index) for number in (1, 2) for index in range(num)}
         for earlier in filter(is_single, set(order.folder.iterdir()) - new):
@@ -102,10 +102,8 @@ def check_out(order: Sample) -> None:
     if not order.grid_only and folder.exists():
         foreign = [path.name for path in folder.iterdir() if not is_single(path)] if folder.is_dir() else ["a file"]
         if foreign:
-            raise UserError(
-                f"--out {out}: single images would go to {folder}, which holds other things ({foreign[0]}); "
-                "choose another name, or --grid-only"
-            )
+            what = f"single images would go to {folder}, which holds other things ({foreign[0]})"
+            raise UserError(f"--out {out}: {what}; choose another name, or --grid-only")
 
 
 def is_single(path: Path) -> bool:
@@ -252,14 +250,13 @@ def single_text(painter: Painter, order: Sample, index: int) -> dict[str, str]:
     return chunks(title, painter, order, {"Image": index}, {**subject, **painter.facts, "index": index})
 
 
-def grid_text(painters: list[Painter], order: Sample, num: int, columns: int, prompts: list[str]) -> dict[str, str]:
+def grid_text(painters: list[Painter], order: Sample, num: int, heads: list[str], prompts: list[str]) -> dict[str, str]:
     """The text chunks of the grid; of two models it names the one that each column shows."""
-    names = [str(painter) for painter in painters] * (columns // len(painters))
     facts = [painter.facts for painter in painters]
     label = None if order.label is None or not painters[0].asked else painters[0].asked[0]
     title = "; ".join(prompts) or ("" if order.label is None else f"class {painters[0].label(0)}")
-    shown = {"Columns": " | ".join(names)} if order.compare else {}
-    settings = {"models": facts, "prompts": prompts, "class": label, "num": num, "columns": names}
+    shown = {"Columns": " | ".join(heads)} if order.compare else {}
+    settings = {"models": facts, "prompts": prompts, "class": label, "num": num, "columns": heads}
     return chunks(title, painters[0], order, shown, settings)
 
 

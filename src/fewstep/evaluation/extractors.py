@@ -69,23 +69,20 @@ class TorchScriptExtractor:
             told = f"must take uint8 images {shape} and give features (B, D) (--features)"
             raise UserError(f"{self.path}: {told}") from error
         what = f"numbers {tuple(given.shape)}" if isinstance(given, Tensor) else f"a {type(given).__name__}"
+        told = f"{self.path}: gives {what} for {len(images)} images"
         if not isinstance(given, Tensor) or given.dim() < 2 or given[0].numel() != given.shape[1] <= MAX_FEATURES:
-            what = f"gives {what} for {len(images)} images"
-            raise UserError(f"{self.path}: {what}, not features (B, D) with D up to {MAX_FEATURES} (--features)")
-        found = given.flatten(1)
-        if len(found) != len(images) or found.shape[1] != (self.width or found.shape[1]):
-            advice = "it must give as many for every image, whatever images are beside it (--features)"
-            raise UserError(f"{self.path}: gives {what} for {len(images)} images: {advice}")
-        self.width = found.shape[1]
-        if any(self._are_probabilities(each) for each in (found, found.exp())):
-            what = f"gives class probabilities, {found.shape[1]} numbers that sum to 1; a FID is of features"
-            advice = "give a network that ends in the layer before its classes (--features)"
-            raise UserError(f"{self.path}: {what}: {advice}")
+            raise UserError(f"{told}, not features (B, D) with D up to {MAX_FEATURES} (--features)")
+        found, width = given.flatten(1), given.shape[1]
+        if len(found) != len(images) or width != (self.width or width):
+            raise UserError(f"{told}: it must give as many for every image, whatever images are beside it (--features)")
+        self.width, positive = width, bool((found >= 0).all())
+        sums = found.sum(1) if positive else found.exp().sum(1)  # of probabilities, or of their logarithms
+        if width > 1 and ((sums - 1).abs() < 1e-3).all():
+            what = f"gives class probabilities, {width} numbers that sum to 1; a FID is of features"
+            raise UserError(
+                f"{self.path}: {what}: give a network that ends in the layer before its classes (--features)"
+            )
         return found
-
-    @staticmethod
-    def _are_probabilities(found: Tensor) -> bool:
-        return bool(found.shape[1] > 1 and (found >= 0).all() and ((found.sum(1) - 1).abs() < 1e-3).all())
 
 
 class AutoencoderExtractor:

@@ -54,9 +54,8 @@ class Judge:
         fake = gather(batches, self.extractor, num, name, num_groups, self.check, self.prompts)
         values, found = measure(self.real, fake, self.needs, intervals)
         values |= {"images_per_second": speed} if speed else {}
-        return Row(
-            name, describe(sampler), sampler.nfe, values, found, *kept_of(fake, self.prompts or self.class_names)
-        )
+        kept = kept_of(fake, self.prompts or self.class_names)
+        return Row(name, describe(sampler), sampler.nfe, values, found, *kept)
 
     def row_of_images(self, name: str, batches: Iterable[Tensor], num: int) -> Row:
         """The line for images whose classes and prompts nobody knows: what features alone tell of them."""
@@ -81,7 +80,7 @@ def kept_of(images: Gathered, labels: Sequence[str] = ()) -> tuple[dict[str, dic
     return attributes, png_bytes(grid(images.pictures, columns, shown, max_width=GRID_WIDTH))
 
 
-def floor_row(real: Gathered, needs: frozenset[str], labels: Sequence[str], seed: int = 0) -> Row:
+def floor_row(real: Gathered, needs: frozenset[str], seed: int = 0, labels: Sequence[str] = ()) -> Row:
     """The noise floor: one random half of the features against the other; the rest is of all real images."""
     order = torch.randperm(len(real.features), generator=torch.Generator().manual_seed(seed))
     first, second = (Gathered.of(half) for half in real.features[order].chunk(2))
@@ -121,7 +120,7 @@ def _class_judge(data: DataSettings, model: ImageModel, features: str | None, fo
     real = reference.kept(path, lambda: gather(reference.labelled_batches(images, num), extractor, num, "data.source"))
     real = replace(real, pictures=_grid_of_classes(images, model.num_classes))
     names = images.class_names or [model.class_name(number) for number in range(model.num_classes)]
-    floor = floor_row(real, frozenset(), names)
+    floor = floor_row(real, frozenset(), labels=names)
     if classifier is None:
         return Judge(extractor, real, lambda images, numbers: [], frozenset({"features"}), floor, (), names)
     floor.values["accuracy"] = classifier.held_out_accuracy.item()
@@ -165,7 +164,8 @@ def _text_judge(
         raise UserError(f"data.source: has {real.sums.count} images; judging needs at least {MIN_CAPTIONED}")
     scenes = all(shapes.parse(prompt) for prompt in real.prompts)
     needs = frozenset({"features", "prompts", *(["scenes"] if scenes else [])})
-    return Judge(extractor, real, check_scenes(real.prompts), needs, floor_row(real, needs, real.prompts), real.prompts)
+    floor = floor_row(real, needs, labels=real.prompts)
+    return Judge(extractor, real, check_scenes(real.prompts), needs, floor, real.prompts)
 
 
 SCENES = {1: "prompt_accuracy", 2: "two_objects"}

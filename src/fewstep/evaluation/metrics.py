@@ -91,16 +91,9 @@ def kid(real: Gathered, fake: Gathered) -> float:
 
 def _mmd(x: Tensor, y: Tensor) -> Tensor:
     """mean_{i != j} k(x_i, x_j) + mean_{i != j} k(y_i, y_j) - 2 mean k(x_i, y_j)."""
-    return _mean_of_others(_kernel(x, x)) + _mean_of_others(_kernel(y, y)) - 2 * _kernel(x, y).mean()
-
-
-def _kernel(x: Tensor, y: Tensor) -> Tensor:
-    return (x @ y.T / x.shape[1] + 1) ** 3
-
-
-def _mean_of_others(kernel: Tensor) -> Tensor:
-    """Without the diagonal, whose pairs are of one point with itself."""
-    return (kernel.sum() - kernel.trace()) / (len(kernel) * (len(kernel) - 1))
+    of_x, of_y, between = (((a @ b.T / x.shape[1] + 1) ** 3) for a, b in ((x, x), (y, y), (x, y)))
+    within = [(k.sum() - k.trace()) / (len(k) * (len(k) - 1)) for k in (of_x, of_y)]
+    return within[0] + within[1] - 2 * between.mean()
 
 
 @metric

@@ -1,17 +1,17 @@
 """The table as text, JSON and one self-contained HTML page."""
 
-import base64
 import io
 import json
 import re
+from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
-from importlib.resources import files
 from pathlib import Path
 from string import Template
 from typing import Any
 
+import yaml
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
@@ -20,18 +20,8 @@ from fewstep.files import write_text
 from fewstep.metric_table import METRICS, lower_is_better
 
 MAX_CURVES = 4
-CURVES = {
-    "fid": "FID on the way",
-    "denoising_loss": "denoising loss (of the critic, where there is one)",
-    "regression_loss": "loss on pairs of noise and image",
-    "dm_image_grad_norm": "gradient norm at the image: distribution matching",
-    "gan_image_grad_norm": "gradient norm at the image: GAN",
-    "logit_gap": "discriminator: mean logit of reals minus fakes",
-    "squared_error": "squared error",
-    "absolute_error": "absolute error",
-    "kl": "divergence of the latents from the unit normal",
-    "grad_norm": "gradient norm",
-}
+IMAGE = '<img alt="{}" src="data:image/png;base64,{}">'
+CURVES: dict[str, str] = yaml.safe_load(Path(__file__).with_name("curves.yaml").read_text("utf-8"))
 """The first four of these that the runs have are drawn."""
 MAX_POINTS = 1000  # of a curve
 INK = "#010203"  # becomes the page's own colour, light or dark
@@ -106,7 +96,7 @@ def write_page(
 
     `kind` is that of the models, label or text; `facts` say what was judged, and how.
     """
-    template = Template((files("fewstep.evaluation") / "report.html").read_text("utf-8"))
+    template = Template(Path(__file__).with_name("report.html").read_text("utf-8"))
     page = template.substitute(
         title=escape(title),
         kind=kind,
@@ -114,7 +104,9 @@ def write_page(
         facts="<br>\n".join(f"{escape(name)}: {escape(str(fact))}" for name, fact in facts.items()),
         table=_html_table(rows, columns(rows)),
         attributes=_attribute_tables(rows),
-        grids="\n".join(_figure(row.title, _image(row.title, row.grid)) for row in rows),
+        grids="\n".join(
+            _figure(row.title, IMAGE.format(escape(row.title), b64encode(row.grid).decode())) for row in rows
+        ),
         curves=_curve_figures(curves),
     )
     write_text(path, page)
@@ -154,10 +146,6 @@ def _best(rows: list[Row], name: str) -> float | None:
     """The best value of a column among several models; the row of the real images does not compete."""
     values = [row.values[name] for row in rows if row.sampler is not None and name in row.values and name in METRICS]
     return (min if lower_is_better(name) else max)(values) if len(values) > 1 else None
-
-
-def _image(what: str, picture: bytes) -> str:
-    return f'<img alt="{escape(what)}" src="data:image/png;base64,{base64.b64encode(picture).decode()}">'
 
 
 def _figure(caption: str, picture: str) -> str:

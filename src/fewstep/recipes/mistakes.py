@@ -1,26 +1,15 @@
 """What is wrong in a recipe, in one line, with what was probably meant."""
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-_OTHERS = """lr: learning_rate lrate
-num_steps: steps iterations epochs max_train_steps
-batch_size: train_batch_size
-image_size: resolution size width
-num_classes: classes
-data: dataset
-source: path folder
-ema_decay: ema
-guidance_scale: cfg cfg_scale
-checkpoint_every: save_every
-accumulate: gradient_accumulation_steps
-checkpointing: gradient_checkpointing
-precision: mixed_precision dtype
-clip_norm: max_grad_norm"""
-WORDS = {word: key for key, words in (line.split(": ") for line in _OTHERS.splitlines()) for word in words.split()}
+_LINES = re.findall(r"^- (.+): (.+)$", Path(__file__).with_name("other_words.md").read_text("utf-8"), re.MULTILINE)
+WORDS = {word: key for key, words in _LINES for word in words.split()}
 """What other programs call some settings."""
 
 

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median_high
 from typing import Any, NamedTuple
 
 import torch
@@ -102,8 +103,7 @@ def _with(name: str, settings: dict[str, Any]) -> Any:
 
 def _side(found: Look) -> int:
     """The median of the shorter sides."""
-    sides = sorted(min(size) for size in found.sizes.elements())
-    return sides[len(sides) // 2]
+    return median_high(min(size) for size in found.sizes.elements())
 
 
 def _student(steps: int, num_steps: int, model: PixelModelConfig, plan: Plan, judged: bool) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,8 @@ class _Reader:
         elif depth == MAX_DEPTH:
             raise ValueError(f"line {line}: more than {MAX_DEPTH} brackets or keys within one another")
         else:
-            value = self.mapping(depth + 1) if isinstance(event, yaml.MappingStartEvent) else self.items(depth + 1)
+            mapping = isinstance(event, yaml.MappingStartEvent)
+            value = self.mapping(depth + 1) if mapping else [self.value(each, depth + 1) for each in self.inside()]
         self.count += 1
         if self.count > MAX_VALUES:
             raise ValueError(f"line {line}: more than {MAX_VALUES} values, counted where aliases repeat them")
@@ -92,18 +94,15 @@ class _Reader:
             self.anchors[event.anchor] = value, self.count - before
         return value
 
-    def items(self, depth: int) -> list[Any]:
-        """Of a list."""
-        found = []
-        while not isinstance(event := next(self.events), yaml.CollectionEndEvent):
-            found.append(self.value(event, depth))
-        return found
+    def inside(self) -> Iterator[Any]:
+        """The events up to the end of a list or mapping; those of what is nested are taken out on the way."""
+        return takewhile(lambda event: not isinstance(event, yaml.CollectionEndEvent), self.events)
 
     def mapping(self, depth: int) -> dict[str, Any]:
         """Keys and values; under those written out lie those of the mappings that `<<` names."""
         found: dict[str, Any] = {}
         lines: dict[str, int] = {}
-        while not isinstance(event := next(self.events), yaml.CollectionEndEvent):
+        for event in self.inside():
             key, line = self.value(event, depth), event.start_mark.line + 1
             if not isinstance(key, str):
                 raise ValueError(f"line {line}: a key is a single word")

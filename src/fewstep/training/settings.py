@@ -172,13 +172,11 @@ class StudentSettings(Settings):
     def _decays_fit(cls, given: Any) -> Any:
         decays = given if isinstance(given, list) else [given]
         with suppress(TypeError, ValueError, OverflowError):
-            if 0 < len(decays) <= MAX_DECAYS and len({float(each) for each in decays if 0 <= float(each) < 1}) == len(
-                decays
-            ):
+            fitting = {float(each) for each in decays if 0 <= float(each) < 1}
+            if 0 < len(decays) == len(fitting) <= MAX_DECAYS:
                 return given
-        raise ValueError(
-            f"takes a number from 0 to below 1, or a list of different ones, at most {MAX_DECAYS}, not {given!r:.60}"
-        )
+        what = f"a number from 0 to below 1, or a list of different ones, at most {MAX_DECAYS}"
+        raise ValueError(f"takes {what}, not {given!r:.60}")
 
     @model_validator(mode="after")
     def _timesteps_fit(self) -> Self:
@@ -269,9 +267,8 @@ class GANSettings(Settings):
 
     def idle(self) -> dict[str, str]:
         """All else, where the weights leave it out."""
-        return (
-            {} if self.student_weight else dict.fromkeys(("feature_layer", "independent_noise"), "both weights are 0")
-        )
+        others = () if self.student_weight else ("feature_layer", "independent_noise")
+        return dict.fromkeys(others, "both weights are 0")
 
     @model_validator(mode="after")
     def _both_or_none(self) -> Self:
