@@ -3,7 +3,6 @@
 import os
 import textwrap
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from functools import reduce
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, get_args
@@ -203,5 +202,7 @@ def _override(text: str) -> dict[str, Any]:
             told = f"{shown(value)} is not a YAML value ({error})"
             raise UserError(f"--set {shown(key, 90, quoted=False)}: {told}") from error
 
-    path, written = key.strip().split("."), Written(value, read)
-    return reduce(lambda nested, part: {part: nested}, reversed(path), written)  # type: ignore[return-value]
+    nested: Any = Written(value, read)
+    for part in reversed(key.strip().split(".")):
+        nested = {part: nested}
+    return dict(nested)
