@@ -40,7 +40,8 @@ def blocks(language: str, text: str = README) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
-PAGES = [README, *(page.read_text() for page in sorted((ROOT / "docs").glob("*.md")))]
+LINKED = dict.fromkeys(re.findall(r"\]\((docs/[\w-]+\.md)\)", README))  # in the order of the README
+PAGES = [README, *((ROOT / page).read_text() for page in LINKED)]
 SHELL = [block for page in PAGES for block in blocks("sh", page) if "make " not in block and "pip " not in block]
 
 
@@ -156,7 +157,7 @@ def test_what_the_blocks_make_is_there(place: Path) -> None:
 
 
 def test_the_python_runs() -> None:
-    (code,) = blocks("python")
+    (code,) = blocks("python", (ROOT / "docs" / "using.md").read_text())
     names: dict = {}
     exec(code, names)
     assert names["timesteps"].tolist() == [999, 749, 499, 249]
@@ -178,9 +179,11 @@ def test_the_oldest_versions_are_the_bounds() -> None:
         assert name == "torch" or f"{pinned}.".startswith(f"{bound}."), needed  # torch: see the file's first line
 
 
-def test_the_links_lead_somewhere() -> None:
-    for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / link).exists(), link
+def test_the_links_lead_somewhere_and_to_every_page() -> None:
+    for folder, page in (("", README), *(("docs", text) for text in PAGES[1:])):
+        for link in re.findall(r"\]\((?!http)([^)#]+)\)", page):
+            assert (ROOT / folder / link).exists(), link
+    assert {Path(page) for page in LINKED} == {path.relative_to(ROOT) for path in (ROOT / "docs").glob("*.md")}
 
 
 def test_the_files_named_exist() -> None:
@@ -191,4 +194,4 @@ def test_the_files_named_exist() -> None:
 
 def test_the_verbs_named_exist() -> None:
     verbs = {name for name in VERBS if " " not in name}
-    assert set(re.findall(r"`?fewstep (demo|teach|distill|sample|evaluate|export|recipes)", README)) == verbs
+    assert set(re.findall(r"`?fewstep (demo|teach|distill|sample|evaluate|export|recipes)", "".join(PAGES))) == verbs
