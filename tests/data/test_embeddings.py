@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep.data.embeddings import cached_embeddings
+from fewstep.data.latents import cached_embeddings
 from fewstep.data.shards import Rows
 from fewstep.errors import UserError
 

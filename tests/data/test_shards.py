@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep.data import embeddings, latents, pairs
+from fewstep.data import latents, pairs
 from fewstep.data.images import ImageSet
 from fewstep.errors import UserError
 from kept_rows import CAPTIONS, NUM, PLAN, PROMPTS, SPACE, captioned, draw, encode, files, load_latents, load_pairs
@@ -48,7 +48,7 @@ def write_embeddings(out: Path, tick: Tick = int, report: Callable[[int], None] 
     def embed(texts: list[str]) -> dict[str, Tensor]:
         return {"text": torch.tensor([[float(sum(map(ord, text))), len(text)] for text in texts])}
 
-    embeddings.cached_embeddings(CAPTIONS, ticking(tick, embed), "f", out, 1.0, report)
+    latents.cached_embeddings(CAPTIONS, ticking(tick, embed), "f", out, 1.0, report)
 
 
 class Kind(NamedTuple):

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from fewstep.commands.options import Latents
 from fewstep.commands.runs import check_writable, pick_device, tell_done
 from fewstep.data.filters import Filter, load_filtered
-from fewstep.data.images import ImageSet, content_digest
+from fewstep.data.images import content_digest
 from fewstep.data.latents import describe_dropped, write_latents
 from fewstep.data.settings import DataSettings
 from fewstep.embedded.sources import open_captioned_images, origin
@@ -36,7 +36,11 @@ def latents(given: Latents) -> None:
         data = DataSettings(source=given.source, **columns)
     except ValidationError as error:
         raise UserError(f"--background {given.background}: no colour; write white, #8090a0 or rgb(0, 0, 0)") from error
-    images, dropped, files = _open_source(data, model.image_size, filter)
+    if data.source == "shapes":  # all of which pass
+        images, dropped, files = open_captioned_images(data, model.image_size), {}, {}
+    else:
+        images, dropped = load_filtered(data, model.image_size, filter)
+        files = {"content": content_digest(data) or ""}
     if not images.length:
         raise UserError(f"{given.source}: no image is left; {describe_dropped(dropped)}")
     settings = {"source": origin(given.source), **files, **columns, **asdict(filter)}
@@ -56,10 +60,3 @@ def open_encoder(path: Path, config: str | None = None) -> Autoencoder:
     if model.kind != "text":
         raise UserError(f"{path}: a pixel model has no latents; name a text-to-image model")
     return Autoencoder(model.autoencoder, model.image_size)
-
-
-def _open_source(data: DataSettings, size: int, filter: Filter) -> tuple[ImageSet, dict[str, int], dict[str, str]]:
-    """The images that pass the filter, how many were dropped for which reason, and a digest of the files."""
-    if data.source == "shapes":  # all of which pass
-        return open_captioned_images(data, size), {}, {}
-    return *load_filtered(data, size, filter), {"content": content_digest(data) or ""}

@@ -38,7 +38,12 @@ def pairs(given: Pairs) -> None:
     schedule = type(model.denoiser.schedule).__name__
     plan: dict[str, Any] = {"teacher": model.fingerprint, "sampler": str(sampler), "schedule": schedule}
     plan |= {"precision": given.precision, "shape": list(model.shape), "seed": given.seed, "num_pairs": num}
-    _prepare(model, INFERENCE_DTYPES[given.precision], pick_device(given.device))
+    device, dtype = pick_device(given.device), INFERENCE_DTYPES[given.precision]
+    if device.type == "cuda":  # every rank of one machine takes a GPU of its own
+        device = torch.device("cuda", _environment("LOCAL_RANK", 0) % torch.cuda.device_count())
+    model.encode_in(dtype)
+    model.denoiser.to(dtype)
+    model.to(device)
     made = (drawer(model, sampler), conditions, plan, out, given.batch_size or model.sampling_batch, rank, num_ranks)
     quiet = None if rank == 0 else lambda done, metrics: None
     bar = progress_bar("draw pairs", -(-num // num_ranks), quiet)
@@ -71,8 +76,8 @@ def drawer(model: ImageModel, sampler: Sampler) -> Callable[[Tensor, Given], Ten
     """From unit noise and prompts or labels to x0."""
 
     def draw(noise: Tensor, given: Given) -> Tensor:
-        label = {"label": torch.tensor(given["label"])} if "label" in given else {}
-        condition = model.encode_condition({"caption": given["prompt"]} if "prompt" in given else label)
+        labels = {name: torch.tensor(cells) for name, cells in given.items() if name == "label"}
+        condition = model.encode_condition({"caption": given["prompt"]} if "prompt" in given else labels)
         with torch.no_grad():
             return sample(model, sampler, noise[None].to(model.device), condition)
 
@@ -87,15 +92,6 @@ def _check(model: ImageModel, teacher: str, sampler: Sampler) -> None:
         raise UserError(f"--sampler {sampler}: is for text-to-image teachers; take heun, euler or ddim")
     if sampler.guidance_scale != 1 and model.null_condition is None:
         raise UserError(f"--sampler {sampler}: the teacher has no null class to guide with; leave out the @")
-
-
-def _prepare(model: ImageModel, dtype: torch.dtype, device: torch.device) -> None:
-    """Every rank of one machine takes a GPU of its own."""
-    if device.type == "cuda":
-        device = torch.device("cuda", _environment("LOCAL_RANK", 0) % torch.cuda.device_count())
-    model.encode_in(dtype)
-    model.denoiser.to(dtype)
-    model.to(device)
 
 
 def _environment(name: str, default: int) -> int:

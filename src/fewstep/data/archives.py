@@ -116,14 +116,12 @@ def open_edm_set(path: Path) -> Stored:
     dataset.json holds {"labels": [["00000/img00000000.png", 3], ...]}, or null for images without classes. Raises
     UserError if the files can't be read, or are not such a set.
     """
-    return _open_zip(path) if path.is_file() else _open_folder(path)
-
-
-def _open_folder(folder: Path) -> Stored:
-    names = [name for name in list_files(folder) if is_image(name)]
-    with (folder / LABELS).open("rb") as file:
-        columns = _labels(file.read(_limit(len(names)) + 1), names, folder)
-    return Stored(folder, lambda rows: [Cell(names[row], folder / names[row]) for row in rows], len(names), columns)
+    if path.is_file():
+        return _open_zip(path)
+    names = [name for name in list_files(path) if is_image(name)]
+    with (path / LABELS).open("rb") as file:
+        columns = _labels(file.read(_limit(len(names)) + 1), names, path)
+    return Stored(path, lambda rows: [Cell(names[row], path / names[row]) for row in rows], len(names), columns)
 
 
 def _open_zip(path: Path) -> Stored:

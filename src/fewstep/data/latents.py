@@ -1,4 +1,4 @@
-"""Captioned images encoded by an autoencoder, on disk: written once, then read instead of the images.
+"""What images and texts are encoded to, on disk: written once, then read instead of them.
 
 latents.json  00000.safetensors  00001.safetensors ...: `latent` (rows, C, H, W) fp16 with captions, ROWS images in each
 """
@@ -19,6 +19,8 @@ from fewstep.data.shards import ROWS, Report, Rows, ShardFolder, chunks, digest,
 from fewstep.errors import UserError
 from fewstep.seeding import generator
 
+TEXTS_PER_BATCH = 64
+Embed = Callable[[list[str]], dict[str, Tensor]]
 Encode = Callable[[Tensor, Tensor], Tensor]
 """From uint8 images (B, 3, R, R) and unit noise (B, C, H, W) to latents: a sample of the posterior, scaled."""
 
@@ -128,4 +130,27 @@ def load_latents(folder: Path, space: dict[str, Any]) -> LatentSet:
         shards.append(tensors)
         captions += facts["captions"]
     found = f"{folder}: {len(captions):,} latents with captions, of images of {space['image_size']} pixels"
-    return LatentSet(Rows.of(shards), captions, found)
+    return LatentSet(Rows(shards), captions, found)
+
+
+def cached_embeddings(
+    texts: list[str], embed: Embed, fingerprint: str, folder: Path, max_gb: float, report: Report = lambda done: None
+) -> Rows | None:
+    """What `embed` makes of every text, from `folder`, where it is written first if need be; None if over `max_gb`.
+
+    `fingerprint` is of whatever `embed` depends on. Several runs may ask at once: one embeds, the others wait for it.
+    Raises UserError if the disk has no room, before writing.
+    """
+    bytes_per_text = sum(tensor.nbytes for tensor in embed([""]).values())
+    if len(texts) * bytes_per_text > max_gb * 1e9:
+        return None
+    name = f"embeddings-{digest([fingerprint, ROWS, texts])}"
+    kept = ShardFolder(folder / name, "text embeddings", {}, len(texts), ROWS)
+
+    def make(path: Path, rows: range, told: Report) -> None:
+        parts = [embed(texts[part.start : part.stop]) for part in chunks(rows, TEXTS_PER_BATCH)]
+        save_shard(path, {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]})
+
+    otherwise = "name another embeddings.folder, or set embeddings.max_gb=0 to embed prompts at every step"
+    kept.fill(make, bytes_per_text, report, wait=True, otherwise=otherwise)
+    return Rows([open_shard(path)[0] for path in kept.files])

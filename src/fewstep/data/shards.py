@@ -157,20 +157,13 @@ def digest(facts: Any) -> str:
     return hashlib.blake2b(json.dumps(facts).encode(), digest_size=8).hexdigest()
 
 
-@dataclass(frozen=True)
 class Rows:
-    """The rows of several shards as if they were one: `starts` (shards,) are the numbers of their first rows."""
+    """The rows of several shards, in their order, as if they were one; `starts` (shards,) has numbers of first rows."""
 
-    shards: list[dict[str, Tensor]]
-    starts: Tensor
-    length: int
-
-    @staticmethod
-    def of(shards: Sequence[dict[str, Tensor]]) -> "Rows":
-        """Shards in their order; empty ones are left out."""
-        full = [shard for shard in shards if len(next(iter(shard.values())))]
-        ends = torch.tensor([0, *(len(next(iter(shard.values()))) for shard in full)]).cumsum(0)
-        return Rows(full, ends[:-1], int(ends[-1]))
+    def __init__(self, shards: Sequence[dict[str, Tensor]]):
+        self.shards = [shard for shard in shards if len(next(iter(shard.values())))]
+        ends = torch.tensor([0, *(len(next(iter(shard.values()))) for shard in self.shards)]).cumsum(0)
+        self.starts, self.length = ends[:-1], int(ends[-1])
 
     def fetch(self, indices: Tensor) -> dict[str, Tensor]:
         """Tensors (B, ...) of the rows `indices` (B,), copied out of the files."""

@@ -55,7 +55,7 @@ def _open_folder(path: Path, files: Sequence[str], images: Sequence[str]) -> Sto
         if name.rpartition("/")[2] in METADATA:
             _describe(described, path, name, there)
             for key in dict.fromkeys(key for row in described.values() for key in row):
-                columns[key] = partial(_described, described, images, key)
+                columns[key] = partial(lambda key: [described.get(image, {}).get(key) for image in images], key)
                 places[key] = f" of {name.rpartition('/')[2]}"
                 names.pop(key, None)
     return Stored(
@@ -73,10 +73,6 @@ def _classes(images: Sequence[str]) -> list[str]:
 def _read_text(path: Path) -> str:
     with path.open("rb") as file:
         return as_text(file.read(MAX_BYTES + 1), path)
-
-
-def _described(described: dict[str, dict[str, Any]], images: Sequence[str], key: str) -> list[Any]:
-    return [described.get(name, {}).get(key) for name in images]
 
 
 def _describe(described: dict[str, dict[str, Any]], path: Path, name: str, there: set[str]) -> None:
@@ -126,7 +122,9 @@ def _open_parquet(path: Path, files: Sequence[Path], image_column: str | None) -
     def cells(rows: list[int]) -> list[Cell]:
         return [_cell(**(each or {})) for each in images[rows][image_column]]
 
-    columns = {name: partial(_column, table, name) for name in table.column_names if name != image_column}
+    columns = {
+        name: partial(lambda name: list(table[name][:]), name) for name in table.column_names if name != image_column
+    }
     names = {name: feature.names for name, feature in table.features.items() if getattr(feature, "names", None)}
     return Stored(path, cells, len(table), columns, names)
 
@@ -134,7 +132,3 @@ def _open_parquet(path: Path, files: Sequence[Path], image_column: str | None) -
 def _cell(path: str | None = None, bytes: bytes | None = None) -> Cell:
     """A path in a cell is a name only: what it names is opened for nobody."""
     return Cell(path or "", bytes, "names a file and does not hold it" if path else "no picture")
-
-
-def _column(table: Any, name: str) -> list[Any]:
-    return list(table[name][:])

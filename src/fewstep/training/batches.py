@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.data.embeddings import cached_embeddings
 from fewstep.data.images import ImageSet, batch_indices
-from fewstep.data.latents import LatentSet
+from fewstep.data.latents import LatentSet, cached_embeddings
 from fewstep.data.pairs import PairSet
 from fewstep.data.settings import EmbeddingSettings
 from fewstep.data.shards import Rows
