@@ -70,13 +70,12 @@ def of_split(names: Sequence[str], split: str, path: Path) -> list[str]:
     """The files of a split, of shards as their names or folders begin with its own (train-00000.parquet), else train;
     of images only where all lie in folders that are named so. Raises UserError if there is no such split.
     """
-    found = {name: SPLITS.get(name.split("/")[0].lower()) if "/" in name else None for name in names}
-    if not is_image(names[0]):
-        words = {name: (re.match(r"[a-z]*", part.lower()) for part in name.split("/")) for name in names}
-        parts = {name: [SPLITS.get(word[0]) for word in each if word] for name, each in words.items()}
-        found = {name: next(filter(None, each), "train") for name, each in parts.items()}
-    elif None in found.values():
-        found = dict.fromkeys(names, "train")
+    if is_image(names[0]):
+        folders = [SPLITS.get(name.split("/")[0].lower()) if "/" in name else None for name in names]
+        found = {name: each if all(folders) else "train" for name, each in zip(names, folders, strict=True)}
+    else:
+        words = {name: re.findall(r"(?:^|/)([a-z]+)", name.lower()) for name in names}
+        found = {name: next(filter(None, map(SPLITS.get, each)), "train") for name, each in words.items()}
     wanted, has = SPLITS.get(split.lower(), split), ", ".join(sorted({repr(each) for each in found.values()}))
     if wanted not in found.values():
         raise UserError(f"{path}: data.split: no split {split!r} here, but {has}")

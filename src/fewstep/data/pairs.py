@@ -144,21 +144,15 @@ def load_pairs(folder: Path, teacher: str, sampler: str, shape: tuple[int, ...])
     given: Given = {}
     metadata = {}
     for path, rows in kept.files.items():
-        metadata[path], cells = _open_whole(path, len(rows), kept.plan["rows_per_group"])
-        for name, part in cells.items():
-            given.setdefault(name, []).extend(part)
+        num_groups = math.ceil(len(rows) / kept.plan["rows_per_group"])
+        with naming_damage(path):
+            file = _open(path)
+            metadata[path], names = file.metadata, set(file.schema_arrow.names) - {"noise", "x0"}
+            if (file.metadata.num_rows, file.metadata.num_row_groups) != (len(rows), num_groups):
+                raise ValueError("it has other rows")
+            for name, cells in file.read(columns=list(names)).to_pydict().items():
+                given.setdefault(name, []).extend(cells)
     return PairSet(kept.plan, metadata, given)
-
-
-def _open_whole(path: Path, num_rows: int, rows_per_group: int) -> tuple[Any, Given]:
-    """The metadata of one file and what its pairs are drawn for; raises UserError if it is damaged."""
-    with naming_damage(path):
-        file = _open(path)
-        if (file.metadata.num_rows, file.metadata.num_row_groups) != (num_rows, math.ceil(num_rows / rows_per_group)):
-            raise ValueError("it has other rows")
-        names = file.schema_arrow.names
-        table = file.read(columns=[name for name in names if name not in ("noise", "x0")])
-        return file.metadata, table.to_pydict()
 
 
 def _open(path: Path, metadata: Any = None) -> Any:
