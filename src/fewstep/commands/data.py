@@ -36,11 +36,11 @@ def latents(given: Latents) -> None:
         data = DataSettings(source=given.source, **columns)
     except ValidationError as error:
         raise UserError(f"--background {given.background}: no colour; write white, #8090a0 or rgb(0, 0, 0)") from error
-    if data.source == "shapes":  # all of which pass
-        images, dropped, files = open_captioned_images(data, model.image_size), {}, {}
-    else:
+    if data.source != "shapes":  # all of which pass
         images, dropped = load_filtered(data, model.image_size, filter)
         files = {"content": content_digest(data) or ""}
+    else:
+        images, dropped, files = open_captioned_images(data, model.image_size), {}, {}
     if not images.length:
         raise UserError(f"{given.source}: no image is left; {describe_dropped(dropped)}")
     settings = {"source": origin(given.source), **files, **columns, **asdict(filter)}
