@@ -20,6 +20,7 @@ GAP = 4  # pixels around every image
 CELLS = (64, 96, 128)  # small images are enlarged, by a whole factor, to the first of these in which all labels fit
 MAX_WIDTH = 4200  # four images of SDXL side by side; where more stand, they are made smaller
 MAX_LINES = 3  # of a label
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
 def grid(
@@ -116,21 +117,17 @@ def is_picture(path: Path) -> bool:
     """Whether it is a whole image file, and no link to one."""
     if path.is_symlink() or not path.is_file():
         return False
-    try:
-        with Image.open(path) as picture:
-            picture.verify()
+    with suppress(*UNREADABLE), Image.open(path) as picture:
+        picture.verify()
         return True
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return False
+    return False
 
 
 def read_text(path: Path) -> dict[str, str]:
     """The text chunks of a PNG file; {} of anything else."""
-    try:
-        with Image.open(path) as picture:
-            return dict(getattr(picture, "text", {}))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # no picture of ours
-        return {}
+    with suppress(*UNREADABLE), Image.open(path) as picture:
+        return dict(getattr(picture, "text", {}))
+    return {}
 
 
 def parameters_text(prompt: str, fields: Mapping[str, object]) -> str:

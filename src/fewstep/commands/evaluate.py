@@ -54,7 +54,8 @@ def evaluate(given: Evaluate) -> None:
     check_alike(sources, firsts)
     firsts[0].to(device)  # where the judge's network goes, too
     judge = make_judge(data, firsts[0], given.features, keep, given.num_samples, given.num_real)
-    names = dict(zip(given.runs, _names(given.runs), strict=True))
+    short = [text if is_hub_id(text) else short_name(text) for text in given.runs]
+    names = dict(zip(given.runs, short if len({*short}) == len(short) else given.runs, strict=True))
     rows = [judge.floor]
     for source, of in zip(sources, averages, strict=True):
         step = f", step {find(source).step}" if is_run(source) else ""
@@ -96,12 +97,6 @@ def _reference(given: Evaluate, sources: Sequence[str]) -> tuple[DataSettings, P
         raise UserError(f"{sources[0]}: is no run, which would say what it is compared with; name images with --data")
     data = DataSettings(source=given.data) if given.data else read_run_recipe(runs[0] / RECIPE).data
     return data, runs[0].parent if runs else Path("runs")
-
-
-def _names(models: Sequence[str]) -> list[str]:
-    """As rows are called: by their last parts, where these are distinct."""
-    short = [text if is_hub_id(text) else short_name(text) for text in models]
-    return short if len({*short}) == len(short) else list(models)
 
 
 def _row(judge: Judge, name: str, step: str, model: ImageModel, sampler: Sampler, given: Evaluate) -> Row:

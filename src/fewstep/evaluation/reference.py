@@ -62,10 +62,8 @@ def place(folder: Path, kind: str, data: DataSettings, *facts: object) -> Path:
 def identity(images: ImageSet, data: DataSettings) -> str:
     """A hash of what a set is known to be without decoding it: its files, number, labels and captions."""
     source = Path(str(data.source))
-    files = [
-        path for path in (map(source.joinpath, list_files(source)) if source.is_dir() else [source]) if path.is_file()
-    ]
-    stats = sorted((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files)
+    files = map(source.joinpath, list_files(source)) if source.is_dir() else [source]
+    stats = sorted((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files if path.is_file())
     labels = None if images.labels is None else images.labels.tolist()
     return hashlib.blake2b(repr((images.length, labels, list(images.captions or ()), stats)).encode()).hexdigest()
 
