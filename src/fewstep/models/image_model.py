@@ -87,8 +87,7 @@ class ImageModel(ABC):
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
-        parameter: Tensor = next(self.denoiser.parameters())
-        return parameter.device
+        return next(self.denoiser.parameters()).device
 
     def class_name(self, number: int) -> str:
         """Its name, or the number where it has none."""

@@ -22,8 +22,8 @@ Part = TypeVar("Part", bound=nn.Module)
 class LatentModel(ImageModel):
     """x0 is a latent (C, h, w), as the family's codec makes it of the autoencoder's sample.
 
-    `image_size` is by default the pipeline's own; `base_model` is the id on the hub that it came from, or what it is a
-    student of. Raises UserError for what the pipeline's files say and its family does not know.
+    `base_model` is the id on the hub that it came from, or what it is a student of. Raises UserError for what the
+    pipeline's files say and its family does not know.
     """
 
     kind: Literal["text"] = "text"
@@ -120,7 +120,6 @@ class LatentModel(ImageModel):
 
     @torch.no_grad()
     def decode(self, x0: Tensor) -> Tensor:
-        """x0 (B, C, h, w) -> uint8 images (B, 3, H, W)."""
         return to_images(self.decode_pixels(x0))
 
     def decode_pixels(self, x0: Tensor) -> Tensor:

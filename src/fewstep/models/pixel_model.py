@@ -53,7 +53,6 @@ class PixelModel(ImageModel):
         return self._of(torch.tensor([int(classes[index % len(classes)]) for index in indices], dtype=torch.int64))
 
     def encode_condition(self, batch: dict[str, Any]) -> Condition:
-        """The condition of real data {"label": (B,)}, on the model's device."""
         return self._of(batch["label"]) if "label" in batch else {}
 
     def _of(self, labels: Tensor) -> Condition:
@@ -65,7 +64,6 @@ class PixelModel(ImageModel):
         return to_pixels(batch["image"].to(self.device))
 
     def decode(self, x0: Tensor) -> Tensor:
-        """x0 (B, C, H, W) -> uint8 images, clipped and rounded."""
         return to_images(x0)
 
     def decode_pixels(self, x0: Tensor) -> Tensor:

@@ -19,7 +19,6 @@ from fewstep.networks.codec import to_images
 from fewstep.seeding import generator
 
 MOST_STEPS, MOST_GUIDANCE = 10_000, 1000.0
-
 SAMPLERS = ("ddim", "heun", "euler", "dpm++", "unipc")  # of teachers
 MULTISTEP = {"dpm++": "DPMSolverMultistepScheduler", "unipc": "UniPCMultistepScheduler"}
 
@@ -119,9 +118,8 @@ def multistep(denoiser: Denoiser | Guided, noise: Tensor, sampler: Sampler, cond
 
     if denoiser.schedule.betas is None:  # all that the schedulers know of noise
         raise UserError(f"sampler {sampler.kind}: is for text-to-image models; take ddim or heun")
-    scheduler = getattr(diffusers, MULTISTEP[sampler.kind])(
-        trained_betas=denoiser.schedule.betas.numpy(), prediction_type="sample", timestep_spacing="trailing"
-    )
+    told = {"prediction_type": "sample", "timestep_spacing": "trailing"}
+    scheduler = getattr(diffusers, MULTISTEP[sampler.kind])(trained_betas=denoiser.schedule.betas.numpy(), **told)
     scheduler.set_timesteps(sampler.num_steps)
     x_t = denoiser.schedule.pure_noise(noise)
     for t in scheduler.timesteps:

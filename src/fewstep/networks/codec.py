@@ -22,8 +22,7 @@ def to_images(pixels: Tensor) -> Tensor:
 class Codec:
     """x0 = (z - shift) scale; z (B, C, h, w) is a sample of the autoencoder's posterior.
 
-    The files give one shift and one scale, or a mean and a deviation per channel beside the scale. Raises UserError for
-    what can't be understood.
+    The files give one shift and scale, or a mean and a deviation per channel beside the scale; UserError for others.
     """
 
     def __init__(self, vae: Any):

@@ -28,11 +28,9 @@ class PairLoss:
 
     def __call__(self, student: Denoiser, timesteps: Tensor, batch: Batch) -> Tensor:
         """The loss (B,) of {"noise", "x0": (B, C, H, W), ...} with what `encode_condition` takes; timesteps (K,)."""
-        # half precision on disk
-        noise, target = (batch[name].to(self.model.device).float() for name in ("noise", "x0"))
+        noise, target = (batch[name].to(self.model.device).float() for name in ("noise", "x0"))  # halves on disk
         condition = self.model.encode_condition(batch)
-        # the same call as at inference: (B, C, H, W)
-        x0 = rollout(student, noise[None], timesteps, condition, stop=0, grad=True)
+        x0 = rollout(student, noise[None], timesteps, condition, stop=0, grad=True)  # as at inference: (B, C, H, W)
         if self.lpips is None:
             squares: Tensor = (x0 - target).square()  # (B, C, H, W)
             return squares.flatten(1).mean(1)

@@ -85,9 +85,8 @@ def start_from(roles: Roles, checkpoint: Path) -> None:
     """Loads student and critic from a checkpoint of `fewstep distill`; optimizers, averages and head start anew.
 
     A regression has no critic: it stays the teacher, as published (spec, 2). They are the weights as trained, not the
-    averaged ones: the paper has no average, and the critic has tracked this student. A stop embedding that only one
-    side has is left out, or stays zero. Raises UserError if the checkpoint is of something else or of another
-    architecture.
+    averaged ones: the paper has no average, and the critic has tracked this student. A stop embedding that one side
+    lacks is left out, or stays zero. Raises UserError if the checkpoint is of something else or another architecture.
     """
     state = load_state(checkpoint, lazy=True).get("method", {})  # moments and averages stay on the disk
     if "student" not in state:

@@ -40,8 +40,7 @@ class TeacherTraining(Method):
     def _gradients(self, rows: range, batch: Batch, step: int, weight: float) -> Metrics:
         draws = Draws(generator(self.seed, "teacher", step, self.model.device), rows, self.batch_size)
         x0, condition = self.model.encode_x0(batch, draws), self.model.encode_condition(batch)
-        # what guidance needs later
-        condition = self.model.drop_condition(condition, self.settings.class_dropout, draws)
+        condition = self.model.drop_condition(condition, self.settings.class_dropout, draws)  # for guidance later
         t, eps = self.draw_levels(draws), draws.randn(*x0.shape[1:])  # (B,), (B, C, H, W)
         x0_hat = self.denoiser(self.denoiser.schedule.add_noise(x0, eps, t), t, condition)  # (B, C, H, W)
         loss = denoising_loss(x0_hat, x0, self.denoiser.coefficients(t)[1]).mean()

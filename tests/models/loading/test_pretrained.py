@@ -104,14 +104,15 @@ def test_half_precision_is_computed_in_float32(place: Path, tmp_path: Path) -> N
     weights = {name: tensor.half() for name, tensor in load_file(place / "file.safetensors").items()}
     rounded = write_single_file(tmp_path / "rounded.safetensors", {n: t.float() for n, t in weights.items()})
     half = write_single_file(tmp_path / "half.safetensors", weights)
-    same(load(half, place / "config"), load(rounded, place / "config"))
+    wanted = load(rounded, place / "config")
+    same(load(half, place / "config"), wanted)
     pipeline = load(rounded, place / "config").pipeline
     pipeline.to(torch.float16)
     pipeline.save_pretrained(tmp_path / "half folder")
-    same(load(tmp_path / "half folder"), load(rounded, place / "config"))
+    same(load(tmp_path / "half folder"), wanted)
     pipeline.save_pretrained(tmp_path / "variant", variant="fp16")
     assert (tmp_path / "variant" / "unet" / "diffusion_pytorch_model.fp16.safetensors").is_file()
-    same(load(tmp_path / "variant"), load(rounded, place / "config"))
+    same(load(tmp_path / "variant"), wanted)
 
 
 def test_files_that_are_no_sd_or_sdxl_model_are_named(sd: Path, tmp_path: Path) -> None:
@@ -228,14 +229,14 @@ def test_a_model_on_the_hub_is_the_folder_and_only_what_is_needed_is_fetched(
         (tmp_path / "served" / extra).parent.mkdir(exist_ok=True)
         (tmp_path / "served" / extra).write_text("not wanted")
     with fake_hub({"owner/name": tmp_path / "served"}, tmp_path / "cache", monkeypatch) as fetched:
-        same(load("owner/name"), load(place / "folder"))
+        same(load("owner/name"), wanted := load(place / "folder"))
     parts = {path.split("/")[0] for path in fetched}
     assert {path.rsplit(".", 1)[1] for path in fetched} <= {"json", "txt", "safetensors"}
     assert not [path for path in fetched if ".fp16." in path]
     assert {path for path in fetched if "/" not in path} == {"model_index.json"}
     assert "safety_checker" not in parts
     point_to(CLOSED, tmp_path / "cache", monkeypatch)
-    same(load("owner/name"), load(place / "folder"))  # what was fetched once needs no hub
+    same(load("owner/name"), wanted)  # what was fetched once needs no hub
 
 
 @pytest.mark.parametrize("shard_size", ["1GB", "200KB"])
@@ -255,8 +256,8 @@ def test_a_single_file_is_configured_from_the_hub_without_its_weights(
     base = BASES["sdxl" if (place / "folder" / "text_encoder_2").exists() else "sd"]
     served = {"owner/name": place / "folder", base: place / "folder"}
     with fake_hub(served, tmp_path / "cache", monkeypatch) as fetched:
-        same(load(place / "file.safetensors", "owner/name"), load(place / "folder"))
-        same(load(place / "file.safetensors"), load(place / "folder"))
+        same(load(place / "file.safetensors", "owner/name"), wanted := load(place / "folder"))
+        same(load(place / "file.safetensors"), wanted)
     assert fetched
     assert not [path for path in fetched if path.endswith(".safetensors")]
 

@@ -52,10 +52,7 @@ class _Claims(Settings):
 
 
 def read_network(path: Path) -> tuple[PixelModelConfig, dict[str, Tensor]]:
-    """The network in the file, averaged over training: its settings and, by `UNet2DModel`'s names, its tensors.
-
-    Raises UserError if it is none that can be imported, or where a number is not finite.
-    """
+    """The averaged network's settings and, by `UNet2DModel`'s names, its tensors; UserError if it can't be imported."""
     try:
         config, tensors = find_network(read_pickle(path))
         if sum(tensor.nbytes for tensor in tensors.values()) > path.stat().st_size:

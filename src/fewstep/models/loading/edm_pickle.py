@@ -214,10 +214,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 
 
 def read_pickle(path: Path) -> Any:
-    """What the file holds: dicts, lists, tuples, text, numbers, `Part`s, and tensors in its bytes; sets are lists.
-
-    Raises Refused if it is no pickle of protocol 2 to 5, is damaged, or holds anything that EDM's files do not.
-    """
+    """Plain data, `Part`s, and tensors in the file's bytes; Refused if damaged, or with anything EDM's do not hold."""
     if not path.is_file():
         raise Refused("no such file; name an EDM checkpoint (.pkl)")
     try:

@@ -17,7 +17,6 @@ from fewstep.networks.families import FAMILIES, find_family
 from fewstep.networks.family import Family
 
 Changes = dict[str, Any]
-LIBRARIES = ("diffusers", "transformers")
 
 
 def check_index(source: object, index: dict[str, Any]) -> Family:
@@ -33,7 +32,9 @@ def check_index(source: object, index: dict[str, Any]) -> Family:
     missing = [part for part, (library, _) in entries.items() if library is None]
     if missing:
         raise UserError(f"{source}: is without {', '.join(missing)}; the whole pipeline is needed")
-    foreign = [f"{part} ({library})" for part, (library, _) in entries.items() if library not in LIBRARIES]
+    foreign = [
+        f"{part} ({library})" for part, (library, _) in entries.items() if library not in ("diffusers", "transformers")
+    ]
     if foreign:
         raise UserError(f"{source}: {', '.join(foreign)} is code from elsewhere, which is never run")
     for part, kind in family.weights.items():

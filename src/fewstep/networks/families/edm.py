@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from diffusers import UNet2DModel
 
 
+ADM = {"resnet_time_scale_shift": "scale_shift", "flip_sin_to_cos": True, "freq_shift": 0}  # of the time embedding
+ADM |= {"downsample_type": "resnet", "upsample_type": "resnet"}
+
+
 class PixelUNet(UNetAdapter):
     """A `UNet2DModel` on EDM noise levels: time = ln(sigma)/4 (arXiv 2206.00364, table 1), optional class labels.
 
@@ -30,7 +34,7 @@ class PixelUNet(UNetAdapter):
 
 
 def build_unet(config: PixelModelConfig) -> UNet2DModel:
-    """The `UNet2DModel` in ADM's layout (scale-shift time embedding, residual resampling), randomly initialised."""
+    """The `UNet2DModel` in ADM's layout, randomly initialised."""
     from diffusers import UNet2DModel
 
     down = ["AttnDownBlock2D" if attention else "ResnetDownsampleBlock2D" for attention in config.attention]
@@ -42,14 +46,10 @@ def build_unet(config: PixelModelConfig) -> UNet2DModel:
         out_channels=config.channels,
         down_block_types=down,
         up_block_types=up,
-        downsample_type="resnet",
-        upsample_type="resnet",
-        resnet_time_scale_shift="scale_shift",
         attn_norm_num_groups=config.norm_num_groups,
         add_attention=any(config.attention) or config.middle_attention,
-        flip_sin_to_cos=True,
-        freq_shift=0,
         num_class_embeds=config.num_classes + config.null_class or None,
+        **ADM,
         **config.model_dump(include=same),
     )
 
