@@ -111,8 +111,8 @@ def is_latents(source: Path) -> bool:
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """The content of latents.json; raises UserError if it is damaged."""
-    return ShardFolder.open(folder, "latents", {}).plan
+    """The content of latents.json, or nothing where there is none; raises UserError if it is damaged."""
+    return ShardFolder.open(folder, "latents", {}).plan if is_latents(folder) else {}
 
 
 def load_latents(folder: Path, space: dict[str, Any]) -> LatentSet:

@@ -122,9 +122,8 @@ def _open_parquet(path: Path, files: Sequence[Path], image_column: str | None) -
     def cells(rows: list[int]) -> list[Cell]:
         return [_cell(**(each or {})) for each in images[rows][image_column]]
 
-    columns = {
-        name: partial(lambda name: list(table[name][:]), name) for name in table.column_names if name != image_column
-    }
+    others = [name for name in table.column_names if name != image_column]
+    columns = {name: partial(lambda name: list(table[name][:]), name) for name in others}
     names = {name: feature.names for name, feature in table.features.items() if getattr(feature, "names", None)}
     return Stored(path, cells, len(table), columns, names)
 

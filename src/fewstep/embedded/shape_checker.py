@@ -120,9 +120,8 @@ def check(images: Tensor, captions: Sequence[str]) -> list[dict[str, bool]]:
     Raises ValueError for a caption that is not of the embedded set.
     """
     scenes = [parse(caption) for caption in captions]
-    unknown = [caption for caption, scene in zip(captions, scenes, strict=True) if scene is None]
-    if unknown:
-        raise ValueError(f"{unknown[0]!r} is not a caption of the embedded shapes")
+    if None in scenes:
+        raise ValueError(f"{captions[scenes.index(None)]!r} is not a caption of the embedded shapes")
     return [_compare(seen, scene) for seen, scene in zip(see(images), scenes, strict=True) if scene]
 
 

@@ -55,8 +55,8 @@ def open_captioned_images(data: DataSettings, size: int, shrink: bool | None = N
 
     Of these, what could not be read or was too small for the latents shows itself where it is fetched, by Unusable.
     """
-    made = read_description(Path(data.required)) if is_latents(Path(data.required)) else None
-    if "shapes" in (data.source, made and made["source"]):
+    made = read_description(Path(data.required))
+    if "shapes" in (data.source, made.get("source")):
         if size != shapes.IMAGE_SIZE:
             raise UserError(f"data.source: the shapes have {shapes.IMAGE_SIZE} pixels, the model {size}")
         return shapes.shapes()
@@ -69,6 +69,5 @@ def open_captioned_images(data: DataSettings, size: int, shrink: bool | None = N
 
 def origin(source: str) -> str:
     """What the images at `source` are: an embedded set, or files by their whole path; of latents, what was encoded."""
-    if is_latents(Path(source)):
-        source = read_description(Path(source))["source"]
+    source = read_description(Path(source)).get("source", source)
     return source if source in ("digits", "shapes") else str(Path(source).absolute())
