@@ -7,17 +7,8 @@ from typing import Any
 import torch
 
 from fewstep.commands.judging import make_evaluation
-from fewstep.commands.runs import (
-    Job,
-    Jobs,
-    check_source,
-    finished_run,
-    pick_device,
-    tell_done,
-    tell_found,
-    train_recipe,
-)
-from fewstep.data.pairs import PairSet, load_pairs
+from fewstep.commands.runs import Job, Jobs, check_source, finish_run, pick_device, tell_done, tell_found, train_recipe
+from fewstep.data.pairs import load_pairs
 from fewstep.data.settings import EmbeddingSettings
 from fewstep.data.texts import load_prompts
 from fewstep.embedded.sources import open_captioned, open_images
@@ -31,12 +22,13 @@ from fewstep.networks.families import use_family
 from fewstep.networks.fingerprint import fingerprint
 from fewstep.networks.precision import DTYPES, trainable
 from fewstep.recipes.loading import recipe_names
-from fewstep.recipes.schema import DistillRecipe, RegressRecipe, StudentRecipe
-from fewstep.runtime.checkpoint import RECIPE, checkpoints
-from fewstep.runtime.runs import find, run_folder
+from fewstep.recipes.schema import DistillRecipe, StudentRecipe
+from fewstep.runtime.checkpoint import checkpoints
+from fewstep.runtime.runs import find, is_run, run_folder
 from fewstep.runtime.tracking import Report
 from fewstep.training.batches import BatchAt, image_batches, pair_batches, text_batches
 from fewstep.training.dmd2 import DMD2
+from fewstep.training.method import Method
 from fewstep.training.regression import PairLoss, Regression
 from fewstep.training.roles import Roles, make_roles, start_from
 from fewstep.training.settings import RegressionSettings
@@ -55,57 +47,43 @@ def distill(recipe: StudentRecipe, run: Path, resume: bool = False, report: Repo
     )
 
 
-def is_run(folder: str | Path) -> bool:
-    return (run_folder(folder) / RECIPE).is_file()
-
-
-def _distillation(recipe: DistillRecipe, run: Path) -> Job:
-    model = open_teacher(recipe, run.parent)
+def _job(recipe: StudentRecipe, run: Path) -> Job:
+    model, runs, dtype = open_teacher(recipe, run.parent), run.parent, DTYPES[recipe.precision]
     told_from_others = fingerprint([model.network], first=64)  # quick, also for the largest
-    pairs = open_pairs(recipe.regression, model) if recipe.regression and recipe.regression_weight else None
-    dtype = place(model, recipe)
-    pair_loss = open_pair_loss(recipe.regression, model) if pairs and recipe.regression else None
-    torch.manual_seed(recipe.seed)
-    num_stops = recipe.student.num_timesteps if recipe.critic.condition_on_stop else 0
-    roles = make_roles(model, recipe.guidance_scale, recipe.gan.feature_layer, num_stops, dtype, recipe.checkpointing)
-    if recipe.init_from and not checkpoints(run):  # a run that has begun goes on with its own weights
-        initialize(roles, recipe.init_from, run.parent)
-    method = DMD2(recipe, model, roles, recipe.num_steps, recipe.batch_size, recipe.seed, pair_loss=pair_loss)
-    batch_at, asked = open_batches(recipe, model, run.parent)
-    if pairs:
-        pairs_at, _ = pair_batches(model, pairs, recipe, recipe.embeddings, run.parent)
-        batch_at = with_pairs(batch_at, pairs_at, recipe.student_every)
-    model.release()
-    return Job(method, batch_at, make_evaluation(recipe, model, run), asked, told_from_others)
-
-
-def _regression(recipe: RegressRecipe, run: Path) -> Job:
-    model = open_teacher(recipe, run.parent)
-    told_from_others = fingerprint([model.network], first=64)  # quick, also for the largest
-    pairs = open_pairs(recipe.regression, model)
-    dtype = place(model, recipe)
-    pair_loss = open_pair_loss(recipe.regression, model)
-    torch.manual_seed(recipe.seed)
-    student = trainable(model.denoiser.eval(), dtype)
-    method = Regression(recipe, model, student, pair_loss, recipe.num_steps)
-    batch_at, asked = pair_batches(model, pairs, recipe, recipe.embeddings, run.parent)
-    model.release()
-    return Job(method, batch_at, make_evaluation(recipe, model, run), asked, told_from_others)
-
-
-JOBS: Jobs = {"distill": _distillation, "regress": _regression}
-
-
-def place(model: ImageModel, recipe: StudentRecipe) -> torch.dtype:
-    """Puts the teacher on the recipe's device in its precision, which is given."""
-    dtype = DTYPES[recipe.precision]
+    pairs: Any = None
+    settings = recipe.regression
+    if settings and (recipe.kind == "regress" or recipe.regression_weight):
+        # Raises UserError if they are another teacher's than the one that was loaded, or drawn otherwise.
+        sampler = str(parse_sampler(settings.sampler))
+        pairs = load_pairs(Path(settings.pairs), model.fingerprint, sampler, model.shape)
     model.encode_in(dtype)
     model.to(pick_device(recipe.device))
-    return dtype
+    pair_loss: Any = open_pair_loss(settings, model) if settings and pairs else None
+    torch.manual_seed(recipe.seed)
+    method: Method
+    if recipe.kind == "distill":
+        num_stops = recipe.student.num_timesteps if recipe.critic.condition_on_stop else 0
+        layer = recipe.gan.feature_layer
+        roles = make_roles(model, recipe.guidance_scale, layer, num_stops, dtype, recipe.checkpointing)
+        if recipe.init_from and not checkpoints(run):  # a run that has begun goes on with its own weights
+            initialize(roles, recipe.init_from, runs)
+        method = DMD2(recipe, model, roles, recipe.num_steps, recipe.batch_size, recipe.seed, pair_loss=pair_loss)
+        batch_at, asked = open_batches(recipe, model, runs)
+        if pairs:
+            pairs_at, _ = pair_batches(model, pairs, recipe, recipe.embeddings, runs)
+            batch_at = with_pairs(batch_at, pairs_at, recipe.student_every)
+    else:
+        method = Regression(recipe, model, trainable(model.denoiser.eval(), dtype), pair_loss, recipe.num_steps)
+        batch_at, asked = pair_batches(model, pairs, recipe, recipe.embeddings, runs)
+    model.release()
+    return Job(method, batch_at, make_evaluation(recipe, model, run), asked, told_from_others)
+
+
+JOBS: Jobs = {"distill": _job, "regress": _job}
 
 
 def open_batches(recipe: DistillRecipe, model: Any, runs: Path) -> tuple[BatchAt, Asked]:
-    """The batch of every step but for pairs, and what grids show; the run lies in the folder `runs`."""
+    """The batch of every step but for pairs, and what grids show."""
     real = recipe.gan.student_weight > 0 or not recipe.student.backward_simulation
     if model.kind == "text":
         wanted = load_prompts(recipe.prompts.source, recipe.prompts.column) if recipe.prompts else []
@@ -132,9 +110,8 @@ def initialize(roles: Roles, source: str, runs: Path) -> None:
     name = str(run_folder(source))
     if name in recipe_names() and not Path(name).exists():
         if not (there := runs / name).exists():
-            raise UserError(
-                f"init_from: {there}: no such run; `fewstep distill {name}` makes it, null takes the teacher"
-            )
+            told = f"no such run; `fewstep distill {name}` makes it, null takes the teacher"
+            raise UserError(f"init_from: {there}: {told}")
         source = str(runs / source)
     try:
         found = find(source)
@@ -152,26 +129,18 @@ def open_teacher(recipe: StudentRecipe, runs: Path) -> Any:
     if not run_folder(name).exists() and not is_loadable(name):
         if any(told):
             raise UserError(f"teacher: {name!r} takes no teacher_config and no teacher_prediction_type")
-        name = str(finished_run(name, runs, "teacher"))
+        name = str(finish_run(name, runs, "teacher"))
     model = open_model(name, *told)
     if model.timesteps:
         raise UserError(f"teacher: {recipe.teacher} is a few-step student; name the run of its teacher")
     return model
 
 
-def open_pairs(settings: RegressionSettings, model: ImageModel) -> PairSet:
-    """The pairs of a teacher as it was loaded; raises UserError if they are another teacher's, or drawn otherwise."""
-    sampler = str(parse_sampler(settings.sampler))
-    return load_pairs(Path(settings.pairs), model.fingerprint, sampler, model.shape)
-
-
 def open_pair_loss(settings: RegressionSettings, model: ImageModel) -> PairLoss:
     """The loss that the settings name, on the model's device."""
-    decode, latent = None, model.latent_space is not None
-    if settings.decoder:
-        if not latent:
-            raise UserError("regression.decoder: the teacher has no latents to decode")
-        decode = load_tiny_decoder(Path(settings.decoder), model.shape[0], model.device)
+    if settings.decoder and model.latent_space is None:
+        raise UserError("regression.decoder: the teacher has no latents to decode")
+    decode = load_tiny_decoder(Path(settings.decoder), model.shape[0], model.device) if settings.decoder else None
     if not settings.lpips:
         return PairLoss(model)
     lpips = load_lpips(settings.lpips, settings.lpips_size, model.device, model.channels, model.image_size)

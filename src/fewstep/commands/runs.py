@@ -239,7 +239,7 @@ def check_source(recipe: AnyRecipe, field: str, name: str, runs: Path) -> None:
         )
 
 
-def finished_run(name: str, runs: Path, field: str) -> Path:
+def finish_run(name: str, runs: Path, field: str) -> Path:
     """The run folder at a path, or of a `teach` recipe in the folder `runs`, which is finished first if need be.
 
     A run that is there goes on with its own recipe, whatever overrides it was started with.

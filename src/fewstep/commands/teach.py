@@ -6,16 +6,7 @@ from pathlib import Path
 import torch
 
 from fewstep.commands.judging import make_evaluation
-from fewstep.commands.runs import (
-    Job,
-    Jobs,
-    check_source,
-    finished_run,
-    pick_device,
-    tell_done,
-    tell_found,
-    train_recipe,
-)
+from fewstep.commands.runs import Job, Jobs, check_source, finish_run, pick_device, tell_done, tell_found, train_recipe
 from fewstep.embedded.small_models import build_autoencoder, build_pipeline
 from fewstep.embedded.sources import open_captioned, open_captioned_images, open_images
 from fewstep.models.autoencoder import Autoencoder, load_autoencoder
@@ -48,10 +39,8 @@ def what_comes_next(recipe: TeachingRecipe, run: Path) -> list[str]:
     student = beside if Path(beside).is_file() else shipped
     images = [f"--set=data.source={recipe.data.source}"] if student == shipped != f"{stem}-1step" else []
     prompt = ["--prompt", "TEXT"] if recipe.kind == "teach-text" else []
-    return [
-        shlex.join(["sample", str(run), *prompt]),
-        shlex.join(["distill", student, f"--set=teacher={run}", *images]),
-    ]
+    sample, distill = ["sample", str(run), *prompt], ["distill", student, f"--set=teacher={run}", *images]
+    return [shlex.join(sample), shlex.join(distill)]
 
 
 def _pixel_teacher(recipe: TeachRecipe, run: Path) -> Job:
@@ -68,7 +57,7 @@ def _pixel_teacher(recipe: TeachRecipe, run: Path) -> Job:
 def _text_teacher(recipe: TeachTextRecipe, run: Path) -> Job:
     device = pick_device(recipe.device)
     check_source(recipe, "model.autoencoder", recipe.model.autoencoder, run.parent)
-    trained = finished_run(recipe.model.autoencoder, run.parent, "model.autoencoder")
+    trained = finish_run(recipe.model.autoencoder, run.parent, "model.autoencoder")
     autoencoder = load_autoencoder(find(trained).folder)
     images = open_captioned(recipe.data, autoencoder, shrink=True)
     captions = images.captions or []
