@@ -129,12 +129,9 @@ def at_home(value: Any) -> Any:
 def parameter(of: Field[Any], hint: Any) -> inspect.Parameter:
     """What typer makes an option or an argument of."""
     default = of.default if of.default_factory is MISSING else of.default_factory()
-    return inspect.Parameter(
-        of.name,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=inspect.Parameter.empty if default is MISSING else default,
-        annotation=Annotated[hint, of.metadata["option"]] if of.metadata else hint,
-    )
+    default = inspect.Parameter.empty if default is MISSING else default
+    annotation = Annotated[hint, of.metadata["option"]] if of.metadata else hint
+    return inspect.Parameter(of.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 for words, verb in VERBS.items():

@@ -3,16 +3,16 @@
 Two processes share the work with one thread each; what has no company takes both threads.
 """
 
-import shlex
 import signal
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from shlex import quote
+from shlex import join, quote
 from typing import NamedTuple
 
 import torch
+import yaml
 from torch import Tensor
 
 from fewstep.commands.data import open_encoder
@@ -47,10 +47,10 @@ class Job(NamedTuple):
 
     title: str
     teacher: str
-    students: tuple[tuple[str, ...], ...]
+    students: list[list[str]]
     """Those that are trained at the same time, and then those that start from them."""
-    samplers: tuple[str, ...]
-    data: DataSettings
+    samplers: list[str]
+    source: str
     num_samples: int
     speed_batch: int
     """Images per batch where speed is measured."""
@@ -59,28 +59,7 @@ class Job(NamedTuple):
     num_latents: int = 20_000
 
 
-DIGITS = Job(
-    title="fewstep demo: digits, 8×8",
-    teacher="digits-teacher",
-    students=(("digits-1step", "digits-4step"),),
-    samplers=("heun:18", "ddim:1", "ddim:2", "ddim:4", "ddim:8"),
-    data=DataSettings(source="digits"),
-    num_samples=5000,
-    speed_batch=250,
-)
-SHAPES = Job(
-    title="fewstep demo: text to image, captioned shapes, 32×32",
-    teacher="shapes-teacher",
-    students=(("shapes-1step",), ("shapes-4step",)),
-    samplers=(
-        *("ddim:50@1.5", "ddim:4@1.5", "ddim:1@1.5", "ddim:2@1.5", "dpm++:2@1.5", "unipc:2@1.5"),  # guided: two calls
-        *("ddim:1", "ddim:2", "ddim:4", "dpm++:4", "unipc:4"),
-    ),
-    data=DataSettings(source="shapes"),
-    num_samples=5120,  # 16 of each prompt
-    speed_batch=50,
-    autoencoder="shapes-autoencoder",
-)
+DIGITS, SHAPES = (Job(**each) for each in yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8")))
 LATENTS = "shapes-latents"
 
 
@@ -101,11 +80,11 @@ def demo(order: Demo) -> None:
         run(teaching)
         torch.set_num_threads(1)
         num = order.num_samples or job.num_samples
-        judge = make_judge(job.data, open_model(out / job.teacher), None, out, num, MAX_REAL)
+        judge = make_judge(DataSettings(source=job.source), open_model(out / job.teacher), None, out, num, MAX_REAL)
         images = train_students(run, job, out, recipes, judge.prompts, num)
     judge_job(job, out, judge, images)
     prompt = ["--prompt", judge.prompts[0]] if judge.prompts else []
-    tell_done(str(out), shlex.join(["sample", str(out / job.students[0][0]), *prompt]))
+    tell_done(str(out), join(["sample", str(out / job.students[0][0]), *prompt]))
 
 
 def train_students(
@@ -125,18 +104,16 @@ def train_students(
         run([task._replace(threads=NUM_PROCESSES // len(group)) for task in group])
     students = [(name, default_sampler(open_model(out / name))) for group in job.students for name in group]
     drawn += run(drawing(students))
-    return {
-        source: torch.cat(drawn[index * len(ranges) : (index + 1) * len(ranges)])
-        for index, source in enumerate([*sources, *students])
-    }
+    parts = [torch.cat(drawn[start : start + len(ranges)]) for start in range(0, len(drawn), len(ranges))]
+    return dict(zip([*sources, *students], parts, strict=True))
 
 
 def demo_recipes(job: Job, out: Path, overrides: Sequence[str]) -> Recipes:
     """The recipes of a demo, with the same overrides, but `model.` for the teacher alone; they build on each other."""
-    latents = out / LATENTS if job.autoencoder else job.data.source
+    latents = out / LATENTS if job.autoencoder else job.source
     built_on = {
-        "teach": [f"data.source={job.data.source}"],
-        "teach-autoencoder": [f"data.source={job.data.source}"],
+        "teach": [f"data.source={job.source}"],
+        "teach-autoencoder": [f"data.source={job.source}"],
         "teach-text": [f"data.source={latents}", f"model.autoencoder={out / str(job.autoencoder)}"],
         "distill": [f"data.source={latents}", f"teacher={out / job.teacher}"],
     }
@@ -160,8 +137,8 @@ def judge_job(job: Job, out: Path, judge: Judge, images: dict[Source, Tensor]) -
         speed = images_per_second(models[name], sampler, job.speed_batch)
         rows.append(judge.row(name, sampler, [fakes], len(fakes), speed))
     curves = {name: read_metrics(out / name / METRICS) for name in models}
-    facts = {"data": job.data.source, "seed": 0, "images of a model": len(next(iter(images.values())))}
-    (student, *_), *_ = job.students
+    facts = {"data": job.source, "seed": 0, "images of a model": len(next(iter(images.values())))}
+    student = job.students[0][0]
     then = [f"sample {quote(str(out / student))}", f"export {quote(str(out / student))} {student}"]
     publish(rows, curves, out, job.title, judge, facts, then)
 
@@ -183,9 +160,9 @@ def _classify(recipe: TeachRecipe, out: Path, report: Report) -> None:
 
 def _encode(job: Job, out: Path, report: Report) -> None:
     model = open_encoder(out / str(job.autoencoder))
-    images = open_captioned_images(job.data, model.image_size)
+    images = open_captioned_images(DataSettings(source=job.source), model.image_size)
     images = replace(images, length=min(images.length, job.num_latents))
-    plan = {**model.latent_space, "seed": 0, "source": job.data.source}
+    plan = {**model.latent_space, "seed": 0, "source": job.source}
     write_latents(images, model.encode_images, plan, out / LATENTS, {}, 100, lambda done: report(done, {}))
 
 

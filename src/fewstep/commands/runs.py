@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from itertools import count, product
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from fewstep.data.latents import LatentSet
 from fewstep.data.texts import load_prompts
 from fewstep.embedded.sources import origin
 from fewstep.errors import Interrupted, UserError, out_of_memory
-from fewstep.files import folder_lock, write_text
+from fewstep.files import folder_lock, read_json, write_text
 from fewstep.models.image_model import Asked, ImageModel
 from fewstep.recipes.loading import differences, dump, load_recipe, read_run_recipe, recipe_names
 from fewstep.recipes.schema import AnyRecipe
@@ -108,20 +108,19 @@ def same_rates(old: Any, new: Any, done: int) -> bool:
     else:
         optimizers = [(old.student.optimizer, getattr(old, "student_every", 1))]
         optimizers += [(old.critic.optimizer, 1)] if hasattr(old, "critic") else []
-    # As soon as a rate has begun to fall it differs, so the last one tells.
-    return not done or all(
-        learning_rate_factor(-(-done // every) - 1, -(-old.num_steps // every), settings)
-        == learning_rate_factor(-(-done // every) - 1, -(-new.num_steps // every), settings)
-        for settings, every in optimizers
-    )
+
+    def last_rate(num_steps: int, settings: Any, every: int) -> float:  # differs as soon as a rate has begun to fall
+        return learning_rate_factor(-(-done // every) - 1, -(-num_steps // every), settings)
+
+    return not done or all(last_rate(old.num_steps, *each) == last_rate(new.num_steps, *each) for each in optimizers)
 
 
 def read_facts(run: Path) -> dict[str, str | None]:
     """What a run began with; {} of one of an earlier version."""
     path = run / FACTS
     try:
-        return dict(json.loads(path.read_text())) if path.is_file() else {}
-    except (ValueError, TypeError) as error:
+        return read_json(path) if path.is_file() else {}
+    except UserError as error:
         raise UserError(f"{path}: can't be read; remove it, and the run goes on without its checks") from error
 
 
@@ -148,18 +147,16 @@ def free_place(named: Path | None, default: Path, taken: Callable[[Path], bool],
 
 def check_alike(sources: Sequence[str], models: Sequence[ImageModel]) -> None:
     """Raises UserError unless all models make the images of the first, of its classes or from text."""
-    for source, both in zip(sources, product(models, models[:1]), strict=True):
-        made = [
-            f"{'x'.join(map(str, each.shape))} numbers "
-            + (f"of {each.num_classes} classes" if each.kind == "label" else "from text")
-            for each in both
-        ]
-        for number, names in enumerate(zip(*(each.class_names or () for each in both), strict=False)):
-            if names[0] != names[1]:
-                made = [f"{name!r} of class {number}" for name in names]
-                break
-        if made[0] != made[1]:
-            raise UserError(f"{source}: makes {made[0]}, but {sources[0]} {made[1]}; take models that are alike")
+
+    def made(model: ImageModel) -> list[str]:
+        of_what = f"of {model.num_classes} classes" if model.kind == "label" else "from text"
+        names = [f"{name!r} of class {number}" for number, name in enumerate(model.class_names or ())]
+        return [f"{'x'.join(map(str, model.shape))} numbers {of_what}", *names]
+
+    for source, model in zip(sources, models, strict=True):
+        for one, other in zip(made(model), made(models[0]), strict=False):  # names are compared where both have them
+            if one != other:
+                raise UserError(f"{source}: makes {one}, but {sources[0]} {other}; take models that are alike")
 
 
 def tell_done(wrote: str, *next_commands: str) -> None:
@@ -176,11 +173,7 @@ def tell_found(images: ImageSet | LatentSet | None) -> None:
 
 
 def train_recipe(jobs: Jobs, recipe: AnyRecipe, run: Path, resume: bool, report: Report | None = None) -> Job:
-    """Runs the recipe into the folder `run`; `report` replaces the progress bar.
-
-    Whatever is wrong with recipe, data or folder is told before any of it, and that another process trains there before
-    the models are loaded.
-    """
+    """Runs the recipe into the folder `run`, once nothing is wrong with it; `report` replaces the progress bar."""
     check_writable(run)
     with advising("the same command with --resume goes on"), folder_lock(run):
         check_target(run, recipe, resume)
@@ -190,7 +183,7 @@ def train_recipe(jobs: Jobs, recipe: AnyRecipe, run: Path, resume: bool, report:
         job = jobs[recipe.kind](recipe, run)
         if shown and getattr(job.method.model, "kind", None) != "text":
             raise UserError("samples.prompts: the model takes no text; leave it out")
-        job = job._replace(asked=shown) if shown else job
+        job = job._replace(asked=shown or job.asked)
         start_run(job, run, recipe, report)
     return job
 
