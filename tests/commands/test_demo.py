@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,10 +39,15 @@ KEYS = {
 }
 
 
+def piped(value: object) -> Any:
+    return pickle.loads(pickle.dumps(value))
+
+
 @contextmanager
 def run_here() -> Iterator[Callable]:
-    """In place of the workers, whose tasks come through a pipe; the demo of digits has those."""
-    yield lambda tasks: [task.function(*task.arguments, quiet) for task in pickle.loads(pickle.dumps(tasks))]
+    """In place of the workers, which slow tests and those of `runtime` have."""
+
+    yield lambda tasks: piped([task.function(*task.arguments, quiet) for task in piped(tasks)])
 
 
 @pytest.mark.parametrize("option", ROWS)
@@ -53,8 +59,8 @@ def test_a_demo_runs_writes_what_it_says_and_overwrites_nothing(
     monkeypatch.setattr(module, "DIGITS", module.DIGITS._replace(speed_batch=2))
     monkeypatch.setattr(module, "images_per_second", partial(images_per_second, min_seconds=0))
     monkeypatch.setattr(module, "NUM_PROCESSES", 1)  # threads of a training
-    if option:
-        monkeypatch.setattr(module, "task_runner", run_here)
+    monkeypatch.setattr("fewstep.evaluation.extractors.CLASSIFIER_STEPS", 20)
+    monkeypatch.setattr(module, "task_runner", run_here)
     small = "--set num_steps=2 --set batch_size=4 --set model.block_out_channels=[16,32] --num-samples 100"
     line = f"demo {option} --out {tmp_path}/demo {small}"
     assert fewstep(line)[0] == 0

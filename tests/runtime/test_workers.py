@@ -34,13 +34,18 @@ def work(folder, report):
 def die(folder, report):
     os._exit(1)
 
+def give(folder, report):
+    for step in range(3):
+        report(step, {"loss": 0.5})
+    return folder.name
+
 if __name__ == "__main__":
-    function = die if sys.argv[2] == "die" else work
+    function = globals()[sys.argv[2]]
     tasks = [Task(name, 2, function, (Path(sys.argv[1]) / name,)) for name in "ab"]
     try:
         with task_runner() as run:
             print("starting", flush=True)
-            run(tasks)
+            print(run(tasks))
     except UserError as error:
         print(f"fewstep: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
@@ -136,6 +141,11 @@ def test_ctrl_c_while_workers_import_is_one_line(start: Start, seconds: float) -
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (130, "fewstep: stopped; continue with --resume\n")
+
+
+def test_results_come_in_the_order_of_the_tasks(start: Start) -> None:
+    process = start("give", torch=False)
+    assert (process.communicate(timeout=60)[0], process.returncode) == ("['a', 'b']\n", 0)
 
 
 @pytest.mark.slow

@@ -100,9 +100,8 @@ def open_stored(folder: Path, raw: Raw | None = None) -> StoredModel:
         index = read_index(folder)
         family = check_index(folder, index)
     elif description["family"] != family.name:
-        raise UserError(
-            f"{folder}: of the family {description['family']!r}, which has no export; sample takes --family"
-        )
+        what = f"of the family {description['family']!r}, which has no export; sample takes --family"
+        raise UserError(f"{folder}: {what}")
     with whole(folder / DESCRIPTION):
         if min(float(t) for t in description["timesteps"]) < 0 or (description["family"] == "latent") != bool(index):
             raise ValueError("its family or its timesteps are of no student")
@@ -117,9 +116,8 @@ def open_stored(folder: Path, raw: Raw | None = None) -> StoredModel:
     prefix, given = f"network.{family.part}.", {}
     if raw:
         given = {family.part: (raw[0], {name.removeprefix(prefix): value for name, value in raw[1].items()})}
-    parts = {
-        name: open_part(folder / name, library_class(kind), given.get(name)) for name, kind in family.weights.items()
-    }
+    kinds = {name: library_class(kind) for name, kind in family.weights.items()}
+    parts = {name: open_part(folder / name, kind, given.get(name)) for name, kind in kinds.items()}
     return StoredModel(folder, description, family, index, parts)
 
 

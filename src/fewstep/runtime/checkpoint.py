@@ -61,8 +61,7 @@ def save_checkpoint(
 ) -> None:
     """Writes checkpoints/STEP whole or not at all, then removes those behind the newest two, but for the `best` steps.
 
-    `save_model` writes what `sample` and `evaluate` load; `state` is what resuming needs besides. Raises UserError if
-    it can't be written.
+    `save_model` writes what `sample` and `evaluate` load, beside the `state`; UserError if it can't be written.
     """
     for left in (run / "checkpoints").glob(".*"):  # by a process that was killed
         shutil.rmtree(left, ignore_errors=True)
@@ -132,9 +131,8 @@ def newest_whole(run: Path) -> Path | None:
 
 def _own_faults(run: Path, checkpoint: Path) -> Iterator[str]:
     """What is wrong with a checkpoint alone; for what is wrong with shared files, these are set aside."""
-    if not (state := checkpoint / "state.pt").is_file() or not zipfile.is_zipfile(
-        state
-    ):  # of an earlier version, which had no manifest
+    state = checkpoint / "state.pt"
+    if not state.is_file() or not zipfile.is_zipfile(state):  # of an earlier version, which had no manifest
         yield "state.pt is torn or missing"
     for path, what in faults(checkpoint):
         if not path.is_file() or path.stat().st_nlink == 1:

@@ -31,11 +31,10 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     """
     try:
         lines = read_text(path).splitlines() if os.path.lexists(path) else []
-        read = [json.loads(line) for line in lines if line.endswith("}")]
         return [
             {name: math.nan if value is None else float(value) for name, value in line.items()}
             | {"step": int(line["step"])}
-            for line in read
+            for line in map(json.loads, (line for line in lines if line.endswith("}")))
         ]
     except (UserError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(f"{path}: can't be read; remove it, which loses the run's curves and nothing else") from error
@@ -146,12 +145,9 @@ def progress_display(seconds: float = 10.0) -> Iterator[Callable[[str, int], Adv
     if not sys.stderr.isatty():
         yield lambda title, total: _Lines(title, total, seconds).advance
         return
-    columns = (
-        *(TextColumn("{task.description:<16}"), BarColumn(bar_width=12), MofNCompleteColumn()),
-        TextColumn("left"),
-    )
-    note_column = TextColumn("{task.fields[note]}")
-    with Progress(*columns, TimeRemainingColumn(), note_column, console=Console(stderr=True)) as bars:
+    columns = TextColumn("{task.description:<16}"), BarColumn(bar_width=12), MofNCompleteColumn()
+    left = TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}")
+    with Progress(*columns, *left, console=Console(stderr=True)) as bars:
 
         def start(title: str, total: int) -> Advance:
             task = bars.add_task(title, total=total, note="")

@@ -113,9 +113,8 @@ def _resume(method: Method, metrics: Metrics, run: Path) -> int:
             metrics.load_state_dict(state["metrics"], method.model.device)
             step = range(int(newest.name) + 1)[state["step"]]
         except (KeyError, IndexError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{newest}: the checkpoint is not of this run; remove it to go on from before it"
-            ) from error
+            told = "the checkpoint is not of this run; remove it to go on from before it"
+            raise UserError(f"{newest}: {told}") from error
     for path in (run / checkpoint.METRICS, run / checkpoint.EVALUATIONS):
         if path.exists():
             rewind(path, step)  # lines behind the checkpoint are written anew
