@@ -47,16 +47,13 @@ class Job(NamedTuple):
 
     title: str
     teacher: str
-    students: list[list[str]]
-    """Those that are trained at the same time, and then those that start from them."""
+    students: list[list[str]]  # those that are trained at the same time, and then those that start from them
     samplers: list[str]
     source: str
     num_samples: int
-    speed_batch: int
-    """Images per batch where speed is measured."""
-    autoencoder: str | None = None
-    """Of text-to-image: trained first, with latents of `num_latents` pictures, which all others train on."""
-    num_latents: int = 20_000
+    speed_batch: int  # images per batch where speed is measured
+    autoencoder: str | None = None  # of text-to-image: trained first, with the latents that all others train on
+    num_latents: int = 20_000  # pictures
 
 
 DIGITS, SHAPES = (Job(**each) for each in yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8")))

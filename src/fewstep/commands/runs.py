@@ -36,8 +36,7 @@ class Job(NamedTuple):
     batch_at: BatchAt
     evaluate: Evaluate | None = None
     asked: Asked = None
-    teacher: str | None = None
-    """What tells it from others, if there is one."""
+    teacher: str | None = None  # what tells it from others, if there is one
 
 
 Jobs = dict[str, Callable[[Any, Path], Job]]

@@ -18,11 +18,7 @@ from fewstep.files import read_text
 from fewstep.metric_table import METRICS
 
 SAMPLER = "LCM's: predict x0, then renoise it with fresh noise to the next timestep"
-VARIANTS = {
-    torch.float32: "",
-    torch.float16: ', variant="fp16", dtype=torch.float16',
-    torch.bfloat16: ", dtype=torch.bfloat16",
-}
+VARIANTS = {torch.float16: ', variant="fp16", dtype=torch.float16', torch.bfloat16: ", dtype=torch.bfloat16"}
 TAGS = {
     "StableDiffusionPipeline": ["text-to-image", "stable-diffusion"],
     "StableDiffusionXLPipeline": ["text-to-image", "stable-diffusion-xl"],
@@ -55,25 +51,17 @@ def last_part(path: str) -> str:
 class Provenance:
     """How the student was made; `guidance_scale` is the teacher's in training, for the student takes none."""
 
-    teacher: str
-    """As the recipe names it, without where it lies."""
-    recipe: str
-    """All of it, as YAML, likewise."""
+    teacher: str  # as the recipe names it, without where it lies
+    recipe: str  # all of it, as YAML, likewise
     timesteps: list[float]
     guidance_scale: float
-    step: int
-    """Of the checkpoint: critic updates of DMD2."""
-    ema: str
-    """Decay of the averaged weights; `raw` for the weights as trained."""
-    kind: str = "distill"
-    """Of the recipe."""
-    base_model: str | None = None
-    """The teacher's id on the hub, if it came from there."""
+    step: int  # of the checkpoint: critic updates of DMD2
+    ema: str  # decay of the averaged weights; `raw` for the weights as trained
+    kind: str = "distill"  # of the recipe
+    base_model: str | None = None  # the teacher's id on the hub, if it came from there
     license: str = "other"
-    scores: dict[str, tuple[float, Interval]] = field(default_factory=dict)
-    """By the run itself, as it trained, with their 95 % intervals where they are known."""
-    table: list[dict[str, Any]] = field(default_factory=list)
-    """Rows of `fewstep evaluate`: the real images and this model."""
+    scores: dict[str, tuple[float, Interval]] = field(default_factory=dict)  # by the run itself, with 95 % intervals
+    table: list[dict[str, Any]] = field(default_factory=list)  # `fewstep evaluate`: the real images and this model
     version: str = fewstep.__version__
 
     def metadata(self) -> dict[str, str]:
@@ -119,11 +107,9 @@ class Card:
     """What the card says of the folder beside its provenance."""
 
     name: str
-    kind: str | list[str]
-    """The pipeline's class; a list where it lies in the folder."""
+    kind: str | list[str]  # the pipeline's class; a list where it lies in the folder
     dtype: torch.dtype
-    name_timesteps: bool
-    """Whether a call must name them."""
+    name_timesteps: bool  # whether a call must name them
     num_classes: int = 0
     picture: str | None = None
     prediction: str = "epsilon"
@@ -147,7 +133,7 @@ def model_card(card: Card, made: Provenance) -> str:
         what="text-to-image" if text else "pixel",
         steps=f"{count} step{'s' if count > 1 else ''}",
         picture=f"\n![samples]({card.picture})\n" if card.picture else "",
-        opening=json.dumps(card.name) + VARIANTS[card.dtype] + ("" if text else ", trust_remote_code=True"),
+        opening=json.dumps(card.name) + VARIANTS.get(card.dtype, "") + ("" if text else ", trust_remote_code=True"),
         call=f'"a photo of a cat", {times}, guidance_scale=0' if text else "class_labels=[0]" * bool(card.num_classes),
         advice=advice,
         timesteps=", ".join(f"{t:g}" for t in made.timesteps),
@@ -179,17 +165,14 @@ def front_matter(card: Card, made: Provenance) -> dict[str, Any]:
 def interface_settings(timesteps: Sequence[float], prediction: str = "epsilon") -> str:
     """What draws the student from its single file in ComfyUI and A1111, by the formulas of their schedulers."""
     count, say = len(timesteps), texts()
-    own, uniform, twentieth = (
-        ", ".join(f"{t:g}" for t in each)
-        for each in (
-            timesteps,
-            [999 * (count - k) / count for k in range(count)],
-            [999 - 20 * (50 * k // count) for k in range(count)],
-        )
-    )
+    schedules = {
+        "own": timesteps,
+        "uniform": [999 * (count - k) / count for k in range(count)],
+        "twentieth": [999 - 20 * (50 * k // count) for k in range(count)],
+    }
     trailing = list(timesteps) == [999 - 1000 * k // count for k in range(count)]
-    told = say["trailing" if trailing else "elsewhere"]
-    told = told.format(count=count, own=own, uniform=uniform, twentieth=twentieth).strip()
+    steps = {name: ", ".join(f"{t:g}" for t in each) for name, each in schedules.items()}
+    told = say["trailing" if trailing else "elsewhere"].format(count=count, **steps).strip()
     return told + (say["velocity"].rstrip() if trailing and prediction == "v_prediction" else "")
 
 

@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
@@ -24,6 +24,7 @@ Places = dict[str, str]
 """Dotted starts of diffusers' names -> the original ones."""
 SCALES = (0.18215, 0.13025)
 """Of latents, in which readers of a file take SD and SDXL to be."""
+T = TypeVar("T")
 NAMES: dict[str, Places] = yaml.safe_load(Path(__file__).with_name("original_names.yaml").read_text())
 
 
@@ -45,9 +46,8 @@ def original_weights(model: LatentModel) -> Weights:
     """The model's tensors, in place, under their names in the original releases."""
     pipeline = model.pipeline
     first = _text_state(pipeline.text_encoder)  # OpenAI's CLIP keeps its names
-    weights = _renamed(
-        model.network, model.network.state_dict(), UNET, _unet_places(model.network), NAMES["unet_layers"]
-    )
+    unet = model.network
+    weights = _renamed(unet, unet.state_dict(), UNET, _unet_places(unet), NAMES["unet_layers"])
     weights |= _vae(pipeline.vae)
     if "text_encoder_2" in pipeline.components:
         weights |= _prefixed("conditioner.embedders.0.transformer.text_model.", first)
@@ -112,8 +112,8 @@ def _vae(vae: Any) -> Weights:
     return {name: t[:, :, None, None] if ".attn_1." in name and t.ndim == 2 else t for name, t in weights.items()}
 
 
-def _prefixed(prefix: str, weights: Weights) -> Weights:
-    return {prefix + name: tensor for name, tensor in weights.items()}
+def _prefixed(prefix: str, values: Mapping[str, T]) -> dict[str, T]:
+    return {prefix + name: value for name, value in values.items()}
 
 
 def _text_state(encoder: nn.Module) -> Weights:
@@ -158,18 +158,11 @@ def _flags(model: LatentModel) -> list[str]:
 def _specification(model: LatentModel, title: str) -> dict[str, str]:
     """What the header says by the model specification of Stability AI."""
     prediction = "v" if model.pipeline.scheduler.config.prediction_type == "v_prediction" else "epsilon"
+    version = "v1"
     if "text_encoder_2" in model.pipeline.components:
-        architecture, code = "stable-diffusion-xl-v1-base", "https://github.com/Stability-AI/generative-models"
+        version = "xl-v1-base"
     elif _is_second_version(model):
-        architecture = "stable-diffusion-v2-768-v" if prediction == "v" else "stable-diffusion-v2-512"
-        code = "https://github.com/Stability-AI/stablediffusion"
-    else:
-        architecture, code = "stable-diffusion-v1", "https://github.com/CompVis/stable-diffusion"
-    return {
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": architecture,
-        "modelspec.implementation": code,
-        "modelspec.title": title,
-        "modelspec.prediction_type": prediction,
-        "modelspec.resolution": f"{model.image_size}x{model.image_size}",
-    }
+        version = "v2-768-v" if prediction == "v" else "v2-512"
+    facts = {"sai_model_spec": "1.0.0", "title": title, "prediction_type": prediction}
+    facts |= {"architecture": f"stable-diffusion-{version}", "implementation": NAMES["repositories"][version]}
+    return _prefixed("modelspec.", facts | {"resolution": f"{model.image_size}x{model.image_size}"})

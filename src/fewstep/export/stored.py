@@ -34,8 +34,7 @@ class Stored:
     name: str
     file: Path
     meta: Tensor
-    raw: Tensor | None = None
-    """Out of another kind of file, where it stays on the disk until it is used."""
+    raw: Tensor | None = None  # out of another kind of file, where it stays on the disk until it is used
 
     def read(self) -> Tensor:
         if self.raw is not None:
@@ -60,8 +59,7 @@ class StoredModel:
     folder: Path
     description: dict[str, Any]
     family: Family
-    index: dict[str, Any]
-    """{} without a class of diffusers: of a network on pixels."""
+    index: dict[str, Any]  # {} without a class of diffusers: of a network on pixels
     parts: dict[str, Part]
 
     @property

@@ -28,8 +28,7 @@ def write_shards(
     folder: Path, stem: str, plan: dict[str, Tensor], read: Read, shard_size: str, metadata: dict[str, str]
 ) -> None:
     """One file, or shards with their index, named as both libraries name them; float16 is the variant `fp16`."""
-    half = any(value.dtype == torch.float16 for value in plan.values())
-    variant = ".fp16" if half else ""
+    variant = ".fp16" if any(value.dtype == torch.float16 for value in plan.values()) else ""
     pattern = f"{stem}{variant}{{suffix}}.safetensors"
     split = split_torch_state_dict_into_shards(plan, filename_pattern=pattern, max_shard_size=shard_size)
     for file, names in split.filename_to_tensors.items():
