@@ -15,11 +15,8 @@ class Interrupted(UserError):
     """The user stopped a long job; says how to go on. Exit code 130 by Ctrl-C, and 143 by SIGTERM."""
 
     def __init__(self, text: str, number: int = 2):
-        super().__init__(text, number)
+        super().__init__(text)
         self.exit_code = 128 + number
-
-    def __str__(self) -> str:
-        return str(self.args[0])
 
 
 def brief(error: Exception) -> str:

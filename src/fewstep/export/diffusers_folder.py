@@ -132,8 +132,8 @@ def lcm_scheduler(config: dict[str, Any], timesteps: list[int]) -> tuple[LCMSche
     first = timesteps[0] + 1
     if first < len(ddim.betas):  # the grid starts at t_0, the schedule stays that of all times
         settings |= {"num_train_timesteps": first, "trained_betas": ddim.betas.tolist()}
-    settings |= {"steps_offset": 1}  # unused, but SD's pipeline asks for it
-    settings |= {"timestep_scaling": 1e4}  # boundary condition: c_skip <= 2.5e-9 from t = 1 on
+    # SD's pipeline asks for the offset, which is unused; by the scaling c_skip <= 2.5e-9 from t = 1 on.
+    settings |= {"steps_offset": 1, "timestep_scaling": 1e4}
     kind = library_class("LCMScheduler")
     for steps in range(len(timesteps), first + 1):
         if first % steps == 0:

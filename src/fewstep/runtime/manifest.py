@@ -18,9 +18,8 @@ def write_manifest(folder: Path, siblings: Iterable[Path] = ()) -> None:
     known = {}
     for sibling in siblings:
         with suppress(UserError):  # a damaged one gives nothing
-            for name, entry in _read(sibling).items():
-                if (sibling / name).is_file():
-                    known[_identity(sibling / name)] = entry["sha256"]
+            there = {sibling / name: entry["sha256"] for name, entry in _read(sibling).items()}
+            known |= {_identity(path): sha256 for path, sha256 in there.items() if path.is_file()}
     entries = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name != MANIFEST:

@@ -58,9 +58,6 @@ def rewind(path: Path, step: int) -> None:
     write_text(path, "".join(to_line(line) for line in kept))
 
 
-OF_THE_MACHINE = ("seconds_per_step", "peak_memory_gb")  # which differ between two runs that are the same
-
-
 class StepClock:
     """Seconds per step since it was last asked, without what was `aside`, and the most memory that was ever taken."""
 
@@ -98,8 +95,7 @@ class Metrics:
 
     def __init__(self, path: Path):
         self.path = path
-        self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, Tensor] = {}
+        self.sums, self.counts = dict[str, Tensor](), dict[str, Tensor]()
 
     def add(self, metrics: dict[str, Tensor]) -> None:
         """Takes in the 0-d tensors of one step."""

@@ -89,11 +89,6 @@ class Method(ABC):
         return label
 
     @property
-    def other_emas(self) -> Sequence[str]:
-        """The averages that are kept beside the first, by name."""
-        return self.ema.others
-
-    @property
     def learning_rates(self) -> dict[str, float]:
         """Of the last updates: `learning_rate`, and `critic_learning_rate` where there is a critic."""
         names = [name for name in self.STATE if name.endswith("optimizer")]
@@ -108,21 +103,18 @@ class Method(ABC):
             yield self.model
 
     def save_model(self, folder: Path, frozen: Path | None = None) -> None:
-        """Writes the model with its first averages, and with `other_emas` in folders beside it (`ema_folder`).
+        """Writes the model with its first averages, and with the others in folders beside it (`ema_folder`).
 
         In `frozen` lies, from the first time on, what all of them have in common.
         """
-        for ema in (None, *self.other_emas):
+        for ema in (None, *self.ema.others):
             with self.averaged_model(ema) as model:
                 model.save(ema_folder(folder, ema) if ema else folder, frozen)
 
     def state_dict(self) -> dict[str, Any]:
         """What resuming needs: of modules what is trained in them, so that a frozen base is not written again."""
-        parts = {name: getattr(self, name) for name in self.STATE}
-        return {
-            name: trainable_state(part) if isinstance(part, nn.Module) else part.state_dict()
-            for name, part in parts.items()
-        }
+        parts = [(name, getattr(self, name)) for name in self.STATE]
+        return {n: trainable_state(part) if isinstance(part, nn.Module) else part.state_dict() for n, part in parts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name in self.STATE:
