@@ -77,23 +77,20 @@ def _renamed(network: nn.Module, state: Weights, prefix: str, places: Places, la
 
 def _unet_places(unet: Any) -> Places:
     """The levels as one list of input blocks and one of output blocks; a block is a list of layers."""
-    places, index = dict(NAMES["unet_starts"]), 1
-    for level, block in enumerate(unet.down_blocks):
-        for layer in range(len(block.resnets)):
-            places[f"down_blocks.{level}.resnets.{layer}"] = f"input_blocks.{index}.0"
-            places[f"down_blocks.{level}.attentions.{layer}"] = f"input_blocks.{index}.1"
-            index += 1
-        if block.downsamplers:
-            places[f"down_blocks.{level}.downsamplers.0.conv"] = f"input_blocks.{index}.0.op"
-            index += 1
-    index = 0
-    for level, block in enumerate(unet.up_blocks):
-        for layer in range(len(block.resnets)):
-            places[f"up_blocks.{level}.resnets.{layer}"] = f"output_blocks.{index}.0"
-            places[f"up_blocks.{level}.attentions.{layer}"] = f"output_blocks.{index}.1"
-            index += 1
-        behind = 2 if hasattr(block, "attentions") else 1
-        places[f"up_blocks.{level}.upsamplers.0.conv"] = f"output_blocks.{index - 1}.{behind}.conv"
+    places = dict(NAMES["unet_starts"])
+    for way, side, index in (("down", "input", 1), ("up", "output", 0)):
+        for level, block in enumerate(getattr(unet, f"{way}_blocks")):
+            here = f"{way}_blocks.{level}"
+            for layer in range(len(block.resnets)):
+                places[f"{here}.resnets.{layer}"] = f"{side}_blocks.{index}.0"
+                places[f"{here}.attentions.{layer}"] = f"{side}_blocks.{index}.1"
+                index += 1
+            if way == "up":  # beside the last layer
+                behind = 2 if hasattr(block, "attentions") else 1
+                places[f"{here}.upsamplers.0.conv"] = f"output_blocks.{index - 1}.{behind}.conv"
+            elif block.downsamplers:  # a block of its own
+                places[f"{here}.downsamplers.0.conv"] = f"input_blocks.{index}.0.op"
+                index += 1
     return places
 
 

@@ -82,7 +82,9 @@ def save_checkpoint(
         shutil.rmtree(damaged, ignore_errors=True)  # for there is a newer one
     for old in checkpoint_steps(run)[:-KEEP]:
         if old not in best:
-            _remove(checkpoint_folder(run, old))
+            outdated = checkpoint_folder(run, old)
+            with temporary(outdated.with_name(f".{outdated.name}.old")) as hidden:
+                outdated.rename(hidden)  # so that half of it never counts as a checkpoint
 
 
 def _own_bytes(checkpoint: Path) -> int:
@@ -104,12 +106,6 @@ def _save_state(state: dict[str, Any], path: Path) -> None:
         torch.save(state, path)
     except RuntimeError as error:  # what torch makes of a full disk
         raise OSError(brief(error)) from error
-
-
-def _remove(checkpoint: Path) -> None:
-    """Takes its name first, so that half of it never counts as a checkpoint."""
-    with temporary(checkpoint.with_name(f".{checkpoint.name}.old")) as hidden:
-        checkpoint.rename(hidden)
 
 
 def newest_whole(run: Path) -> Path | None:
