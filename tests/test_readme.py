@@ -53,6 +53,14 @@ def run(line: str) -> None:
     assert code == 0, f"{line}\n{errors}"
 
 
+@pytest.fixture(autouse=True)
+def _quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worse classifier, and no time spent on measuring speed."""
+    monkeypatch.setattr(extractors, "train_classifier", partial(extractors.train_classifier, num_steps=5))
+    monkeypatch.setattr("fewstep.commands.evaluate.images_per_second", lambda *args: 1.0)
+    monkeypatch.setattr("fewstep.recipes.new.SECONDS", 0)
+
+
 def test_the_commands_run_in_the_order_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     lines = "\n".join(blocks("console")).splitlines()
@@ -126,8 +134,6 @@ def test_the_lines_of_a_block_run_as_shown_in_the_place_of_those_before(
     monkeypatch.chdir(place)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(place / "cache"))
     monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=Distance))
-    monkeypatch.setattr("fewstep.recipes.new.SECONDS", 0)
-    monkeypatch.setattr(extractors, "train_classifier", partial(extractors.train_classifier, num_steps=5))
     for line in block.strip().splitlines():
         run(line)
 

@@ -261,7 +261,12 @@ def weights(run_folder: Path) -> list[torch.Tensor]:
     return list(load(find(run_folder).folder).denoiser.parameters())
 
 
-@pytest.mark.parametrize("settings", ["", NO_GAN, "--set prompts.source=prompts.txt"])
+PROMPTS = "--set prompts.source=prompts.txt"
+SHOWN = [("sd", ""), ("sd", NO_GAN), ("sdxl", PROMPTS)]
+MORE = [pytest.param(*each, marks=pytest.mark.slow) for each in (("sd", PROMPTS), ("sdxl", ""), ("sdxl", NO_GAN))]
+
+
+@pytest.mark.parametrize(("workshop", "settings"), SHOWN + MORE, indirect=["workshop"])
 def test_kept_embeddings_make_the_same_student_as_fresh_ones(run: Run, place: Path, settings: str) -> None:
     assert run(f"fewstep distill recipe.yaml --out kept {settings}")[0] == 0
     assert run(f"fewstep distill recipe.yaml --out warm {settings}")[0] == 0

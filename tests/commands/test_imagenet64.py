@@ -4,6 +4,8 @@ Everything goes through the command line, by the packaged recipes in their own r
 """
 
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
-from command_line import Tell, refused
+from command_line import Tell, fewstep, refused
 from edm_files import small_network, write_checkpoint
 from fewstep.commands.distill import open_batches
 from fewstep.commands.importing import import_edm
@@ -68,6 +70,23 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def stage_a(place: Path) -> Path:
+    """The run of stage A, with pairs of an imported teacher."""
+    pairs = "--set regression_weight=0.25 --set regression.pairs=pairs --set regression.sampler=heun:2"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", place / "cache")
+        patch.setattr("fewstep.evaluation.judge.MAX_CLASSES", 9)
+        for line in (
+            "import edm edm.pkl --out teacher",
+            "data pairs --teacher teacher --num 20 --sampler heun:2 --out pairs",
+            f"distill {A} {SIZES} {FAST} {JUDGING} {pairs} --set teacher=teacher --set checkpoint_every=2",
+        ):
+            assert fewstep(line)[::2] == (0, "")
+    return place / "runs" / A
+
+
 @pytest.fixture
 def workplace(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where ten classes are too many for a classifier, as a thousand are."""
@@ -96,18 +115,14 @@ def parameters(folder: Path) -> Tensor:
     return torch.cat([p.detach().flatten() for p in load(folder).denoiser.parameters()])
 
 
-def test_import_pairs_two_stages_and_export(command: Command, place: Path) -> None:
-    command("import edm edm.pkl --out teacher")
-    command("data pairs --teacher teacher --num 20 --sampler heun:2 --out pairs")
-    pairs = "--set regression_weight=0.25 --set regression.pairs=pairs --set regression.sampler=heun:2"
-    command(f"distill {A} {SIZES} {FAST} {JUDGING} {pairs} --set teacher=teacher")
-    assert read_metrics(place / "runs" / A / "metrics.jsonl")[-1]["regression_loss"] > 0
-    lines = read_metrics(place / "runs" / A / "evaluations.jsonl")
+def test_import_pairs_two_stages_and_export(command: Command, place: Path, stage_a: Path) -> None:
+    assert read_metrics(stage_a / "metrics.jsonl")[-1]["regression_loss"] > 0
+    lines = read_metrics(stage_a / "evaluations.jsonl")
     assert [(line["step"], line.keys() - {"step"}) for line in lines] == [
         (step, {*metrics_of("features")}) for step in (2, 4, 6)
     ]
     assert len({line["fid"] for line in lines}) == 3
-    assert all("gan_loss" not in line for line in read_metrics(place / "runs" / A / "metrics.jsonl"))
+    assert all("gan_loss" not in line for line in read_metrics(stage_a / "metrics.jsonl"))
 
     emas = "--set student.ema_decay=[0.3,0.1]"
     command(f"distill {B} {SIZES} {FAST} {JUDGING} {emas}")
@@ -134,9 +149,10 @@ def test_import_pairs_two_stages_and_export(command: Command, place: Path) -> No
     assert (theirs - ours).abs().max() <= 1e-5 * max(1, ours.abs().max())
 
 
-def test_stage_b_starts_from_the_best_of_stage_a(command: Command, place: Path, tmp_path: Path) -> None:
+def test_stage_b_starts_from_the_best_of_stage_a(command: Command, stage_a: Path, tmp_path: Path) -> None:
     """The checkpoint of the best FID, which here is neither the newest nor the first: the lines are put so."""
-    command(f"distill {A} {SIZES} {FAST} {JUDGING} --out {tmp_path}/{A} --set checkpoint_every=2")
+    shutil.copytree(stage_a, tmp_path / A, copy_function=os.link)
+    (tmp_path / A / "evaluations.jsonl").unlink()
     lines = [{"step": 4, "fid": 1.0}, {"step": 6, "fid": 2.0}]
     (tmp_path / A / "evaluations.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     command(f"distill {B} {SIZES} {SLOW} --out {tmp_path}/{B} --set num_steps=2")

@@ -26,9 +26,9 @@ from fewstep.metric_table import metrics_of
 from fewstep.models.loading.pretrained import open_model
 from fewstep.pictures import save_png, to_picture
 from fewstep.recipes.loading import load_recipe
-from steps import curves
+from steps import SMALL, curves
 
-TINY = ["batch_size=8", "sample_every=100", "num_steps=4", "device=cpu", "checkpoint_every=100"]
+STEPS = ["batch_size=8", "sample_every=100", "num_steps=4", "device=cpu", "checkpoint_every=100"]
 JUDGING = ["evaluation.every=2", "evaluation.num_samples=100"]
 
 
@@ -41,8 +41,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("place") / "runs"
     with pytest.MonkeyPatch.context() as patch:  # a worse classifier will do
         patch.setattr("fewstep.evaluation.extractors.train_classifier", partial(train_classifier, num_steps=30))
-        teach(load_recipe("digits-teacher", [*TINY, *JUDGING]), folder / "teacher", report=quiet)
-    settings = [*TINY, *JUDGING, f"teacher={folder / 'teacher'}", "student_every=2"]
+        teach(load_recipe("digits-teacher", [*STEPS, *SMALL, *JUDGING]), folder / "teacher", report=quiet)
+    settings = [*STEPS, *JUDGING, f"teacher={folder / 'teacher'}", "student_every=2"]
     distill(load_recipe("digits-4step", settings), folder / "student", report=quiet)
     return folder
 
@@ -151,7 +151,7 @@ def test_images_that_are_not_finite_are_told_with_model_and_step_and_nothing_is_
         judged(runs, tmp_path / "out", "student")
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match=r"^broken, step 2: images 0 to 99 are not finite; take another checkpoint"):
-        teach(load_recipe("digits-teacher", [*TINY, *JUDGING]), runs / "broken", report=quiet)
+        teach(load_recipe("digits-teacher", [*STEPS, *SMALL, *JUDGING]), runs / "broken", report=quiet)
     assert not (runs / "broken" / "evaluations.jsonl").exists()
 
 
@@ -193,7 +193,7 @@ def test_sources_of_the_same_name_or_of_other_content_are_told_apart(tmp_path: P
 
 
 def test_judging_changes_nothing_in_the_training(runs: Path, tmp_path: Path) -> None:
-    settings = [*TINY, f"teacher={runs / 'teacher'}", "student_every=2"]
+    settings = [*STEPS, f"teacher={runs / 'teacher'}", "student_every=2"]
     distill(load_recipe("digits-4step", settings), tmp_path / "student", report=quiet)
     assert curves(runs / "student") == curves(tmp_path / "student")
     assert not (tmp_path / "student" / "evaluations.jsonl").exists()
@@ -204,7 +204,7 @@ def test_the_best_of_a_teacher_is_distilled_where_it_is_named(runs: Path, tmp_pa
     still = ["student.optimizer.lr=1e-12", "student.optimizer.weight_decay=0", "num_steps=1", "student.ema_decay=0"]
     weights = {}
     for choice in ("@2", "@4", "@best-fid"):
-        settings = [*TINY, *still, f"teacher={runs / 'teacher'}{choice}"]
+        settings = [*STEPS, *still, f"teacher={runs / 'teacher'}{choice}"]
         distill(load_recipe("digits-1step", settings), tmp_path / choice, report=quiet)
         student, teacher = (open_model(run) for run in (tmp_path / choice, f"{runs / 'teacher'}{choice}"))
         pairs = zip(student.denoiser.parameters(), teacher.denoiser.parameters(), strict=True)

@@ -37,6 +37,13 @@ critic: {optimizer: {lr: 1e-3}}
 """
 
 
+def kinds(*shown: tuple[str, ...], names: str = "workplace") -> pytest.MarkDecorator:
+    """Of the kinds of pipelines those that are `shown`, the others when there is time."""
+    more = [(kind, *each[1:]) for each in shown for kind in TINY if (kind, *each[1:]) not in shown]
+    cases = [*shown, *(pytest.param(*each, marks=pytest.mark.slow) for each in more)]
+    return pytest.mark.parametrize(["workplace", *names.split()[1:]], cases, indirect=["workplace"])
+
+
 @pytest.fixture(scope="module", params=TINY)
 def workplace(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A teacher as a folder, as a file and as a folder without weights; captioned pictures; a recipe."""
@@ -95,6 +102,7 @@ def test_other_recipes_run(tell: Tell, settings: str, tmp_path: Path) -> None:
 SIZES = "--set teacher=teacher --set data.source=pictures --set num_steps=2 --set batch_size=2"
 
 
+@kinds(("sd",))
 def test_grids_on_the_way_show_ones_own_prompts_in_order(
     tell: Tell, workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,7 +126,7 @@ def test_prompts_of_grids_that_can_not_be_read_are_told_before_anything_is_done(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("name", ["sd15-1step", "sdxl-1step", "sdxl-4step"])
+@kinds(("sd", "sd15-1step"), ("sdxl", "sdxl-1step"), ("sd", "sdxl-4step"), names="workplace name")
 def test_the_packaged_recipes_run_on_any_folder(
     tell: Tell, workplace: Path, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,6 +154,7 @@ class Brightness(torch.nn.Module):
         return images.float().mean(dim=(2, 3))
 
 
+@kinds(("sd",))
 def test_the_two_stages_of_sd_with_judging_on_the_way(tell: Tell, workplace: Path, tmp_path: Path) -> None:
     """Stage 1 judges itself, stage 2 starts from any checkpoint of it with the GAN, and its student can be sampled."""
     features, first = tmp_path / "features.pt", tmp_path / "runs" / "first"
@@ -217,6 +226,7 @@ def student_of(run_folder: Path) -> list[torch.Tensor]:
     return list(load(model).denoiser.parameters())
 
 
+@kinds(("sdxl",))
 def test_a_student_of_the_file_or_of_the_hub_is_the_student_of_the_folder(
     tell: Tell, workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -282,6 +292,7 @@ def disk_use(folder: Path) -> int:
     return sum({path.stat().st_ino: path.stat().st_size for path in folder.rglob("*") if path.is_file()}.values())
 
 
+@kinds(("sdxl",))
 def test_a_stopped_run_goes_on_to_the_same_weights_and_a_checkpoint_costs_the_unet_and_its_state(
     tell: Tell, tmp_path: Path
 ) -> None:

@@ -108,7 +108,7 @@ def test_further_averages_change_nothing_in_training_or_in_the_first(place: Path
     assert torch.equal(weights(find(f"{tmp_path}/run").folder), weights(find(f"{place}/whole").folder))
 
 
-@pytest.mark.parametrize("stop", [5, 8])
+@pytest.mark.parametrize("stop", [5, pytest.param(8, marks=pytest.mark.slow)])
 def test_a_stopped_run_with_several_averages_resumes_exactly(place: Path, tmp_path: Path, stop: int) -> None:
     with pytest.raises(Interrupted):
         distill(recipe(place), tmp_path / "parts", report=interrupt_at(stop))

@@ -122,7 +122,7 @@ def distilled_points(pretrained: Denoiser, timesteps: list[float], num_steps: in
 )
 def test_the_ring_is_learned(pretrained: Denoiser, timesteps: list[float], gan: float, factor: float) -> None:
     real = draw_ring(4000, 1)
-    before, after = distilled_points(pretrained, timesteps, 1500, gan)
+    before, after = distilled_points(pretrained, timesteps, 1000, gan)
     start, end = energy_distance(real, before), energy_distance(real, after)
     mode = torch.cdist(after, CENTRES).argmin(dim=1)
     share = torch.bincount(mode, minlength=NUM_MODES) / len(after)
