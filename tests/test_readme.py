@@ -25,6 +25,8 @@ from tiny_pipelines import TINY
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 SMALL = {
+    "teach digits-teacher": "--set num_steps=2 --set batch_size=4 --set model.block_out_channels=[8,8] "
+    "--set model.norm_num_groups=4",
     "teach": "--set num_steps=2 --set batch_size=4",
     "distill my-sdxl.yaml": "--set num_steps=2 --set batch_size=2 --set accumulate=2",
     "distill digits-1step": "--set num_steps=2 --set batch_size=4 --set teacher=runs/digits-teacher",

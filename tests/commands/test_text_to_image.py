@@ -41,7 +41,7 @@ def kinds(*shown: tuple[str, ...], names: str = "workplace") -> pytest.MarkDecor
     """Of the kinds of pipelines those that are `shown`, the others when there is time."""
     more = [(kind, *each[1:]) for each in shown for kind in TINY if (kind, *each[1:]) not in shown]
     cases = [*shown, *(pytest.param(*each, marks=pytest.mark.slow) for each in more)]
-    return pytest.mark.parametrize(["workplace", *names.split()[1:]], cases, indirect=["workplace"])
+    return pytest.mark.parametrize(("workplace", *names.split()[1:]), cases, indirect=["workplace"])
 
 
 @pytest.fixture(scope="module", params=TINY)
