@@ -151,7 +151,7 @@ def test_the_size_of_a_chunk_does_not_matter(chunk: int) -> None:
 def test_the_floor_compares_two_halves_that_share_no_image(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Tensor] = []
     monkeypatch.setitem(FUNCTIONS, "fid", lambda *halves: seen.extend(half.features for half in halves) or 0.5)
-    row = floor_row(pictured(points(101, 1)), frozenset(), ())
+    row = floor_row(pictured(points(101, 1)), frozenset())
     assert (row.model, row.sampler, row.nfe, row.values["fid"], row.intervals) == ("real", None, None, 0.5, {})
     assert abs(len(seen[0]) - len(seen[1])) <= 1
     assert torch.equal(torch.cat(seen).sort(dim=0).values, points(101, 1).sort(dim=0).values)
@@ -164,7 +164,7 @@ def pictured(features: Tensor, **more: object) -> Gathered:
 
 def test_the_floor_is_a_function_of_its_seed_low_but_not_zero() -> None:
     real = pictured(whitened(400, 3))
-    first, again, other = (floor_row(real, frozenset(), (), seed).values for seed in (0, 0, 1))
+    first, again, other = (floor_row(real, frozenset(), seed).values for seed in (0, 0, 1))
     assert first == again
     assert first["fid"] != other["fid"]
     assert 0 < first["fid"] < 0.5
@@ -174,7 +174,7 @@ def test_the_floor_is_a_function_of_its_seed_low_but_not_zero() -> None:
 def test_what_is_checked_in_real_images_is_of_all_of_them_with_its_interval() -> None:
     shares = {"prompt_accuracy": Share(9, 10), "prompt_accuracy.shape": Share(10, 10)}
     needs = frozenset({"features", "scenes", "prompts"})
-    row = floor_row(pictured(points(20, 1), shares=shares, prompts="abcd"), needs, "abcd")
+    row = floor_row(pictured(points(20, 1), shares=shares, prompts="abcd"), needs, labels="abcd")
     assert row.values["prompt_accuracy"] == 0.9
     assert row.values["diversity"] == metrics.diversity(*[replace(Gathered.of(points(20, 1)), prompts="abcd")] * 2)
     assert row.intervals == {"prompt_accuracy": wilson_interval(0.9, 10)}
