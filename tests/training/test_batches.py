@@ -62,7 +62,7 @@ def test_they_are_made_while_a_step_is_computed_and_not_many_more() -> None:
 class Counting:
     """A method that only counts."""
 
-    num_noises, other_emas, learning_rates = 1, (), {}
+    num_noises, learning_rates = 1, {}
 
     class model:  # noqa: N801
         shape, device, sampling_batch, release = (1, 4, 4), CPU, 1, staticmethod(lambda: None)

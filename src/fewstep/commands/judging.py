@@ -27,7 +27,7 @@ def make_evaluation(
 
     def evaluate(method: Method, step: int) -> dict[str, float]:
         scores: dict[str, float] = {}
-        for ema in (None, *method.other_emas):
+        for ema in (None, *method.ema.others):
             title, prefix = f"{run.name}{f' ema{ema}' if ema else ''}, step {step}", f"ema{ema}_" if ema else ""
             with method.averaged_model(ema) as averaged:
                 sampler = default_sampler(averaged)

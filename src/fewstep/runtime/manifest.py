@@ -15,7 +15,7 @@ MANIFEST = "manifest.json"
 
 def write_manifest(folder: Path, siblings: Iterable[Path] = ()) -> None:
     """Of all files in `folder`; one that it shares with a sibling, by a hard link, is not read again."""
-    known = {}
+    known = dict[tuple[int, int], str | int]()
     for sibling in siblings:
         with suppress(UserError):  # a damaged one gives nothing
             there = {sibling / name: entry["sha256"] for name, entry in _read(sibling).items()}
