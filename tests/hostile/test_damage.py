@@ -219,7 +219,7 @@ KINDS = [  # of which 26 of the first order, and relatives of them
             ("nested", content(NESTED)),
             ("binary", content(PICTURE)),
             ("of-another-kind", lambda path: content(yaml.safe_dump({"kind": "teach"}))(path)),
-            ("other-settings", recipe(teacher=3)),
+            ("other-settings", recipe(teacher=[3])),
             ("kind-a-list", recipe(kind=["distill"])),
             ("missing", MISSING),
             ("folder", FOLDER),

@@ -53,7 +53,11 @@ def evaluate(given: Evaluate) -> None:
     firsts = [of[""] for of in averages]
     check_alike(sources, firsts)
     firsts[0].to(device)  # where the judge's network goes, too
-    judge = make_judge(data, firsts[0], given.features, keep, given.num_samples, given.num_real)
+    try:
+        judge = make_judge(data, firsts[0], given.features, keep, given.num_samples, given.num_real)
+    except UserError as error:
+        of_run = [] if given.data else [run_folder(source) / RECIPE for source in sources if is_run(source)][:1]
+        raise UserError(": ".join(map(str, (*of_run, error)))) from error
     short = [text if is_hub_id(text) else short_name(text) for text in given.runs]
     names = dict(zip(given.runs, short if len({*short}) == len(short) else given.runs, strict=True))
     rows = [judge.floor]

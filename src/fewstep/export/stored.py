@@ -3,9 +3,11 @@
 No network is given memory: its configuration says which tensors it has, and those of the files are read one by one.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,13 +17,15 @@ from torch import Tensor, nn
 from fewstep.errors import UserError
 from fewstep.files import read_json
 from fewstep.models.image_model import DESCRIPTION, read_description
-from fewstep.models.loading.files import check_sizes, part_tensors, whole
+from fewstep.models.loading.files import check_sizes, part_tensors, read_config, whole
 from fewstep.models.loading.hub import ID, PIPELINE, read_index
-from fewstep.models.loading.pipeline import check_index, check_subfolders, library_class, outline
+from fewstep.models.loading.pipeline import check_index, check_subfolders, library_class, outline, without_weights
+from fewstep.models.loading.pretrained import described
 from fewstep.models.loading.weights import check_finite, check_fits, check_names, plain_name
 from fewstep.networks.families.edm import PIXELS
 from fewstep.networks.family import Family
 from fewstep.networks.settings import PixelModelConfig
+from fewstep.networks.text import check_fit
 
 Raw = tuple[Path, Mapping[str, Tensor]]
 """A file, and the trained network's weights in it by their names there."""
@@ -100,23 +104,56 @@ def open_stored(folder: Path, raw: Raw | None = None) -> StoredModel:
     elif description["family"] != family.name:
         what = f"of the family {description['family']!r}, which has no export; sample takes --family"
         raise UserError(f"{folder}: {what}")
+    config = None
     with whole(folder / DESCRIPTION):
         if min(float(t) for t in description["timesteps"]) < 0 or (description["family"] == "latent") != bool(index):
             raise ValueError("its family or its timesteps are of no student")
         if not index:
-            PixelModelConfig(**description["config"])
+            config = PixelModelConfig(**description["config"])
     check_subfolders(folder, family)
-    if index:
-        try:
-            family.schedule(read_json(folder / "scheduler" / "scheduler_config.json"))
-        except UserError as error:
-            raise UserError(f"{folder}: {error}") from error
     prefix, given = f"network.{family.part}.", {}
     if raw:
         given = {family.part: (raw[0], {name.removeprefix(prefix): value for name, value in raw[1].items()})}
     kinds = {name: library_class(kind) for name, kind in family.weights.items()}
     parts = {name: open_part(folder / name, kind, given.get(name)) for name, kind in kinds.items()}
+    if config:
+        described(folder / family.part, family, config)
+    else:
+        _check_pipeline(folder, description, family, index, parts)
     return StoredModel(folder, description, family, index, parts)
+
+
+def _check_pipeline(
+    folder: Path, description: dict[str, Any], family: Family, index: dict[str, Any], parts: dict[str, Part]
+) -> None:
+    """Raises UserError for what would be copied and is none of the model's: sizes, a scheduler, tokenizers."""
+    for part in family.others:
+        with naming(path := folder / part / f"{part.partition('_')[0]}_config.json"):
+            content = read_config(path)
+            if "auto_map" in content:
+                raise UserError("auto_map names code from elsewhere; take it out")
+            if part == "scheduler":
+                family.schedule(content)
+            else:
+                encoder: Any = parts[part.replace("tokenizer", "text_encoder")].network
+                check_fit(without_weights(folder / part, str(index[part][1])), encoder.config)
+    networks: dict[str, Any] = {name: part.network for name, part in parts.items()}
+    factor = 2 ** (len(networks["vae"].config.block_out_channels) - 1)
+    pipeline = SimpleNamespace(**networks, components=index, vae_scale_factor=factor)
+    with naming(folder / family.part / "config.json"):
+        family.check(pipeline)
+        if (size := family.image_size(pipeline)) != (said := description.get("image_size", size)):
+            raise UserError(f"is of {size} pixels, {DESCRIPTION} of {said}; they are of two models")
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors say the path, unless they do."""
+    try:
+        with whole(path):
+            yield
+    except UserError as error:
+        raise UserError(str(error) if str(path.parent) in str(error) else f"{path}: {error}") from error
 
 
 def check_plain(folder: Path) -> None:

@@ -29,11 +29,7 @@ class TextConditioner(nn.Module):
         super().__init__()
         self.tokenizers, self.encoders = tokenizers, nn.ModuleList(encoders)
         for tokenizer, encoder in zip(tokenizers, encoders, strict=True):
-            config: Any = encoder.config
-            # its files may say a longer length than the encoder's, or none
-            tokenizer.model_max_length = min(tokenizer.model_max_length, config.max_position_embeddings)
-            if len(tokenizer) > config.vocab_size:
-                raise UserError(f"tokenizer: has {len(tokenizer)} tokens, its text encoder embeds {config.vocab_size}")
+            check_fit(tokenizer, encoder.config)
 
     def forward(self, prompts: list[str]) -> Condition:
         """The condition of `prompts`; those that are too long are cut."""
@@ -64,6 +60,16 @@ class TextConditioner(nn.Module):
     def fingerprint(self) -> str:
         """A hash of all that `embed` depends on: tokenizers and weights."""
         return fingerprint(self.encoders, type(self).__name__, *map(_vocabulary, self.tokenizers))
+
+
+def check_fit(tokenizer: CLIPTokenizer, config: Any) -> None:
+    """Gives the tokenizer the length of its text encoder's, where its files say a longer one, or none.
+
+    Raises UserError if the encoder has no embedding for some of its tokens, or it lacks most of those embedded.
+    """
+    tokenizer.model_max_length = min(tokenizer.model_max_length, config.max_position_embeddings)
+    if not config.vocab_size / 2 <= len(tokenizer) <= config.vocab_size:  # an encoder may be padded, but not so much
+        raise UserError(f"tokenizer: has {len(tokenizer)} tokens, its text encoder embeds {config.vocab_size}")
 
 
 def tokenize(tokenizer: CLIPTokenizer, prompts: list[str], encoder: nn.Module) -> Tensor:

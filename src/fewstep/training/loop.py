@@ -46,6 +46,8 @@ def train(
     shape = (method.num_noises, settings.grid_images, *method.model.shape)
     noise = torch.randn(shape, generator=generator(settings.seed, "grid"))  # the same in every grid: (K, N, C, H, W)
     (run / "samples").mkdir(exist_ok=True)
+    if start == num_steps and (run / f"{checkpoint.FROZEN}.damaged").exists():
+        _save(method, metrics, run, start)  # for no later one will have what was set aside
     every, clock = settings.evaluation.every or num_steps, StepClock(method.model.device)
     ahead = parts_ahead(batch_at, settings, start, method.model.device)
     with stop_request() as stop_requested, ahead as parts, open_board(run, start, settings.tensorboard) as board:

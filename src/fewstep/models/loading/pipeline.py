@@ -17,6 +17,7 @@ from fewstep.networks.families import FAMILIES, find_family
 from fewstep.networks.family import Family
 
 Changes = dict[str, Any]
+VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))  # newer folders have the first, older the others
 
 
 def check_index(source: object, index: dict[str, Any]) -> Family:
@@ -132,7 +133,7 @@ def _assemble(folder: Path, family: Family, parts: dict[str, nn.Module], changes
     others = {name for name, entry in index.items() if isinstance(entry, list)}  # SD3's T5, say
     unwanted = (others | set(kind._optional_components)) - set(family.parts)
     told = read_config(folder / "scheduler" / "scheduler_config.json")  # of which a class drops what it does not know
-    given = parts | {name: _without_weights(folder / name, str(index[name][1])) for name in family.others}
+    given = parts | {name: without_weights(folder / name, str(index[name][1])) for name in family.others}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # 20 lines each, of settings that no denoiser depends on
         pipeline = kind.from_pretrained(str(folder), local_files_only=True, **given, **dict.fromkeys(unwanted))
@@ -143,10 +144,13 @@ def _assemble(folder: Path, family: Family, parts: dict[str, nn.Module], changes
     return pipeline
 
 
-def _without_weights(folder: Path, name: str) -> Any:
-    """A scheduler or a tokenizer of that class."""
+def without_weights(folder: Path, name: str) -> Any:
+    """A scheduler or a tokenizer of that class; for want of its files the library would make an empty one."""
     if not name.endswith(("Scheduler", "Tokenizer", "TokenizerFast")):
         raise UserError(f"{folder}: is of the class {name}, which is no scheduler and no tokenizer")
+    if "Tokenizer" in name and not any(all((folder / file).is_file() for file in files) for files in VOCABULARIES):
+        told = " nor ".join(" with ".join(files) for files in VOCABULARIES)
+        raise UserError(f"{folder}: holds neither {told}; fetch the model again")
     with whole(folder):
         return library_class(name).from_pretrained(str(folder), local_files_only=True)
 

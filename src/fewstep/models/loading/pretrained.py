@@ -122,17 +122,25 @@ def _load_network(folder: Path, family: Family, config: PixelSettings) -> nn.Mod
     check_files(folder, [family.part])
     tensors, _ = part_tensors(place)
     if family.weights:  # of a library, whose networks can be made without memory: so it is known that they fit
-        with torch.device("meta"):
-            bare: Any = family.network(config)
-        stored = read_config(place / "config.json")
-        for name, value in json.loads(json.dumps(dict(bare.config))).items():  # lists for tuples, as the file has them
-            if not name.startswith("_") and name in stored and stored[name] != value:
-                its = f"{DESCRIPTION} {value}"
-                raise UserError(f"{place}/config.json says {name} {stored[name]}, {its}; they are of two models")
-        check_fits(place, bare.state_dict(), {name: meta for name, (_, meta) in tensors.items()})
+        check_fits(
+            place, described(place, family, config).state_dict(), {name: meta for name, (_, meta) in tensors.items()}
+        )
     network = family.network(config)
     files = dict.fromkeys(file for file, _ in tensors.values())
     load_checked(place, network, {name: value for file in files for name, value in load_file(file).items()})
+    return network
+
+
+def described(place: Path, family: Family, config: PixelSettings) -> nn.Module:
+    """The network by its settings, without memory; raises UserError where the configuration at `place` contradicts."""
+    with torch.device("meta"):
+        bare: Any = family.network(config)
+    stored = read_config(place / "config.json")
+    for name, value in json.loads(json.dumps(dict(bare.config))).items():  # lists for tuples, as the file has them
+        if not name.startswith("_") and name in stored and stored[name] != value:
+            told = f"says {name} {stored[name]}, {DESCRIPTION} {value}; they are of two models"
+            raise UserError(f"{place}/config.json {told}")
+    network: nn.Module = bare
     return network
 
 
