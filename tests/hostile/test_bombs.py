@@ -67,6 +67,8 @@ TEXTS = [
     *((f"{verb} --out {'n' * 300}", "nnn") for verb in ("teach t.yaml", "evaluate student")),
     (f"sample student --out {'n' * 300}.png", "nnn"),
     (f"sample {'n' * 300}", "nnn"),
+    (f"sample student --prompt {'n' * 10**5}", "--prompt: a text of 100,000 characters"),
+    ("sample student --prompts long.txt", "long.txt: a text of 10,000,000 characters"),
     (f"export student {'n' * 300}", "nnn"),
     (f"export {'n' * 300} out", "nnn"),
     (f"{TEACH} --set data.source={'n' * 300}", "nnn"),
@@ -84,6 +86,7 @@ def place(quick: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pat
         Path("nested.yaml").write_text("a: " + "[" * 3000)
         Path("aliases.yaml").write_text(ALIASES)
         Path("long.yaml").write_text("a: " + "b" * 10**7)
+        Path("long.txt").write_text("b" * 10**7)
         yield folder
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 import fewstep
 from fewstep.commands.options import Sample
 from fewstep.commands.runs import check_alike, check_writable, free_place, pick_device, tell_done
-from fewstep.data.texts import load_prompts
+from fewstep.data.texts import check_lengths, load_prompts
 from fewstep.errors import UserError
 from fewstep.models.image_model import Asked, ImageModel
 from fewstep.models.loading.hub import is_hub_id
@@ -58,7 +58,8 @@ def sample(order: Sample) -> None:
     order = with_place(order)
     use_family(order.family)
     device = pick_device(order.device)
-    prompts = [*order.prompt, *(load_prompts(order.prompts, field="--prompts") if order.prompts else [])]
+    prompts = check_lengths("--prompt", list(order.prompt))
+    prompts += load_prompts(order.prompts, field="--prompts") if order.prompts else []
     painters = make_painters(order, prompts)
     num = order.num or (max(4, len(prompts)) if prompts else 40)
     images = [draw(painter, order, number, num, device) for number, painter in enumerate(painters, 1)]

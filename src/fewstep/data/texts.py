@@ -9,6 +9,7 @@ from typing import Any
 from fewstep.errors import UserError
 
 MAX_BYTES = 2**20  # of a caption, or of the JSON of one image
+MAX_LENGTH = 2**16  # characters of a prompt, of which models read the first hundreds
 PROMPTS = ("prompt", "caption", "text")
 
 
@@ -95,6 +96,13 @@ def load_prompts(source: str, column: str | None = None, field: str = "prompts.s
         raise UserError(f"{field} {source}: can't be read ({' '.join(str(error).split()[:20])})") from error
     if not prompts:
         raise UserError(f"{field} {source}: holds no prompts")
+    return check_lengths(f"{field} {source}", prompts)
+
+
+def check_lengths(where: str, prompts: list[str]) -> list[str]:
+    """The prompts; raises UserError for one that is too long to be one."""
+    if (longest := max(map(len, prompts), default=0)) > MAX_LENGTH:
+        raise UserError(f"{where}: a text of {longest:,} characters is no prompt; the limit is {MAX_LENGTH:,}")
     return prompts
 
 
