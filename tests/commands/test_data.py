@@ -150,7 +150,11 @@ def test_training_on_latents_encodes_nothing(
     assert len(batches) == 4
 
 
-@pytest.mark.parametrize(("gan", "stored"), [("", torch.float32), (NO_GAN, torch.float16)])
+FITS = [("sd", NO_GAN, torch.float16), ("sdxl", "", torch.float32)]
+RARER = [pytest.param(*each, marks=pytest.mark.slow) for each in (("sd", *FITS[1][1:]), ("sdxl", *FITS[0][1:]))]
+
+
+@pytest.mark.parametrize(("workshop", "gan", "stored"), FITS + RARER, indirect=["workshop"])
 def test_latents_fit_a_run_in_bfloat16_which_resumes_bit_for_bit(
     run: Run, place: Path, gan: str, stored: torch.dtype
 ) -> None:
