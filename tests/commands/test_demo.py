@@ -16,6 +16,7 @@ import pytest
 
 from command_line import OF_EVERY_RUN, fewstep, refused
 from fewstep.commands import demo as module
+from fewstep.evaluation import extractors
 from fewstep.metric_table import metrics_of
 from fewstep.models.sampler import images_per_second
 from fewstep.runtime.checkpoint import newest_whole
@@ -59,7 +60,7 @@ def test_a_demo_runs_writes_what_it_says_and_overwrites_nothing(
     monkeypatch.setattr(module, "DIGITS", module.DIGITS._replace(speed_batch=2))
     monkeypatch.setattr(module, "images_per_second", partial(images_per_second, min_seconds=0))
     monkeypatch.setattr(module, "NUM_PROCESSES", 1)  # threads of a training
-    monkeypatch.setattr("fewstep.evaluation.extractors.CLASSIFIER_STEPS", 20)
+    monkeypatch.setattr(extractors, "train_classifier", partial(extractors.train_classifier, num_steps=20))
     monkeypatch.setattr(module, "task_runner", run_here)
     small = "--set num_steps=2 --set batch_size=4 --set model.block_out_channels=[16,32] --num-samples 100"
     line = f"demo {option} --out {tmp_path}/demo {small}"

@@ -191,7 +191,7 @@ def open_classifier(
     """
     if not path.exists():
         with progress_bar("classifier", CLASSIFIER_STEPS, report) as show:
-            trained = train_classifier(images, model.channels, model.num_classes, CLASSIFIER_STEPS, report=show)
+            trained = train_classifier(images, model.channels, model.num_classes, report=show)
         with written_whole(path) as temporary:
             save_file(trained.state_dict(), temporary)
     network = Classifier(model.channels, model.num_classes)
