@@ -326,7 +326,7 @@ DAMAGES: dict[str, tuple[Damage, list[str]]] = {  # by name, which has the optio
     "no timesteps": (text("fewstep.json", NO_TIMES), [f"fewstep.json: {BAD} (TypeError"]),
     "a scheduler of nothing": (
         text("scheduler/scheduler_config.json", "{}"),
-        ["model: scheduler: a ", "without betas"],
+        ["scheduler/scheduler_config.json: scheduler: a ", "without betas"],
     ),
     "a torn index": (text("model_index.json", "{"), ["model_index.json: is damaged (JSONDecodeError"]),
     "another part": (copied(TEXT, UNET), ["/unet lacks", "tensors (conv_in.bias"]),
