@@ -25,7 +25,7 @@ from fewstep.evaluation.report import Curves, Row
 from fewstep.export.card import last_part
 from fewstep.models.image_model import ImageModel
 from fewstep.models.loading.hub import is_hub_id
-from fewstep.models.loading.pretrained import SUFFIX, is_loadable, open_averages
+from fewstep.models.loading.pretrained import configured, is_loadable, open_averages
 from fewstep.models.sampler import Sampler, default_sampler, generate_batches, images_per_second, parse_sampler
 from fewstep.networks.families import use_family
 from fewstep.recipes.loading import read_run_recipe
@@ -48,8 +48,7 @@ def evaluate(given: Evaluate) -> None:
     folders = [text for text in given.runs if _is_image_folder(text)]
     sources = [text for text in given.runs if text not in folders]
     data, keep = _reference(given, sources)
-    configured = [source for source in sources if Path(source).suffix == SUFFIX] or sources[:1]
-    averages = [open_averages(source, given.config if source in configured else None) for source in sources]
+    averages = [open_averages(each, given.config if each in configured(sources) else None) for each in sources]
     firsts = [of[""] for of in averages]
     check_alike(sources, firsts)
     firsts[0].to(device)  # where the judge's network goes, too

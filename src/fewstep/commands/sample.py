@@ -18,7 +18,7 @@ from fewstep.data.texts import check_lengths, load_prompts
 from fewstep.errors import UserError
 from fewstep.models.image_model import Asked, ImageModel
 from fewstep.models.loading.hub import is_hub_id
-from fewstep.models.loading.pretrained import is_single_file, open_model
+from fewstep.models.loading.pretrained import configured, open_model
 from fewstep.models.sampler import Sampler, default_sampler, generate, parse_sampler
 from fewstep.networks.families import use_family
 from fewstep.networks.fingerprint import fingerprint
@@ -120,11 +120,10 @@ def single_path(order: Sample, number: int, index: int) -> Path:
 def make_painters(order: Sample, prompts: list[str]) -> list[Painter]:
     """One or two models, open on the CPU, with their samplers; raises UserError for what they can't do."""
     sources = [order.path, *([order.compare] if order.compare else [])]
-    configured = [source for source in sources if is_single_file(source)] or sources[:1]
     models: list[ImageModel] = []
     for source in sources:
         prediction_type = order.prediction_type if not models else None  # of the first
-        models.append(open_model(source, order.config if source in configured else None, prediction_type))
+        models.append(open_model(source, order.config if source in configured(sources) else None, prediction_type))
         check_asked(models[-1], order.label, prompts)
     check_alike(sources, models)
     named = next((model for model in models if model.class_names), models[0])

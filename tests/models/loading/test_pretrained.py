@@ -16,7 +16,7 @@ from fake_hub import fake_hub, point_to
 from fewstep.errors import UserError
 from fewstep.models.latent_model import LatentModel
 from fewstep.models.loading.hub import is_hub_id
-from fewstep.models.loading.pretrained import load
+from fewstep.models.loading.pretrained import configured, load
 from fewstep.models.loading.single_file import base_model
 from single_files import original_weights, write_single_file
 from steps import draws
@@ -305,3 +305,15 @@ def test_a_path_is_not_taken_for_a_hub_id(tmp_path: Path, monkeypatch: pytest.Mo
     assert is_hub_id("owner/name-1.0")
     for path in ("runs/gone", "name", "/owner/name", "./name", "a/b/c", "../name", "owner/", "owner/.hidden"):
         assert not is_hub_id(path), path
+
+
+@pytest.mark.parametrize(
+    ("sources", "wanted"),
+    [
+        (["run", "a.safetensors"], ["a.safetensors"]),
+        (["run", "a.sft", "B.SAFETENSORS"], ["a.sft", "B.SAFETENSORS"]),
+        (["run", "other"], ["run"]),  # which says that it has its own
+    ],
+)
+def test_a_configuration_is_of_every_single_file_whatever_its_suffix(sources: list[str], wanted: list[str]) -> None:
+    assert configured(sources) == wanted

@@ -1,6 +1,7 @@
 """From a folder, a single file or a model on the hub to an image model; nothing in it is executed."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,11 @@ def is_model_folder(folder: Path) -> bool:
 def is_single_file(source: Source) -> bool:
     """Whether it has the name of a file of safetensors."""
     return Path(source).suffix.lower() in (SUFFIX, ".sft")
+
+
+def configured(sources: Sequence[str]) -> Sequence[str]:
+    """Those that a `--config` is of: the single files, else the first, which refuses it."""
+    return [source for source in sources if is_single_file(source)] or sources[:1]
 
 
 def is_loadable(source: Source) -> bool:
