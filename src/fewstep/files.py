@@ -55,7 +55,12 @@ def writing(path: Path) -> Iterator[None]:
 
 def free_bytes(path: Path) -> int:
     """What the disk has room for where a path is, or is to be."""
-    return shutil.disk_usage(next(each for each in (path, *path.absolute().parents) if each.exists())).free
+    return shutil.disk_usage(nearest(path)).free
+
+
+def nearest(path: Path) -> Path:
+    """The path itself if it is there, else the folder above it that is."""
+    return next(each for each in (path, *path.absolute().parents) if os.path.exists(each))
 
 
 def size(num_bytes: int) -> str:

@@ -211,13 +211,6 @@ def load_embedding(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {n.removeprefix("time_embedding."): t for n, t in tensors.items() if n.startswith("time_embedding.")}
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_is_another_model_is_refused_by_name(sd: Path, name: str) -> None:
-    change, fragments = REFUSED[name]
-    change(sd)
-    refused(sd, *fragments)
-
-
 # --- obeyed ----------------------------------------------------------------------------------------------------------
 
 
@@ -521,9 +514,12 @@ HARMFUL: dict[str, tuple[Change, list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("name", HARMFUL)
-def test_a_folder_that_does_harm_is_refused_in_one_line(sd: Path, name: str) -> None:
-    change, fragments = HARMFUL[name]
+@pytest.mark.parametrize(
+    ("change", "fragments"), [pytest.param(*each, id=name) for name, each in (REFUSED | HARMFUL).items()]
+)
+def test_another_model_or_a_folder_that_does_harm_is_refused_by_name(
+    sd: Path, change: Change, fragments: list[str]
+) -> None:
     change(sd)
     refused(sd, *fragments)
 

@@ -15,7 +15,7 @@ from fewstep.data.latents import LatentSet
 from fewstep.data.texts import load_prompts
 from fewstep.embedded.sources import origin
 from fewstep.errors import Interrupted, UserError, out_of_memory
-from fewstep.files import folder_lock, read_json, write_text
+from fewstep.files import folder_lock, nearest, read_json, write_text
 from fewstep.models.image_model import Asked, ImageModel
 from fewstep.recipes.loading import differences, dump, load_recipe, read_run_recipe, recipe_names
 from fewstep.recipes.schema import AnyRecipe
@@ -127,9 +127,9 @@ def check_writable(folder: Path) -> None:
     """Raises UserError if nothing could be written in `folder`, there or not yet; writes nothing."""
     with suppress(FileNotFoundError, NotADirectoryError):  # which tells a name that is too long
         os.lstat(folder)
-    nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise UserError(f"--out: {nearest} is not a folder that can be written to; choose another")
+    there = nearest(folder)
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"--out: {there} is not a folder that can be written to; choose another")
 
 
 def free_place(named: Path | None, default: Path, taken: Callable[[Path], bool], overwrite: bool) -> Path:
@@ -159,10 +159,10 @@ def check_alike(sources: Sequence[str], models: Sequence[ImageModel]) -> None:
 
 
 def tell_done(wrote: str, *next_commands: str) -> None:
-    """Prints what a verb wrote, and the command lines that come next, with or without the program's name."""
+    """Prints what a verb wrote, and the command lines that come next, without the program's name."""
     print(f"wrote {wrote}")
     for command in next_commands:
-        print(f"next: fewstep {command.removeprefix('fewstep ')}")
+        print(f"next: fewstep {command}")
 
 
 def tell_found(images: ImageSet | LatentSet | None) -> None:
@@ -207,12 +207,13 @@ def naming_memory(run: Path, recipe: Any) -> Iterator[None]:
 
 def start_run(job: Job, run: Path, recipe: AnyRecipe, report: Report | None) -> None:
     """Writes the recipe, and of a new run what it begins with, and trains; raises UserError if a teacher is another."""
-    if not (run / RECIPE).exists():
+    begun = read_run_recipe(run / RECIPE) if (run / RECIPE).exists() else None
+    if begun is None:
         facts = {"data": content_digest(recipe.data), "teacher": job.teacher}
         write_text(run / FACTS, json.dumps(facts) + "\n")
     elif job.teacher and read_facts(run).get("teacher", job.teacher) != job.teacher:
         raise UserError(f"{run}: the teacher is not the one that the run began with; choose another --out")
-    if not (run / RECIPE).exists() or recipe != read_run_recipe(run / RECIPE):
+    if recipe != begun:
         write_text(run / RECIPE, dump(recipe))  # which makes the folder a run
     with naming_memory(run, recipe), progress_bar(run.name, recipe.num_steps, report, seconds=0) as show:
         train(job.method, job.batch_at, run, recipe, show, job.evaluate, job.asked)

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ TAGS = {
 Interval = Sequence[float] | None
 
 
+@cache
 def texts() -> dict[str, str]:
     """Those of `card.md`, by name."""
     parts = re.split(r"^%% (\w+)\n", Path(__file__).with_suffix(".md").read_text("utf-8"), flags=re.MULTILINE)
