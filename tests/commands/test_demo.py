@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -64,7 +65,12 @@ def test_a_demo_runs_writes_what_it_says_and_overwrites_nothing(
     monkeypatch.setattr(module, "task_runner", run_here)
     small = "--set num_steps=2 --set batch_size=4 --set model.block_out_channels=[16,32] --num-samples 100"
     line = f"demo {option} --out {tmp_path}/demo {small}"
-    assert fewstep(line)[0] == 0
+    code, output, _ = fewstep(line)
+    assert (code, output.count("wrote ")) == (0, 1)
+    sampling, exporting = re.findall("next: fewstep (.+)", output)
+    assert sampling.startswith(f"sample {tmp_path}/demo/{ROWS[option][-2][0]}")
+    assert ("--prompt" in sampling) == (option == "--text")  # without which a model of text draws nothing
+    assert exporting.startswith("export ")
     rows = json.loads((tmp_path / "demo" / "results.json").read_text())
     assert [list(row) for row in rows] == [["model", "sampler", "nfe", *KEYS[option], "intervals"]] * (
         1 + len(ROWS[option])

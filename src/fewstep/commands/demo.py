@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from shlex import join, quote
+from shlex import join
 from typing import NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from fewstep.commands.data import open_encoder
 from fewstep.commands.distill import JOBS as DISTILL
 from fewstep.commands.evaluate import publish
 from fewstep.commands.options import Demo
-from fewstep.commands.runs import check_target, tell_done, train_recipe
+from fewstep.commands.runs import check_target, train_recipe
 from fewstep.commands.teach import JOBS as TEACH
 from fewstep.data.latents import write_latents
 from fewstep.data.settings import DataSettings
@@ -80,8 +80,6 @@ def demo(order: Demo) -> None:
         judge = make_judge(DataSettings(source=job.source), open_model(out / job.teacher), None, out, num, MAX_REAL)
         images = train_students(run, job, out, recipes, judge.prompts, num)
     judge_job(job, out, judge, images)
-    prompt = ["--prompt", judge.prompts[0]] if judge.prompts else []
-    tell_done(str(out), join(["sample", str(out / job.students[0][0]), *prompt]))
 
 
 def train_students(
@@ -136,7 +134,8 @@ def judge_job(job: Job, out: Path, judge: Judge, images: dict[Source, Tensor]) -
     curves = {name: read_metrics(out / name / METRICS) for name in models}
     facts = {"data": job.source, "seed": 0, "images of a model": len(next(iter(images.values())))}
     student = job.students[0][0]
-    then = [f"sample {quote(str(out / student))}", f"export {quote(str(out / student))} {student}"]
+    prompt = ["--prompt", judge.prompts[0]] if judge.prompts else []
+    then = [join(["sample", str(out / student), *prompt]), join(["export", str(out / student), student])]
     publish(rows, curves, out, job.title, judge, facts, then)
 
 
