@@ -1,12 +1,24 @@
-"""What models on pixels are made by, in recipes and in model folders."""
+"""What networks are made by, in recipes and in model folders: models on pixels, and low-rank weights beside theirs."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from fewstep.settings import Few, Levels, Settings, Width
 
 MAX_SIZE = 4096  # pixels; what a damaged file says beyond would take all memory
+
+
+class LoRASettings(Settings):
+    """Low-rank weights that are trained beside a frozen base (arXiv 2106.09685): W' = W + alpha / rank (B A)."""
+
+    rank: int = Field(64, ge=1, le=1024)
+    """r of B (out, r) and A (r, in)."""
+    alpha: float = Field(8.0, gt=0, le=1e6)
+    """The change is scaled by alpha / rank; official: 8 at rank 64."""
+    targets: Literal["official", "lean"] | Annotated[list[str], Field(min_length=1, max_length=1000)] = "official"
+    """Which layers: `official`, the 14 names of DMD2's script (spec, 1.8: attention, feed-forward, convolutions and
+    projections, of SDXL 788), `lean`, attention and feed-forward alone (700), or a list of ends of their names."""
 
 
 class PixelSettings(Settings):
