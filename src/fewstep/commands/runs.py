@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from difflib import get_close_matches
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -156,6 +157,30 @@ def check_alike(sources: Sequence[str], models: Sequence[ImageModel]) -> None:
         for one, other in zip(made(model), made(models[0]), strict=False):  # names are compared where both have them
             if one != other:
                 raise UserError(f"{source}: makes {one}, but {sources[0]} {other}; take models that are alike")
+
+
+def check_asked(model: ImageModel, label: str | None, prompts: list[str]) -> None:
+    """Raises UserError where the model does not take what is asked for."""
+    if model.kind == "text":
+        if label is not None or not prompts or not all(prompts):
+            raise UserError("--prompt: a text-to-image model takes a prompt, and no --class")
+    elif prompts:
+        raise UserError("--prompt: this model takes no text; choose a class with --class")
+
+
+def class_number(model: ImageModel, label: str) -> int:
+    """Of the class of that name, else of that number; raises UserError if there is none, or several of the name."""
+    names = model.class_names or []
+    if found := [number for number, name in enumerate(names) if name == label]:
+        if len(found) > 1:
+            raise UserError(f"--class {label}: classes {', '.join(map(str, found))} have this name; give the number")
+        return found[0]
+    if label.isdecimal() and len(label) < 10 and int(label) < model.num_classes:
+        return int(label)
+    near = get_close_matches(label.lower(), [name.lower() for name in names], n=1, cutoff=0.5)
+    meant = [name for name in names if name.lower() in near]
+    told = f"; did you mean {meant[0]!r}?" if meant else f", from {names[0]!r} to {names[-1]!r}" if names else ""
+    raise UserError(f"--class {label}: the model has {model.num_classes} classes, counted from 0{told}")
 
 
 def tell_done(wrote: str, *next_commands: str) -> None:

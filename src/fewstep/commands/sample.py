@@ -3,7 +3,6 @@
 import json
 import re
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -13,13 +12,21 @@ from torch import Tensor
 
 import fewstep
 from fewstep.commands.options import Sample
-from fewstep.commands.runs import check_alike, check_writable, free_place, pick_device, tell_done
+from fewstep.commands.runs import (
+    check_alike,
+    check_asked,
+    check_writable,
+    class_number,
+    free_place,
+    pick_device,
+    tell_done,
+)
 from fewstep.data.texts import check_lengths, load_prompts
 from fewstep.errors import UserError
 from fewstep.models.image_model import Asked, ImageModel
 from fewstep.models.loading.hub import is_hub_id
 from fewstep.models.loading.pretrained import configured, open_model
-from fewstep.models.sampler import Sampler, default_sampler, generate, parse_sampler
+from fewstep.models.sampler import Sampler, default_sampler, generate, parse_sampler, spread_timesteps
 from fewstep.networks.families import use_family
 from fewstep.networks.fingerprint import fingerprint
 from fewstep.pictures import grid, num_columns, parameters_text, read_text, save_png, to_picture
@@ -136,30 +143,6 @@ def make_painters(order: Sample, prompts: list[str]) -> list[Painter]:
     ]
 
 
-def check_asked(model: ImageModel, label: str | None, prompts: list[str]) -> None:
-    """Raises UserError where the model does not take what is asked for."""
-    if model.kind == "text":
-        if label is not None or not prompts or not all(prompts):
-            raise UserError("--prompt: a text-to-image model takes a prompt, and no --class")
-    elif prompts:
-        raise UserError("--prompt: this model takes no text; choose a class with --class")
-
-
-def class_number(model: ImageModel, label: str) -> int:
-    """Of the class of that name, else of that number; raises UserError if there is none, or several of the name."""
-    names = model.class_names or []
-    if found := [number for number, name in enumerate(names) if name == label]:
-        if len(found) > 1:
-            raise UserError(f"--class {label}: classes {', '.join(map(str, found))} have this name; give the number")
-        return found[0]
-    if label.isdecimal() and len(label) < 10 and int(label) < model.num_classes:
-        return int(label)
-    near = get_close_matches(label.lower(), [name.lower() for name in names], n=1, cutoff=0.5)
-    meant = [name for name in names if name.lower() in near]
-    told = f"; did you mean {meant[0]!r}?" if meant else f", from {names[0]!r} to {names[-1]!r}" if names else ""
-    raise UserError(f"--class {label}: the model has {model.num_classes} classes, counted from 0{told}")
-
-
 def choose_sampler(model: ImageModel, order: Sample, first: bool, no_teacher: bool) -> tuple[ImageModel, Sampler]:
     """The model as it is to be sampled, and how.
 
@@ -194,18 +177,6 @@ def teachers_sampler(model: ImageModel, named: str | None, guidance_scale: float
     if guidance_scale != 1 and model.null_condition is None:
         raise UserError("--guidance: the model has no null class to guide with")
     return replace(chosen, num_steps=steps or chosen.num_steps, guidance_scale=guidance_scale)
-
-
-def spread_timesteps(model: ImageModel, own: list[float], steps: int) -> list[float]:
-    """As many evenly spaced timesteps, for a student of several evenly spaced ones; raises UserError for others."""
-    schedule = model.denoiser.schedule
-    if steps == len(own):
-        return own
-    if len(own) == 1:
-        raise UserError(f"--steps {steps}: this is a one-step student (timestep {own[0]:g}), which has no second step")
-    if not torch.allclose(torch.tensor(own).double(), schedule.grid(len(own)).double()):
-        raise UserError(f"--steps {steps}: the student's timesteps {own} are not evenly spaced; leave --steps out")
-    return schedule.grid(steps).tolist()
 
 
 def describe(source: str, model: ImageModel, sampler: Sampler) -> dict[str, Any]:

@@ -68,6 +68,18 @@ def parse_sampler(text: str) -> Sampler:
     raise UserError(f"sampler {text!r}: write {kinds}, for example heun:18, or ddim:50@3 for guidance of scale 3")
 
 
+def spread_timesteps(model: ImageModel, own: list[float], steps: int) -> list[float]:
+    """As many evenly spaced timesteps, for a student of several evenly spaced ones; raises UserError for others."""
+    schedule = model.denoiser.schedule
+    if steps == len(own):
+        return own
+    if len(own) == 1:
+        raise UserError(f"--steps {steps}: this is a one-step student (timestep {own[0]:g}), which has no second step")
+    if not torch.allclose(torch.tensor(own).double(), schedule.grid(len(own)).double()):
+        raise UserError(f"--steps {steps}: the student's timesteps {own} are not evenly spaced; leave --steps out")
+    return schedule.grid(steps).tolist()
+
+
 def draw_noise(model: ImageModel, num_noises: int, start: int, stop: int, seed: int) -> Tensor:
     """Unit noise (num_noises, B, C, H, W) of images start .. stop-1; image i has the same noise in every batch.
 
