@@ -4,10 +4,9 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import yaml
 from torch import nn
 
 from fewstep.embedded.small_models import SCHEDULE
@@ -17,15 +16,12 @@ from fewstep.files import written_whole
 from fewstep.models.latent_model import LatentModel
 from fewstep.models.loading.pipeline import library_class
 from fewstep.models.loading.single_file import TIMESTEPS, UNET, Weights
+from fewstep.models.original_names import NAMES, T, of_unet, renamed
 from fewstep.networks.codec import Codec
 from fewstep.networks.families.stable_diffusion import vp_schedule
 
-Places = dict[str, str]
-"""Dotted starts of diffusers' names -> the original ones."""
 SCALES = (0.18215, 0.13025)
 """Of latents, in which readers of a file take SD and SDXL to be."""
-T = TypeVar("T")
-NAMES: dict[str, Places] = yaml.safe_load(Path(__file__).with_name("original_names.yaml").read_text())
 
 
 def write_single_file(model: LatentModel, path: Path, metadata: dict[str, str], dtype: torch.dtype) -> None:
@@ -47,7 +43,7 @@ def original_weights(model: LatentModel) -> Weights:
     pipeline = model.pipeline
     first = _text_state(pipeline.text_encoder)  # OpenAI's CLIP keeps its names
     unet = model.network
-    weights = _renamed(unet, unet.state_dict(), UNET, _unet_places(unet), NAMES["unet_layers"])
+    weights = of_unet(unet, unet.state_dict(), UNET)
     weights |= _vae(pipeline.vae)
     if "text_encoder_2" in pipeline.components:
         weights |= _prefixed("conditioner.embedders.0.transformer.text_model.", first)
@@ -62,38 +58,6 @@ def _is_second_version(model: LatentModel) -> bool:
     return bool(model.pipeline.text_encoder.config.hidden_act == "gelu")
 
 
-def _renamed(network: nn.Module, state: Weights, prefix: str, places: Places, layers: Mapping[str, str]) -> Weights:
-    """The state dict with the starts of its names replaced by `places`, and behind them those of `layers`."""
-    weights = {}
-    for name, tensor in state.items():
-        place = next((place for place in places if name.startswith(f"{place}.")), None)
-        if place is None:
-            raise UserError(f"{type(network).__name__}: the layout of single files has no place for its {name}")
-        rest = name.removeprefix(f"{place}.")
-        layer = next((layer for layer in layers if rest.startswith(f"{layer}.")), "")
-        weights[f"{prefix}{places[place]}.{layers.get(layer, '')}{rest.removeprefix(layer)}"] = tensor
-    return weights
-
-
-def _unet_places(unet: Any) -> Places:
-    """The levels as one list of input blocks and one of output blocks; a block is a list of layers."""
-    places = dict(NAMES["unet_starts"])
-    for way, side, index in (("down", "input", 1), ("up", "output", 0)):
-        for level, block in enumerate(getattr(unet, f"{way}_blocks")):
-            here = f"{way}_blocks.{level}"
-            for layer in range(len(block.resnets)):
-                places[f"{here}.resnets.{layer}"] = f"{side}_blocks.{index}.0"
-                places[f"{here}.attentions.{layer}"] = f"{side}_blocks.{index}.1"
-                index += 1
-            if way == "up":  # beside the last layer
-                behind = 2 if hasattr(block, "attentions") else 1
-                places[f"{here}.upsamplers.0.conv"] = f"output_blocks.{index - 1}.{behind}.conv"
-            elif block.downsamplers:  # a block of its own
-                places[f"{here}.downsamplers.0.conv"] = f"input_blocks.{index}.0.op"
-                index += 1
-    return places
-
-
 def _vae(vae: Any) -> Weights:
     """Levels are counted from the image on both sides; attention is of 1x1 convolutions."""
     places = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
@@ -105,7 +69,7 @@ def _vae(vae: Any) -> Weights:
             places[f"{here}.{way}samplers.0.conv"] = f"{there}.{way}sample.conv"
             for layer in range(len(block.resnets)):
                 places[f"{here}.resnets.{layer}"] = f"{there}.block.{layer}"
-    weights = _renamed(vae, vae.state_dict(), "first_stage_model.", places, NAMES["vae_layers"])
+    weights = renamed(vae, vae.state_dict(), "first_stage_model.", places, NAMES["vae_layers"])
     return {name: t[:, :, None, None] if ".attn_1." in name and t.ndim == 2 else t for name, t in weights.items()}
 
 
@@ -130,7 +94,7 @@ def _openclip(encoder: Any, prefix: str) -> Weights:
     places = NAMES["openclip_starts"] | {
         f"encoder.layers.{index}": f"transformer.resblocks.{index}" for index in range(encoder.config.num_hidden_layers)
     }
-    return _prefixed(prefix, ends) | _renamed(encoder, state, prefix, places, NAMES["openclip_layers"])
+    return _prefixed(prefix, ends) | renamed(encoder, state, prefix, places, NAMES["openclip_layers"])
 
 
 def _flags(model: LatentModel) -> list[str]:
