@@ -27,7 +27,8 @@ from fewstep.stopping import advising
 from fewstep.training.batches import BatchAt
 from fewstep.training.loop import Evaluate, train
 from fewstep.training.method import Method
-from fewstep.training.optimization import learning_rate_factor
+from fewstep.training.optimization import check_optimizer, learning_rate_factor
+from fewstep.training.settings import OptimizerSettings
 
 
 class Job(NamedTuple):
@@ -103,16 +104,20 @@ def check_past(run: Path, old: AnyRecipe, new: AnyRecipe) -> None:
 
 def same_rates(old: Any, new: Any, done: int) -> bool:
     """Whether the learning rates of the steps that are done are those of a run of the new length."""
-    if hasattr(old, "optimizer"):
-        optimizers = [(old.optimizer, 1)]
-    else:
-        optimizers = [(old.student.optimizer, getattr(old, "student_every", 1))]
-        optimizers += [(old.critic.optimizer, 1)] if hasattr(old, "critic") else []
 
     def last_rate(num_steps: int, settings: Any, every: int) -> float:  # differs as soon as a rate has begun to fall
         return learning_rate_factor(-(-done // every) - 1, -(-num_steps // every), settings)
 
-    return not done or all(last_rate(old.num_steps, *each) == last_rate(new.num_steps, *each) for each in optimizers)
+    trained = optimizers(old)
+    return not done or all(last_rate(old.num_steps, *each) == last_rate(new.num_steps, *each) for each in trained)
+
+
+def optimizers(recipe: Any) -> list[tuple[OptimizerSettings, int]]:
+    """Of all that a recipe trains, each with the steps per update of it."""
+    if hasattr(recipe, "optimizer"):
+        return [(recipe.optimizer, 1)]
+    critics = [(recipe.critic.optimizer, 1)] if hasattr(recipe, "critic") else []
+    return [(recipe.student.optimizer, getattr(recipe, "student_every", 1)), *critics]
 
 
 def read_facts(run: Path) -> dict[str, str | None]:
@@ -203,6 +208,8 @@ def train_recipe(jobs: Jobs, recipe: AnyRecipe, run: Path, resume: bool, report:
         check_target(run, recipe, resume)
         if recipe.tensorboard:
             check_tensorboard()
+        for settings, _ in optimizers(recipe):
+            check_optimizer(settings)
         shown = load_prompts(recipe.samples.prompts, field="samples.prompts:") if recipe.samples.prompts else None
         job = jobs[recipe.kind](recipe, run)
         if shown and getattr(job.method.model, "kind", None) != "text":

@@ -1,12 +1,15 @@
 """One optimizer with its schedule and its clipping; what is not finite never reaches the weights."""
 
+import logging
 import math
 from collections.abc import Callable, Iterable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fewstep.errors import UserError
 from fewstep.training.settings import OptimizerSettings
 
 
@@ -18,15 +21,33 @@ def learning_rate_factor(update: int, num_updates: int, settings: OptimizerSetti
     return warmup * decay[settings.decay]
 
 
+def check_optimizer(settings: OptimizerSettings) -> None:
+    """Raises UserError if the package of its kind is missing."""
+    if settings.kind == "adamw8bit" and find_spec("bitsandbytes") is None:
+        advice = "pip install fewstep[8bit], or set kind to adamw"
+        raise UserError(f"optimizer.kind=adamw8bit: the package bitsandbytes is missing; {advice}")
+
+
+def _adamw(parameters: list[nn.Parameter], settings: OptimizerSettings) -> torch.optim.Optimizer:
+    given: Any = settings.model_dump(include={"lr", "betas", "weight_decay", "eps"})
+    if settings.kind == "adamw":
+        # Fused: one kernel, and the only one that can skip without the host.
+        return torch.optim.AdamW(parameters, **given, fused=True)
+    check_optimizer(settings)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels of multiplications, not needed here
+    from bitsandbytes.optim import AdamW8bit  # its state is plain tensors; two seconds to import
+
+    optimizer: torch.optim.Optimizer = AdamW8bit(parameters, **given)
+    return optimizer
+
+
 class Optimizer:
     """AdamW over the parameters that are trained, for `num_updates` updates."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], settings: OptimizerSettings, num_updates: int):
         self.parameters = [p for p in parameters if p.requires_grad]
         self.clip_norm = settings.clip_norm
-        given = settings.model_dump(include={"lr", "betas", "weight_decay", "eps"})
-        # Fused: one kernel, and the only one that can skip without the host.
-        self.adamw = torch.optim.AdamW(self.parameters, **given, fused=True)
+        self.adamw, self.host_skips = _adamw(self.parameters, settings), settings.kind == "adamw8bit"
         self.lr: float = settings.lr
         self.factor: Callable[[int], float] = lambda update: learning_rate_factor(update, num_updates, settings)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.adamw, self.factor)
@@ -40,6 +61,9 @@ class Optimizer:
         """
         norm = nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)  # (), over all parameters together
         skipped = (~(norm.isfinite() & finite)).float()
+        if self.host_skips and skipped.item():
+            # The host waits here, once: bitsandbytes waits for the device behind every tensor anyway.
+            self.adamw.zero_grad()  # and what has no gradient stays as it is, with its moments and counts
         # The fused kernel looks at `found_inf` on the device, as for a gradient scaler: the host need not know.
         self.adamw.grad_scale, self.adamw.found_inf = None, skipped  # type: ignore[attr-defined]
         self.adamw.step()
