@@ -5,7 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+    UniPCMultistepScheduler,
+)
 from torch import Tensor, nn
 
 from fewstep.diffusion.denoiser import Condition, Denoiser
@@ -91,6 +97,24 @@ def test_on_vp_it_is_eulers_method_in_sigma_over_alpha(prediction_type: str, num
         y = y + (k[index + 1] - k[index]) * direction
     ours = euler(Denoiser(Wave(), VP.scaled_linear(), KINDS[prediction_type]), noise(torch.float64), num_steps, {})
     assert (ours - y).abs().max() < 1e-12 * y.abs().max()
+
+
+@pytest.mark.parametrize("prediction_type", KINDS)
+def test_lcm_is_diffusers_with_the_evenly_spaced_timesteps_named(prediction_type: str, tmp_path: Path) -> None:
+    """Of a teacher, and of a student whose own timesteps are others."""
+    times, noises = [999, 749, 499, 249], torch.randn(4, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    scheduler = LCMScheduler(**BETAS, prediction_type=prediction_type, clip_sample=False)
+    scheduler.set_timesteps(timesteps=times, original_inference_steps=1000)
+    network, x, random = Optimal(prediction_type), noises[0], torch.Generator().manual_seed(0)
+    torch.randn(1, 1, 4, 8, 8, generator=random)
+    for t in scheduler.timesteps:
+        x = scheduler.step(network(x, t.expand(1), {}), t, x, generator=random).prev_sample
+    model = LatentModel(TINY["sd"](tmp_path))
+    denoiser = Denoiser(network, VP(DDIMScheduler(**BETAS).alphas_cumprod), KINDS[prediction_type])
+    for timesteps in ([999.0], [999.0, 5.0]):
+        student = model.student(denoiser, timesteps)
+        torch.testing.assert_close(sample(student, Sampler("lcm", 4), noises, {}), x, rtol=1e-4, atol=1e-4)
+    assert Sampler("lcm", 4).num_noises == 4
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 18])

@@ -21,6 +21,7 @@ def option(help: str, default: Any = None, *names: str, **more: Any) -> Any:
 
 Place = Annotated[str, "a place"]
 PlaceIfAny = Annotated[str | None, "a place"]
+Places = Annotated[list[str], "a place"]
 """Texts that may be paths, or hub ids, or names of recipes; typed `~` is the home folder in them as in any Path."""
 Set = Annotated[list[str], Option("--set", metavar="KEY=VALUE", help="Override a setting; repeatable.")]
 Resume = Annotated[bool, Option("--resume", help="Continue the run in that folder.")]
@@ -144,9 +145,17 @@ class Sample(Order):
         max=10_000,
     )
     sampler: str | None = option(
-        "Of a teacher: heun, euler, ddim, dpm++, unipc.", metavar="KIND:N", show_default="heun:18; ddim:50 for text"
+        "Of a teacher: heun, euler, ddim, dpm++, unipc; lcm with a few-step LoRA.",
+        metavar="KIND:N",
+        show_default="heun:18; ddim:50 for text",
     )
-    guidance: float = option("Of a teacher; 1 is none.", 1.0, metavar="S", min=1, max=1000)
+    guidance: float = option("Of a teacher, or with --lora; 1 is none.", 1.0, metavar="S", min=1, max=1000)
+    lora: Places = option(
+        "Put into the first model; repeatable. One of ours brings its timesteps.",
+        [],
+        metavar="FILE[:STRENGTH]",
+        show_default=False,
+    )
     compare: PlaceIfAny = option("A second model, on the same noise, in every other column.", metavar="OTHER")
     device: Device = "auto"
     config: PlaceIfAny = option("Of a file: diffusers folder of its family.", metavar="DIR")
@@ -164,8 +173,7 @@ class Evaluate(Order):
     """Judge models side by side: FID with its noise floor, precision, recall, accuracy, speed."""
 
     runs: Annotated[
-        list[str],
-        "a place",
+        Places,
         Argument(
             help="Runs, RUN@STEP, RUN@best-fid, all that `sample` opens, folders of images; the first run's data is "
             "the reference."

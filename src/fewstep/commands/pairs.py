@@ -16,7 +16,7 @@ from fewstep.models.image_model import ImageModel
 from fewstep.models.latent_model import LatentModel
 from fewstep.models.loading.pretrained import open_model
 from fewstep.models.pixel_model import PixelModel
-from fewstep.models.sampler import MULTISTEP, Sampler, parse_sampler, sample
+from fewstep.models.sampler import MULTISTEP, RENOISING, Sampler, parse_sampler, sample
 from fewstep.networks.families import use_family
 from fewstep.networks.precision import INFERENCE_DTYPES
 from fewstep.runtime.tracking import progress_bar
@@ -88,6 +88,8 @@ def _check(model: ImageModel, teacher: str, sampler: Sampler) -> None:
     """Raises UserError if the teacher can't be sampled so."""
     if model.timesteps:
         raise UserError(f"--teacher {teacher}: is a few-step student; name its teacher")
+    if sampler.kind in RENOISING:
+        raise UserError(f"--sampler {sampler}: adds fresh noise at every step, and a pair has one; take euler or ddim")
     if sampler.kind in MULTISTEP and model.denoiser.schedule.betas is None:
         raise UserError(f"--sampler {sampler}: is for text-to-image teachers; take heun, euler or ddim")
     if sampler.guidance_scale != 1 and model.null_condition is None:

@@ -2,6 +2,8 @@
 
 import json
 import re
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
@@ -26,6 +28,7 @@ from fewstep.errors import UserError
 from fewstep.models.image_model import Asked, ImageModel
 from fewstep.models.loading.hub import is_hub_id
 from fewstep.models.loading.pretrained import configured, open_model
+from fewstep.models.lora_files import LoRAFile, open_loras, with_loras
 from fewstep.models.sampler import Sampler, default_sampler, generate, parse_sampler, spread_timesteps
 from fewstep.networks.families import use_family
 from fewstep.networks.fingerprint import fingerprint
@@ -36,8 +39,9 @@ from fewstep.runtime.tracking import progress_bar
 COLUMNS = 10
 CHUNK = "fewstep"  # the PNG text chunk with all settings as JSON
 SINGLE = re.compile(r"\d{5,}(-[12])?\.png")
+Loras = Sequence[tuple[LoRAFile, float]]
 SAMPLER_NAMES = {"student": "LCM", "heun": "Heun", "euler": "Euler"}  # of A1111
-SAMPLER_NAMES |= {"ddim": "DDIM", "dpm++": "DPM++ 2M", "unipc": "UniPC"}
+SAMPLER_NAMES |= {"ddim": "DDIM", "dpm++": "DPM++ 2M", "unipc": "UniPC", "lcm": "LCM"}
 
 
 @dataclass(frozen=True)
@@ -48,13 +52,15 @@ class Painter:
     sampler: Sampler
     asked: Asked
     facts: dict[str, Any]
+    loras: Loras = ()
 
     def label(self, index: int) -> str:
         """What image `index` is of: its prompt, or its class by name or number."""
         return self.model.label(index, self.asked)
 
     def __str__(self) -> str:
-        return f"{self.facts['model']} {self.sampler}"
+        loras = "".join(f" + {file.path.stem}:{strength:g}" for file, strength in self.loras)
+        return f"{self.facts['model']}{loras} {self.sampler}"
 
 
 def sample(order: Sample) -> None:
@@ -82,7 +88,7 @@ def sample(order: Sample) -> None:
             earlier.unlink()
     alone = "" if order.grid_only else f" and its {num * len(painters)} images to {order.folder}"
     data = "" if is_run(order.path) else " --data IMAGES"
-    tell_done(f"{order.out}{alone}", f"evaluate {quote(order.path)}{data}")
+    tell_done(f"{order.out}{alone}", *([] if order.lora else [f"evaluate {quote(order.path)}{data}"]))
 
 
 def with_place(order: Sample) -> Sample:
@@ -127,10 +133,13 @@ def single_path(order: Sample, number: int, index: int) -> Path:
 def make_painters(order: Sample, prompts: list[str]) -> list[Painter]:
     """One or two models, open on the CPU, with their samplers; raises UserError for what they can't do."""
     sources = [order.path, *([order.compare] if order.compare else [])]
-    models: list[ImageModel] = []
+    models, loras = list[ImageModel](), list[tuple[LoRAFile, float]]()
     for source in sources:
         prediction_type = order.prediction_type if not models else None  # of the first
         models.append(open_model(source, order.config if source in configured(sources) else None, prediction_type))
+        if order.lora and len(models) == 1:
+            loras = open_loras(order.lora, models[0])
+            models[0] = with_loras(models[0], loras, lambda told: print(f"fewstep: {told}", file=sys.stderr))
         check_asked(models[-1], order.label, prompts)
     check_alike(sources, models)
     named = next((model for model in models if model.class_names), models[0])
@@ -138,7 +147,7 @@ def make_painters(order: Sample, prompts: list[str]) -> list[Painter]:
     no_teacher = all(model.timesteps for model in models)
     chosen = [choose_sampler(model, order, model is models[0], no_teacher) for model in models]
     return [
-        Painter(model, sampler, asked, describe(source, model, sampler))
+        Painter(model, sampler, asked, describe(source, model, sampler), loras if source is sources[0] else ())
         for source, (model, sampler) in zip(sources, chosen, strict=True)
     ]
 
@@ -146,20 +155,17 @@ def make_painters(order: Sample, prompts: list[str]) -> list[Painter]:
 def choose_sampler(model: ImageModel, order: Sample, first: bool, no_teacher: bool) -> tuple[ImageModel, Sampler]:
     """The model as it is to be sampled, and how.
 
-    `--sampler` and `--guidance` are the teachers' alone. `--steps` are the first model's, and those of a sampler that
-    is named without steps.
+    `--sampler` and `--guidance` are the teachers' alone, and, where there is none, those of a model with LoRAs.
+    `--steps` are the first model's, and those of a sampler that is named without steps.
     """
     named, scale = (order.sampler, order.guidance) if no_teacher or not model.timesteps else (None, 1.0)
     steps = order.steps if first or (named and ":" not in named) else None
-    if model.timesteps:
-        if named is not None or scale != 1:
-            asked = f"--sampler {named}" if named else f"--guidance {scale:g}"
-            raise UserError(f"{asked}: a student has its own timesteps and guidance, and takes neither")
-        if steps:
-            model = model.student(model.denoiser, spread_timesteps(model, model.timesteps, steps))
-        sampler = default_sampler(model)
-    else:
-        sampler = teachers_sampler(model, named, scale, steps)
+    if model.timesteps and not (first and order.lora) and (named is not None or scale != 1):
+        asked = f"--sampler {named}" if named else f"--guidance {scale:g}"
+        raise UserError(f"{asked}: a student has its own timesteps and guidance, and takes neither")
+    if model.timesteps and steps and named is None:
+        model = model.student(model.denoiser, spread_timesteps(model, model.timesteps, steps))
+    sampler = teachers_sampler(model, named, scale, steps)
     if sampler.num_steps > (most := len(model.denoiser.schedule.levels)):
         raise UserError(f"--steps {sampler.num_steps}: the model has {most} noise levels; take no more steps")
     return model, sampler
@@ -186,7 +192,7 @@ def describe(source: str, model: ImageModel, sampler: Sampler) -> dict[str, Any]
         "fingerprint": fingerprint([model.network], first=64),  # in milliseconds, and no two checkpoints agree in it
         "sampler": sampler.kind,
         "num_steps": sampler.num_steps,
-        "timesteps": model.timesteps,
+        "timesteps": model.timesteps if sampler.kind == "student" else None,
         "guidance_scale": sampler.guidance_scale,
     }
 
@@ -244,4 +250,8 @@ def chunks(
         "Version": f"fewstep {fewstep.__version__}",
     }
     whole = {**settings, "seed": order.seed, "version": fewstep.__version__}
+    if painter.loras:  # where UIs look for them
+        title += "".join(f" <lora:{file.path.stem}:{strength:g}>" for file, strength in painter.loras)
+        further |= {"Lora hashes": ", ".join(f"{file.path.stem}: {file.hash}" for file, _ in painter.loras)}
+        whole["loras"] = {str(file.path.name): strength for file, strength in painter.loras}
     return {"parameters": parameters_text(title, fields | further), CHUNK: json.dumps(whole)}

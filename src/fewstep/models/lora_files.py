@@ -2,10 +2,12 @@
 
 from __future__ import annotations  # image models write such files: their class is named here, not imported
 
+import hashlib
 import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,6 +56,7 @@ LOOKS = {
     "transformer.transformer_blocks": "the SD3 family",
 }
 WIDTHS = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}  # of the text that cross-attention takes
+MOST_STRENGTH = 100.0
 Named = dict[str, Tensor]
 
 
@@ -72,6 +75,13 @@ class LoRAFile:
     """That make the model a few-step student, where it is one of ours."""
     notes: tuple[str, ...] = ()
 
+    @property
+    def hash(self) -> str:
+        """The first 12 digits of what UIs know a LoRA by: the SHA-256 of all behind the header."""
+        with self.path.open("rb") as file:
+            file.seek(8 + int.from_bytes(file.read(8), "little"))
+            return hashlib.file_digest(file, "sha256").hexdigest()[:12]
+
 
 def open_lora(path: Path, network: nn.Module, family: Family) -> LoRAFile:
     """The LoRA of `network` in a file, or in a folder of diffusers, of any layout; its text encoders' is left out.
@@ -80,10 +90,12 @@ def open_lora(path: Path, network: nn.Module, family: Family) -> LoRAFile:
     """
     if path.is_dir():
         path = path / LORA_WEIGHTS
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; --lora takes FILE or FILE:STRENGTH, for example x.safetensors:0.7")
     with whole(path, "not a whole LoRA file in safetensors", "fetch it again"):
         stored = check_stored(path)
-        _check_kind(path, stored)
         named = {name: meta for name, meta in stored.items() if not TEXT.match(name)}
+        _check_kind(path, named or stored)
         with safe_open(path, framework="pt") as file:
             places = _sorted(path, named, network, family)
             metadata = dict(file.metadata() or {})
@@ -100,15 +112,17 @@ def open_lora(path: Path, network: nn.Module, family: Family) -> LoRAFile:
     return LoRAFile(path, lora, "kohya" if kohya else "diffusers", metadata, timesteps, tuple(notes))
 
 
-def _check_kind(path: Path, stored: Named) -> None:
-    """Raises UserError for whole models, and for changes of weights that are no plain LoRA."""
-    for name in stored:
+def _check_kind(path: Path, named: Named) -> None:
+    """Raises UserError for whole models, for text encoders' LoRAs and changes of weights that are no plain LoRA."""
+    for name in named:
         kind = next((kind for piece, kind in OTHERS.items() if re.search(piece, name)), None)
-        if kind and not TEXT.match(name):
+        if kind:
             raise UserError(f"{path}: {name} is of {kind}, which is not read; a LoRA has two matrices per weight")
-    if not any((match := PIECE.fullmatch(name)) and match["piece"] for name in stored):
-        what = f"no LoRA: it holds {min(stored, default='nothing')}, and no pairs of matrices"
+    if not any((match := PIECE.fullmatch(name)) and match["piece"] for name in named):
+        what = f"no LoRA: it holds {min(named, default='nothing')}, and no pairs of matrices"
         raise UserError(f"{path}: {what}; a whole model is named without --lora")
+    if any(TEXT.match(name) for name in named):
+        raise UserError(f"{path}: a LoRA of text encoders alone, which are left as they are; name another LoRA")
 
 
 def _sorted(path: Path, named: Named, network: nn.Module, family: Family) -> dict[tuple[str, str], str]:
@@ -160,7 +174,7 @@ def _told_alpha(metadata: Mapping[str, str], part: str) -> Callable[[str, int], 
     told: dict[str, Any] = json.loads(metadata.get(METADATA, "{}"))
     config = {key.removeprefix(f"{part}."): value for key, value in told.items()}
     if config.get("use_dora"):
-        raise UserError(f"{METADATA}: a DoRA, which is not read")
+        raise ValueError(f"{METADATA}: a DoRA, which is not read")
 
     def alpha(module: str, rank: int) -> float:
         patterns = config.get("alpha_pattern") or {}
@@ -195,6 +209,29 @@ def _change(
     if not (math.isfinite(alpha) and alpha > 0):
         raise UserError(f"{path}: the alpha of {module} is {alpha:g}, which no LoRA has; fetch it again")
     return LowRank(down.reshape(rank, *weight.shape[1:]), up.reshape(len(up), rank, *(1,) * (weight.ndim - 2)), alpha)
+
+
+def open_loras(texts: Sequence[str], model: ImageModel) -> list[tuple[LoRAFile, float]]:
+    """What each FILE or FILE:STRENGTH names, for the model; raises UserError for what it can't take."""
+    loras = [(open_lora(path, model.network, model.family), strength) for path, strength in map(parse_lora, texts)]
+    for file, _ in loras:
+        with whole(file.path, "its timesteps can't be a student's of this model", "name another LoRA"):
+            if file.timesteps is not None:
+                timesteps = torch.tensor([float(t) for t in file.timesteps], dtype=torch.float64)
+                model.denoiser.schedule.check_timesteps(timesteps)
+                if (timesteps.diff() >= 0).any():
+                    raise ValueError(f"{file.timesteps} do not fall")
+    return loras
+
+
+def parse_lora(text: str) -> tuple[Path, float]:
+    """File and strength of FILE:STRENGTH; of anything else the whole is a file, at 1."""
+    path, _, behind = text.rpartition(":")
+    if path and not Path(text).exists():
+        with suppress(ValueError):
+            if abs(strength := float(behind)) <= MOST_STRENGTH:
+                return Path(path), strength
+    return Path(text), 1.0
 
 
 @torch.no_grad()

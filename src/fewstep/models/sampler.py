@@ -19,15 +19,19 @@ from fewstep.networks.codec import to_images
 from fewstep.seeding import generator
 
 MOST_STEPS, MOST_GUIDANCE = 10_000, 1000.0
-SAMPLERS = ("ddim", "heun", "euler", "dpm++", "unipc")  # of teachers
+SAMPLERS = ("ddim", "heun", "euler", "dpm++", "unipc", "lcm")  # of teachers, and lcm of few-step LoRAs on them
+RENOISING = ("student", "lcm")
 MULTISTEP = {"dpm++": "DPMSolverMultistepScheduler", "unipc": "UniPCMultistepScheduler"}
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """How images are drawn: by a student's own timesteps, or from a teacher in `num_steps` by one of `SAMPLERS`."""
+    """How images are drawn: by a student's own timesteps, or from a teacher in `num_steps` by one of `SAMPLERS`.
 
-    kind: Literal["student", "ddim", "heun", "euler", "dpm++", "unipc"]
+    `lcm` is what draws students, at evenly spaced timesteps: for LoRAs that do not say theirs, such as DMD2's own.
+    """
+
+    kind: Literal["student", "ddim", "heun", "euler", "dpm++", "unipc", "lcm"]
     num_steps: int
     guidance_scale: float = 1.0
 
@@ -44,7 +48,7 @@ class Sampler:
     @property
     def num_noises(self) -> int:
         """Noises per image: a student renoises freshly, the teacher's samplers are deterministic."""
-        return self.num_steps if self.kind == "student" else 1
+        return self.num_steps if self.kind in RENOISING else 1
 
 
 def default_sampler(model: ImageModel) -> Sampler:
@@ -95,8 +99,9 @@ def sample(model: ImageModel, sampler: Sampler, noise: Tensor, condition: Condit
     if sampler.guidance_scale != 1 and (null_condition := model.null_condition) is not None:
         denoiser = Guided(model.denoiser, sampler.guidance_scale, null_condition)
     schedule = denoiser.schedule
-    if sampler.kind == "student":
-        timesteps = torch.tensor(model.timesteps, dtype=torch.float64, device=noise.device)
+    if sampler.kind in RENOISING:
+        own = model.timesteps if sampler.kind == "student" else schedule.grid(sampler.num_steps)
+        timesteps = torch.as_tensor(own, dtype=torch.float64, device=noise.device)
         return rollout(denoiser, noise, timesteps, condition, stop=len(timesteps) - 1)
     if sampler.kind in MULTISTEP:
         return multistep(denoiser, noise[0], sampler, condition)

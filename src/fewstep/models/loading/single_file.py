@@ -26,9 +26,10 @@ HARMLESS = re.compile(  # averages and tables of training, flags, and what merge
 PREDICTIONS = {"epsilon": "epsilon", "eps": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
 TIMESTEPS = "fewstep.timesteps"  # in the header of a student's file: JSON
 FAMILIES = "SD 1.x, SD 2.x and SDXL"
+_LORA = "a LoRA, not a whole model (`fewstep sample BASE --lora FILE` puts it into one)"
 OTHERS = {  # a piece of a name -> what holds such names
-    "lora": "a LoRA, not a whole model",
-    ".alpha": "a LoRA, not a whole model",
+    "lora": _LORA,
+    ".alpha": _LORA,
     "double_blocks.": "of the FLUX family",
     "joint_blocks.": "of the SD3 family",
     "double_stream_blocks.": "of the HiDream family",
