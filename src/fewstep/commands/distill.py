@@ -64,7 +64,7 @@ def _job(recipe: StudentRecipe, run: Path) -> Job:
     if recipe.kind == "distill":
         num_stops = recipe.student.num_timesteps if recipe.critic.condition_on_stop else 0
         layer = recipe.gan.feature_layer
-        roles = make_roles(model, recipe.guidance_scale, layer, num_stops, dtype, recipe.checkpointing)
+        roles = make_roles(model, recipe.guidance_scale, layer, num_stops, dtype, recipe.checkpointing, recipe.lora)
         if recipe.init_from and not checkpoints(run):  # a run that has begun goes on with its own weights
             initialize(roles, recipe.init_from, runs)
         method = DMD2(recipe, model, roles, recipe.num_steps, recipe.batch_size, recipe.seed, pair_loss=pair_loss)

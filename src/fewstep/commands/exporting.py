@@ -178,6 +178,7 @@ def write_file(
         raise UserError("--to single-file: is a layout of SD and SDXL; for a pixel model write --to diffusers")
     stored.check_numbers(report)
     student = cast(LatentModel, load(stored.folder))
-    raw = {tensor.name: tensor.raw for tensor in stored.tensors if tensor.raw is not None}
-    student.network.load_state_dict(raw, strict=False)
+    for name, tensor in stored.parts[stored.family.part].tensors.items():
+        if tensor.raw is not None or tensor.change is not None:  # in place of the averages
+            student.network.load_state_dict({name: tensor.read()}, strict=False)
     write_single_file(student, out, provenance.metadata(), dtype)

@@ -5,7 +5,7 @@ No network is given memory: its configuration says which tensors it has, and tho
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,15 +16,17 @@ from torch import Tensor, nn
 
 from fewstep.errors import UserError
 from fewstep.files import read_json
-from fewstep.models.image_model import DESCRIPTION, read_description
-from fewstep.models.loading.files import check_sizes, part_tensors, read_config, whole
+from fewstep.models.image_model import DESCRIPTION, LORA, read_description
+from fewstep.models.loading.files import check_files, check_sizes, part_tensors, read_config, whole
 from fewstep.models.loading.hub import ID, PIPELINE, read_index
 from fewstep.models.loading.pipeline import check_index, check_subfolders, library_class, outline, without_weights
 from fewstep.models.loading.pretrained import described
 from fewstep.models.loading.weights import check_finite, check_fits, check_names, plain_name
+from fewstep.models.lora_files import open_lora
 from fewstep.networks.families.edm import PIXELS
 from fewstep.networks.family import Family
-from fewstep.networks.settings import PixelModelConfig
+from fewstep.networks.lora import LoRA, LowRank, lora_in, merged
+from fewstep.networks.settings import LoRASettings, PixelModelConfig
 from fewstep.networks.text import check_fit
 
 Raw = tuple[Path, Mapping[str, Tensor]]
@@ -39,13 +41,14 @@ class Stored:
     file: Path
     meta: Tensor
     raw: Tensor | None = None  # out of another kind of file, where it stays on the disk until it is used
+    change: LowRank | None = None  # of low rank, which is trained beside it
 
     def read(self) -> Tensor:
         if self.raw is not None:
             return self.raw
         with safe_open(self.file, "pt") as handle:  # anew, for what was read stays in memory as long as it is open
             tensor: Tensor = handle.get_tensor(self.name)
-        return tensor
+        return merged(tensor, self.change) if self.change else tensor
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class StoredModel:
     family: Family
     index: dict[str, Any]  # {} without a class of diffusers: of a network on pixels
     parts: dict[str, Part]
+    lora: LoRA = field(default_factory=dict)  # what is merged into the trained network's weights as they are read
 
     @property
     def prediction(self) -> str:
@@ -111,16 +115,35 @@ def open_stored(folder: Path, raw: Raw | None = None) -> StoredModel:
         if not index:
             config = PixelModelConfig(**description["config"])
     check_subfolders(folder, family)
-    prefix, given = f"network.{family.part}.", {}
+    prefix, told, given = f"network.{family.part}.", description.pop(LORA, None), {}
     if raw:
-        given = {family.part: (raw[0], {name.removeprefix(prefix): value for name, value in raw[1].items()})}
+        raw = raw[0], {name.removeprefix(prefix): value for name, value in raw[1].items()}
+        given = {} if told else {family.part: raw}
     kinds = {name: library_class(kind) for name, kind in family.weights.items()}
     parts = {name: open_part(folder / name, kind, given.get(name)) for name, kind in kinds.items()}
     if config:
         described(folder / family.part, family, config)
     else:
         _check_pipeline(folder, description, family, index, parts)
-    return StoredModel(folder, description, family, index, parts)
+    lora: LoRA = {}
+    if told:
+        lora = _trained(folder, told, family, parts[family.part].network, raw)
+        parts[family.part] = changed(parts[family.part], lora)
+    return StoredModel(folder, description, family, index, parts, lora)
+
+
+def _trained(folder: Path, told: Any, family: Family, network: nn.Module, raw: Raw | None) -> LoRA:
+    """The low-rank weights that lie in the folder, or those of a state."""
+    check_files(folder, [LORA])
+    with whole(folder / DESCRIPTION):
+        settings = LoRASettings(**told)
+    return lora_in(raw[1], settings.alpha) if raw else open_lora(folder / LORA, network, family).lora
+
+
+def changed(part: Part, lora: LoRA) -> Part:
+    """The part, whose weights are merged, in float32, as they are read."""
+    changes = {f"{name}.weight": change for name, change in lora.items()}
+    return replace(part, tensors={n: replace(s, change=changes.get(n)) for n, s in part.tensors.items()})
 
 
 def _check_pipeline(

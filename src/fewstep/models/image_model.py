@@ -18,13 +18,17 @@ from torch import Tensor
 from fewstep.diffusion.denoiser import Condition, Denoiser
 from fewstep.errors import UserError
 from fewstep.files import read_json
+from fewstep.models.lora_files import LORA_WEIGHTS, write_diffusers_lora
 from fewstep.networks.family import Family
 from fewstep.networks.fingerprint import fingerprint
+from fewstep.networks.lora import DOWN, UP, lora_in
+from fewstep.networks.lora_layers import settings_of
 from fewstep.seeding import Draws
 from fewstep.stopping import temporary
 
 DESCRIPTION = "fewstep.json"
 WEIGHTS = "model.safetensors"
+LORA = "lora"  # folder of low-rank weights beside their base, and what the description calls them
 NUMBERS_PER_BATCH = 2**18
 Asked = Sequence[str] | Sequence[int] | None
 """Prompts or class numbers, in turn."""
@@ -194,22 +198,39 @@ class ImageModel(ABC):
         self.save_trained(folder, dict(self.denoiser.named_parameters()))
 
     def save_frozen(self, folder: Path) -> None:
-        """Writes everything but the trained network; a pixel model has nothing else, and no folder is made then."""
-        return
+        """Writes everything but what is trained; a pixel model that is trained as a whole has nothing, and no folder.
+
+        The base of low-rank weights is written as they were trained on it, in bfloat16 if it was.
+        """
+        if settings_of(self.denoiser):
+            state = self.network.state_dict()
+            self._save_network(folder, {name: state[name] for name in state if not name.endswith((DOWN, UP))})
 
     def save_trained(self, folder: Path, state: Mapping[str, Tensor]) -> None:
-        """Writes `fewstep.json`, and the network with the weights in `state`, by the denoiser's names, else its own."""
-        prefix = f"network.{self.part}."
+        """Writes `fewstep.json`, and the network with the weights in `state`, by the denoiser's names, else its own.
+
+        Of low-rank weights these alone, which `pretrained.load` merges into the base beside them.
+        """
+        prefix, own, description = f"network.{self.part}.", self.network.state_dict(), self.description()
         given = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        if settings := settings_of(self.denoiser):
+            (folder / LORA).mkdir(parents=True)
+            write_diffusers_lora(folder / LORA / LORA_WEIGHTS, lora_in(own | given, settings.alpha), self.part)
+            description[LORA] = settings.model_dump()
+        else:
+            self._save_network(folder, {name: given.get(name, value) for name, value in own.items()})
+        write_description(folder, description)
+
+    def _save_network(self, folder: Path, state: Mapping[str, Tensor]) -> None:
+        """The network's folder, with this state."""
         carrier = copy.copy(self.network)  # shares all weights; only what it calls its state differs
-        weights = {name: given.get(name, value).detach() for name, value in self.network.state_dict().items()}
+        weights = {name: value.detach() for name, value in state.items()}
         carrier.state_dict = lambda: weights
         if hasattr(carrier, "save_pretrained"):
             carrier.save_pretrained(folder / self.part)
         else:  # of no library
             (folder / self.part).mkdir(parents=True, exist_ok=True)
             save_file({name: weight.contiguous() for name, weight in weights.items()}, folder / self.part / WEIGHTS)
-        write_description(folder, self.description())
 
     @abstractmethod
     def description(self) -> dict[str, Any]:

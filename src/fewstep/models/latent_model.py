@@ -127,7 +127,7 @@ class LatentModel(ImageModel):
         return self.codec.decode(x0)
 
     def save_frozen(self, folder: Path) -> None:
-        """Everything of the pipeline but the trained network."""
+        super().save_frozen(folder)
         for name, component in self.pipeline.components.items():
             if name != self.part and component is not None:
                 component.save_pretrained(folder / name)

@@ -38,8 +38,15 @@ class LowRank:
         return replace(self, up=self.up * (self.alpha / alpha), alpha=alpha)
 
 
+DOWN, UP = ".lora_A", ".lora_B"  # behind the name of a layer, in a network's state
 LoRA = Mapping[str, LowRank]
 """Changes by the dotted names of the modules in the diffusers network, such as `mid_block.resnets.0.conv1`."""
+
+
+def lora_in(state: Mapping[str, Tensor], alpha: float) -> dict[str, LowRank]:
+    """The changes that are trained in a network, by its state: `NAME.lora_A` and `NAME.lora_B` beside `NAME.weight`."""
+    names = [name.removesuffix(DOWN) for name in state if name.endswith(DOWN)]
+    return {name: LowRank(state[name + DOWN].detach(), state[name + UP].detach(), alpha) for name in names}
 
 
 def merged(weight: Tensor, change: LowRank, strength: float = 1.0) -> Tensor:

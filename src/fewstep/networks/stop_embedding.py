@@ -21,7 +21,7 @@ def condition_on_stop(network: nn.Module, layer: str, num_timesteps: int) -> Non
 
     def add_embedding(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
         embedded: Tensor = embedding(stops[0])
-        return output + embedded  # (B, E)
+        return output + embedded.to(output.dtype)  # (B, E)
 
     network.register_forward_pre_hook(keep_stop)
     network.get_submodule(layer).register_forward_hook(add_embedding)

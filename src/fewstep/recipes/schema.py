@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from fewstep.data.settings import DataSettings, EmbeddingSettings, PromptSettings
 from fewstep.embedded.settings import AutoencoderConfig, TextModelConfig
-from fewstep.networks.settings import PixelModelConfig
+from fewstep.networks.settings import LoRASettings, PixelModelConfig
 from fewstep.settings import UserPath
 from fewstep.training.settings import AutoencoderSettings, DMD2Settings, LoopSettings, RegressSettings, TeacherSettings
 
@@ -81,7 +81,7 @@ class WithTeacher(RunSettings):
     (docs/adding-a-teacher.md); not needed where an installed package has it as an entry point."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 computes teacher, student, critic, autoencoder and text encoders in it, but neither the discriminator
-    nor LPIPS and an AutoencoderTiny; student and critic keep float32 weights, all else is held in it. There is no
+    nor LPIPS and an AutoencoderTiny; what is trained keeps float32 weights, all else is held in it. There is no
     float16, in which EDM's training diverges (spec, 1.1)."""
     embeddings: EmbeddingSettings = EmbeddingSettings()
 
@@ -94,6 +94,10 @@ class DistillRecipe(WithTeacher, DMD2Settings):
     """A distillation or regression whose student, and critic if it has one, this one starts from: RUN (its newest
     checkpoint), RUN@5000 (that step) or RUN@best-fid (the best by a metric of its evaluation). RUN is a folder, or the
     name of a recipe whose run lies beside this one. Optimizers and discriminator start anew."""
+    lora: LoRASettings | None = None
+    """Student and critic as low-rank weights beside the teacher's, which are there once (keys rank, alpha, targets);
+    null trains all weights. Adam's first step moves a weight by about lr alpha / rank sqrt(rank / (3 inputs)), where
+    that of all weights moves it by lr: of SDXL, at rank 64 and alpha 8, a 60th, so rates are higher here."""
     guidance_scale: float = Field(1.0, ge=1)
     """Classifier-free guidance on the teacher, uncond + s (cond - uncond); 1 is none. SD 1.5: 1.75, SDXL: 8."""
     prompts: PromptSettings | None = None

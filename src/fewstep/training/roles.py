@@ -1,6 +1,7 @@
 """Teacher, student, critic and discriminator, out of one image model, or further from another run's weights."""
 
 import copy
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,9 @@ from fewstep.models.image_model import ImageModel
 from fewstep.networks.blocks import checkpoint_blocks
 from fewstep.networks.discriminator import Discriminator
 from fewstep.networks.features import features
+from fewstep.networks.lora_layers import with_lora
 from fewstep.networks.precision import trainable
+from fewstep.networks.settings import LoRASettings
 from fewstep.networks.stop_embedding import condition_on_stop
 from fewstep.runtime.checkpoint import load_state
 from fewstep.runtime.ema import trainable_state
@@ -41,18 +44,20 @@ def make_roles(
     num_stops: int = 0,
     dtype: torch.dtype = torch.float32,
     checkpointing: Literal["none", "blocks"] = "none",
+    lora: LoRASettings | None = None,
 ) -> Roles:
     """Freezes the model as teacher (guided, unless the scale is 1) and copies it as student and critic.
+
+    With `lora` these are low-rank weights beside those of the teacher: three trees of modules over the same tensors.
 
     All run without dropout, as in the official system. `feature_layer` is the critic's that the discriminator reads, by
     default the bottleneck. With `num_stops` the critic is told the student's timestep, of so many. In bfloat16 the
     teacher is held in it, and the copies only compute in it; the head stays in float32. Raises UserError where the
-    model has no null class, or no such layer.
+    model has no null class, no such layer, or none that `lora` means.
     """
-    # Before the teacher is cast: student and critic are trained in float32 weights.
-    copies = (copy.deepcopy(model.denoiser).eval().requires_grad_(True) for _ in range(2))
-    student, critic = (trainable(denoiser, dtype) for denoiser in copies)
+    copies = [] if lora else [*_copies(model.denoiser, dtype)]  # before the teacher is cast
     base = model.denoiser.eval().requires_grad_(False).to(dtype)
+    student, critic = (with_lora(base, lora), with_lora(base, lora)) if lora else copies
     layer = feature_layer or model.bottleneck
     null_condition = model.null_condition if guidance_scale != 1 else None
     if guidance_scale != 1 and null_condition is None:
@@ -66,6 +71,12 @@ def make_roles(
         for trained in (student, critic):
             checkpoint_blocks(trained.network)
     return Roles(teacher, student, critic, _make_discriminator(model, layer), layer)
+
+
+def _copies(denoiser: Denoiser, dtype: torch.dtype) -> Iterator[Denoiser]:
+    """Student and critic, which are trained in float32 weights."""
+    copies = (copy.deepcopy(denoiser).eval().requires_grad_(True) for _ in range(2))
+    return (trainable(each, dtype) for each in copies)
 
 
 def _make_discriminator(model: ImageModel, layer: str) -> Discriminator:

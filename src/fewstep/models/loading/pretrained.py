@@ -10,13 +10,14 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fewstep.errors import UserError, brief
-from fewstep.models.image_model import DESCRIPTION, read_description
+from fewstep.models.image_model import DESCRIPTION, LORA, read_description
 from fewstep.models.latent_model import LatentModel
 from fewstep.models.loading import hub, single_file
 from fewstep.models.loading.files import check_files, check_sizes, part_tensors, read_config, whole
 from fewstep.models.loading.hub import PIPELINE, read_index
 from fewstep.models.loading.pipeline import check_index, load_pipeline, load_single_file
 from fewstep.models.loading.weights import check_fits, load_checked
+from fewstep.models.lora_files import apply_lora, open_lora
 from fewstep.models.pixel_model import PixelModel
 from fewstep.networks.families import find_family
 from fewstep.networks.families.stable_diffusion import PARAMETERIZATIONS
@@ -69,7 +70,9 @@ def load(source: Source, config: Source | None = None, prediction_type: str | No
             if path.is_file() or path.suffix.lower() in WEIGHT_SUFFIXES:
                 return _checked(_load_file(path, config, prediction_type))
             folder = _local(path)
-            return _checked(_load_folder(folder, prediction_type, None if folder == path else str(path)))
+            return _checked(
+                _with_lora(folder, _load_folder(folder, prediction_type, None if folder == path else str(path)))
+            )
     except UserError as error:
         if str(source) in str(error):
             raise
@@ -108,6 +111,14 @@ def _load_folder(folder: Path, prediction_type: str | None, hub_id: str | None) 
         config = family.settings(**description["config"])
     names = description.get("class_names")
     return PixelModel(config, _load_network(folder, family, config), timesteps, names, family)
+
+
+def _with_lora(folder: Path, model: Model) -> Model:
+    """The model with the low-rank weights merged that its description says were trained beside it."""
+    if LORA in read_description(folder):
+        check_files(folder, [LORA])
+        apply_lora(model, open_lora(folder / LORA, model.network, model.family), 1.0)
+    return model
 
 
 def _checked(model: Model) -> Model:
