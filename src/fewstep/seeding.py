@@ -1,7 +1,7 @@
 """Randomness as a function of (seed, purpose, step), so that resuming is exact and parts of a batch need not talk."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -19,10 +19,10 @@ class Draws:
     """The random numbers of a batch of `total` samples, of which `rows` are kept.
 
     Whoever computes some rows of a batch draws the numbers of all of it and keeps its own, so that a sample's numbers
-    do not depend on how the batch is divided.
+    do not depend on how the batch is divided. Rows are a range, or some of one in order.
     """
 
-    def __init__(self, generator: Generator, rows: range, total: int):
+    def __init__(self, generator: Generator, rows: Sequence[int], total: int):
         self.generator, self.rows, self.total, self.device = generator, rows, total, generator.device
 
     def __len__(self) -> int:
@@ -44,4 +44,9 @@ class Draws:
         whole = draw((*before, self.total, *shape), generator=self.generator, device=self.device)
         if len(self.rows) == self.total:
             return whole
-        return whole.narrow(len(before), self.rows.start, len(self.rows)).clone()  # a view would keep all of it alive
+        if isinstance(self.rows, range):
+            return whole.narrow(
+                len(before), self.rows.start, len(self.rows)
+            ).clone()  # a view would keep all of it alive
+        mine = whole.unbind(len(before))  # not by an index tensor, whose way to a GPU the host would wait for
+        return torch.stack([mine[row] for row in self.rows], len(before))

@@ -24,7 +24,8 @@ from fewstep.models.loading.pretrained import load
 from fewstep.runtime.runs import find
 from fewstep.seeding import generator
 from fewstep.training.batches import open_texts
-from fewstep.training.dmd2 import DMD2, Fakes
+from fewstep.training.dmd2 import DMD2
+from fewstep.training.pool import Samples
 from image_sets import picture, write_captioned
 from steps import curves, dying, spy
 from tiny_pipelines import TINY
@@ -228,11 +229,11 @@ def test_the_student_draws_for_prompts_and_the_critic_sees_captions(run: Run, pl
 
 
 def test_the_condition_of_fakes_is_that_of_the_prompts(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Fakes] = []
-    spy(monkeypatch, DMD2, "critic_gradients", lambda self, fakes, weight: seen.append(fakes))
+    seen: list[tuple[Samples, Samples]] = []
+    spy(monkeypatch, DMD2, "critic_gradients", lambda self, fake, real, weight: seen.append((fake, real)))
     assert run("fewstep distill recipe.yaml --out x --set prompts.source=prompts.txt")[0] == 0
     model = load(place / "teacher")
-    for step, (fake, real) in enumerate((each.condition["text"], each.real_condition["text"]) for each in seen):
+    for step, (fake, real) in enumerate([each.condition["text"] for each in pair] for pair in seen):
         prompts = batch_indices(5, 3, step, seed=0, purpose="prompts").tolist()
         torch.testing.assert_close(fake, model.text_condition([f"prompt {index}" for index in prompts])["text"])
         assert not torch.equal(fake, real)

@@ -8,7 +8,7 @@ from stub_networks import KINDS, SD_BETAS, GaussianPosterior, SmoothNetwork, dra
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.parameterizations import edm, eps, flow, v
 from fewstep.diffusion.parameterizations import x0 as x0_prediction
-from fewstep.diffusion.sampling import ddim, heun, implied_noise, rollout
+from fewstep.diffusion.sampling import ddim, heun, implied_noise, rollout, whole_rollout
 from fewstep.diffusion.schedules import EDM, VP, Flow, broadcast
 from fewstep.diffusion.timesteps import index_grid, karras_grid
 
@@ -250,3 +250,17 @@ def test_many_steps_carry_noise_to_the_exact_sample_and_halving_them_tells_the_o
     coarse, fine = (gaussian_error(sampler, schedule, grid(num)) for num in (121, 241))
     assert fine < tolerance
     assert coarse / fine == pytest.approx(ratio, rel=0.1)
+
+
+@pytest.mark.parametrize("kind", ["edm", "vp"])
+def test_a_whole_rollout_is_a_rollout_to_every_stop(kind):
+    schedule, parameterization = {"edm": (EDM(), edm(0.5)), "vp": (VP.scaled_linear(), eps)}[kind]
+    student = Denoiser(SmoothNetwork(), schedule, parameterization)
+    for parameter in student.parameters():
+        parameter.requires_grad_(True)
+    times, noise = schedule.grid(4), torch.stack([draw(*SHAPE, seed=seed) for seed in range(4)])
+    for grad_at in (None, 0, 2, 3):
+        found = whole_rollout(student, noise, times, CONDITION, grad_at)
+        assert [x0.requires_grad for x0 in found] == [k == grad_at for k in range(4)]
+        for stop, x0 in enumerate(found):
+            assert torch.equal(x0, rollout(student, noise, times, CONDITION, stop))

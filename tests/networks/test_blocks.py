@@ -1,13 +1,16 @@
 """Activation checkpointing put on from outside: the same gradients, far less kept."""
 
 import copy
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from fewstep.errors import UserError
 from fewstep.models.latent_model import LatentModel
+from fewstep.models.pixel_model import PixelModel
 from fewstep.networks.blocks import blocks, checkpoint_blocks
 from fewstep.networks.features import features, x0_and_features
 from fewstep.training.dmd2 import DMD2
@@ -89,7 +92,8 @@ def test_a_whole_step_with_gan_stop_embedding_and_parts_is_the_same(
     )
     batch = {"latent": torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(1)), "caption": list("abcd")}
     found = []
-    for checkpointing in ("none", "blocks"):
+    for checkpointing in ("none", "gan", "blocks"):
+        settings = settings.model_copy(update={"checkpointing": checkpointing})
         torch.manual_seed(0)
         model = LatentModel(TINY["sdxl"](tmp_path / checkpointing))
         model.encode_in(dtype)
@@ -98,5 +102,35 @@ def test_a_whole_step_with_gan_stop_embedding_and_parts_is_the_same(
         metrics = [method.step(in_parts(batch, 4, parts), step) for step in range(2)]
         numbers = [value.float() for line in metrics for value in line.values()]
         found.append([*numbers, *roles.student.parameters(), *roles.critic.parameters()])
-    for ours, plain in zip(*found, strict=True):
-        assert (ours - plain).norm() <= 1e-6 * plain.norm()
+    plain, *others = found
+    for ours in others:
+        assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
+
+
+@pytest.mark.parametrize("independent", [False, True])
+def test_gan_alone_saves_in_the_students_turn_and_leaves_the_critics_as_it_is(
+    model: LatentModel, independent: bool
+) -> None:
+    gan = {"student_weight": 0.1, "critic_weight": 0.1, "independent_noise": independent}
+    batch = {"latent": X_T, "caption": list("abc")}
+    kept: dict[str, list[int]] = {}
+    for checkpointing in ("none", "gan", "blocks"):
+        roles = make_roles(copy.copy(model), checkpointing=checkpointing)
+        settings = DMD2Settings(student_every=2, student={"num_timesteps": 2}, gan=gan, checkpointing=checkpointing)
+        method = DMD2(settings, model, roles, 10, 3, seed=0)
+        kept[checkpointing] = [kept_bytes(partial(method.step, in_parts(batch, 3, 1), step)) for step in (0, 1)]
+        assert all(
+            ("forward" in block.__dict__) == (checkpointing == "blocks") for block in blocks(roles.critic.network)
+        )
+    (none, nones_critic), (gan_alone, gans_critic), (blocks_, _) = kept.values()
+    assert blocks_ < gan_alone < none
+    assert gans_critic == nones_critic
+
+
+@pytest.mark.parametrize("checkpointing", ["gan", "blocks"])
+def test_a_network_without_blocks_is_refused(
+    tiny_model: PixelModel, checkpointing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fewstep.networks.blocks.LISTS", {"layers"})
+    with pytest.raises(UserError, match="checkpointing: the network has no blocks, in lists called layers; set none"):
+        make_roles(tiny_model, checkpointing=checkpointing)

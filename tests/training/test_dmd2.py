@@ -11,8 +11,9 @@ from torch import Tensor
 from fewstep.diffusion.sampling import rollout
 from fewstep.models.pixel_model import PixelModel
 from fewstep.seeding import Draws, generator
-from fewstep.training.dmd2 import DMD2, Fakes
+from fewstep.training.dmd2 import DMD2
 from fewstep.training.method import Term, of_parts
+from fewstep.training.pool import Samples
 from steps import GAN, LR, draws, make_dmd2, recorded_calls, same, weights, whole
 
 BATCH = 6
@@ -32,8 +33,10 @@ def update_student(method: DMD2, fake: Tensor, condition: dict[str, Tensor], num
 
 def update_critic(method: DMD2, fake: Tensor, condition: dict[str, Tensor], numbers: Draws) -> None:
     ((_, batch),) = real_batch()
-    real = method.model.encode_x0(batch, numbers) if method.gan else None
-    method.critic_gradients(Fakes(numbers, fake, condition, real, method.model.encode_condition(batch)))
+    model, real = method.model, None
+    if method.gan:
+        real = Samples(numbers, model.encode_x0(batch, numbers), model.encode_condition(batch))
+    method.critic_gradients(Samples(numbers, fake, condition), real)
     method.critic_optimizer.step(torch.tensor(True))
 
 

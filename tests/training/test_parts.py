@@ -44,6 +44,9 @@ def test_the_rows_of_any_division_are_the_whole(size: int, draw: Callable[[Draws
     found = [torch.cat([draw(part) for part in parts]) for _ in range(2)]
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
     assert [len(part) for part in parts] == [len(each) for each in rows]
+    some = [row for row in range(NUM) if row % 2][: size + 1]
+    few = Draws(generator(0, "test"), some, NUM)
+    assert all(torch.equal(draw(few), theirs[some]) for theirs in expected)
 
 
 def test_they_are_as_they_say() -> None:
@@ -86,6 +89,11 @@ METHODS: dict[str, Callable] = {
     "dmd2": dmd2(),
     "dmd2, independent": dmd2(gan=GAN | {"independent_noise": True}),
     "dmd2, without simulation": dmd2(student={"num_timesteps": 3, "optimizer": SLOW, "backward_simulation": False}),
+    "dmd2, cycle and a third of the reals": dmd2(
+        critic={"optimizer": SLOW, "condition_on_stop": True, "samples": "cycle"},
+        gan=GAN | {"independent_noise": True, "real_share": 1 / 3},
+        checkpointing="gan",
+    ),
     "dmd2, pairs": dmd2(regression_weight=0.5, regression=PAIRS),
     "regression": regression,
     "teacher": teacher,

@@ -56,6 +56,11 @@ def gan_student_loss(fake_logits: Tensor) -> Tensor:
     return softplus(-fake_logits)  # -log of the probability that the head gives "real"
 
 
-def gan_critic_loss(fake_logits: Tensor, real_logits: Tensor) -> Tensor:
-    """softplus(logits of fakes) + softplus(-logits of reals), as many of each."""
-    return softplus(fake_logits) + softplus(-real_logits)
+def gan_fake_loss(fake_logits: Tensor) -> Tensor:
+    """The critic's half of the GAN on fakes: softplus(logits)."""
+    return softplus(fake_logits)
+
+
+def gan_real_loss(real_logits: Tensor) -> Tensor:
+    """The critic's half of the GAN on reals: softplus(-logits)."""
+    return softplus(-real_logits)

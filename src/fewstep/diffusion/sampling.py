@@ -26,20 +26,29 @@ def rollout(
 ) -> Tensor:
     """The student's x0 at timesteps[stop], reached from pure noise through its own samples (DMD2, section 4.5).
 
-    x0_k = student(x_k, t_k);  x_{k+1} = alpha(t_{k+1}) x0_k + sigma(t_{k+1}) eps_{k+1} with fresh eps = noise[k+1]
-
     With stop = K-1 this is sampling; with a random `stop` it is backward simulation. noise (>= stop+1, B, ...).
     Only the last call carries gradient, and only if `grad`.
     """
-    times = timesteps[:, None].expand(-1, noise.shape[1])  # (K, B)
-    x_t = student.schedule.pure_noise(noise[0])
-    with torch.no_grad():
-        for k in range(stop):
-            # fresh noise, not the implied
-            x_t = student.schedule.add_noise(student(x_t, times[k], condition), noise[k + 1], times[k + 1])
-    with torch.set_grad_enabled(grad):
-        x0: Tensor = student(x_t, times[stop], condition)
-    return x0
+    return whole_rollout(student, noise[: stop + 1], timesteps, condition, stop if grad else None)[stop]
+
+
+def whole_rollout(
+    student: AnyDenoiser, noise: Tensor, timesteps: Tensor, condition: Condition, grad_at: int | None = None
+) -> list[Tensor]:
+    """The student's x0 at each of its first N timesteps, on one path from noise (N, B, ...): N tensors (B, ...).
+
+    x0_k = student(x_k, t_k);  x_{k+1} = alpha(t_{k+1}) x0_k + sigma(t_{k+1}) eps_{k+1} with fresh eps = noise[k+1]
+
+    Only the call number `grad_at` carries gradient; the ones behind it start from its value.
+    """
+    times, schedule = timesteps[:, None].expand(-1, noise.shape[1]), student.schedule  # (K, B)
+    found: list[Tensor] = []
+    for k, eps in enumerate(noise):
+        # fresh noise, not the implied
+        x_t = schedule.add_noise(found[-1].detach(), eps, times[k]) if k else schedule.pure_noise(eps)
+        with torch.set_grad_enabled(k == grad_at):
+            found.append(student(x_t, times[k], condition))
+    return found
 
 
 @torch.no_grad()

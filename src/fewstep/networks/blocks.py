@@ -1,12 +1,15 @@
 """Which modules of a network are its blocks, and what is put on them from outside."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from fewstep.errors import UserError
 
 LISTS = {"resnets", "attentions", "transformer_blocks", "single_transformer_blocks"}
 """What diffusers calls the lists that its networks keep their blocks in."""
@@ -20,13 +23,36 @@ def blocks(network: nn.Module) -> Iterator[nn.Module]:
             yield module
 
 
-def checkpoint_blocks(network: nn.Module) -> None:
+def check_blocks(network: nn.Module) -> list[nn.Module]:
+    """Its blocks; raises UserError where there are none to checkpoint."""
+    found = list(blocks(network))
+    if not found:
+        told = f"the network has no blocks, in lists called {', '.join(sorted(LISTS))}"
+        raise UserError(f"checkpointing: {told}; set none")
+    return found
+
+
+def checkpoint_blocks(network: nn.Module) -> list[nn.Module]:
     """Keeps no activations inside the blocks but computes them again in the backward pass: a third more arithmetic.
 
-    Gradients are the same. For networks without dropout, whose random state would have to be kept with them.
+    Gradients are the same. For networks without dropout, whose random state would have to be kept with them. Gives the
+    blocks; raises UserError where there are none.
     """
-    for block in blocks(network):
+    found = check_blocks(network)
+    for block in found:
         block.forward = partial(_recomputed, block.forward)  # not the module: names and hooks stay as they are
+    return found
+
+
+@contextmanager
+def checkpointed(network: nn.Module) -> Iterator[None]:
+    """Passes inside the context are as behind `checkpoint_blocks`; their backward pass may come later."""
+    found = checkpoint_blocks(network)
+    try:
+        yield
+    finally:
+        for block in found:
+            del block.forward  # the class's own is left
 
 
 def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -104,6 +104,14 @@ class DistillRecipe(WithTeacher, DMD2Settings):
     """Prompts for the student (keys source, column); by default the captions of the real images, as in the released
     4-step model. The paper has captions of LAION-Aesthetics 6.25+ here."""
 
+    @model_validator(mode="after")
+    def _reals_are_whole_images(self) -> Self:
+        reals = self.batch_size * self.gan.real_share
+        if self.gan.student_weight and (reals < 0.5 or abs(reals - round(reals)) > 1e-4):
+            told = f"{self.gan.real_share:g} of batch_size {self.batch_size} is {reals:g} images"
+            raise ValueError(f"gan.real_share: {told}; it must be a whole number, 1 or more")
+        return self
+
 
 class RegressRecipe(WithTeacher, RegressSettings):
     """Pretrains a one-step student on pairs of its teacher's noise and image, for `init_from` of a distillation."""

@@ -1,7 +1,7 @@
 """DMD2: distribution matching with a two time-scale critic, a GAN on it, and backward simulation (arXiv 2405.14867)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
 from itertools import chain
 
 import torch
@@ -10,13 +10,15 @@ from torch import Tensor
 from fewstep.diffusion import losses
 from fewstep.diffusion.denoiser import Condition
 from fewstep.diffusion.losses import finite_samples, without_samples
-from fewstep.diffusion.sampling import rollout
+from fewstep.diffusion.sampling import whole_rollout
 from fewstep.models.image_model import ImageModel
+from fewstep.networks.blocks import checkpointed
 from fewstep.networks.features import features, x0_and_features
 from fewstep.seeding import Draws, generator
 from fewstep.training.method import Batch, Metrics, Part, StudentMethod, Term, can_learn, count_broken, of_parts
 from fewstep.training.noise_levels import NoiseLevelSampler, level_sampler
 from fewstep.training.optimization import Optimizer
+from fewstep.training.pool import Pool, Samples, rows_of
 from fewstep.training.regression import PairLoss
 from fewstep.training.roles import Roles
 from fewstep.training.settings import DMD2Settings
@@ -24,21 +26,10 @@ from fewstep.training.settings import DMD2Settings
 SQUARED = "_image_grad_norm"  # what parts give the share of the square of
 
 
-@dataclass
-class Fakes:
-    """A part of a step's batch between the student's update and the critic's: constants, all of them (B, ...)."""
-
-    draws: Draws
-    fake: Tensor
-    condition: Condition
-    real: Tensor | None
-    real_condition: Condition
-
-
 class DMD2(StudentMethod):
     """Every step updates critic and discriminator; every `student_every`-th step updates the student first."""
 
-    STATE = ("student", "critic", "discriminator", "ema", "student_optimizer", "critic_optimizer")
+    STATE: tuple[str, ...] = ("student", "critic", "discriminator", "ema", "student_optimizer", "critic_optimizer")
 
     def __init__(
         self,
@@ -56,6 +47,10 @@ class DMD2(StudentMethod):
         self.discriminator, self.feature_layer = roles.discriminator, roles.feature_layer
         self.gan = settings.gan.student_weight > 0
         self.shared = self.gan and not settings.gan.independent_noise
+        self.num_reals = round(batch_size * settings.gan.real_share)  # a step, spread over its rows
+        self.pool = Pool(model.device) if settings.critic.samples == "cycle" else None
+        if self.pool:
+            self.STATE = (*self.STATE, "pool")
         critic_parameters = chain(self.critic.parameters(), self.discriminator.parameters() if self.gan else ())
         self.critic_optimizer = Optimizer(critic_parameters, settings.critic.optimizer, num_steps)
         self.student_levels = level_sampler(settings.dm.noise, self.schedule, model.device)
@@ -67,45 +62,80 @@ class DMD2(StudentMethod):
         Two loops over the parts: all fakes are of the student before its update, as they are in one piece.
         """
         students_turn, weight = step % self.settings.student_every == 0, 1 / len(parts)
+        if self.pool and students_turn:
+            self.pool.begin(self.draw_stop(step))
         # The student changes behind the last part only, so that no part sees another student than the one before.
-        halves = [self._fakes_of(part, step, students_turn, weight) for part in parts]
-        metrics = of_parts([found for _, found in halves])
+        found = [self._samples_of(part, step, students_turn, weight) for part in parts]
+        metrics = of_parts([of_part for *_, of_part in found])
         if students_turn:
             norms = {name: value.sqrt() for name, value in metrics.items() if name.endswith(SQUARED)}
             metrics = self.update_student(can_learn(metrics, parts)) | metrics | norms
-        found = of_parts([self.critic_gradients(fakes, weight) for fakes, _ in halves])
-        norm, skipped = self.critic_optimizer.step(can_learn(found, parts))
-        return metrics | found | {"critic_grad_norm": norm, "skipped_critic": skipped}
+        critics = of_parts([self.critic_gradients(fake, real, weight) for fake, real, _ in found])
+        norm, skipped = self.critic_optimizer.step(can_learn(critics, parts, not_finite_data=self.num_reals))
+        return metrics | critics | {"critic_grad_norm": norm, "skipped_critic": skipped}
 
-    def _fakes_of(self, part: Part, step: int, students_turn: bool, weight: float) -> tuple[Fakes, Metrics]:
-        """Fakes of one part; in the student's turn adds their share of its gradients, which `weight` is of."""
+    def _samples_of(
+        self, part: Part, step: int, students_turn: bool, weight: float
+    ) -> tuple[Samples, Samples | None, Metrics]:
+        """Fakes and reals of one part; in the student's turn adds its share of its gradients, which `weight` is of.
+
+        The critic is shown them behind the student's update. No reals are there without a GAN, and where no row of the
+        part brings one.
+        """
         rows, batch = part
         draws = Draws(generator(self.seed, "dmd2", step, self.model.device), rows, self.batch_size)
         # The order of draws is part of what a seed means: condition, noise, student, real data, critic.
-        real, real_condition = None, self.model.encode_condition(batch)
-        if self.settings.student.backward_simulation:
+        real, given, metrics = None, None, Metrics()
+        if self.pool and not students_turn:
+            update, num_stops = step % self.settings.student_every, len(self.timesteps)
+            fake, condition, stop = self.pool.take(update, rows, num_stops)
+            stops = torch.full((len(rows),), stop, device=draws.device)
+        elif self.settings.student.backward_simulation:
             # prompts of their own, or the captions of the reals
-            given = self.model.encode_condition(batch["prompt"]) if "prompt" in batch else real_condition
+            given = self.model.encode_condition(batch.get("prompt", batch))
             fake, condition, stops = self.simulated_fake(given, self.draw_stop(step), draws, students_turn)
         else:
-            real, condition = self.model.encode_x0(batch, draws), real_condition
+            real, condition = self.model.encode_x0(batch, draws), self.model.encode_condition(batch)
             # A broken image must not reach the student: its x0 would be one, too, and with it all gradients.
             usable = without_samples(real, finite_samples(real))
-            fake, stops = self.fake_of_real(usable, condition, draws, students_turn)
-        if self.settings.critic.condition_on_stop:
-            condition, real_condition = condition | {"stop": stops}, real_condition | {"stop": stops}
+            given, (fake, stops) = condition, self.fake_of_real(usable, condition, draws, students_turn)
+        told = {"stop": stops} if self.settings.critic.condition_on_stop else {}
         # Here, not in a loop of its own: the graph of this part is freed before the next one is built.
-        metrics = self.student_gradients(fake, condition, draws, batch, weight) if students_turn else {}
-        if self.gan and real is None:
-            real = self.model.encode_x0(batch, draws)
-        return Fakes(draws, fake.detach(), condition, real if self.gan else None, real_condition), metrics
+        if students_turn:
+            metrics = self.student_gradients(fake, condition | told, draws, batch, weight)
+        reals = self._reals(draws, batch, real, None if "prompt" in batch else given, told, step)
+        return Samples(draws, fake.detach(), condition | told), reals, metrics
+
+    def _reals(
+        self, draws: Draws, batch: Batch, x0: Tensor | None, condition: Condition | None, told: Condition, step: int
+    ) -> Samples | None:
+        """Those of a part's rows that bring reals; their x0 and condition, if not known yet, are encoded here."""
+        total, num = self.batch_size, self.num_reals
+        rows = [row for row in draws.rows if (row + 1) * num // total > row * num // total]  # spread over the batch
+        if not self.gan or not rows:
+            return None
+        if num < total:
+            mine = [row - draws.rows[0] for row in rows]
+            batch, x0, condition, told = (rows_of(each, mine) for each in (batch, x0, condition, told))
+            # Draws of their own: a part's fakes must not depend on whether it has reals.
+            draws = Draws(generator(self.seed, "reals", step, self.model.device), rows, total)
+        x0 = self.model.encode_x0(batch, draws) if x0 is None else x0
+        condition = self.model.encode_condition(batch) if condition is None else condition
+        return Samples(draws, x0, condition | told)
 
     def simulated_fake(self, given: Condition, stop: int, draws: Draws, grad: bool) -> tuple[Tensor, Condition, Tensor]:
-        """The student's x0 behind its own rollout up to `stop`, its condition, and the stop of each sample (B,)."""
-        noise = draws.randn(*self.model.shape, before=(stop + 1,))  # (stop + 1, B, C, H, W)
+        """The student's x0 behind its own rollout up to `stop`, its condition, and the stop of each sample (B,).
+
+        Where one rollout serves a cycle it goes on to the last stop that one of its updates takes.
+        """
+        uses = self.settings.student_every if self.pool else 1
+        last = min(stop + uses, len(self.timesteps)) - 1
+        noise = draws.randn(*self.model.shape, before=(last + 1,))  # (last + 1, B, C, H, W)
         condition = self.model.draw_condition(given, draws)  # fakes have conditions of their own: (B, ...)
-        fake = rollout(self.student, noise, self.timesteps, condition, stop, grad=grad)
-        return fake, condition, torch.full((len(draws),), stop, device=draws.device)
+        x0s = whole_rollout(self.student, noise, self.timesteps, condition, stop if grad else None)
+        if self.pool:
+            self.pool.add(x0s, condition)
+        return x0s[stop], condition, torch.full((len(draws),), stop, device=draws.device)
 
     def fake_of_real(self, real: Tensor, condition: Condition, draws: Draws, grad: bool) -> tuple[Tensor, Tensor]:
         """The student's x0 of noised real data, each at a random one of its timesteps, and which one (B,)."""
@@ -132,7 +162,9 @@ class DMD2(StudentMethod):
         Gradients are asked for at the image and nowhere else, so critic, discriminator and teacher get none. The norms
         at the image are given as their squares' share of the whole batch's.
         """
-        terms = self.student_losses(fake, condition, draws)
+        recomputed = self.settings.checkpointing == "gan"  # of the teacher nothing is kept, and the student is not run
+        with checkpointed(self.critic.network) if recomputed else nullcontext():
+            terms = self.student_losses(fake, condition, draws)
         gradients = {name: torch.autograd.grad(term.loss.mean(), fake)[0] for name, term in terms.items()}
         # One backward pass of the student for all terms at the image.
         pull = sum((weight * term.weight * gradients[name] for name, term in terms.items()), torch.zeros_like(fake))
@@ -178,32 +210,46 @@ class DMD2(StudentMethod):
 
     # --- the critic --------------------------------------------------------------------------------------------------
 
-    def critic_gradients(self, fakes: Fakes, weight: float = 1.0) -> Metrics:
+    def critic_gradients(self, fake: Samples, real: Samples | None, weight: float = 1.0) -> Metrics:
         """Adds the gradients of critic and discriminator on constants; the critic has neither guidance nor dropout."""
-        fake, draws = fakes.fake, fakes.draws
-        x_t, t = self.noised(fake, self.critic_levels, draws)  # (B, C, H, W), (B,)
+        x_t, t = self.noised(fake.x0, self.critic_levels, fake.draws)  # (B, C, H, W), (B,)
         if self.shared:
-            x0_hat, fake_features = x0_and_features(self.critic, self.feature_layer, x_t, t, fakes.condition)
+            x0_hat, features = x0_and_features(self.critic, self.feature_layer, x_t, t, fake.condition)
         else:
-            x0_hat = self.critic(x_t, t, fakes.condition)
+            x0_hat = self.critic(x_t, t, fake.condition)
         # 1 / c_out^2 makes it the loss in what the network predicts: eps for SD, EDM's weight for EDM.
-        loss = losses.denoising_loss(x0_hat, fake, self.critic.coefficients(t)[1]).mean()
-        metrics = {"denoising_loss": loss.detach(), **count_broken(student=fake, critic=x0_hat.detach())}
-        if fakes.real is not None:
+        loss = losses.denoising_loss(x0_hat, fake.x0, self.critic.coefficients(t)[1]).mean()
+        metrics = {"denoising_loss": loss.detach(), **count_broken(student=fake.x0, critic=x0_hat.detach())}
+        if self.gan:
             if not self.shared:
-                fake_features = self.noised_features(fake, fakes.condition, draws)
-            usable = finite_samples(fakes.real)
-            real = without_samples(fakes.real, usable)
-            # With shared noise levels the head can't tell fakes from reals by how noisy they are.
-            real_features = self.noised_features(real, fakes.real_condition, draws, t if self.shared else None)
-            fake_logits, real_logits = self.discriminator(fake_features), self.discriminator(real_features)  # (B,)
-            real_logits = torch.where(usable, real_logits, real_logits.detach())  # nothing is learned from the others
-            gan_loss = losses.gan_critic_loss(fake_logits, real_logits).mean()
+                features = self.noised_features(fake.x0, fake.condition, fake.draws)
+            logits = self.discriminator(features)  # (B,)
+            gan_loss = losses.gan_fake_loss(logits).mean()
             loss = loss + self.settings.gan.critic_weight * gan_loss
-            metrics |= {"gan_critic_loss": gan_loss.detach(), "logit_gap": (real_logits - fake_logits).mean().detach()}
-            metrics |= count_broken(data=fakes.real)
+            metrics |= {"gan_critic_loss": gan_loss.detach(), "logit_gap": -logits.detach().mean()}
         torch.autograd.backward(weight * loss)
+        if self.gan:  # behind the backward pass of the fakes, whose graph is gone
+            of_reals = self._real_gradients(real, fake, t, weight)
+            metrics |= {name: metrics.get(name, 0) + value for name, value in of_reals.items()}
         return metrics
+
+    def _real_gradients(self, real: Samples | None, fake: Samples, t: Tensor, weight: float) -> Metrics:
+        """Adds the gradients of the GAN's term on a part's reals; as one of `1 / weight` parts of their mean."""
+        zero = t.new_zeros((), dtype=torch.float32)
+        if real is None:
+            return {"gan_critic_loss": zero, "logit_gap": zero, "not_finite_data": zero.long()}
+        usable, share = finite_samples(real.x0), 1 / (self.num_reals * weight)
+        # With shared noise levels the head can't tell fakes from reals by how noisy they are.
+        t_real = rows_of(t, [row - fake.draws.rows[0] for row in real.draws.rows]) if self.shared else None
+        with torch.set_grad_enabled(self.settings.gan.features == "trained"):
+            x0 = without_samples(real.x0, usable)
+            features = self.noised_features(x0, real.condition, real.draws, t_real)
+        logits = self.discriminator(features)  # (reals,)
+        logits = torch.where(usable, logits, logits.detach())  # nothing is learned from the others
+        loss = share * losses.gan_real_loss(logits).sum()
+        torch.autograd.backward(weight * self.settings.gan.critic_weight * loss)
+        counts = count_broken(data=real.x0)
+        return {"gan_critic_loss": loss.detach(), "logit_gap": share * logits.detach().sum(), **counts}
 
     def noised_features(self, x0: Tensor, condition: Condition, draws: Draws, t: Tensor | None = None) -> Tensor:
         """The discriminator's features of x0, freshly noised to t (by default random levels of the critic)."""

@@ -66,8 +66,10 @@ class Guard:
 
 def check_finite(state: dict[str, Any], step: int) -> None:
     """Raises UserError if a number of a method's state is not finite, before it is saved."""
-    # Weights, averages and moments: one finite update can still overflow what it is added to.
-    broken = next((name for name, part in state.items() if not all(x.isfinite().all() for x in tensors(part))), None)
+    # Weights, averages and moments: one finite update can still overflow what it is added to. Not a pool of samples,
+    # which are counted, and skipped, as any others.
+    kept = [(name, part) for name, part in state.items() if name != "pool"]
+    broken = next((name for name, part in kept if not all(x.isfinite().all() for x in tensors(part))), None)
     if broken:
         advice = "lower the learning rate or the GAN weights, and go on from the newest checkpoint, which is whole"
         raise UserError(f"step {step}: {broken} is not finite and was not saved; {advice}")

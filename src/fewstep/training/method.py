@@ -44,12 +44,16 @@ def of_parts(found: Sequence[Metrics]) -> Metrics:
     return {name: values.sum() if is_count(name) else values.mean() for name, values in stacked.items()}
 
 
-def can_learn(metrics: Metrics, parts: Sequence[Part]) -> Tensor:
-    """Whether the losses are finite, and no source of samples is broken in all of them; () bool, on the device."""
+def can_learn(metrics: Metrics, parts: Sequence[Part], **num: int) -> Tensor:
+    """Whether the losses are finite, and no source of samples is broken in all of them; () bool, on the device.
+
+    `num` says of how many samples a count is where it is not of all.
+    """
     finite = torch.stack([value for name, value in metrics.items() if not is_count(name)]).isfinite()
     # A source that is broken throughout leaves losses of zero, and nothing to learn from.
-    num_samples = sum(len(rows) for rows, _ in parts)
-    return torch.stack([finite.all(), *(metrics[name] < num_samples for name in metrics if is_count(name))]).all()
+    every = sum(len(rows) for rows, _ in parts)
+    usable = [metrics[name] < num.get(name, every) for name in metrics if is_count(name)]
+    return torch.stack([finite.all(), *usable]).all()
 
 
 def count_broken(**samples: Tensor) -> Metrics:

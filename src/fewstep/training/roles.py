@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fewstep.diffusion.denoiser import Denoiser, Guided
 from fewstep.errors import UserError
 from fewstep.models.image_model import ImageModel
-from fewstep.networks.blocks import checkpoint_blocks
+from fewstep.networks.blocks import check_blocks, checkpoint_blocks
 from fewstep.networks.discriminator import Discriminator
 from fewstep.networks.features import features
 from fewstep.networks.lora_layers import with_lora
@@ -43,7 +43,7 @@ def make_roles(
     feature_layer: str | None = None,
     num_stops: int = 0,
     dtype: torch.dtype = torch.float32,
-    checkpointing: Literal["none", "blocks"] = "none",
+    checkpointing: Literal["none", "gan", "blocks"] = "none",
     lora: LoRASettings | None = None,
 ) -> Roles:
     """Freezes the model as teacher (guided, unless the scale is 1) and copies it as student and critic.
@@ -67,7 +67,9 @@ def make_roles(
     teacher = Guided(base, guidance_scale, null_condition) if null_condition is not None else base
     if num_stops:  # the critic alone: teacher and student know the timestep as it is
         condition_on_stop(critic.network, model.family.time_layer, num_stops)
-    if checkpointing == "blocks":  # the teacher has no graph, so nothing of it is kept anyway
+    if checkpointing == "gan":
+        check_blocks(critic.network)  # which are checkpointed where that is wanted
+    elif checkpointing == "blocks":  # the teacher has no graph, so nothing of it is kept anyway
         for trained in (student, critic):
             checkpoint_blocks(trained.network)
     return Roles(teacher, student, critic, _make_discriminator(model, layer), layer)
