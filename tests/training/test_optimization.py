@@ -10,7 +10,13 @@ from torch import Tensor, nn
 from command_line import fewstep
 from fewstep.commands.distill import distill
 from fewstep.commands.teach import teach
+from fewstep.diffusion.denoiser import Denoiser
+from fewstep.diffusion.parameterizations import x0
+from fewstep.diffusion.schedules import VP
 from fewstep.errors import Interrupted, UserError
+from fewstep.networks.lora import merged
+from fewstep.networks.lora_layers import lora_of, with_lora
+from fewstep.networks.settings import LoRASettings
 from fewstep.recipes.loading import load_recipe
 from fewstep.runtime.checkpoint import tensors
 from fewstep.training.guard import check_finite
@@ -101,6 +107,35 @@ def test_the_state_is_plain_tensors_that_go_on_bit_for_bit(tmp_path: Path) -> No
     scales[0] = float("inf")  # what an overflow leaves
     with pytest.raises(UserError, match="critic_optimizer is not finite"):
         check_finite({"critic_optimizer": state}, 3)
+
+
+@with_package
+def test_what_multiplies_follows_the_low_rank_weights() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 256)).requires_grad_(False)
+    base = Denoiser(Plain(network), VP.scaled_linear(), x0).requires_grad_(False)
+    trained = with_lora(base, LoRASettings(rank=16, alpha=16, targets=["inner.0"]))
+    x, t = torch.randn(2, 256), torch.tensor([10, 900])
+    ours = Optimizer(trained.parameters(), OptimizerSettings(kind="adamw8bit", lr=1e-2), 10)
+    for _ in range(3):
+        trained(x, t, {}).square().mean().backward()
+        assert ours.step(torch.tensor(True))[1] == 0
+    layer = trained.network.inner[0]
+    weight = merged(layer.weight, lora_of(trained.network)["inner.0"])
+    expected = network[1](nn.functional.linear(x, weight, layer.bias))
+    assert not torch.allclose(expected, network(x), rtol=1e-2)
+    torch.testing.assert_close(trained(x, t, {}), expected, rtol=1e-5, atol=1e-5)
+
+
+class Plain(nn.Module):
+    """A network without time and condition."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor, t: Tensor, condition: object) -> Tensor:
+        return self.inner(x)
 
 
 @with_package

@@ -47,7 +47,7 @@ class Optimizer:
     def __init__(self, parameters: Iterable[nn.Parameter], settings: OptimizerSettings, num_updates: int):
         self.parameters = [p for p in parameters if p.requires_grad]
         self.clip_norm = settings.clip_norm
-        self.adamw, self.host_skips = _adamw(self.parameters, settings), settings.kind == "adamw8bit"
+        self.adamw, self.eight_bit = _adamw(self.parameters, settings), settings.kind == "adamw8bit"
         self.lr: float = settings.lr
         self.factor: Callable[[int], float] = lambda update: learning_rate_factor(update, num_updates, settings)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.adamw, self.factor)
@@ -61,12 +61,14 @@ class Optimizer:
         """
         norm = nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)  # (), over all parameters together
         skipped = (~(norm.isfinite() & finite)).float()
-        if self.host_skips and skipped.item():
+        if self.eight_bit and skipped.item():
             # The host waits here, once: bitsandbytes waits for the device behind every tensor anyway.
             self.adamw.zero_grad()  # and what has no gradient stays as it is, with its moments and counts
         # The fused kernel looks at `found_inf` on the device, as for a gradient scaler: the host need not know.
         self.adamw.grad_scale, self.adamw.found_inf = None, skipped  # type: ignore[attr-defined]
         self.adamw.step()
+        if self.eight_bit:  # its kernels write unseen by autograd, and copies of the weights go by their versions
+            torch.autograd.graph.increment_version(self.parameters)
         self.schedule.step()
         self.adamw.zero_grad()  # frees them, and with them what was not finite
         return norm, skipped
