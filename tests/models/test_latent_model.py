@@ -250,3 +250,22 @@ def test_without_links_on_the_file_system_the_folder_is_as_complete(
     assert weights.stat().st_nlink == 1
     assert filecmp.cmp(weights, tmp_path / "frozen" / "vae" / weights.name, shallow=False)
     type(pipeline).from_pretrained(tmp_path / "model")
+
+
+def test_pictures_go_through_the_autoencoder_a_few_at_a_time(pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, numbers = LatentModel(pipeline), draws(5)
+    x0, images = numbers.randn(*model.shape), numbers.randint(0, 256, 3, 16, 16).to(torch.uint8)
+    noise = numbers.randn(*model.shape)
+    whole = model.decode(x0), model.encode_images(images, noise)
+    monkeypatch.setattr("fewstep.models.latent_model.AT_ONCE", 2 * x0[0].numel() + 1)
+    for name, given in (("encode", 3), ("decode", 4)):
+        sizes: list[tuple[int, ...]] = []
+        called = getattr(model.autoencoder, name)
+        monkeypatch.setattr(
+            model.autoencoder, name, lambda x, f=called, n=sizes, **more: (n.append(x.shape), f(x, **more))[1]
+        )
+        if name == "encode":
+            torch.testing.assert_close(model.encode_images(images, noise), whole[1], rtol=1e-5, atol=1e-5)
+        else:
+            assert (model.decode(x0).int() - whole[0].int()).abs().max() <= 1
+        assert [size[:2] for size in sizes] == [(2, given), (2, given), (1, given)]

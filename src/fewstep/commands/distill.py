@@ -89,6 +89,8 @@ def open_batches(recipe: DistillRecipe, model: Any, runs: Path) -> tuple[BatchAt
         wanted = load_prompts(recipe.prompts.source, recipe.prompts.column) if recipe.prompts else []
         images = open_captioned(recipe.data, model, shrink=True) if real or not wanted else None
         tell_found(images)
+        if recipe.data.source is None:
+            print("no images (data.source is null): prompts alone, and no GAN")
         return text_batches(model, images, wanted, real, recipe, recipe.embeddings, runs)
     if recipe.prompts or recipe.embeddings != EmbeddingSettings():
         raise UserError(f"{'prompts' if recipe.prompts else 'embeddings'}: the teacher takes no text")
@@ -130,10 +132,19 @@ def open_teacher(recipe: StudentRecipe, runs: Path) -> Any:
         if any(told):
             raise UserError(f"teacher: {name!r} takes no teacher_config and no teacher_prediction_type")
         name = str(finish_run(name, runs, "teacher"))
-    model = open_model(name, *told)
+    model = open_model(name, *told, _held_in(recipe))
     if model.timesteps:
         raise UserError(f"teacher: {recipe.teacher} is a few-step student; name the run of its teacher")
     return model
+
+
+def _held_in(recipe: StudentRecipe) -> torch.dtype:
+    """The dtype that the teacher's network is needed in: float32 by those who train copies, or ask which pairs it made.
+
+    Fingerprints of pairs are of its float32 weights.
+    """
+    shared = recipe.kind == "distill" and recipe.lora and not recipe.regression_weight
+    return DTYPES[recipe.precision] if shared else torch.float32
 
 
 def open_pair_loss(settings: RegressionSettings, model: ImageModel) -> PairLoss:

@@ -1,6 +1,7 @@
 """Image models in the latent space of an autoencoder, conditioned on text; made of a pipeline of diffusers."""
 
 import copy
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -16,7 +17,14 @@ from fewstep.networks.families import FAMILIES
 from fewstep.networks.settings import MAX_SIZE
 from fewstep.seeding import Draws
 
+AT_ONCE = 2**16  # numbers of latents through the autoencoder: one of SDXL, whose decoding takes 2.4 GB in bfloat16
 Part = TypeVar("Part", bound=nn.Module)
+
+
+def _cast(part: Part, dtype: torch.dtype) -> Part:
+    """A copy in `dtype`, cast tensor by tensor: no second one in float32 comes before it."""
+    copies = {id(p): nn.Parameter(p.to(dtype), requires_grad=False) for p in part.parameters()}
+    return copy.deepcopy(part, copies).to(dtype)  # of buffers, which are small
 
 
 class LatentModel(ImageModel):
@@ -85,8 +93,7 @@ class LatentModel(ImageModel):
 
     def encode_in(self, dtype: torch.dtype) -> None:
         if dtype != torch.float32:  # copies: the pipeline keeps, and `save` writes, the weights as they were loaded
-            self.autoencoder = copy.deepcopy(self.autoencoder).to(dtype)
-            self.conditioner = copy.deepcopy(self.conditioner).to(dtype)
+            self.autoencoder, self.conditioner = _cast(self.autoencoder, dtype), _cast(self.conditioner, dtype)
 
     def _here(self, part: Part) -> Part:
         """The autoencoder or the conditioner, on the denoiser's device."""
@@ -116,11 +123,16 @@ class LatentModel(ImageModel):
     def encode_images(self, images: Tensor, noise: Tensor) -> Tensor:
         """Latents of uint8 images (B, 3, R, R) by unit noise (B, C, h, w)."""
         self._here(self.autoencoder)
-        return self.codec.encode(images, noise)
+        pairs = zip(images.split(self._at_once), noise.split(self._at_once), strict=True)
+        return torch.cat([self.codec.encode(*each) for each in pairs])
 
     @torch.no_grad()
     def decode(self, x0: Tensor) -> Tensor:
-        return to_images(self.decode_pixels(x0))
+        return torch.cat([to_images(self.decode_pixels(each)) for each in x0.split(self._at_once)])
+
+    @property
+    def _at_once(self) -> int:
+        return max(1, AT_ONCE // math.prod(self.shape))
 
     def decode_pixels(self, x0: Tensor) -> Tensor:
         self._here(self.autoencoder)

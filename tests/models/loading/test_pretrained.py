@@ -11,6 +11,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fake_hub import fake_hub, point_to
 from fewstep.errors import UserError
@@ -113,6 +115,66 @@ def test_half_precision_is_computed_in_float32(place: Path, tmp_path: Path) -> N
     pipeline.save_pretrained(tmp_path / "variant", variant="fp16")
     assert (tmp_path / "variant" / "unet" / "diffusion_pytorch_model.fp16.safetensors").is_file()
     same(load(tmp_path / "variant"), wanted)
+
+
+class Made(TorchDispatchMode):
+    """The (dtype, shape) of everything that is made, but for views of files."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: set[tuple] = set()
+
+    def __torch_dispatch__(self, function, types, given=(), named=None):
+        output = function(*given, **(named or {}))
+        self.made |= {
+            (x.dtype, x.shape) for x in tree_leaves(output) if isinstance(x, Tensor) and x.device.type == "cpu"
+        }
+        return output
+
+
+@pytest.mark.parametrize("kept", [torch.float16, torch.float32])
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_network_in_bfloat16_never_is_in_float32(sd: Path, tmp_path: Path, whole: bool, kept: torch.dtype) -> None:
+    source, config = tmp_path / "x", None
+    if whole:
+        source, config = tmp_path / "x.safetensors", sd / "config"
+        write_single_file(source, {name: x.to(kept) for name, x in load_file(sd / "file.safetensors").items()})
+    else:
+        load(sd / "folder").pipeline.to(kept).save_pretrained(source)
+    expected = load(source, config)
+    with Made() as seen:
+        model = load(source, config, dtype=torch.bfloat16)
+    ours, theirs = model.network.state_dict(), expected.network.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(ours[name].dtype == torch.bfloat16 for name in ours)
+    assert all(torch.equal(ours[name], theirs[name].to(torch.bfloat16)) for name in ours)
+    for part in ("vae", "text_encoder"):  # nothing else is rounded
+        others = getattr(model.pipeline, part).state_dict(), getattr(expected.pipeline, part).state_dict()
+        assert all(x.dtype == torch.float32 and torch.equal(x, others[1][name]) for name, x in others[0].items())
+    elsewhere = {x.shape for part in ("vae", "text_encoder") for x in getattr(model.pipeline, part).parameters()}
+    own = {x.shape for x in ours.values()} - elsewhere
+    assert len(own) > 3
+    assert {dtype for dtype, shape in seen.made if shape in own} - {torch.uint8} == {
+        torch.bfloat16,
+        kept,
+    }  # bytes of files
+    assert not any(x.is_meta for x in [*model.denoiser.parameters(), *model.denoiser.buffers()])
+    with torch.no_grad():  # and it runs
+        assert model.denoiser(torch.randn(1, 4, 8, 8), torch.tensor([20]), model.text_condition(["a"])).isfinite().all()
+
+
+def test_what_is_wrong_with_a_file_is_told_in_bfloat16_too(sd: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(sd / "folder", tmp_path / "folder")
+    file = next((folder / "unet").glob("*.safetensors"))
+    weights = load_file(file)
+    name = next(name for name in weights if name.endswith("conv1.weight"))
+    weights[name][0, 0, 0, 0] = float("nan")
+    save_file(weights, file)
+    with pytest.raises(UserError, match=rf"{file}: {name} holds NaN"):
+        load(folder, dtype=torch.bfloat16)
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"is missing or damaged"):
+        load(folder, dtype=torch.bfloat16)
 
 
 def test_files_that_are_no_sd_or_sdxl_model_are_named(sd: Path, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Diffusers pipelines out of a folder, or out of a single file and a folder with its configuration."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from fewstep.errors import UserError
 from fewstep.models.loading.files import check_files, part_tensors, read_config, whole
 from fewstep.models.loading.hub import read_index
 from fewstep.models.loading.single_file import Weights, convert, parts_in, pipeline_name
-from fewstep.models.loading.weights import check_finite, check_fits, load_checked, plain_name
+from fewstep.models.loading.weights import check_finite, check_fits, fill, load_checked, plain_name, stored
 from fewstep.networks.families import FAMILIES, find_family
 from fewstep.networks.family import Family
 
@@ -44,16 +44,21 @@ def check_index(source: object, index: dict[str, Any]) -> Family:
     return family
 
 
-def load_pipeline(folder: Path, changes: Changes) -> Any:
-    """The pipeline in a diffusers folder, in float32, with these changes to its scheduler."""
+def load_pipeline(folder: Path, changes: Changes, dtype: torch.dtype = torch.float32) -> Any:
+    """The pipeline in a diffusers folder, its trained network in `dtype`, with these changes to its scheduler."""
     family = check_index(folder, read_index(folder))
     check_subfolders(folder, family)
-    parts = {part: load_part(library_class(kind), folder / part) for part, kind in family.weights.items()}
+    parts = {
+        part: load_part(library_class(kind), folder / part, dtype if part == family.part else torch.float32)
+        for part, kind in family.weights.items()
+    }
     return _assemble(folder, family, parts, changes)
 
 
-def load_single_file(path: Path, weights: Weights, config: Path, changes: Changes) -> Any:
-    """The pipeline of a single file, in float32; its configuration, and the parts it lacks, come from `config`."""
+def load_single_file(
+    path: Path, weights: Weights, config: Path, changes: Changes, dtype: torch.dtype = torch.float32
+) -> Any:
+    """The pipeline of a single file, its trained network in `dtype`; what the file lacks comes from `config`."""
     family = check_index(config, read_index(config))
     if family.name != pipeline_name(weights):
         of = pipeline_name(weights)
@@ -63,10 +68,11 @@ def load_single_file(path: Path, weights: Weights, config: Path, changes: Change
     absent = [part for part in family.weights if part not in there and not any((config / part).glob("*.safetensors"))]
     if absent:
         raise UserError(f"{path}: lacks {', '.join(absent)}, and {config} has no weights for that; name a whole folder")
-    parts = {
-        part: _from_file(path, weights, config, part, kind) if part in there else load_part(kind, config / part)
-        for part, kind in ((part, library_class(name)) for part, name in family.weights.items())
-    }
+    parts = {}
+    for part, name in family.weights.items():
+        kind, held_in = library_class(name), dtype if part == family.part else torch.float32
+        where = (config / part, held_in)
+        parts[part] = _from_file(path, weights, part, kind, *where) if part in there else load_part(kind, *where)
     return _assemble(config, family, parts, changes)
 
 
@@ -78,33 +84,47 @@ def check_subfolders(folder: Path, family: Family) -> None:
     check_files(folder, family.parts)
 
 
-def load_part(kind: Any, folder: Path) -> Any:
-    """The network of that class in the folder of a part, on the CPU, in float32.
+def load_part(kind: Any, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The network of that class in the folder of a part, on the CPU, in `dtype`.
 
     It is given memory when the files have the names and shapes that its configuration gives it. Raises UserError,
     naming part, file and tensor, if they have not, or a number is not finite.
     """
     tensors, variant = part_tensors(folder)
     place = {plain_name(name): file for name, (file, _) in tensors.items()}
-    needs = {plain_name(name): tensor for name, tensor in outline(kind, folder).state_dict().items()}
+    bare = outline(kind, folder)
+    needs = {plain_name(name): tensor for name, tensor in bare.state_dict().items()}
     check_fits(folder, needs, {plain_name(name): meta for name, (_, meta) in tensors.items()}, place)
+    if dtype != torch.float32 and _are_all(tensors, bare):
+        with whole(folder):
+            fill(folder, bare, stored(dict.fromkeys(place.values())), dtype, place)
+        return bare
     with whole(folder):
         how: Changes = {"variant": variant, "torch_dtype": torch.float32, "local_files_only": True}
         how |= {"low_cpu_mem_usage": False} if hasattr(kind, "from_config") else {}  # those of diffusers
         network = kind.from_pretrained(str(folder), use_safetensors=True, **how)
     for name, tensor in network.state_dict().items():
         check_finite(place.get(plain_name(name), folder), [(name, tensor)])
-    return network
+    return network.to(dtype)
 
 
-def _from_file(path: Path, weights: Weights, config: Path, part: str, kind: Any) -> nn.Module:
+def _are_all(names: Container[str], bare: nn.Module) -> bool:
+    """Whether these tensors are all of a network: others have tables, which are made with it, or parts of old names."""
+    own = bare.state_dict()
+    return all(name in own for name, _ in bare.named_buffers()) and all(name in names for name in own)
+
+
+def _from_file(path: Path, weights: Weights, part: str, kind: Any, config: Path, dtype: torch.dtype) -> nn.Module:
     try:
-        found = convert(weights, part, bare := outline(kind, config / part))
-        check_fits(f"{path}: {part}", bare.state_dict(), found)
-        load_checked(f"{path}: {part}", model := build_part(kind, config / part), found)
+        found = convert(weights, part, bare := outline(kind, config))
+        check_fits(where := f"{path}: {part}", bare.state_dict(), found)
+        if _are_all(found, bare):
+            fill(where, bare, found.items(), dtype)
+            return bare
+        load_checked(where, model := build_part(kind, config), found)
     except UserError as error:
-        raise UserError(f"{error}" + f" ({config} configures it)" * ("other sizes" in str(error))) from error
-    return model
+        raise UserError(f"{error}" + f" ({config.parent} configures it)" * ("other sizes" in str(error))) from error
+    return model.to(dtype)
 
 
 def build_part(kind: Any, folder: Path) -> nn.Module:

@@ -52,8 +52,13 @@ def is_loadable(source: Source) -> bool:
     return is_model_folder(path) or path.suffix.lower() in WEIGHT_SUFFIXES or hub.is_hub_id(source)
 
 
-def load(source: Source, config: Source | None = None, prediction_type: str | None = None) -> Model:
-    """The image model in `source`, on the CPU, in float32 and in evaluation mode.
+def load(
+    source: Source,
+    config: Source | None = None,
+    prediction_type: str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Model:
+    """The image model in `source`, on the CPU, in float32, but a pipeline's network in `dtype`, in evaluation mode.
 
     `source` is a folder (one of ours, or a diffusers pipeline of SD or SDXL), a `.safetensors` file of an SD or SDXL
     fine-tune, or a hub id `owner/name`. A file is configured by `config`, a diffusers folder or hub id of its family,
@@ -68,11 +73,10 @@ def load(source: Source, config: Source | None = None, prediction_type: str | No
     try:
         with whole(source, "the model is damaged", "name another checkpoint's model folder"):
             if path.is_file() or path.suffix.lower() in WEIGHT_SUFFIXES:
-                return _checked(_load_file(path, config, prediction_type))
+                return _checked(_load_file(path, config, prediction_type, dtype))
             folder = _local(path)
-            return _checked(
-                _with_lora(folder, _load_folder(folder, prediction_type, None if folder == path else str(path)))
-            )
+            hub_id = None if folder == path else str(path)
+            return _checked(_with_lora(folder, _load_folder(folder, prediction_type, hub_id, dtype)))
     except UserError as error:
         if str(source) in str(error):
             raise
@@ -87,7 +91,7 @@ def _local(path: Path) -> Path:
     return hub.fetch(str(path), family.parts, family.weights)
 
 
-def _load_folder(folder: Path, prediction_type: str | None, hub_id: str | None) -> Model:
+def _load_folder(folder: Path, prediction_type: str | None, hub_id: str | None, dtype: torch.dtype) -> Model:
     if not is_model_folder(folder):
         advice = "name a run or another checkpoint's model"
         raise UserError(f"{folder}: not a model folder (it has no {DESCRIPTION}); {advice}")
@@ -98,7 +102,7 @@ def _load_folder(folder: Path, prediction_type: str | None, hub_id: str | None) 
         timesteps = description["timesteps"] if (folder / DESCRIPTION).is_file() else None
     named = description["family"]
     if named == "latent":
-        pipeline = load_pipeline(folder, {"prediction_type": prediction_type} if prediction_type else {})
+        pipeline = load_pipeline(folder, {"prediction_type": prediction_type} if prediction_type else {}, dtype)
         base = hub_id or description.get("base_model")
         return LatentModel(pipeline, timesteps, description.get("image_size"), base)
     if prediction_type:
@@ -161,7 +165,7 @@ def described(place: Path, family: Family, config: PixelSettings) -> nn.Module:
     return network
 
 
-def _load_file(path: Path, config: Source | None, prediction_type: str | None) -> LatentModel:
+def _load_file(path: Path, config: Source | None, prediction_type: str | None, dtype: torch.dtype) -> LatentModel:
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     if not is_single_file(path):
@@ -170,7 +174,7 @@ def _load_file(path: Path, config: Source | None, prediction_type: str | None) -
         raise UserError(f"{path}: only {SUFFIX} files are read; {why}{hint}")
     weights = single_file.read(path)
     changes = single_file.scheduler_changes(path, weights, prediction_type)
-    pipeline = load_single_file(path, weights, _configuration(path, weights, config), changes)
+    pipeline = load_single_file(path, weights, _configuration(path, weights, config), changes, dtype)
     return LatentModel(pipeline, single_file.read_timesteps(path))
 
 
@@ -189,9 +193,14 @@ def _configuration(path: Path, weights: single_file.Weights, config: Source | No
         raise UserError(f"{path}: needs the configuration of its family; {advice} (tried {error})") from error
 
 
-def open_model(source: Source, config: Source | None = None, prediction_type: str | None = None) -> Model:
+def open_model(
+    source: Source,
+    config: Source | None = None,
+    prediction_type: str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Model:
     """What `pretrained.load` finds in `source`, or the image model of RUN, RUN@STEP or RUN@best-METRIC."""
-    return load(source if is_loadable(source) else _described(find(source).folder), config, prediction_type)
+    return load(source if is_loadable(source) else _described(find(source).folder), config, prediction_type, dtype)
 
 
 def _described(folder: Path) -> Path:

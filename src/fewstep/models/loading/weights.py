@@ -1,7 +1,7 @@
 """What is told of weights when they are opened: kinds that can't be read, tensors too many or too few, NaN."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -80,3 +80,26 @@ def load_checked(where: object, network: torch.nn.Module, weights: Named) -> Non
     check_fits(where, network.state_dict(), weights)
     check_finite(where, weights.items())
     network.load_state_dict(weights, strict=False)  # without the harmless ones
+
+
+def stored(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of files of safetensors by name, one after the other: views of the files, which take no memory."""
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118, for it is no dict
+                yield name, file.get_tensor(name)
+
+
+def fill(
+    where: object,
+    bare: torch.nn.Module,
+    weights: Iterable[tuple[str, Tensor]],
+    dtype: torch.dtype,
+    files: Files = None,
+) -> None:
+    """Gives a network without memory these weights, known to fit, in `dtype`: tensor by tensor, none of them twice."""
+    found = {}
+    for name, tensor in weights:
+        check_finite((files or {}).get(name, where), [(name, tensor)])
+        found[name] = tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+    bare.load_state_dict(found, strict=False, assign=True)  # without the harmless ones
