@@ -27,7 +27,7 @@ from fewstep.training.batches import open_texts
 from fewstep.training.dmd2 import DMD2
 from fewstep.training.pool import Samples
 from image_sets import picture, write_captioned
-from steps import curves, dying, spy
+from steps import curves, dying, last_state, same, spy
 from tiny_pipelines import TINY
 
 RECIPE = """
@@ -244,7 +244,14 @@ def test_with_prompts_and_without_gan_no_images_are_needed(run: Run, place: Path
     alone = "fewstep distill recipe.yaml --set prompts.source=prompts.txt --set data.source=null"
     assert run(f"{alone} --out x {NO_GAN}")[0] == 0
     assert all(set(batch) == {"prompt"} for batch in batches)
-    refused(run(f"{alone} --out y"), "data.source: null", "without GAN")
+    code, told, _ = run(f"{alone} --out z")
+    assert (code, "no images (data.source is null): prompts alone, and no GAN" in told) == (0, True)
+    assert same(last_state(place / "x"), last_state(place / "z"))
+    refused(
+        run(f"{alone} --out y --set gan.critic_weight=0.1 --set gan.student_weight=0.1"),
+        "data.source: null",
+        "without GAN",
+    )
     refused(run(f"fewstep distill recipe.yaml --out y --set data.source=null {NO_GAN}"), "data.source: null", "prompts")
     assert not (place / "y").exists()
 

@@ -310,8 +310,11 @@ def test_out_of_memory_names_the_settings_that_take_less(
 
     monkeypatch.setattr(DMD2, "step", step)
     answer = fewstep("distill d.yaml --out run --set batch_size=8 --set accumulate=2")
-    refused(answer, wanted, "--resume with a larger accumulate (2) and checkpointing=blocks, or begin anew with")
-    refused(answer, "precision=bfloat16 or a smaller batch_size (8)")
+    refused(answer, wanted, "--resume with a larger accumulate (2) and checkpointing=gan or blocks, or begin anew with")
+    refused(
+        answer,
+        "precision=bfloat16 or optimizer.kind=adamw8bit or a lora or a smaller batch_size (8); `fewstep plan run/",
+    )
     monkeypatch.undo()
 
 

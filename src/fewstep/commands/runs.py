@@ -229,12 +229,23 @@ def naming_memory(run: Path, recipe: Any) -> Iterator[None]:
         if told is None:
             raise
         exact = [f"a larger accumulate ({recipe.accumulate})"] if recipe.accumulate < recipe.batch_size else []
-        exact += ["checkpointing=blocks"] if getattr(recipe, "checkpointing", None) == "none" else []
+        exact += [f"checkpointing={' or '.join(more)}"] if (more := _checkpointing_more(recipe)) else []
+        # In the order of what they change: rounding, more rounding, what is trained, how much it sees.
         other = ["precision=bfloat16"] if getattr(recipe, "precision", None) == "float32" else []
+        other += ["optimizer.kind=adamw8bit"] if "adamw" in {each.kind for each, _ in optimizers(recipe)} else []
+        other += ["a lora"] if recipe.kind == "distill" and not recipe.lora else []
         other += [f"a smaller batch_size ({recipe.batch_size})"] if recipe.batch_size > 1 else []
         ways = [f"--resume with {' and '.join(exact)}"] if exact else []
         ways += [f"begin anew with {' or '.join(other)}"] if other else []
-        raise UserError(f"{run}: {told}; {', or '.join(ways) or 'take a smaller model'}") from error
+        plan = f"; `fewstep plan {run / RECIPE}` tells what each saves" if recipe.kind == "distill" else ""
+        raise UserError(f"{run}: {told}; {', or '.join(ways) or 'take a smaller model'}{plan}") from error
+
+
+def _checkpointing_more(recipe: Any) -> list[str]:
+    """What keeps fewer activations than the recipe does, the cheapest first."""
+    now = getattr(recipe, "checkpointing", "blocks")
+    ways = ["gan", "blocks"] if recipe.kind == "distill" and recipe.gan.student_weight else ["blocks"]
+    return ways if now == "none" else ["blocks"] if now == "gan" else []
 
 
 def start_run(job: Job, run: Path, recipe: AnyRecipe, report: Report | None) -> None:

@@ -25,7 +25,7 @@ class DataSettings(Settings):
     """`digits` or, with captions, `shapes` (both embedded), a folder of images (with a folder per class, or captions in
     metadata.csv, metadata.jsonl or a .txt file beside each), a zip (or folder) of images with a dataset.json as EDM's
     dataset_tool writes them, a parquet file, a WebDataset tar, a folder of those, or of latents that `fewstep data
-    latents` wrote; null for text-to-image with `prompts` and without GAN, which needs no images."""
+    latents` wrote; null for text-to-image with `prompts` alone, which leaves the recipe's GAN out."""
     split: str = "train"
     """The split to read, where the source has several: shards called train-0.parquet, or folders train/ and test/."""
     image_column: str | None = None

@@ -38,7 +38,7 @@ def load_recipe(name: str, overrides: Sequence[str] = (), verb: str | None = Non
     told: dict[str, Any] = {}
     for override in overrides:
         content, given, told = (_over(each, _override(override)) for each in (content, given, told))
-    recipe = parse(content, name)
+    recipe = parse(_without_images(content, given), name)
     _keep_given(recipe, given)
     own = read_file(path) if path.parent != FOLDER else {}
     for given in (own, told):
@@ -46,6 +46,15 @@ def load_recipe(name: str, overrides: Sequence[str] = (), verb: str | None = Non
     if verb not in (None, right := _verb(recipe.kind)):
         raise UserError(f"recipe {name}: is for `fewstep {right} {name}`, not for `fewstep {verb}`")
     return recipe
+
+
+def _without_images(content: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """The content without its GAN where data.source is null; a GAN that the user asks for stays, and is refused."""
+    source = _group(content.get("data")).get("source", "")
+    null = (source.meant if isinstance(source, Written) else source) is None
+    weights = {"student_weight": 0, "critic_weight": 0}
+    off = null and content.get("kind") == "distill" and not weights.keys() & _group(given.get("gan")).keys()
+    return _over(content, {"gan": weights}) if off else content
 
 
 def _verb(kind: str) -> str:
