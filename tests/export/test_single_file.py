@@ -36,6 +36,7 @@ from fewstep.export.single_file import original_weights, write_single_file
 from fewstep.models.latent_model import LatentModel
 from fewstep.models.loading.pretrained import load
 from fewstep.models.loading.single_file import convert
+from real_sizes import UNETS
 from tiny_pipelines import BETAS, POOLED, text_encoder, tiny_sd, tiny_sdxl, unet
 
 PREFIXES = {
@@ -288,22 +289,10 @@ VAE = {
     "layers_per_block": 2,
     "latent_channels": 4,
 }
-XL_UNET = {
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
 RELEASED = {  # tensors of the UNet, the VAE and the text encoders of the released files; left out: see the test
-    "v1": ({"cross_attention_dim": 768}, (686, 248, 197 - 1)),
-    "v2": ({"cross_attention_dim": 1024, "use_linear_projection": True}, (686, 248, 23 * 12 + 4)),
-    "xl_base": (XL_UNET, (1680, 248, 197 - 1 + 390 - 1)),
+    "v1": (UNETS["v1"], (686, 248, 197 - 1)),
+    "v2": (UNETS["v2"], (686, 248, 23 * 12 + 4)),
+    "xl_base": (UNETS["xl_base"], (1680, 248, 197 - 1 + 390 - 1)),
 }
 KNOWN = {  # names and shapes in the released files
     "v1": {

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import sys
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
@@ -15,9 +16,20 @@ from fewstep.commands.options import Export
 from fewstep.commands.runs import check_writable, tell_done
 from fewstep.errors import UserError
 from fewstep.evaluation.metrics import wilson_interval
-from fewstep.export.card import Provenance, check_license, interface_settings, last_part, read_scores, read_table
+from fewstep.export.card import (
+    Provenance,
+    check_license,
+    interface_settings,
+    last_part,
+    lora_settings,
+    read_scores,
+    read_table,
+)
 from fewstep.export.diffusers_folder import Format, check_folder, write_diffusers_folder
+from fewstep.export.lora import FORMATS, header, write_lora
+from fewstep.export.single_file import version_of
 from fewstep.export.stored import StoredModel, open_stored
+from fewstep.files import size
 from fewstep.metric_table import METRICS
 from fewstep.models.latent_model import LatentModel
 from fewstep.models.loading.pretrained import SUFFIX, WEIGHT_SUFFIXES, load
@@ -32,11 +44,11 @@ from fewstep.runtime.runs import Found, find, run_folder
 from fewstep.runtime.tracking import progress_bar, read_metrics
 from fewstep.settings import is_path
 
-TARGETS = ("diffusers", "single-file")
+TARGETS = ("diffusers", "single-file", "lora")
 
 
 def export(given: Export) -> None:
-    """Writes the student of RUN, RUN@STEP or RUN@best-METRIC as a diffusers folder or as a single file."""
+    """Writes the student of RUN, RUN@STEP or RUN@best-METRIC as a diffusers folder, a single file or a LoRA."""
     target, dtype = check_options(given)
     recipe = student_recipe(run_folder(given.run))
     found = find(given.run, None if given.ema == first_decay(recipe) else given.ema)
@@ -44,6 +56,11 @@ def export(given: Export) -> None:
     raw = load_state(found.checkpoint, lazy=True)["method"]["student"] if given.raw else None
     stored = open_stored(found.folder, raw and (found.checkpoint / "state.pt", raw))
     provenance = trace(found, stored, recipe, given)
+    if target == "lora":
+        export_lora(found, stored, provenance, recipe, given, dtype)
+        return
+    if stored.lora and dtype == torch.bfloat16:
+        print("fewstep: --dtype bfloat16: rounds away up to half of what a LoRA changes; take float16", file=sys.stderr)
     with progress_bar("exporting", 2 * len(stored.tensors)) as show:
         numbers = count(1)
 
@@ -71,30 +88,56 @@ def tell(out: Path, stored: StoredModel, provenance: Provenance, target: str) ->
     if target == "single-file":
         print(interface_settings(provenance.timesteps, stored.prediction))
         prompt += f" --config {shlex.quote(str(stored.folder))}"
-    size = sum(path.stat().st_size for path in files) / 1e6
-    tell_done(f"{out} ({size:,.{0 if size > 10 else 2}f} MB)", f"sample {shlex.quote(str(out))}{prompt}")
+    megabytes = sum(path.stat().st_size for path in files) / 1e6
+    tell_done(f"{out} ({megabytes:,.{0 if megabytes > 10 else 2}f} MB)", f"sample {shlex.quote(str(out))}{prompt}")
+
+
+def export_lora(
+    found: Found, stored: StoredModel, provenance: Provenance, recipe: StudentRecipe, given: Export, dtype: torch.dtype
+) -> None:
+    """Writes what the run trained beside its base, and prints how it is used."""
+    if recipe.kind != "distill" or not recipe.lora:
+        what = "was trained whole, not as a LoRA; `fewstep extract BASE STUDENT` makes one of the difference"
+        raise UserError(f"{found.run}: {what}")
+    lora = {name: change.with_alpha(recipe.lora.alpha) for name, change in stored.lora.items()}
+    told, part, prompt = provenance.metadata(), stored.family.part, ""
+    if stored.index:
+        version = version_of(stored.index, stored.parts["text_encoder"].network, stored.prediction)
+        told = header(given.out, lora, provenance, version, stored.prediction, stored.description["image_size"])
+        prompt = " --prompt 'a photo of a cat'"
+        prompt += f" --config {shlex.quote(recipe.teacher_config)}" if recipe.teacher_config else ""
+    write_lora(given.out, lora, stored.parts[part].network, part, told, given.format or "kohya", dtype)
+    if stored.index:
+        print(lora_settings(given.out, provenance.timesteps, stored.prediction))
+    beside = found.run.parent / recipe.teacher  # as recipes name those that are taught here
+    base, out = shlex.quote(str(beside if beside.exists() else recipe.teacher)), shlex.quote(str(given.out))
+    tell_done(f"{out} ({size(given.out.stat().st_size)})", f"sample {base} --lora {out}{prompt}")
 
 
 def check_options(given: Export) -> tuple[str, torch.dtype]:
     """Target and type of the weights; raises UserError for what can't be, or a place that can't be written to.
 
     Folders are float32 by default, for then `from_pretrained(DIR)` opens them without a variant and draws what the run
-    drew; single files are float16, which is what ComfyUI and A1111 compute in.
+    drew; single files are float16, which is what ComfyUI and A1111 compute in. LoRAs are float16 with an alpha beside
+    them (an error of 0.03 % of the change); in diffusers' layout alpha / rank is in the second matrix, whose numbers
+    float16 would round five times as much.
     """
     is_file = given.out.suffix.lower() in WEIGHT_SUFFIXES
     target = given.to or TARGETS[is_file]
     if target not in TARGETS:
         raise UserError(f"--to {target}: write {' or '.join(TARGETS)}")
+    if given.format and (target != "lora" or given.format not in FORMATS):
+        raise UserError(f"--format {given.format}: is of --to lora; write {' or '.join(FORMATS)}")
     if target == "diffusers" and is_file:
         raise UserError(f"{given.out}: is a file's name, and --to diffusers writes a folder; change one of them")
-    name = given.dtype or ("float32" if target == "diffusers" else "float16")
+    name = given.dtype or ("float32" if "diffusers" in (target, given.format) else "float16")
     if name not in INFERENCE_DTYPES:
         raise UserError(f"--dtype {name}: write {', '.join(INFERENCE_DTYPES)}")
     if given.raw and given.ema:
         raise UserError(f"--ema {given.ema}: --raw takes the weights as trained, not an average; leave out one")
     check_license(given.license)
     check_writable(given.out.absolute().parent)
-    if target == "single-file":
+    if target != "diffusers":
         check_file(given.out, given)
     elif given.shard_size and not re.fullmatch(r"[1-9]\d*[KMGT]B", given.shard_size):
         raise UserError(f"--shard-size {given.shard_size}: write a number and KB, MB, GB or TB, for example 5GB")

@@ -202,17 +202,18 @@ class Evaluate(Order):
 
 @verb("export", "exporting.export", "runs/sdxl-4step sdxl-4step.safetensors")
 class Export(Order):
-    """Write a student as a diffusers folder, or as one file for ComfyUI and A1111."""
+    """Write a student as a diffusers folder, as one file for ComfyUI and A1111, or as a LoRA."""
 
     # None is the target's own default
     run: Annotated[Place, Argument(help="RUN, RUN@STEP or RUN@best-METRIC.")]
     out: Annotated[Path, Argument(help="Folder, or .safetensors file, to write.")]
-    to: str | None = option("diffusers or single-file.", show_default="single-file if OUT ends in .safetensors")
+    to: str | None = option("diffusers, single-file or lora.", show_default="single-file if OUT ends in .safetensors")
+    format: str | None = option("Of a LoRA: kohya, for all UIs, or diffusers.", show_default="kohya")
     ema: str | None = option("Average to take, where a run keeps several: 0.9999.", show_default="the first")
     raw: bool = option("The weights as trained, not averaged.", False, "--raw")
     dtype: str | None = option(
         "float32, float16 (in diffusers as variant fp16) or bfloat16.",
-        show_default="float32; float16 for a single file",
+        show_default="float32; float16 for a single file or a LoRA",
     )
     shard_size: str | None = option("Largest file of weights in a folder.", show_default="5GB")
     license: str = option("For the card, as the hub names them; other: the teacher's applies.", "other")

@@ -164,8 +164,20 @@ def front_matter(card: Card, made: Provenance) -> dict[str, Any]:
     }
 
 
-def interface_settings(timesteps: Sequence[float], prediction: str = "epsilon") -> str:
-    """What draws the student from its single file in ComfyUI and A1111, by the formulas of their schedulers."""
+def lora_settings(file: Path, timesteps: Sequence[float], prediction: str) -> str:
+    """What draws the student by its LoRA in each UI and in diffusers, in one line."""
+    settings = interface_settings(timesteps, prediction, f"fewstep sample BASE --lora {file.name}")
+    times = ", ".join(f"{t:g}" for t in timesteps)
+    return texts()["lora"].format(name=file.stem, file=file.name, timesteps=times, settings=settings).strip()
+
+
+def interface_settings(
+    timesteps: Sequence[float], prediction: str = "epsilon", draw: str = "fewstep sample FILE.safetensors"
+) -> str:
+    """What draws the student from its single file in ComfyUI and A1111, by the formulas of their schedulers.
+
+    `draw` is the command that does where they can't.
+    """
     count, say = len(timesteps), texts()
     schedules = {
         "own": timesteps,
@@ -174,7 +186,7 @@ def interface_settings(timesteps: Sequence[float], prediction: str = "epsilon") 
     }
     trailing = list(timesteps) == [999 - 1000 * k // count for k in range(count)]
     steps = {name: ", ".join(f"{t:g}" for t in each) for name, each in schedules.items()}
-    told = say["trailing" if trailing else "elsewhere"].format(count=count, **steps).strip()
+    told = say["trailing" if trailing else "elsewhere"].format(count=count, draw=draw, **steps).strip()
     return told + (say["velocity"].rstrip() if trailing and prediction == "v_prediction" else "")
 
 

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +48,14 @@ def original_weights(model: LatentModel) -> Weights:
     if "text_encoder_2" in pipeline.components:
         weights |= _prefixed("conditioner.embedders.0.transformer.text_model.", first)
         return weights | _openclip(pipeline.text_encoder_2, "conditioner.embedders.1.model.")
-    if _is_second_version(model):
+    if is_openclip(pipeline.text_encoder):
         return weights | _openclip(pipeline.text_encoder, "cond_stage_model.model.")
     return weights | _prefixed("cond_stage_model.transformer.text_model.", first)
 
 
-def _is_second_version(model: LatentModel) -> bool:
-    """SD 2.x has an OpenCLIP text encoder, which is told by its activation: OpenAI's CLIP has `quick_gelu`."""
-    return bool(model.pipeline.text_encoder.config.hidden_act == "gelu")
+def is_openclip(text_encoder: Any) -> bool:
+    """Of SD 2.x, told by its activation: OpenAI's CLIP has `quick_gelu`."""
+    return bool(text_encoder.config.hidden_act == "gelu")
 
 
 def _vae(vae: Any) -> Weights:
@@ -117,13 +117,24 @@ def _flags(model: LatentModel) -> list[str]:
 
 
 def _specification(model: LatentModel, title: str) -> dict[str, str]:
-    """What the header says by the model specification of Stability AI."""
-    prediction = "v" if model.pipeline.scheduler.config.prediction_type == "v_prediction" else "epsilon"
-    version = "v1"
-    if "text_encoder_2" in model.pipeline.components:
-        version = "xl-v1-base"
-    elif _is_second_version(model):
-        version = "v2-768-v" if prediction == "v" else "v2-512"
-    facts = {"sai_model_spec": "1.0.0", "title": title, "prediction_type": prediction}
-    facts |= {"architecture": f"stable-diffusion-{version}", "implementation": NAMES["repositories"][version]}
-    return _prefixed("modelspec.", facts | {"resolution": f"{model.image_size}x{model.image_size}"})
+    pipeline = model.pipeline
+    prediction = pipeline.scheduler.config.prediction_type
+    version = version_of(pipeline.components, pipeline.text_encoder, prediction)
+    return specification(version, prediction, model.image_size, title)
+
+
+def version_of(parts: Container[str], text_encoder: Any, prediction: str) -> str:
+    """What the model specification calls a release: SD 2.x has an OpenCLIP text encoder."""
+    if "text_encoder_2" in parts:
+        return "xl-v1-base"
+    if not is_openclip(text_encoder):
+        return "v1"
+    return "v2-768-v" if prediction == "v_prediction" else "v2-512"
+
+
+def specification(version: str, prediction: str, image_size: int, title: str, kind: str = "") -> dict[str, str]:
+    """What the header says by the model specification of Stability AI; `kind` is `/lora` of one."""
+    facts = {"sai_model_spec": "1.0.0", "title": title, "architecture": f"stable-diffusion-{version}{kind}"}
+    facts |= {"prediction_type": "v" if prediction == "v_prediction" else "epsilon"}
+    facts |= {"implementation": NAMES["repositories"][version], "resolution": f"{image_size}x{image_size}"}
+    return _prefixed("modelspec.", facts)

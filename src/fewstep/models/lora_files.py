@@ -274,12 +274,3 @@ def write_diffusers_lora(path: Path, lora: LoRA, part: str, metadata: Mapping[st
     config = {"r": rank, "lora_alpha": rank, "target_modules": list(plain), "rank_pattern": odd, "alpha_pattern": odd}
     told = {METADATA: json.dumps({f"{part}.{key}": value for key, value in config.items()})}
     save_file(tensors, path, {"format": "pt", **told, **(metadata or {})})
-
-
-def read_lora(path: Path, part: str = "unet") -> dict[str, LowRank]:
-    """The changes in a file of that layout."""
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, for it is no dict
-    names = sorted(name.removesuffix(f".{PEFT['down']}") for name in tensors if name.endswith(PEFT["down"]))
-    pairs = {name: [tensors[f"{name}.{ending}"] for ending in PEFT.values()] for name in names}
-    return {name.removeprefix(f"{part}."): LowRank(down, up, down.shape[0]) for name, (down, up) in pairs.items()}
