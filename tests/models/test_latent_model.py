@@ -252,8 +252,8 @@ def test_without_links_on_the_file_system_the_folder_is_as_complete(
     type(pipeline).from_pretrained(tmp_path / "model")
 
 
-def test_pictures_go_through_the_autoencoder_a_few_at_a_time(pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, numbers = LatentModel(pipeline), draws(5)
+def test_pictures_go_through_the_autoencoder_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, numbers = LatentModel(TINY["sd"](tmp_path)), draws(5)
     x0, images = numbers.randn(*model.shape), numbers.randint(0, 256, 3, 16, 16).to(torch.uint8)
     noise = numbers.randn(*model.shape)
     whole = model.decode(x0), model.encode_images(images, noise)
