@@ -202,4 +202,6 @@ def test_the_files_named_exist() -> None:
 
 def test_the_verbs_named_exist() -> None:
     verbs = {name for name in VERBS if " " not in name}
-    assert set(re.findall(r"`?fewstep (demo|teach|distill|sample|evaluate|export|recipes)", "".join(PAGES))) == verbs
+    assert (
+        set(re.findall(r"`?fewstep (demo|teach|distill|sample|sweep|evaluate|export|recipes)", "".join(PAGES))) == verbs
+    )

@@ -24,9 +24,16 @@ UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
 def grid(
-    images: Tensor, columns: int, labels: Sequence[str] = (), heads: Sequence[str] = (), max_width: int = MAX_WIDTH
+    images: Tensor,
+    columns: int,
+    labels: Sequence[str] = (),
+    heads: Sequence[str] = (),
+    max_width: int = MAX_WIDTH,
+    sides: Sequence[str] = (),
 ) -> Image.Image:
     """uint8 images (N, C, H, W) row by row on white, each above its label, and the columns below their heads.
+
+    In front of the rows stand their `sides`, of one or more lines.
 
     Small images are enlarged without smoothing, and large ones made smaller until all of a row fit into `max_width`.
     """
@@ -40,8 +47,9 @@ def grid(
         if not any(lines[-1:] and lines[-1].endswith("…") for lines in below + above):
             break
     line = sum(font.getmetrics())
+    margin = max((int(font.getlength(part)) + 3 * GAP for side in sides for part in side.split("\n")), default=0)
     foot, head = (line * max(map(len, told), default=0) for told in (below, above))
-    size = columns * (cell + GAP) + GAP, head + -(-num // columns) * (row + foot + GAP) + GAP
+    size = margin + columns * (cell + GAP) + GAP, head + -(-num // columns) * (row + foot + GAP) + GAP
     canvas = Image.new("L" if images.shape[1] == 1 else "RGB", size, "white")
     draw = ImageDraw.Draw(canvas)
 
@@ -50,13 +58,16 @@ def grid(
             draw.text((left + cell // 2, top + number * line), text, "black", font, "ma")
 
     for index, image in enumerate(images):
-        left, top = index % columns * (cell + GAP) + GAP, head + index // columns * (row + foot + GAP) + GAP
+        left, top = margin + index % columns * (cell + GAP) + GAP, head + index // columns * (row + foot + GAP) + GAP
         picture = to_picture(image)
         enlarged = picture.resize((width * scale, height * scale), Image.Resampling.NEAREST)
         canvas.paste(enlarged.reduce(shrink) if shrink > 1 else enlarged, (left, top))
         write(below[index] if labels else (), left, top + row)
     for index, lines in enumerate(above):
-        write(lines, index * (cell + GAP) + GAP, GAP // 2)
+        write(lines, margin + index * (cell + GAP) + GAP, GAP // 2)
+    for index, side in enumerate(sides):
+        middle = head + index * (row + foot + GAP) + GAP + row // 2
+        draw.multiline_text((GAP, middle), side, "black", font, "lm")
     return canvas
 
 

@@ -111,7 +111,7 @@ class Distill(Teach):
 
 @verb("recipes", "recipes.recipes", "show digits-4step")
 class Recipes(Order):
-    """List recipes, show one with the meaning of every setting, check one, or write new ones for your own images."""
+    """List, show, check or write recipes: with the meaning of every setting, and new ones for your own images."""
 
     action: Annotated[str, Argument(help="list, show, check or new.")] = "list"
     recipe: Annotated[PlaceIfAny, Argument(help="Recipe name or YAML file; of new ones, a name.")] = None
@@ -194,6 +194,42 @@ class Evaluate(Order):
         "--sampler",
         show_default="heun:18; ddim:50 for text-to-image",
     )
+    seed: Seed = 0
+    device: Device = "auto"
+    config: PlaceIfAny = option("Of a file: diffusers folder of its family.", metavar="DIR")
+    family: Family = None
+
+
+@verb("sweep", "sweep.sweep", "models/sdxl --lora my.safetensors --strength 0.7,1 --steps 4,8 --cfg 1,1.6 --prompt cat")
+class Sweep(Order):
+    """Compare strengths of a LoRA, steps and CFG scales: a grid, a table and the best of them.
+
+    All cells have the same prompts and noise. The best is named by CLIP or, of the embedded sets, by what is right.
+    """
+
+    base: Annotated[Place, Argument(help="Run folder, model folder, .safetensors file or hub id.")]
+    lora: Places = option(
+        "The first is swept, others keep their strength; repeatable.", [], metavar="FILE[:STRENGTH]", show_default=False
+    )
+    strength: str | None = option("Of the first LoRA, parted by commas.", metavar="LIST", show_default="1")
+    steps: str | None = option(
+        "Parted by commas.", metavar="LIST", show_default="the student's own; 2,4,8 of a teacher"
+    )
+    guidance: str = option("CFG scales, parted by commas; 1 is none, and half the time.", "1", "--cfg", metavar="LIST")
+    prompt: list[str] = option("For text-to-image; repeatable.", [], metavar="TEXT", show_default=False)
+    prompts: Texts = None
+    label: str | None = option("Class, by its name or number; by default all in turn.", None, "--class", "--label")
+    num: int | None = option(
+        "Images of a cell.", metavar="N", min=1, max=MOST, show_default="one per prompt or class, at least 4"
+    )
+    clip: PlaceIfAny = option("CLIPModel of transformers, for the CLIP score.", metavar="FOLDER")
+    best: str | None = option(
+        "What names the best cell.",
+        metavar="MEASURE",
+        show_default="the first there is of clip, prompt_accuracy, accuracy",
+    )
+    out: Path = option("Folder for grid.png, table.md, results.json.", show_default="sweep, or sweep-2 and so on")
+    overwrite: Overwrite = False
     seed: Seed = 0
     device: Device = "auto"
     config: PlaceIfAny = option("Of a file: diffusers folder of its family.", metavar="DIR")

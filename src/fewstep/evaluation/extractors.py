@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import adaptive_avg_pool2d, cross_entropy
 
 from fewstep.data.images import ImageSet, batch_indices
 from fewstep.errors import UserError
@@ -22,6 +22,7 @@ from fewstep.seeding import generator
 
 CLASSIFIER_STEPS = 600
 MAX_FEATURES = 4096  # of a covariance that a Fréchet distance can be taken of
+THUMBNAIL = 16  # pixels
 RETURN_FEATURES = "return_features"
 
 
@@ -104,6 +105,15 @@ class AutoencoderExtractor:
             what = f"the autoencoder's {means[0].numel():,} numbers per image are too many for a FID"
             raise UserError(f"--features: {what}; give a TorchScript file")
         return means.flatten(1)
+
+
+class Thumbnails:
+    """The pictures themselves, of `THUMBNAIL` pixels a side, in [0, 1]: uint8 (B, C, H, W) -> (B, C side side)."""
+
+    name, identity = "thumbnails", "thumbnails"
+
+    def features(self, images: Tensor) -> Tensor:
+        return adaptive_avg_pool2d(images.float() / 255, min(THUMBNAIL, images.shape[-1])).flatten(1)
 
 
 class Classifier(nn.Module):

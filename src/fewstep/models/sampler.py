@@ -93,10 +93,13 @@ def draw_noise(model: ImageModel, num_noises: int, start: int, stop: int, seed: 
     return torch.stack(list(each), dim=1).to(model.device)
 
 
-def sample(model: ImageModel, sampler: Sampler, noise: Tensor, condition: Condition) -> Tensor:
-    """x0 from noise (>= 1, B, ...), without gradient."""
+def sample(
+    model: ImageModel, sampler: Sampler, noise: Tensor, condition: Condition, null_condition: Condition | None = None
+) -> Tensor:
+    """x0 from noise (>= 1, B, ...), without gradient; `null_condition` is the model's, where it was made before."""
     denoiser: Denoiser | Guided = model.denoiser
-    if sampler.guidance_scale != 1 and (null_condition := model.null_condition) is not None:
+    null_condition = null_condition or (model.null_condition if sampler.guidance_scale != 1 else None)
+    if sampler.guidance_scale != 1 and null_condition is not None:
         denoiser = Guided(model.denoiser, sampler.guidance_scale, null_condition)
     schedule = denoiser.schedule
     if sampler.kind in RENOISING:
