@@ -1,17 +1,15 @@
 """Low-rank layers: their formula, their targets, who trains them, and what is shared."""
 
-import copy
-
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.networks.blocks import checkpoint_blocks
 from fewstep.networks.families.stable_diffusion import TextUNet
 from fewstep.networks.lora_layers import lora_of, with_lora
 from fewstep.networks.settings import LoRASettings
+from low_rank import written_out
 from tiny_pipelines import POOLED, unet
 
 LORA = LoRASettings(rank=3, alpha=4.5, targets="official")
@@ -30,31 +28,6 @@ SDXL = {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
 }
-
-
-class Explicit(nn.Module):
-    """W x + b + alpha / r B (A x) of a layer, written out, for autograd."""
-
-    def __init__(self, layer: nn.Module, alpha: float):
-        super().__init__()
-        self.layer, self.scale = layer, alpha / len(layer.lora_A)
-
-    def forward(self, x: Tensor) -> Tensor:
-        own, down, up = self.layer, self.layer.lora_A, self.layer.lora_B
-        if own.weight.ndim == 2:
-            return functional.linear(x, own.weight, own.bias) + self.scale * ((x @ down.T) @ up.T)
-        how = {"stride": own.stride, "padding": own.padding}
-        inner = functional.conv2d(x, down, **how)
-        return functional.conv2d(x, own.weight, own.bias, **how) + self.scale * functional.conv2d(inner, up)
-
-
-def explicit(tree: Denoiser) -> Denoiser:
-    """A copy of the tree, with its own tensors throughout, whose low-rank layers are written out."""
-    copied = copy.deepcopy(tree)
-    for name in lora_of(copied.network):
-        parent, _, own = name.rpartition(".")
-        setattr(copied.network.get_submodule(parent), own, Explicit(copied.network.get_submodule(name), LORA.alpha))
-    return copied
 
 
 def make_tree(settings: LoRASettings = LORA, dtype: torch.dtype = torch.float64) -> Denoiser:
@@ -83,7 +56,7 @@ def gradients(tree: Denoiser, x: Tensor, names: bool = True) -> tuple[Tensor, di
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_outputs_and_gradients_are_those_of_the_formula(targets: str | list[str], checkpointing: bool) -> None:
     tree = make_tree(LORA.model_copy(update={"targets": targets}))
-    other = explicit(tree)
+    other = written_out(tree)
     if checkpointing:
         checkpoint_blocks(tree.network)
     x = X_T.double().requires_grad_()

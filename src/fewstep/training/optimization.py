@@ -67,8 +67,8 @@ class Optimizer:
         # The fused kernel looks at `found_inf` on the device, as for a gradient scaler: the host need not know.
         self.adamw.grad_scale, self.adamw.found_inf = None, skipped  # type: ignore[attr-defined]
         self.adamw.step()
-        if self.eight_bit:  # its kernels write unseen by autograd, and copies of the weights go by their versions
-            torch.autograd.graph.increment_version(self.parameters)
+        # Both kinds write unseen by autograd, and copies of low-rank weights go by their versions.
+        torch.autograd.graph.increment_version(self.parameters)
         self.schedule.step()
         self.adamw.zero_grad()  # frees them, and with them what was not finite
         return norm, skipped

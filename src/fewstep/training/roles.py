@@ -5,18 +5,18 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from fewstep.diffusion.denoiser import Denoiser, Guided
 from fewstep.errors import UserError
-from fewstep.models.image_model import ImageModel
+from fewstep.models.image_model import LORA, ImageModel, read_description
 from fewstep.networks.blocks import check_blocks, checkpoint_blocks
 from fewstep.networks.discriminator import Discriminator
 from fewstep.networks.features import features
-from fewstep.networks.lora_layers import with_lora
+from fewstep.networks.lora_layers import settings_of, with_lora
 from fewstep.networks.precision import trainable
 from fewstep.networks.settings import LoRASettings
 from fewstep.networks.stop_embedding import condition_on_stop
@@ -99,14 +99,24 @@ def start_from(roles: Roles, checkpoint: Path) -> None:
 
     A regression has no critic: it stays the teacher, as published (spec, 2). They are the weights as trained, not the
     averaged ones: the paper has no average, and the critic has tracked this student. A stop embedding that one side
-    lacks is left out, or stays zero. Raises UserError if the checkpoint is of something else or another architecture.
+    lacks is left out, or stays zero. Raises UserError if the checkpoint is of something else or another architecture,
+    or of whole weights where these roles have low-rank ones, the other way round, or of other ones.
     """
     state = load_state(checkpoint, lazy=True).get("method", {})  # moments and averages stay on the disk
     if "student" not in state:
         raise UserError(f"{checkpoint}: holds no student; name a run of `fewstep distill`")
+    ours, theirs = settings_of(roles.student), read_description(checkpoint / "model").get(LORA)
+    if theirs != (ours and ours.model_dump()):
+        told = f"{checkpoint}: trained {_kind(theirs)}, where this recipe trains {_kind(ours and ours.model_dump())}"
+        raise UserError(f"{told}; set lora as it has it, or init_from to a run that has it as here")
     for name, module in (("student", roles.student), ("critic", roles.critic)):
         if name in state:
             _load(module, state[name], f"{checkpoint}: its {name}")
+
+
+def _kind(lora: Any) -> str:
+    """What is trained, in words."""
+    return f"a LoRA ({', '.join(f'{name} {value}' for name, value in lora.items())})" if lora else "all weights"
 
 
 def _load(module: nn.Module, weights: dict[str, Tensor], what: str) -> None:

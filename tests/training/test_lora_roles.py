@@ -1,0 +1,108 @@
+"""Student and critic as low-rank weights on one base: as if each had a copy of its own."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fewstep.models.image_model import ImageModel
+from fewstep.models.pixel_model import PixelModel
+from fewstep.networks.blocks import checkpoint_blocks
+from fewstep.networks.families.edm import build_unet
+from fewstep.networks.lora_layers import with_lora
+from fewstep.networks.settings import LoRASettings, PixelModelConfig
+from fewstep.networks.stop_embedding import condition_on_stop
+from fewstep.runtime.ema import trainable_state
+from fewstep.training.dmd2 import DMD2
+from fewstep.training.roles import Roles, make_roles
+from fewstep.training.settings import DMD2Settings
+from low_rank import written_out
+from steps import GAN, LR, whole
+
+LORA = LoRASettings(rank=4, alpha=6.0)
+BATCH, STOPS = 4, 3
+TRAINED = ("student", "critic", "discriminator")
+SETTINGS = {"student_every": 2, "student": {"num_timesteps": STOPS, **LR}, "critic": LR | {"condition_on_stop": True}}
+
+
+@pytest.fixture
+def model() -> PixelModel:
+    """With self-attention, classes and a null class."""
+    torch.manual_seed(0)
+    sizes = {"block_out_channels": [8, 16], "norm_num_groups": 4, "attention": [False, True], "attention_head_dim": 8}
+    config = PixelModelConfig(num_classes=3, null_class=True, **sizes)
+    return PixelModel(config, build_unet(config))
+
+
+def real_batch(step: int) -> list[tuple[range, dict[str, Tensor]]]:
+    drawn = torch.Generator().manual_seed(step)
+    image = torch.randint(0, 256, (BATCH, 1, 8, 8), generator=drawn, dtype=torch.uint8)
+    return whole({"image": image, "label": torch.randint(0, 3, (BATCH,), generator=drawn)}, BATCH)
+
+
+def make_shared(model: ImageModel, checkpointing: str = "none", dtype: torch.dtype = torch.float32) -> Roles:
+    """Roles on one base, whose low-rank weights are away from zero, so that A has gradients from the first step on."""
+    torch.manual_seed(1)
+    roles = make_roles(model, 2.0, None, STOPS, dtype, checkpointing, LORA)
+    drawn = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for role in (roles.student, roles.critic):
+            for name, weight in trainable_state(role).items():
+                weight += 0.05 * torch.randn(weight.shape, generator=drawn) * (not name.endswith("lora_A"))
+    return roles
+
+
+def make_separate(shared: Roles, checkpointing: str) -> Roles:
+    """The same roles with three copies of the base, and low-rank layers that are written out."""
+    teacher = copy.deepcopy(shared.teacher)
+    student, critic = (written_out(with_lora(copy.deepcopy(shared.teacher.denoiser), LORA)) for _ in range(2))
+    condition_on_stop(critic.network, "unet.time_embedding", STOPS)
+    if checkpointing == "blocks":
+        checkpoint_blocks(student.network)
+        checkpoint_blocks(critic.network)
+    for ours, theirs in ((student, shared.student), (critic, shared.critic)):
+        for (_, weight), (_, value) in zip(trained(ours), trained(theirs), strict=True):
+            weight.copy_(value)
+    return Roles(teacher, student, critic, copy.deepcopy(shared.discriminator), shared.feature_layer)
+
+
+def trained(role: nn.Module) -> list[tuple[str, Tensor]]:
+    """By the names of the layers, written out or not."""
+    return sorted((name.replace(".layer.", "."), value) for name, value in trainable_state(role).items())
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("checkpointing", "dtype"),
+    [
+        *(("none", torch.float32), ("blocks", torch.float64)),
+        *(pytest.param(how, torch.float32, marks=SLOW) for how in ("blocks", "gan")),
+        *(pytest.param(how, torch.float64, marks=SLOW) for how in ("none", "gan")),
+    ],
+)
+def test_a_shared_base_trains_like_separate_copies(model: PixelModel, checkpointing: str, dtype: torch.dtype) -> None:
+    """And like low-rank layers that are written out, and trained by autograd: 20 steps, in float64 to 12 digits."""
+    shared = make_shared(model, checkpointing)
+    separate = make_separate(shared, checkpointing)
+    for roles in (shared, separate):
+        for role in (roles.teacher, roles.student, roles.critic, roles.discriminator):
+            role.to(dtype)
+    before = [value.clone() for value in model.denoiser.state_dict().values()]
+    settings = DMD2Settings(**SETTINGS, gan=GAN, checkpointing=checkpointing)
+    method, other = (DMD2(settings, model, roles, 20, BATCH, 0) for roles in (shared, separate))
+    began = [value.clone() for role in TRAINED for _, value in trained(getattr(method, role))]
+    for step in range(20):
+        metrics, expected = method.step(real_batch(step), step), other.step(real_batch(step), step)
+        torch.testing.assert_close(metrics, expected, rtol=1e-3 if dtype == torch.float32 else 1e-10, atol=1e-6)
+    tolerance = 5e-5 if dtype == torch.float32 else 1e-12
+    for role in TRAINED:
+        for (name, ours), (_, theirs) in zip(
+            trained(getattr(method, role)), trained(getattr(other, role)), strict=True
+        ):
+            assert (ours - theirs).norm() <= tolerance * theirs.norm(), name
+    ended = [value.clone() for role in TRAINED for _, value in trained(getattr(method, role))]
+    assert not any(torch.equal(first, last) for first, last in zip(began, ended, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, model.denoiser.state_dict().values(), strict=True))
