@@ -203,5 +203,6 @@ def test_the_files_named_exist() -> None:
 def test_the_verbs_named_exist() -> None:
     verbs = {name for name in VERBS if " " not in name}
     assert (
-        set(re.findall(r"`?fewstep (demo|teach|distill|sample|sweep|evaluate|export|recipes)", "".join(PAGES))) == verbs
+        set(re.findall(r"`?fewstep (demo|teach|distill|sample|sweep|evaluate|export|extract|recipes)", "".join(PAGES)))
+        == verbs
     )

@@ -259,6 +259,36 @@ class Export(Order):
     overwrite: bool = option("Replace an export that is there, whole.", False, "--overwrite")
 
 
+@verb("extract", "extract.extract_lora", "models/sdxl runs/sdxl-4step sdxl-4step-lora.safetensors")
+class Extract(Order):
+    """Make a LoRA of a student that was trained whole: the best of a rank, and what it leaves out.
+
+    Layer by layer by SVD; with --data weighted by what the layers are given when it draws, where that is better.
+    """
+
+    base: Annotated[Place, Argument(help="Its teacher, or what it was tuned from: all that `sample` opens.")]
+    student: Annotated[Place, Argument(help="The few-step student, likewise.")]
+    file: Annotated[Path, Argument(help=".safetensors file to write.")]
+    rank: int = option("Of every layer; small layers have what they can.", 64, metavar="N", min=1, max=MOST)
+    alpha: float | None = option("That the file says; its matrices fit it.", min=1e-3, max=1e6, show_default="the rank")
+    targets: str = option("official, lean, or ends of layers' names, parted by commas.", "official", metavar="NAMES")
+    data: PlaceIfAny = option(
+        "Prompts (.txt, .csv, .tsv, .parquet) that images are drawn for, or `classes`.",
+        metavar="FILE",
+        show_default="plain SVD",
+    )
+    num: int = option("Images drawn with --data.", 32, metavar="N", min=1, max=MOST)
+    format: str | None = option(
+        "kohya, which all programs read, or diffusers.", show_default="kohya; diffusers for pixels"
+    )
+    dtype: str = option("float32, float16 or bfloat16.", "float16")
+    overwrite: Overwrite = False
+    seed: Seed = 0
+    device: Device = "auto"
+    config: PlaceIfAny = option("Of a file: diffusers folder of its family.", metavar="DIR")
+    family: Family = None
+
+
 @verb("import edm", "importing.import_edm", "edm-imagenet-64x64-cond-adm.pkl --out models/imagenet64")
 class ImportEdm(Order):
     """Convert an EDM checkpoint, exactly; the code that is stored in it is not run."""

@@ -131,8 +131,6 @@ def choose(
     model: ImageModel, own: list[float] | None, renoises: bool, steps: int, scale: float
 ) -> tuple[list[float] | None, Sampler]:
     """The timesteps, where a student says its own, and the sampler, which needs none otherwise."""
-    if scale != 1 and model.null_condition is None:
-        raise UserError(f"--cfg {scale:g}: the model has no null class to guide with; take 1")
     if own:
         return spread_timesteps(model, own, steps), Sampler("student", steps, scale)
     return None, Sampler("lcm" if renoises else default_sampler(model).kind, steps, scale)
@@ -165,8 +163,10 @@ def make_scene(order: Sweep, model: ImageModel, prompts: list[str], device: torc
         raise UserError("--clip: compares pictures with prompts, and this model takes none")
     extractor, check = make_check(order, model, prompts)
     model.to(device)
-    scales = numbers("--cfg", order.guidance, 1, MOST_SCALE)
-    null = model.null_condition if max(scales) > 1 else None
+    guided = max(numbers("--cfg", order.guidance, 1, MOST_SCALE)) > 1
+    null = model.null_condition if guided else None
+    if guided and null is None:
+        raise UserError(f"--cfg {order.guidance}: the model has no null class to guide with; take 1")
     condition = model.conditions(range(count), asked)
     model.release()
     subjects = [model.label(index, asked) for index in range(count)]

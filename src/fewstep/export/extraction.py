@@ -1,0 +1,159 @@
+"""A LoRA of what a fine-tuned network differs by from the one it came from, and what that leaves out."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import unfold
+
+from fewstep.models.image_model import Asked, ImageModel
+from fewstep.models.sampler import default_sampler, draw_noise, sample
+from fewstep.networks.lora import LowRank
+
+FULL = 2048  # inputs of a layer up to which their whole second moment is kept, of 17 MB
+DAMPING = 1e-3  # of the inputs' mean square, in all directions: for those that none of the inputs had
+
+
+def best_low_rank(change: Tensor, rank: int, moment: Tensor | None = None) -> LowRank:
+    """The B A of a rank that is nearest to a change D of a weight (out, in[, k, k]): least E|(D - B A) x|^2.
+
+    `moment` is C = E[x x^T] (n, n) of the inputs, n = in k k, or its diagonal (n,); without it C = 1, and the error is
+    Frobenius' (Eckart and Young 1936). B A = U U^T D, where U (out, r) are the eigenvectors of D C D^T of the largest
+    values, so that no root of C is needed, nor its inverse. alpha is the rank.
+    """
+    flat = change.flatten(1)
+    rank = min(rank, *flat.shape)
+    left = _leading(flat, moment, rank)
+    right = left.T @ flat  # (r, n)
+    size = right.norm(dim=1).sqrt().clamp_min(torch.finfo(flat.dtype).tiny)  # shared out, which suits float16
+    up = (left * size).reshape(len(flat), rank, *(1,) * (change.ndim - 2))
+    return LowRank((right / size[:, None]).reshape(rank, *change.shape[1:]), up, rank)
+
+
+def _leading(change: Tensor, moment: Tensor | None, rank: int) -> Tensor:
+    """U (out, r); of a tall D = Q R through R C R^T, so that the eigenproblem is of the smaller side."""
+    q, core = torch.linalg.qr(change) if len(change) > change.shape[1] else (None, change)
+    weighted = core
+    if moment is not None:
+        diagonal = moment if moment.ndim == 1 else moment.diagonal()
+        scaled = core * moment if moment.ndim == 1 else core @ moment
+        weighted = scaled + DAMPING * diagonal.mean() * core
+    vectors: Tensor = torch.linalg.eigh(weighted @ core.T).eigenvectors[:, -rank:].flip(1)
+    return vectors if q is None else q @ vectors
+
+
+@contextmanager
+def observing(network: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Sums over the inputs of linear layers and convolutions (patches) inside: x x^T, or x^2 beyond `FULL` inputs."""
+    sums: dict[str, Tensor] = {}
+
+    def adding(name: str) -> Callable[[Any, Any], None]:
+        def add(layer: Any, arguments: Any) -> None:
+            x = _rows(layer, arguments[0].detach())  # (N, n)
+            found = x.T @ x if x.shape[1] <= FULL else x.square().sum(0)
+            sums[name] = sums[name].add_(found) if name in sums else found
+
+        return add
+
+    handles = [network.get_submodule(name).register_forward_pre_hook(adding(name)) for name in names]
+    try:
+        yield sums
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _rows(layer: Any, x: Tensor) -> Tensor:
+    """What the layer's weight (out, n) multiplies, (N, n)."""
+    if not isinstance(layer, nn.Conv2d):
+        return x.flatten(0, -2)
+    return unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride).transpose(1, 2).flatten(0, 1)  # type: ignore[arg-type]
+
+
+Call = tuple[tuple[Any, ...], Tensor]
+"""Of a network: (x, t, condition), and its output."""
+
+
+def calls(model: ImageModel, indices: range, seed: int, asked: Asked, report: Callable[[], None]) -> Iterator[Call]:
+    """All calls of the network while a student draws images."""
+    sampler = default_sampler(model)
+    for first in range(indices.start, indices.stop, model.sampling_batch):
+        part, made = range(first, min(first + model.sampling_batch, indices.stop)), list[Call]()
+        handle = model.denoiser.network.register_forward_hook(
+            lambda network, arguments, output, made=made: made.append((arguments, output))
+        )
+        try:
+            noise = draw_noise(model, sampler.num_noises, part.start, part.stop, seed)
+            sample(model, sampler, noise, model.conditions(part, asked))
+        finally:
+            handle.remove()
+        for _ in part:
+            report()
+        yield from made
+
+
+@torch.no_grad()
+def output_errors(network: nn.Module, seen: Sequence[Call]) -> dict[float, float]:
+    """|F(x, t) - F'(x, t)| / |F'(x, t)| by t, of a network against the calls of another."""
+    sums: dict[float, list[float]] = {}
+    for arguments, output in seen:
+        pair = sums.setdefault(float(arguments[1][0]), [0.0, 0.0])
+        pair[0] += (network(*arguments) - output).double().square().sum().item()
+        pair[1] += output.double().square().sum().item()
+    return {t: (off / whole) ** 0.5 for t, (off, whole) in sums.items()}
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """The changes of the target layers, what share of each they leave out, and what lies in no target."""
+
+    lora: dict[str, LowRank]
+    errors: dict[str, float]
+    """|D - B A| / |D| by layer."""
+    error: float
+    """The same of all of them together."""
+    outside: float
+    """The share of |D|^2 that lies in no target: in norms, biases, the first and the last layer; no LoRA carries it."""
+    clamped: int
+    """Layers that are smaller than the rank."""
+
+
+@torch.no_grad()
+def extract(
+    base: Mapping[str, Tensor],
+    student: Mapping[str, Tensor],
+    targets: Sequence[str],
+    moments: Mapping[str, Tensor],
+    rank: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    report: Callable[[], None] = lambda: None,
+) -> Extracted:
+    """The best low-rank changes of the target layers' weights, in `dtype`, whose rounding is in the errors.
+
+    Layer by layer, in float32, on `device`. `base` and `student` are the state dicts of networks of one size.
+    """
+    lora, left, size = dict[str, LowRank](), dict[str, float](), dict[str, float]()
+    whole = sum(_squares(student[name].float() - base[name].float()) for name in base)
+    for name in targets:
+        weight = f"{name}.weight"
+        change = (student[weight].float() - base[weight].float()).to(device)
+        if square := _squares(change):
+            moment = moments.get(name)
+            made = best_low_rank(change, rank, None if moment is None else moment.to(change))
+            lora[name] = made = replace(made, down=made.down.to(dtype).cpu(), up=made.up.to(dtype).cpu())
+            left[name], size[name] = _squares(change - made.delta().to(change)), square
+        report()
+    inside = sum(size.values())
+    errors = {name: (left[name] / size[name]) ** 0.5 for name in lora}
+    error = (sum(left.values()) / inside) ** 0.5 if inside else 1.0
+    clamped = sum(change.rank < rank for change in lora.values())
+    return Extracted(lora, errors, error, 1 - inside / whole if whole else 0.0, clamped)
+
+
+def _squares(tensor: Tensor) -> float:
+    """The sum of the squares."""
+    return tensor.double().square().sum().item()
