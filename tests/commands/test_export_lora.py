@@ -120,6 +120,8 @@ def test_a_merged_export_is_the_base_and_its_change_and_knows_its_own_lora(run: 
     code, _, told = run(f"export text {tmp_path}/half --dtype bfloat16")
     assert (code, told.count("\n")) == (0, 1)
     assert "--dtype bfloat16: rounds away" in told
+    card = (tmp_path / "folder" / "README.md").read_text()
+    assert "| weights | averaged, EMA 0.5; a LoRA (rank 4, alpha 2), merged in float32; float32 |" in card
     base = load("sdxl")
     lora = open_lora(tmp_path / "x.safetensors", base.network, base.family).lora
     state, weights = base.network.state_dict(), load(tmp_path / "file.safetensors", "sdxl").network.state_dict()

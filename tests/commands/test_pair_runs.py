@@ -280,6 +280,7 @@ def test_recipes_of_the_kind_are_listed_shown_and_checked(run: Run) -> None:
         ("--sampler heun:3 --teacher pixels --classes all", ["--classes 'all'", "turn or uniform"]),
         ("--sampler heun:3@2 --teacher pixels", ["--sampler heun:3@2", "no null class"]),
         ("--sampler dpm++:3 --teacher pixels", ["--sampler dpm++:3", "text-to-image"]),
+        ("--sampler lcm:4 --teacher pixels", ["--sampler lcm:4", "fresh noise at every step", "euler or ddim"]),
         ("--sampler heun:3 --teacher pixels --precision int8", ["--precision 'int8'", "float32, bfloat16, float16"]),
         ("--sampler heun:3 --teacher absent", ["absent"]),
         ("--sampler heun:3 --teacher pixels --out pictures", ["pictures: holds other files"]),

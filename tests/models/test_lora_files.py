@@ -134,7 +134,7 @@ def test_strengths_add_up_and_the_order_is_no_matter(tmp_path: Path) -> None:
     [
         ({"unet.r": 3, "unet.lora_alpha": 12}, 4.0),
         ({"unet.lora_alpha": 12, "unet.use_rslora": True}, 12 / 3**0.5),
-        ({"unet.lora_alpha": 12, "unet.alpha_pattern": {"conv_in": 6, "attn1.to_q": 9}}, 2.0),
+        ({"unet.lora_alpha": 12, "unet.alpha_pattern": {"in": 9, "^conv_in": 6, "attn1.to_q": 9}}, 2.0),
         ({"text_encoder.lora_alpha": 12}, 1.0),
     ],
     ids=str,

@@ -174,6 +174,7 @@ def trace(found: Found, stored: StoredModel, recipe: StudentRecipe, given: Expor
         guidance = recipe.guidance_scale
     else:  # of a regression: the teacher's on the pairs
         guidance = parse_sampler(recipe.regression.sampler).guidance_scale
+    settings = recipe.lora if recipe.kind == "distill" else None
     results = given.evaluation or (run if (run / "results.json").is_file() else None)
     return Provenance(
         teacher=base or last_part(recipe.teacher),
@@ -183,6 +184,7 @@ def trace(found: Found, stored: StoredModel, recipe: StudentRecipe, given: Expor
         step=found.step,
         ema="raw" if given.raw else found.ema or first_decay(recipe),
         kind=recipe.kind,
+        lora=f"rank {settings.rank}, alpha {settings.alpha:g}" if settings else "",
         base_model=base,
         license=given.license,
         scores={

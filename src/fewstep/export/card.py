@@ -60,11 +60,17 @@ class Provenance:
     step: int  # of the checkpoint: critic updates of DMD2
     ema: str  # decay of the averaged weights; `raw` for the weights as trained
     kind: str = "distill"  # of the recipe
+    lora: str = ""  # rank and alpha, where low-rank weights were trained
     base_model: str | None = None  # the teacher's id on the hub, if it came from there
     license: str = "other"
     scores: dict[str, tuple[float, Interval]] = field(default_factory=dict)  # by the run itself, with 95 % intervals
     table: list[dict[str, Any]] = field(default_factory=list)  # `fewstep evaluate`: the real images and this model
     version: str = fewstep.__version__
+
+    @property
+    def merged(self) -> str:
+        """What was done with low-rank weights, of a whole model."""
+        return f"; a LoRA ({self.lora}), merged in float32" if self.lora else ""
 
     def metadata(self) -> dict[str, str]:
         """Strings by name, for safetensors headers and `fewstep.json`."""
@@ -73,6 +79,7 @@ class Provenance:
         facts |= {"timesteps": json.dumps(self.timesteps), "teacher_guidance_scale": f"{self.guidance_scale:g}"}
         facts |= {"guidance_scale": "none: pass 0 or 1", "sampler": SAMPLER, "scores": json.dumps(scores)}
         facts |= {"base_model": self.base_model} if self.base_model else {}
+        facts |= {"lora": self.lora} if self.lora else {}
         return {f"fewstep.{name}": fact for name, fact in facts.items()}
 
 
@@ -142,7 +149,7 @@ def model_card(card: Card, made: Provenance) -> str:
         own_guidance="none: pass `guidance_scale=0`" if text else "none",
         guidance="none" if made.guidance_scale == 1 else f"{made.guidance_scale:g}",
         sampler=SAMPLER,
-        weights="as trained" if made.ema == "raw" else f"averaged, EMA {made.ema}",
+        weights=("as trained" if made.ema == "raw" else f"averaged, EMA {made.ema}") + made.merged,
         dtype=str(card.dtype).removeprefix("torch."),
         metrics=metrics(made) if made.scores or made.table else say["unjudged"].strip(),
         license=say["teacher_terms" if made.license == "other" else "own_terms"].format(made=made),

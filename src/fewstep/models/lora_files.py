@@ -176,9 +176,12 @@ def _told_alpha(metadata: Mapping[str, str], part: str) -> Callable[[str, int], 
     if config.get("use_dora"):
         raise ValueError(f"{METADATA}: a DoRA, which is not read")
 
+    patterns = config.get("alpha_pattern") or {}
+    if odd := [name for name in patterns if not re.fullmatch(r"\^?[\w.]+", name)]:
+        raise ValueError(f"alpha_pattern {odd[0]!r}: an expression, which is not read")
+
     def alpha(module: str, rank: int) -> float:
-        patterns = config.get("alpha_pattern") or {}
-        fits = (value for name, value in patterns.items() if re.fullmatch(rf"(.*\.)?({name})", module))
+        fits = (value for name, value in patterns.items() if f".{module}".endswith(f".{name.removeprefix('^')}"))
         value = float(next(fits, config.get("lora_alpha", rank)))
         return value * math.sqrt(rank) if config.get("use_rslora") else value
 
