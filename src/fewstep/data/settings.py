@@ -42,7 +42,7 @@ class DataSettings(Settings):
     def required(self) -> str:
         """The source; raises UserError if it is null."""
         if self.source is None:
-            raise UserError("data.source: null will do only for text-to-image with prompts and without GAN")
+            raise UserError("data.source: null will do only for text-to-image with prompts.source, and without GAN; say either")
         return self.source
 
 
