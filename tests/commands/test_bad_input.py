@@ -147,7 +147,7 @@ RECIPES: list[Case] = [
                 "distill d.yaml --out x --set student.optimizer.warmup=1",
                 "optimizer.warmup:…mean 'student.optimizer.warmup_steps'?",
             ),
-            ("teach t.yaml --out x --set optimizer=3", "optimizer: must hold keys (lr, …not 3"),
+            ("teach t.yaml --out x --set optimizer=3", "optimizer: must hold keys (kind, lr, …not 3"),
             (
                 "teach t.yaml --out x --set model.attention=[true]",
                 "model: attention has 1 entries, block_out_channels 2",

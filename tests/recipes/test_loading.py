@@ -45,7 +45,8 @@ def test_a_packaged_recipe_holds_what_its_file_says_documented_and_its_dump_is_t
     recipe, path = load_recipe(name), tmp_path / "recipe.yaml"
     written = yaml.safe_load(find(name).read_text())
     written.pop("extends", None)
-    assert contains(recipe.model_dump(mode="json"), written)
+    with_images = load_recipe(name, ["data.source=x"]) if "gan" in written else recipe  # without there is no GAN
+    assert contains(with_images.model_dump(mode="json"), written | ({"data": {}} if "gan" in written else {}))
     assert recipe.description
     assert [key for key, _, text in documented(recipe) if not text and key != "kind"] == []
     path.write_text(dump(recipe))

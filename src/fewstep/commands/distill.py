@@ -75,8 +75,9 @@ def _job(recipe: StudentRecipe, run: Path) -> Job:
     else:
         method = Regression(recipe, model, trainable(model.denoiser.eval(), dtype), pair_loss, recipe.num_steps)
         batch_at, asked = pair_batches(model, pairs, recipe, recipe.embeddings, runs)
+    evaluate = make_evaluation(recipe, model, run)
     model.release()
-    return Job(method, batch_at, make_evaluation(recipe, model, run), asked, told_from_others)
+    return Job(method, batch_at, evaluate, asked, told_from_others)
 
 
 JOBS: Jobs = {"distill": _job, "regress": _job}

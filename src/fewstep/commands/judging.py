@@ -34,6 +34,7 @@ def make_evaluation(
                 images = generate_batches(averaged, sampler, range(num), asked=judge.prompts or None, name=title)
                 row = judge.row(title, sampler, images, num, intervals=False)
             scores |= {f"{prefix}{name}": value for name, value in row.values.items()}
+        model.release()  # for a step has no need of autoencoder and text encoders
         return scores
 
     return evaluate

@@ -42,7 +42,9 @@ class DataSettings(Settings):
     def required(self) -> str:
         """The source; raises UserError if it is null."""
         if self.source is None:
-            raise UserError("data.source: null will do only for text-to-image with prompts.source, and without GAN; say either")
+            raise UserError(
+                "data.source: null will do only for text-to-image with prompts.source, and without GAN; say either"
+            )
         return self.source
 
 

@@ -1,5 +1,6 @@
 """What the loop asks of a training algorithm, and what those of a few-step student share."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +14,6 @@ from torch import Tensor, nn
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.losses import finite_samples
 from fewstep.diffusion.sampling import rollout
-from fewstep.diffusion.schedules import NoiseSchedule
 from fewstep.errors import UserError
 from fewstep.models.image_model import Asked, ImageModel
 from fewstep.runtime.checkpoint import ema_folder
@@ -136,7 +136,7 @@ class StudentMethod(Method):
 
     def __init__(self, settings: StudentSettings, model: ImageModel, student: Denoiser, num_updates: int):
         self.model, self.student = model, student
-        self.timesteps = student_timesteps(settings, student.schedule).to(model.device)  # (K,) native times, decreasing
+        self.timesteps = student_timesteps(settings, student).to(model.device)  # (K,) native times, decreasing
         self.num_noises = len(self.timesteps)
         self.student_optimizer = Optimizer(student.parameters(), settings.optimizer, num_updates)
         self.ema = EMA(student, settings.ema_decay)
@@ -163,13 +163,19 @@ class StudentMethod(Method):
             yield self.model.student(self.student, self.timesteps.tolist())
 
 
-def student_timesteps(settings: StudentSettings, schedule: NoiseSchedule) -> Tensor:
-    """The K native times of the recipe, or evenly spaced ones; raises UserError if the schedule has no such times."""
-    if settings.timesteps is None:
-        return schedule.grid(settings.num_timesteps)
-    timesteps = torch.tensor(settings.timesteps, dtype=torch.float64)  # EDM's are noise levels, not integers
-    try:
-        schedule.check_timesteps(timesteps)
-    except ValueError as error:
-        raise UserError(f"student.timesteps: {error}") from error
+def student_timesteps(settings: StudentSettings, student: Denoiser) -> Tensor:
+    """The K native times of the recipe, or evenly spaced ones; raises UserError if the student can't step there."""
+    timesteps = student.schedule.grid(settings.num_timesteps)
+    if settings.timesteps is not None:
+        timesteps = torch.tensor(settings.timesteps, dtype=torch.float64)  # EDM's are noise levels, not integers
+        try:
+            student.schedule.check_timesteps(timesteps)
+        except ValueError as error:
+            raise UserError(f"student.timesteps: {error}") from error
+    for t, c_out in zip(timesteps.tolist(), student.coefficients(timesteps)[1].tolist(), strict=True):
+        if not math.isfinite(c_out):  # x0 = (x - sigma F) / 0
+            told = "is pure noise (zero terminal SNR), from which no predicted noise gives a picture"
+            raise UserError(
+                f"student.timesteps: {t:g} {told}; say teacher_prediction_type=v_prediction if it predicts v"
+            )
     return timesteps
