@@ -1,6 +1,7 @@
 """A distillation that starts from another one's weights."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from fewstep.commands.teach import teach
 from fewstep.errors import UserError
 from fewstep.recipes.loading import load_recipe
 from fewstep.runtime.checkpoint import checkpoints, load_state
+from fewstep.runtime.ema import trainable_state
 from fewstep.training.dmd2 import DMD2
 from steps import SHORT, SMALL, last_state, quiet, same
 
@@ -34,6 +36,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     distill(fresh(folder / "teacher", "critic.condition_on_stop=false"), folder / "untold", report=quiet)
     two = ["student.num_timesteps=2", "student.timesteps=[80, 1]"]
     distill(fresh(folder / "teacher", *two), folder / "two", report=quiet)
+    distill(fresh(folder / "teacher", "lora={rank: 4, alpha: 2}"), folder / "lora", report=quiet)
     lines = [{"step": 2, "fid": 1.0}, {"step": 4, "fid": 2.0}]
     (folder / "told" / "evaluations.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     return folder
@@ -102,6 +105,45 @@ def test_another_number_of_timesteps_matters_to_a_critic_that_is_told_them_alone
         start(f"init_from={runs / 'two'}")
     method = start(f"init_from={runs / 'two'}", "critic.condition_on_stop=false")
     assert_equal(method.student, saved["student"])
+
+
+def test_a_lora_starts_from_a_lora(runs: Path, start: Callable) -> None:
+    saved = last_state(runs / "lora")["method"]
+    method = start(f"init_from={runs / 'lora'}", "lora={rank: 4, alpha: 2}")
+    for role in ("student", "critic"):
+        ours = trainable_state(getattr(method, role))
+        assert ours.keys() == saved[role].keys()
+        assert all(torch.equal(value, saved[role][name]) for name, value in ours.items())
+    assert_equal(method.teacher, start().teacher.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("source", "lora", "theirs", "ours"),
+    [
+        ("told", "{rank: 4, alpha: 2}", "all weights", "a LoRA (rank 4, alpha 2.0, targets official)"),
+        ("lora", "null", "a LoRA (rank 4, alpha 2.0, targets official)", "all weights"),
+        ("lora", "{rank: 2, alpha: 2}", "rank 4", "rank 2"),
+        ("lora", "{rank: 4, alpha: 3}", "alpha 2.0", "alpha 3.0"),
+        ("lora", "{rank: 4, alpha: 2, targets: [conv1]}", "targets official", "targets ['conv1']"),
+    ],
+)
+def test_weights_of_another_kind_are_refused(
+    runs: Path, tmp_path: Path, source: str, lora: str, theirs: str, ours: str
+) -> None:
+    with pytest.raises(UserError) as refused:
+        distill(fresh(runs / "teacher", f"init_from={runs}/{source}", f"lora={lora}"), tmp_path / "run", report=quiet)
+    told = str(refused.value)
+    there = runs / source / "checkpoints" / "00000004"
+    assert re.fullmatch(rf"init_from: {there}: trained .*{re.escape(theirs)}.*, where .*{re.escape(ours)}.*; .*", told)
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_lora_is_no_run_that_goes_on(runs: Path) -> None:
+    before = (runs / "lora" / "recipe.yaml").read_text()
+    for lora in ("null", "{rank: 2, alpha: 2}"):
+        with pytest.raises(UserError, match=r"--resume with a changed recipe \(lora"):
+            distill(fresh(runs / "teacher", f"lora={lora}"), runs / "lora", resume=True, report=quiet)
+    assert (runs / "lora" / "recipe.yaml").read_text() == before
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def find_targets(network: nn.Module, targets: str | Sequence[str], rank: int = 1
     """
     modules = dict(network.named_modules())
     fitting = {name for name, module in modules.items() if isinstance(module, nn.Linear | nn.Conv2d)}
-    found: list[str] = []
+    found = set[str]()
     for end in PRESETS.get(targets, ()) if isinstance(targets, str) else targets:
         matching = [name for name in modules if name == end or name.endswith(f".{end}")]
         if not isinstance(targets, str) and (not matching or not fitting.issuperset(matching)):
@@ -44,15 +44,17 @@ def find_targets(network: nn.Module, targets: str | Sequence[str], rank: int = 1
             ends = {".".join(name.split(".")[-size:]) for name in fitting for size in (1, 2, 3)}
             near = get_close_matches(end, sorted(ends), cutoff=0.5) or sorted(ends)[:3]
             raise UserError(f"lora.targets: {end!r} {what}; write {', '.join(near)}, or a preset")
-        found += matching
+        found |= {*matching}
     if not found:
         raise UserError(
             f"lora.targets: {targets} matches no layer of this network; write a list of ends of their names"
         )
-    for name in found:
-        if rank > (most := min(modules[name].weight.flatten(1).shape)):
-            raise UserError(f"lora.rank: {rank} is above the {most} that {name} can have; take at most that")
-    return sorted({*found}, key=list(modules).index)
+    ordered = [name for name in modules if name in found]
+    largest = {name: min(modules[name].weight.flatten(1).shape) for name in ordered}
+    if rank > (most := min(largest.values())):
+        layer = min(ordered, key=largest.__getitem__)
+        raise UserError(f"lora.rank: {rank} is above the {most} that {layer} can have; take at most that")
+    return ordered
 
 
 class Trained:
