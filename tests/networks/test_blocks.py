@@ -13,12 +13,14 @@ from fewstep.models.latent_model import LatentModel
 from fewstep.models.pixel_model import PixelModel
 from fewstep.networks.blocks import blocks, checkpoint_blocks
 from fewstep.networks.features import features, x0_and_features
+from fewstep.networks.settings import LoRASettings
 from fewstep.training.dmd2 import DMD2
 from fewstep.training.roles import make_roles
 from fewstep.training.settings import DMD2Settings
 from steps import in_parts
 from tiny_pipelines import TINY
 
+LORA = LoRASettings(rank=4, alpha=4.0)
 X_T = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 BATCH = (X_T, torch.tensor([20, 400, 999]))
 
@@ -79,15 +81,22 @@ def test_activations_inside_the_blocks_are_not_kept(model: LatentModel) -> None:
     assert not torch.equal(copied(*BATCH, condition), denoiser(*BATCH, condition))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("independent", "parts"), [(False, 1), (True, 2)])
+@pytest.mark.parametrize(
+    ("dtype", "independent", "parts", "lora"),
+    [
+        (torch.float32, False, 1, None),
+        (torch.float32, True, 2, LORA),
+        (torch.bfloat16, True, 2, None),
+        (torch.bfloat16, False, 2, LORA),
+    ],
+)
 def test_a_whole_step_with_gan_stop_embedding_and_parts_is_the_same(
-    tmp_path: Path, dtype: torch.dtype, independent: bool, parts: int
+    tmp_path: Path, dtype: torch.dtype, independent: bool, parts: int, lora: LoRASettings | None
 ) -> None:
     settings = DMD2Settings(
-        student_every=1,
+        student_every=2,
         student={"num_timesteps": 2, "optimizer": {"lr": 1e-3}},
-        critic={"condition_on_stop": True, "optimizer": {"lr": 1e-3}},
+        critic={"condition_on_stop": True, "samples": "cycle", "optimizer": {"lr": 1e-3}},
         gan={"student_weight": 0.1, "critic_weight": 0.1, "independent_noise": independent},
     )
     batch = {"latent": torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(1)), "caption": list("abcd")}
@@ -97,7 +106,7 @@ def test_a_whole_step_with_gan_stop_embedding_and_parts_is_the_same(
         torch.manual_seed(0)
         model = LatentModel(TINY["sdxl"](tmp_path / checkpointing))
         model.encode_in(dtype)
-        roles = make_roles(model, 8.0, num_stops=2, dtype=dtype, checkpointing=checkpointing)
+        roles = make_roles(model, 8.0, num_stops=2, dtype=dtype, checkpointing=checkpointing, lora=lora)
         method = DMD2(settings, model, roles, 10, 4, seed=0)
         metrics = [method.step(in_parts(batch, 4, parts), step) for step in range(2)]
         numbers = [value.float() for line in metrics for value in line.values()]

@@ -132,6 +132,19 @@ def test_a_broken_sample_in_the_pool_costs_updates_and_nothing_else(tiny_model: 
     check_finite(method.state_dict(), 3)
 
 
+@pytest.mark.parametrize("independent", [False, True])
+def test_the_graph_of_the_fakes_is_gone_before_that_of_the_reals_is_built(
+    tiny_model: PixelModel, independent: bool
+) -> None:
+    method, has_gradients = make(tiny_model, gan=GAN | {"independent_noise": independent}), []
+    critic = list(method.critic.parameters())
+    method.critic.network.register_forward_pre_hook(
+        lambda network, args: has_gradients.append(any(p.grad is not None for p in critic))
+    )
+    method.step(parts_of(1), 1)
+    assert has_gradients == [False, False, True][not independent :]
+
+
 # --- a share of the reals --------------------------------------------------------------------------------------------
 
 
