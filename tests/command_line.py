@@ -17,7 +17,9 @@ Tell = Callable[[str], tuple[int, str]]
 """From a command line to exit code and standard error."""
 
 
-OF_EVERY_RUN = re.compile(r"^(\S.*: [\d,]+/[\d,]+(, .*)?|wrote .*, [\d,]+ steps|next: fewstep .*)\n", re.MULTILINE)
+OF_EVERY_RUN = re.compile(
+    r"^(\S.*: [\d,]+/[\d,]+(, .*)?|plan: .*|wrote .*, [\d,]+ steps|next: fewstep .*)\n", re.MULTILINE
+)
 
 
 def fewstep(line: str, whole: bool = False) -> Answer:

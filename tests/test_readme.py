@@ -202,7 +202,5 @@ def test_the_files_named_exist() -> None:
 
 def test_the_verbs_named_exist() -> None:
     verbs = {name for name in VERBS if " " not in name}
-    assert (
-        set(re.findall(r"`?fewstep (demo|teach|distill|sample|sweep|evaluate|export|extract|recipes)", "".join(PAGES)))
-        == verbs
-    )
+    named = r"`?fewstep (demo|teach|distill|plan|sample|sweep|evaluate|export|extract|recipes)"
+    assert set(re.findall(named, "".join(PAGES))) == verbs

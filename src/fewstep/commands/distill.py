@@ -1,6 +1,7 @@
 """`fewstep distill`: distils a teacher into a few-step student."""
 
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from fewstep.evaluation.lpips import load_lpips
 from fewstep.models.autoencoder import load_tiny_decoder
 from fewstep.models.image_model import Asked, ImageModel
 from fewstep.models.loading.pretrained import is_loadable, open_model
+from fewstep.models.outline import Outline
 from fewstep.models.sampler import parse_sampler
 from fewstep.networks.families import use_family
 from fewstep.networks.fingerprint import fingerprint
@@ -29,9 +31,12 @@ from fewstep.runtime.tracking import Report
 from fewstep.training.batches import BatchAt, image_batches, pair_batches, text_batches
 from fewstep.training.dmd2 import DMD2
 from fewstep.training.method import Method
+from fewstep.training.planning import Plan, checkpoint_bytes, plan, trained
 from fewstep.training.regression import PairLoss, Regression
 from fewstep.training.roles import Roles, make_roles, start_from
 from fewstep.training.settings import RegressionSettings
+
+ERROR = 0.05  # of a plan's peak, at most, against what was measured (benchmarks)
 
 
 def distill(recipe: StudentRecipe, run: Path, resume: bool = False, report: Report | None = None) -> None:
@@ -57,7 +62,9 @@ def _job(recipe: StudentRecipe, run: Path) -> Job:
         sampler = str(parse_sampler(settings.sampler))
         pairs = load_pairs(Path(settings.pairs), model.fingerprint, sampler, model.shape)
     model.encode_in(dtype)
-    model.to(pick_device(recipe.device))
+    device = pick_device(recipe.device)
+    found = _plan_of(recipe, model, device, run) if recipe.kind == "distill" else None
+    model.to(device)
     pair_loss: Any = open_pair_loss(settings, model) if settings and pairs else None
     torch.manual_seed(recipe.seed)
     method: Method
@@ -68,6 +75,7 @@ def _job(recipe: StudentRecipe, run: Path) -> Job:
         if recipe.init_from and not checkpoints(run):  # a run that has begun goes on with its own weights
             initialize(roles, recipe.init_from, runs)
         method = DMD2(recipe, model, roles, recipe.num_steps, recipe.batch_size, recipe.seed, pair_loss=pair_loss)
+        print(*summary(recipe, method, found, run), sep="\n")
         batch_at, asked = open_batches(recipe, model, runs)
         if pairs:
             pairs_at, _ = pair_batches(model, pairs, recipe, recipe.embeddings, runs)
@@ -78,6 +86,40 @@ def _job(recipe: StudentRecipe, run: Path) -> Job:
     evaluate = make_evaluation(recipe, model, run)
     model.release()
     return Job(method, batch_at, evaluate, asked, told_from_others)
+
+
+def device_memory(device: torch.device) -> int | None:
+    """Bytes of a GPU; None of the CPU, which has what the machine has."""
+    return torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else None
+
+
+def _plan_of(recipe: DistillRecipe, model: ImageModel, device: torch.device, run: Path) -> Plan | None:
+    """What a step takes of a GPU, before anything is there; raises UserError if it surely has less."""
+    if (memory := device_memory(device)) is None:
+        return None
+    found = plan(recipe, Outline.of(model))
+    if found.peak * (1 - ERROR) > memory:
+        has, takes = f"{memory / 1e9:.1f} GB", f"{found.peak / 1e9:.1f} GB ({found.where})"
+        ask = f"fewstep plan {_named(run)} --memory {round(memory / 2**30)}GB"
+        raise UserError(f"device: has {has}, and this recipe takes {takes}; `{ask}` tells which settings take less")
+    return found
+
+
+def summary(recipe: DistillRecipe, method: DMD2, found: Plan | None, run: Path) -> Iterator[str]:
+    """Three lines on what a run takes; peak and arithmetic on a GPU alone, for they take seconds to find."""
+    what = [f"{num / 1e6:,.1f} M of the {role}" for role, num in trained(method).items()]
+    base = sum(p.numel() for p in method.teacher.parameters())
+    yield f"plan: trains {', '.join(what)}; the teacher has {base / 1e6:,.1f} M"
+    yield f"plan: a checkpoint takes {checkpoint_bytes(method, recipe) / 1e9:.2f} GB on disk"
+    if found is None:
+        yield f"plan: `fewstep plan {_named(run)}` tells memory and arithmetic"
+    else:
+        each = found.cycle / 1e12 / found.student_every
+        yield f"plan: {found.peak / 1e9:.1f} GB at most ({found.where}), {each:.3g} TFLOP a step on average"
+
+
+def _named(run: Path) -> str:
+    return run.name if run.name in recipe_names() else "RECIPE"
 
 
 JOBS: Jobs = {"distill": _job, "regress": _job}

@@ -109,6 +109,35 @@ class Distill(Teach):
     """Distil a teacher into a few-step student."""
 
 
+@verb("plan", "plan.plan", "digits-4step --memory 8GB")
+class Plan(Order):
+    """Tell what a distillation takes: memory by role, arithmetic, disk. Needs neither weights nor a GPU.
+
+    With --memory it says whether a card of that size will do, and if not which settings make it fit, cheapest first.
+    """
+
+    recipe: Annotated[Place, Argument(help="Recipe name or YAML file of a distillation.")]
+    set_: Set = field(default_factory=list)
+    memory: str | None = option("Of the card, as it is sold: 24GB are 24 GiB, 25.8e9 bytes.", metavar="SIZE")
+    tflops: float = option(
+        "Of the card, in 10^12 operations a second, as kernels reach them: 150 on an H200 in bfloat16.",
+        150.0,
+        metavar="N",
+        min=0.001,
+        max=1e6,
+    )
+    architecture: str | None = option(
+        "Of a teacher that is not here: sdxl, sd15, sd21 or imagenet64.", metavar="NAME", show_default="by its name"
+    )
+    arithmetic: bool = option("Also what takes less arithmetic.", False, "--arithmetic")
+
+    def arguments(self) -> tuple[Any, ...]:
+        """The recipe, whose mistakes are told before torch is imported, and what is asked."""
+        from fewstep.recipes.loading import load_recipe
+
+        return load_recipe(self.recipe, self.set_), self
+
+
 @verb("recipes", "recipes.recipes", "show digits-4step")
 class Recipes(Order):
     """List, show, check or write recipes: with the meaning of every setting, and new ones for your own images."""

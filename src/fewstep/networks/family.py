@@ -53,6 +53,10 @@ class Family:
     """Of a pipeline: refuses what the adapter could not tell the network."""
     conditioner: Callable[[Any, int], TextConditioner] = _nothing
     """Of (pipeline, image size)."""
+    keeps: tuple[str, ...] = ()
+    """What the null condition has of a condition; all else of it is the condition's own."""
+    example: Callable[[Any, int], dict[str, Tensor] | None] = _nothing
+    """Of (network, tokens): a condition (1, ...) of zeros, which plans know without text encoders."""
     codec: Callable[[Any], Codec] = _nothing
     """Of the autoencoder."""
     image_size: Callable[[Any], int] = _nothing

@@ -32,7 +32,7 @@ def _adamw(parameters: list[nn.Parameter], settings: OptimizerSettings) -> torch
     given: Any = settings.model_dump(include={"lr", "betas", "weight_decay", "eps"})
     if settings.kind == "adamw":
         # Fused: one kernel, and the only one that can skip without the host.
-        return torch.optim.AdamW(parameters, **given, fused=True)
+        return torch.optim.AdamW(parameters, **given, fused=not any(p.is_meta for p in parameters))  # of plans
     check_optimizer(settings)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels of multiplications, not needed here
     from bitsandbytes.optim import AdamW8bit  # its state is plain tensors; two seconds to import

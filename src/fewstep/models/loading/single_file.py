@@ -44,14 +44,21 @@ PREFIXES = {  # of the parts in the file
 }
 
 
-def read(path: Path) -> Weights:
-    """All tensors of the file; raises UserError unless it is whole and holds an SD or SDXL model, and nothing else."""
+def header(path: Path) -> Weights:
+    """Its tensors without memory, by the file's header; raises UserError unless it holds an SD or SDXL model."""
     with whole(path, "not a whole safetensors file", "fetch it again"):  # cut, a pickle under this name, no file at all
         stored = check_stored(path)
-        place = {_original_name(name, stored): name for name in stored}
-        _check_family(path, {name: stored[theirs] for name, theirs in place.items()})
-        with safe_open(path, framework="pt") as file:
-            weights = {name: file.get_tensor(theirs) for name, theirs in place.items()}
+        names = {_original_name(name, stored): tensor for name, tensor in stored.items()}
+        _check_family(path, names)
+    return names
+
+
+def read(path: Path) -> Weights:
+    """All tensors of the file; raises UserError unless it is whole and holds an SD or SDXL model, and nothing else."""
+    header(path)
+    with whole(path, "not a whole safetensors file", "fetch it again"), safe_open(path, framework="pt") as file:
+        stored = {*file.keys()}
+        weights = {_original_name(name, stored): file.get_tensor(name) for name in stored}
         prefixes = tuple(PREFIXES[pipeline_name(weights)].values())
         check_names(path, (), [name for name in weights if not name.startswith(prefixes) and not HARMLESS.search(name)])
     return weights

@@ -150,6 +150,17 @@ def _codec(ignored: tuple[str, ...], vae: Any) -> Codec:
     return Codec(vae)
 
 
+def _text(unet: Any, tokens: int) -> Condition:
+    """{"text": (1, L, E)} of zeros."""
+    return {"text": torch.zeros(1, tokens, unet.config.cross_attention_dim)}
+
+
+def _text_and_size(unet: Any, tokens: int) -> Condition:
+    """{"text": (1, L, E), "pooled": (1, P), "time_ids": (1, 6)} of zeros."""
+    pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
+    return _text(unet, tokens) | {"pooled": torch.zeros(1, pooled), "time_ids": torch.zeros(1, 6)}
+
+
 SD = Family(
     name="StableDiffusionPipeline",
     part="unet",
@@ -158,6 +169,8 @@ SD = Family(
     check=_check,
     adapter=TextUNet,
     conditioner=SDText,
+    keeps=SDText.keeps,
+    example=_text,
     codec=partial(_codec, ("shift_factor", "latents_mean", "latents_std")),
     schedule=vp_schedule,
     image_size=partial(_image_size, 512),
@@ -170,6 +183,8 @@ SDXL = replace(
     weights={**SD.weights, "text_encoder_2": "CLIPTextModelWithProjection"},
     others=(*SD.others, "tokenizer_2"),
     conditioner=SDXLText,
+    keeps=SDXLText.keeps,
+    example=_text_and_size,
     codec=partial(_codec, ("shift_factor",)),
     image_size=partial(_image_size, 1024),
 )

@@ -1,0 +1,200 @@
+"""`fewstep plan`: what a distillation takes, and which settings make it fit a card."""
+
+import re
+import shlex
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from fewstep.commands.options import Plan as Order
+from fewstep.embedded.small_models import SCHEDULE, build_autoencoder, build_unet
+from fewstep.errors import UserError
+from fewstep.models.loading.outlines import guess, of_parts, of_settings, outline_of, standard
+from fewstep.models.outline import Outline
+from fewstep.networks.families import FAMILIES, use_family
+from fewstep.recipes.loading import load_recipe, read_run_recipe, recipe_names
+from fewstep.recipes.schema import AnyRecipe, DistillRecipe
+from fewstep.runtime.checkpoint import RECIPE
+from fewstep.runtime.runs import find, is_run
+from fewstep.training.planning import TURNS, Plan, picture_bytes
+from fewstep.training.planning import plan as plan_of
+
+GB, SPARE = 1e9, 10**9  # bytes that CUDA's context, workspaces and fragmentation take beside what is counted
+RUNS = Path("runs")
+ROLES = ("teacher", "student", "critic", "discriminator")
+EIGHT_BITS = [f"{role}.optimizer.kind=adamw8bit" for role in ("student", "critic")]
+LESS = {  # settings that take less arithmetic -> what they change
+    "critic.samples=cycle": "one rollout a cycle: fakes are up to a cycle old",
+    "gan.features=frozen": "the GAN trains the critic's encoder on no reals",
+    "gan.real_share=0.5": "half as many reals: the discriminator's term is noisier",
+    "gan.independent_noise=false": "one noised sample for denoising and GAN",
+}
+
+
+def plan(recipe: DistillRecipe, asked: Order) -> None:
+    """Prints it."""
+    if recipe.kind != "distill":
+        raise UserError(f"recipe {asked.recipe}: is of the kind {recipe.kind}; plans are of distillations")
+    card = parse_memory(asked.memory) if asked.memory else None
+    outline, told = find_outline(recipe, asked)
+    found, console = plan_of(recipe, outline), Console()
+    print(f"{asked.recipe}: {told}, batches of {recipe.batch_size} in {_parts(recipe)}, {recipe.precision}")
+    console.print(_table(found))
+    for line in _lines(found, recipe, outline, asked.tflops):
+        print(line)
+    if card:
+        _advise(found, recipe, outline, asked, card)
+    if asked.arithmetic:
+        print("settings that take less arithmetic, each by itself:")
+        for setting, what in LESS.items():
+            _try(found, outline, asked, [setting], f"{setting} ({what})")
+
+
+def parse_memory(text: str) -> int:
+    """Bytes of a card that is sold as 24GB, which are GiB; raises UserError for what is none."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:Gi?B?)?", text.strip(), re.IGNORECASE)
+    if match is None or not 0 < float(match[1]) < 10**5:
+        raise UserError(f"--memory {text!r}: write the size of a card, such as 24GB")
+    return round(float(match[1]) * 2**30)
+
+
+def find_outline(recipe: DistillRecipe, asked: Order) -> tuple[Outline, str]:
+    """The teacher without its weights, and where its shapes are from; raises UserError if nothing tells them."""
+    use_family(recipe.teacher_family)
+    if asked.architecture:
+        return standard(asked.architecture), f"a teacher of the shapes of {asked.architecture}"
+    name = recipe.teacher
+    for place in (name, str(RUNS / name)):
+        folder = find(place).folder if is_run(place) else Path(place)
+        if outline := outline_of(folder, recipe.teacher_config):
+            return outline, f"the teacher in {folder}"
+    if name in recipe_names() or Path(f"{name}.yaml").is_file():
+        taught = load_recipe(name if name in recipe_names() else f"{name}.yaml", verb="teach")
+        return of_recipe(taught), f"the teacher of {name}"
+    if known := guess(name, str(recipe.teacher_config), asked.recipe):
+        return standard(known), f"a teacher of the shapes of {known}, by its name (--architecture takes others)"
+    raise UserError(f"teacher: {name} is not here; say what it is like with --architecture sdxl, sd15 or sd21")
+
+
+def of_recipe(recipe: Any) -> Outline:
+    """The outline of the teacher that a `teach` recipe trains."""
+    if recipe.kind == "teach":
+        return of_settings(FAMILIES["pixel"], recipe.model)
+    config, name = recipe.model, recipe.model.autoencoder
+    run = next((each for each in (Path(name), RUNS / name) if is_run(each)), None)
+    encoded: Any = read_run_recipe(run / RECIPE) if run else load_recipe(name)
+    with torch.device("meta"):
+        vae = build_autoencoder(encoded.model)
+        network = build_unet(config, vae)
+    family = FAMILIES["StableDiffusionXLPipeline" if config.architecture == "sdxl" else "StableDiffusionPipeline"]
+    scheduler = SCHEDULE | {"prediction_type": config.prediction_type}
+    return of_parts(family, {"vae": vae, family.part: network}, scheduler, tokens=config.num_tokens)
+
+
+def _parts(recipe: AnyRecipe) -> str:
+    return "one part" if recipe.accumulate == 1 else f"{recipe.accumulate} parts"
+
+
+def _table(found: Plan) -> Table:
+    """GB at the peak, by what they are of and by role."""
+    unit, each = ("GB", GB) if found.peak >= GB else ("MB", 1e6)
+    table = Table(f"{unit} at the peak", *ROLES, "other", "sum")
+    rows: dict[str, dict[str, int]] = {}
+    for kind, size in found.kinds.items():
+        what, _, role = kind.partition(" of the ")
+        rows.setdefault(what if role else "activations", {})[role or "other"] = size + rows.get(what, {}).get(role, 0)
+    for what in ("weights", "averages", "moments", "gradients", "activations"):
+        row = rows.get(what, {})
+        numbers = [*(row.get(role, 0) for role in (*ROLES, "other")), sum(row.values())]
+        table.add_row(what, *(f"{number / each:.2f}" if number else "" for number in numbers))
+    return table
+
+
+def _lines(found: Plan, recipe: DistillRecipe, outline: Outline, tflops: float) -> Iterator[str]:
+    """What the table does not say."""
+    trained = " + ".join(f"{found.trained[role] / 1e6:,.1f} M of the {role}" for role in ROLES[1:])
+    yield f"trained: {trained}; the teacher has {found.base / 1e6:,.1f} M"
+    yield f"peak: {_size(found.peak)}, {found.where}; between steps {_size(found.resting)}"
+    yield f"to spare on the card: {SPARE / GB:.0f} GB for CUDA's context, workspaces and fragmentation (a guess)"
+    if around := picture_bytes(recipe, outline):
+        yield (
+            f"text encoders and autoencoder are off the card during steps; a grid of samples takes {_size(around)} "
+            f"beside what stays, {_size(found.resting + around)} in all"
+        )
+    first, other = (found.operations[turn] / 1e12 for turn in TURNS)
+    cycle = found.cycle / 1e12
+    yield (
+        f"arithmetic: {first:.4g} TFLOP in the student's turn, {other:.4g} in the critic's; a cycle of "
+        f"{recipe.student_every} {cycle:.4g}, {cycle / recipe.batch_size:.4g} a sample of the batch, "
+        f"{found.cycle / found.forward / recipe.batch_size:.1f} passes of the teacher's network"
+    )
+    yield (
+        f"at {tflops:g} TFLOP/s: {cycle / tflops / recipe.student_every:.2g} s a step on average, "
+        f"{cycle / tflops / recipe.student_every * recipe.num_steps / 3600:.2g} hours for {recipe.num_steps:,}; "
+        "at small batches launching kernels takes longer than they do"
+    )
+    yield f"a checkpoint: {_size(found.checkpoint)}; the newest two and the best are kept"
+
+
+def _advise(found: Plan, recipe: DistillRecipe, outline: Outline, asked: Order, card: int) -> None:
+    """Whether it fits the card, and how it would, cheapest first: a search that ends at the first that does."""
+    room = card - SPARE
+    has = f"{card / GB:.1f} GB, {room / GB:.1f} without what is to spare"
+    print(f"a card of {asked.memory}, taken as {card / 2**30:g} GiB, has {has}")
+    if found.peak <= room:
+        size = recipe.batch_size // recipe.accumulate
+        larger = load_recipe(asked.recipe, [*asked.set_, f"batch_size={size + 1}", "accumulate=1"])
+        each = plan_of(larger, outline).peak - found.peak
+        most = size + int((room - found.peak) // max(each, 1))
+        print(f"it fits; a further sample takes {_size(each)}, so that parts of about {most:,} samples fit, too")
+        return
+    print("it does not fit; cheapest first, each with those above it:")
+    settings: list[str] = []
+    for more, what in changes(recipe):
+        with suppress(UserError):  # a rank that is above a layer's, say
+            tried = _try(found, outline, asked, [*settings, *more], f"{' '.join(more)} ({what})")
+            settings += more
+            if tried.peak <= room:
+                last = {each.partition("=")[0]: each for each in settings}  # of two the second holds
+                print(f"so this fits: {shlex.join(word for each in last.values() for word in ('--set', each))}")
+                return
+    print("none of these fits; take a larger card or a smaller model")
+
+
+def changes(recipe: DistillRecipe) -> Iterator[tuple[list[str], str]]:
+    """Settings that take less memory, and what they change: first those that change no number."""
+    if recipe.accumulate < recipe.batch_size:
+        yield [f"accumulate={recipe.batch_size}"], "the same numbers"
+    if recipe.checkpointing == "none" and recipe.gan.student_weight:
+        yield ["checkpointing=gan"], "the same numbers, computed again"
+    if recipe.checkpointing != "blocks":
+        yield ["checkpointing=blocks"], "the same numbers, computed again"
+    if recipe.student.optimizer.kind == "adamw":
+        yield EIGHT_BITS, "moments rounded to 8 bits"
+    if recipe.precision == "float32":
+        yield ["precision=bfloat16"], "passes in bfloat16"
+    if recipe.student.ema_decay != 0:
+        yield ["student.ema_decay=0"], "the weights as trained, not their average"
+    if recipe.lora is None:
+        yield ["lora={rank: 64}"], "low-rank weights in place of all"
+    if recipe.lora is None or recipe.lora.targets == "official":
+        yield ["lora.targets=lean"], "attention and feed-forward layers alone"
+    if recipe.lora is None or recipe.lora.rank > 16:
+        yield ["lora.rank=16"], "a smaller rank"
+
+
+def _try(found: Plan, outline: Outline, asked: Order, settings: list[str], told: str) -> Plan:
+    """What the recipe takes with these settings, too, which is printed as soon as it is known."""
+    tried = plan_of(load_recipe(asked.recipe, [*asked.set_, *settings]), outline)
+    print(f"  {_size(tried.peak)}, {tried.cycle / found.cycle:.2f} times the arithmetic: {told}", flush=True)
+    return tried
+
+
+def _size(num: float) -> str:
+    """Bytes, in a unit of their own."""
+    return f"{num / GB:.2f} GB" if num >= GB / 10 else f"{num / 1e6:.2f} MB"

@@ -1,0 +1,220 @@
+"""What a distillation takes: its own step, run once per kind of turn on weights without memory, and measured."""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.models.outline import Outline
+from fewstep.networks.precision import DTYPES, AutocastDenoiser
+from fewstep.training.budget import GRANULE, AsOnCUDA, Meter
+from fewstep.training.dmd2 import DMD2
+from fewstep.training.optimization import Optimizer
+from fewstep.training.roles import make_roles
+
+ROLES = ("student", "critic", "discriminator")  # those that are trained
+TURNS = ("student's turn", "critic's turn")
+WEIGHT = 4  # bytes of one that is trained, of its gradient and of its average
+MOMENTS = {"adamw": 8.0, "adamw8bit": 2.03}  # bytes per weight; of 8 bits with a float32 scale for 256 of them
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one process takes, in numbers of parameters, bytes and floating-point operations."""
+
+    trained: dict[str, int]
+    """Parameters by role."""
+    base: int
+    """Parameters of the teacher."""
+    peaks: dict[str, int]
+    """By turn: the largest sum of what is alive, autoencoder and text encoders left out."""
+    where: str
+    """The turn and the pass of the largest of them."""
+    kinds: dict[str, int]
+    """What is alive there."""
+    resting: int
+    """What is alive between two steps."""
+    operations: dict[str, float]
+    """By turn, the mean over the stops of a rollout."""
+    forward: float
+    """Operations of one pass of the teacher's network, of one sample."""
+    checkpoint: int
+    """Bytes on disk of one checkpoint, beside what lies once in the run's `frozen/`."""
+    student_every: int
+
+    @property
+    def peak(self) -> int:
+        """The largest of all turns."""
+        return max(self.peaks.values())
+
+    @property
+    def cycle(self) -> float:
+        """Operations of one update of the student and the critic's up to the next."""
+        first, other = (self.operations[turn] for turn in TURNS)
+        return first + (self.student_every - 1) * other
+
+
+def plan(recipe: Any, outline: Outline, granule: int = GRANULE) -> Plan:
+    """What the `distill` recipe takes with a teacher of that outline: seconds, for a network of billions.
+
+    The stop of a rollout adds passes without gradient, which take time and no memory: one stop is run.
+    """
+    size, parts = recipe.batch_size // recipe.accumulate, min(recipe.accumulate, 2)  # further parts are as the second
+    meter, on_cuda, model = Meter(granule), AsOnCUDA(), outline.fresh()  # not inside: the outline itself counts nothing
+    with meter, on_cuda:
+        method = _method(recipe, model, parts * size, on_cuda)
+        _name(meter, method, recipe)
+        found = dict(_turns(meter, method, recipe, size, parts))
+        resting = meter.total
+        call, forward = (_pass(meter, each, outline, size) for each in (method.student, _unguided(method.teacher)))
+    at = max(found.values(), key=lambda turn: turn.peak)
+    stops = range(method.num_noises)
+    operations = dict.fromkeys(TURNS, 0.0)
+    for name, turn in found.items():
+        calls = sum(_calls(recipe, name, stop, len(stops)) for stop in stops) / len(stops)
+        of_part = turn.operations.total() / parts + (calls - turn.calls["student"] / parts) * call
+        operations[name] = of_part * recipe.accumulate
+    return Plan(
+        trained=trained(method),
+        base=sum(p.numel() for p in method.teacher.parameters()),
+        peaks={name: turn.peak for name, turn in found.items()},
+        where=at.where,
+        kinds={kind: num for kind, num in at.kinds.most_common() if num},
+        resting=resting,
+        operations=operations,
+        forward=forward / size,
+        checkpoint=checkpoint_bytes(method, recipe),
+        student_every=recipe.student_every,
+    )
+
+
+def _method(recipe: Any, model: Outline, batch_size: int, on_cuda: AsOnCUDA) -> DMD2:
+    """The method on weights without memory, whose optimizers keep moments and step in no time."""
+    num_stops = recipe.student.num_timesteps if recipe.critic.condition_on_stop else 0
+    dtype, layer = DTYPES[recipe.precision], recipe.gan.feature_layer
+    model.device = torch.device("meta")  # which knows no random numbers, so a step's are drawn on the CPU
+    with model.device:
+        roles = make_roles(
+            model, recipe.guidance_scale, layer, num_stops, dtype, recipe.checkpointing, lora=recipe.lora
+        )
+    model.device = torch.device("cpu")
+    for role in (roles.student, roles.critic):
+        if isinstance(role, AutocastDenoiser):
+            role.run = partial(on_cuda.run, role)  # type: ignore[method-assign]
+    method = DMD2(_with_plain_adam(recipe), model, roles, recipe.num_steps, batch_size, recipe.seed)
+    method.draw_stop = lambda step: 0  # type: ignore[method-assign]
+    return method
+
+
+def _with_plain_adam(recipe: Any) -> Any:
+    """The recipe without an optimizer whose package may not be here."""
+    changes = {}
+    for role in ("student", "critic"):
+        settings = getattr(recipe, role)
+        plain = settings.optimizer.model_copy(update={"kind": "adamw"})
+        changes[role] = settings.model_copy(update={"optimizer": plain})
+    return recipe.model_copy(update=changes)
+
+
+def trained(method: DMD2) -> dict[str, int]:
+    """Numbers of parameters by role."""
+    return {role: sum(p.numel() for p in _trained(getattr(method, role))) for role in ROLES}
+
+
+def _trained(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+def _unguided(teacher: Any) -> Any:
+    return getattr(teacher, "denoiser", teacher)
+
+
+def _pass(meter: Meter, denoiser: Any, outline: Outline, num: int) -> float:
+    """Operations of one of so many samples, without gradient."""
+    condition = outline.conditions(range(num)) | {"stop": torch.zeros(num, dtype=torch.int64)}
+    with meter.turn("a pass") as turn, torch.no_grad():
+        denoiser(torch.zeros(num, *outline.shape), torch.ones(num), condition)
+    return float(turn.operations.total())
+
+
+def _name(meter: Meter, method: DMD2, recipe: Any) -> None:
+    """Tells the meter what is what, and makes the moments, which are there from the first update on."""
+    meter.note([*method.teacher.parameters()], "weights of the teacher")
+    for role in ROLES:
+        module = getattr(method, role)
+        # Of a shared base what is left is what is trained.
+        meter.note([*module.parameters()], f"weights of the {role}", known="other")
+        for parameter in _trained(module):
+            parameter.register_post_accumulate_grad_hook(partial(_name_gradient, meter, f"gradients of the {role}"))
+    meter.note([*method.ema.copies.values()], "averages of the student")
+    for role, optimizer in (("student", method.student_optimizer), ("critic", method.critic_optimizer)):
+        sizes = [round(_moment(recipe, role) * p.numel()) for p in optimizer.parameters]
+        moments = [torch.empty(size, dtype=torch.uint8, device="meta") for size in sizes]
+        meter.note(moments, f"moments of the {role}")
+        optimizer.step = partial(_step, optimizer, moments)  # type: ignore[method-assign]
+    watched: dict[str, Any] = {"teacher": _unguided(method.teacher), "student": method.student, "critic": method.critic}
+    for role, denoiser in watched.items():
+        meter.watch(role, denoiser.network)
+    for name, of in (("student_gradients", "the student's losses"), ("critic_gradients", "the critic's losses")):
+        setattr(method, name, meter.inside(of, getattr(method, name)))
+
+
+def _name_gradient(meter: Meter, kind: str, parameter: Tensor) -> None:
+    meter.note([parameter.grad], kind)
+
+
+def _step(optimizer: Optimizer, moments: list[Tensor], finite: Tensor) -> tuple[Tensor, Tensor]:
+    """In place of an update, which takes no more memory than the moments it keeps."""
+    optimizer.adamw.zero_grad()
+    return torch.zeros(()), torch.zeros(())
+
+
+def _turns(meter: Meter, method: DMD2, recipe: Any, size: int, parts: int) -> Iterator[tuple[str, Any]]:
+    """What each kind of turn took."""
+    rows = [range(first, first + size) for first in range(0, parts * size, size)]
+    for step, name in enumerate(TURNS[: recipe.student_every]):
+        batches = [(each, method.model.batch(size)) for each in rows]  # type: ignore[attr-defined]
+        with meter.turn(name) as turn:
+            method.step(batches, step)
+        yield name, turn
+
+
+def _calls(recipe: Any, turn: str, stop: int, num_stops: int) -> int:
+    """Passes of the student that a part of a batch takes."""
+    if not recipe.student.backward_simulation:
+        return 1
+    if getattr(recipe.critic, "samples", "step") == "cycle":  # the student's turn makes what the others take
+        return min(stop + recipe.student_every, num_stops) if turn == TURNS[0] else 0
+    return stop + 1
+
+
+def checkpoint_bytes(method: DMD2, recipe: Any) -> int:
+    """Of one on disk: `model/`, further averages beside it, and `state.pt`; without what lies in `frozen/`."""
+    weights = {role: WEIGHT * num for role, num in trained(method).items()}
+    model = weights["student"] if recipe.lora else WEIGHT * sum(p.numel() for p in method.student.parameters())
+    optimizers = (("student", method.student_optimizer), ("critic", method.critic_optimizer))
+    moments = sum(_moment(recipe, role) * p.numel() for role, each in optimizers for p in each.parameters)
+    averages = weights["student"] * len(method.ema.copies)
+    return round(model * (1 + len(method.ema.others)) + sum(weights.values()) + averages + moments)
+
+
+def _moment(recipe: Any, role: str) -> float:
+    """Bytes per weight."""
+    return MOMENTS[getattr(recipe, role).optimizer.kind]
+
+
+def picture_bytes(recipe: Any, outline: Outline) -> int:
+    """What a grid of samples takes beside what is alive between steps: text encoders, autoencoder and its decoding."""
+    if outline.autoencoder is None:
+        return 0
+    meter, dtype = Meter(), DTYPES[recipe.precision]
+    vae: Any = copy.deepcopy(outline.autoencoder).to(dtype)
+    num = min(recipe.grid_images, outline.sampling_batch)
+    with meter, AsOnCUDA(), torch.no_grad(), meter.turn("a grid") as turn:
+        meter.note([*vae.parameters()], "weights")
+        vae.decode(torch.empty(num, *outline.shape, dtype=dtype, device="meta"))
+    return turn.peak + outline.encoders * dtype.itemsize

@@ -1,0 +1,98 @@
+"""`fewstep plan` and what `distill` tells and refuses by it."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from command_line import fewstep, refused
+from fewstep.models.pixel_model import PixelModel
+from fewstep.networks.families.edm import build_unet
+from fewstep.recipes.loading import load_recipe
+
+FEW = "--set batch_size=4 --set num_steps=1 --set student_every=1"
+
+
+@pytest.fixture(autouse=True)
+def _place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def teacher(**changes: object) -> str:
+    config = load_recipe("digits-teacher").model.model_copy(update=changes)
+    PixelModel(config, build_unet(config)).save(Path("teacher"))
+    return "--set teacher=teacher"
+
+
+def test_what_is_told_of_a_recipe_whose_teacher_is_not_there() -> None:
+    code, told, errors = fewstep(f"plan digits-1step {FEW} --tflops 0.001")
+    assert (code, errors) == (0, "")
+    assert told.startswith("digits-1step: the teacher of digits-teacher, batches of 4 in one part, float32\n")
+    assert (
+        "trained: 0.4 M of the student + 0.4 M of the critic + 0.0 M of the discriminator; the teacher has 0.4" in told
+    )
+    cycle, each = (
+        float(re.search(pattern, told)[1]) for pattern in (r"a cycle of 1 ([\d.]+)", r"TFLOP/s: ([\d.e+]+) s")
+    )
+    assert each == pytest.approx(cycle / 1e-3, rel=0.1)
+    assert fewstep(f"plan digits-1step {FEW} {teacher()}")[1].startswith("digits-1step: the teacher in teacher, ")
+
+
+def test_advice_ends_at_the_first_setting_that_fits_and_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fewstep.commands.plan.SPARE", 0)
+    command = f"plan digits-1step {teacher(block_out_channels=[8], attention=[False])} --set batch_size=16"
+    peak, kept = (
+        float(each) * 1e6
+        for each in re.search(r"peak: ([\d.]+) MB, .* steps ([\d.]+) MB", fewstep(command)[1]).groups()
+    )
+    memory = f"--memory {(0.9 * kept + 0.1 * peak) / 2**30:.6f}"
+    told = fewstep(f"{command} {memory}")[1]
+    assert "it does not fit; cheapest first" in told
+    fits = re.search("so this fits: (--set .*)", told)[1]
+    assert fits == "--set accumulate=16 --set checkpointing=blocks"
+    assert "it fits; a further sample takes" in fewstep(f"{command} {memory} {fits}")[1]
+    assert "none of these fits" in fewstep(f"{command} --memory 0.0001GB")[1]
+
+
+@pytest.mark.parametrize(
+    ("line", "fragments"),
+    [
+        ("plan digits-1step --memory much", ["--memory 'much'", "24GB"]),
+        ("plan digits-1step --memory 0GB", ["--memory '0GB'"]),
+        ("plan digits-1step --tflops 0", ["--tflops"]),
+        ("plan digits-1step --architecture flux", ["--architecture 'flux'", "sdxl"]),
+        ("plan digits-teacher", ["recipe digits-teacher: is of the kind teach", "distillations"]),
+        ("plan sdxl-1step-init", ["regress", "distillations"]),
+        ("plan digits-1step --set teacher=somewhere", ["teacher: somewhere is not here", "--architecture"]),
+    ],
+)
+def test_bad_input(line: str, fragments: list[str]) -> None:
+    refused(fewstep(line), *fragments)
+
+
+def test_a_device_that_is_surely_too_small_is_refused_before_anything_is_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    command = f"distill digits-1step {FEW} {teacher()} --set device=cpu"
+    monkeypatch.setattr("fewstep.commands.distill.device_memory", lambda device: 10**6)
+    refused(fewstep(command), "device: has 0.0 GB", "`fewstep plan digits-1step --memory 0GB`")
+    assert not list(Path("runs").glob("*/[!.]*"))
+    monkeypatch.setattr("fewstep.commands.distill.device_memory", lambda device: 10**9)
+    code, told, _ = fewstep(command, whole=True)
+    lines = [line for line in told.splitlines() if line.startswith("plan: ")]
+    assert (code, len(lines)) == (0, 3)
+    size = float(re.search("a checkpoint takes ([\\d.]+) GB", lines[1])[1])
+    written = sum(path.stat().st_size for path in Path("runs/digits-1step/checkpoints").rglob("*.*"))
+    assert size == pytest.approx(written / 1e9, abs=0.005)
+    assert "student's turn" in lines[2]
+
+
+def test_on_a_processor_the_summary_takes_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fewstep.commands.distill.plan", lambda *_: pytest.fail("a step was run"))
+    code, told, _ = fewstep(f"distill digits-1step {FEW} {teacher()} --set device=cpu", whole=True)
+    assert code == 0
+    assert (
+        "plan: trains 0.4 M of the student, 0.4 M of the critic, 0.0 M of the discriminator; the teacher has 0.4 M"
+        in told
+    )
+    assert "plan: `fewstep plan digits-1step` tells memory and arithmetic" in told
