@@ -134,6 +134,17 @@ def test_a_students_change_on_a_student_is_told(draw) -> None:
     assert re.match(r"fewstep: few\.safetensors: makes a model a few-step student, and this one is one already", told)
 
 
+def test_a_student_of_v_on_a_model_of_noise_is_told(place: Path, draw, tmp_path: Path) -> None:
+    """A style that was trained on another prediction type is not: people put them together."""
+    lora = make_lora(load(place / "base").network, 1)
+    told = {"modelspec.prediction_type": "v"}
+    write_diffusers_lora(tmp_path / "style.safetensors", lora, "unet", told)
+    write_diffusers_lora(tmp_path / "v.safetensors", lora, "unet", told | {"fewstep.timesteps": json.dumps(STEPS)})
+    assert draw(f"base --lora {tmp_path}/style.safetensors --sampler ddim:2") == (0, "")
+    assert "predicts something else (epsilon or v)" in draw(f"base --lora {tmp_path}/v.safetensors")[1]
+    assert draw(f"base --lora {tmp_path}/v.safetensors --prediction-type v_prediction") == (0, "")
+
+
 @pytest.mark.parametrize(
     ("line", "fragments"),
     [

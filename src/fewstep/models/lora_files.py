@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fewstep.diffusion.parameterizations import eps, v
 from fewstep.errors import UserError
 from fewstep.models.loading.files import whole
 from fewstep.models.loading.single_file import read_timesteps
@@ -57,6 +58,7 @@ LOOKS = {
 }
 WIDTHS = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}  # of the text that cross-attention takes
 MOST_STRENGTH = 100.0
+PREDICTIONS = {"epsilon": eps, "v": v}  # of the model specification
 Named = dict[str, Tensor]
 
 
@@ -258,6 +260,9 @@ def with_loras(
             tell(f"{file.path}: {note}")
         if student and file.timesteps:
             tell(f"{file.path}: makes a model a few-step student, and this one is one already: it is changed twice")
+        predicts = PREDICTIONS.get(file.metadata.get("modelspec.prediction_type", ""))
+        if file.timesteps and predicts not in (None, model.denoiser.parameterization):
+            tell(f"{file.path}: is of a model that predicts something else (epsilon or v): pictures may be noise")
         apply_lora(model, file, strength)
         if file.timesteps:
             model = model.student(model.denoiser, file.timesteps)
