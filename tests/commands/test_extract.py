@@ -134,7 +134,9 @@ def test_of_a_pixel_model_what_is_left_out_is_measured(tmp_path: Path) -> None:
     facts = {}
     for rank in (3, 6):
         file = tmp_path / f"{rank}.safetensors"
-        code, output, _ = fewstep(f"extract pixels tuned {file} --rank {rank} --data classes --num 6")
+        code, output, _ = fewstep(
+            f"extract pixels tuned {file} --rank {rank} --data classes --num 6 --targets official"
+        )
         assert code == 0
         model, metadata, lora = changed("pixels", file)
         facts[rank] = told = json.loads(metadata["fewstep.extraction"])
@@ -191,6 +193,17 @@ def test_what_can_not_be_extracted_is_told_in_one_line(place: Path, line: str, f
     before = sorted(place.rglob("*"))
     refused(fewstep(f"extract {line}"), *fragments)
     assert sorted(place.rglob("*")) == before
+
+
+def test_all_layers_are_the_first_and_the_last_too_so_that_norms_and_biases_alone_are_left(tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    assert fewstep(f"extract pixels tuned {file} --rank 64 --dtype float32")[0] == 0
+    model, metadata, lora = changed("pixels", file)
+    assert {"conv_in", "conv_out", "time_embedding.linear_1"} <= lora.keys()
+    pairs = zip(model.network.named_parameters(), load("tuned").network.parameters(), strict=True)
+    off = {name for (name, ours), theirs in pairs if (ours - theirs).abs().max() > 1e-4}
+    assert off == {name for name, value in model.network.named_parameters() if value.ndim == 1 or "class" in name}
+    assert json.loads(metadata["fewstep.extraction"])["targets"] == "all"
 
 
 def test_a_file_that_is_there_stays_unless_told(place: Path, tmp_path: Path) -> None:

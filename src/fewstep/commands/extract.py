@@ -14,7 +14,7 @@ from fewstep.commands.runs import check_alike, check_asked, check_writable, pick
 from fewstep.data.texts import load_prompts
 from fewstep.errors import UserError
 from fewstep.export.card import Provenance, last_part
-from fewstep.export.extraction import Call, Extracted, calls, extract, observing, output_errors
+from fewstep.export.extraction import Call, Extracted, all_layers, calls, extract, observing, output_errors
 from fewstep.export.lora import FORMATS, header, write_lora
 from fewstep.export.single_file import version_of
 from fewstep.models.image_model import DESCRIPTION, LORA, Asked, ImageModel, read_description
@@ -28,7 +28,7 @@ from fewstep.networks.precision import INFERENCE_DTYPES
 from fewstep.runtime.runs import find
 from fewstep.runtime.tracking import progress_bar
 
-CLASSES = "classes"
+ALL, CLASSES = "all", "classes"
 CHECKED = 8  # images, others than those that the inputs are of
 WORST = 5  # layers that are named
 UNKNOWN = ("recipe", "step", "ema", "scores", "teacher_guidance_scale")  # of a model that may be of any making
@@ -41,7 +41,7 @@ def extract_lora(order: Extract) -> None:
     device = pick_device(order.device)
     prompts = load_prompts(order.data, field="--data") if order.data and order.data != CLASSES else []
     base, student = open_pair(order, prompts)
-    names = find_targets(student.network, order.targets if order.targets in PRESETS else order.targets.split(","))
+    names = targets(student.network, order.targets)
     with progress_bar("drawing", order.num + CHECKED if order.data else 0) as show:
         moments, seen = look(student, names, order, prompts or None, device, counting(show))
     states = base.network.state_dict(), student.network.state_dict()
@@ -60,6 +60,17 @@ def extract_lora(order: Extract) -> None:
     asked = " --prompt 'a photo of a cat'" if base.kind == "text" else ""
     asked += f" --config {quote(order.config)}" if order.config else ""
     tell_done(str(order.file), f"sample {quote(order.base)} --lora {quote(str(order.file))}{asked}")
+
+
+def targets(network: Any, named: str) -> list[str]:
+    """The layers of a preset, or those whose names end so.
+
+    `all` is the first and the last layer, and the time's, too: at most 5 % of the squared change, without which the
+    output is two to six times as far from the student's (benchmarks/extract_cpu_2026-11-26.md).
+    """
+    if named == ALL:
+        return all_layers(network)
+    return find_targets(network, named if named in PRESETS else named.split(","))
 
 
 def counting(show: Callable[[int, dict[str, float]], None]) -> Callable[[], None]:

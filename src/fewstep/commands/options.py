@@ -300,7 +300,11 @@ class Extract(Order):
     file: Annotated[Path, Argument(help=".safetensors file to write.")]
     rank: int = option("Of every layer; small layers have what they can.", 64, metavar="N", min=1, max=MOST)
     alpha: float | None = option("That the file says; its matrices fit it.", min=1e-3, max=1e6, show_default="the rank")
-    targets: str = option("official, lean, or ends of layers' names, parted by commas.", "official", metavar="NAMES")
+    targets: str = option(
+        "all (with the first and the last layer), official, lean, or ends of names, parted by commas.",
+        "all",
+        metavar="NAMES",
+    )
     data: PlaceIfAny = option(
         "Prompts (.txt, .csv, .tsv, .parquet) that images are drawn for, or `classes`.",
         metavar="FILE",

@@ -45,6 +45,11 @@ def _leading(change: Tensor, moment: Tensor | None, rank: int) -> Tensor:
     return vectors if q is None else q @ vectors
 
 
+def all_layers(network: nn.Module) -> list[str]:
+    """The dotted names of all that a LoRA can change."""
+    return [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+
+
 @contextmanager
 def observing(network: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
     """Sums over the inputs of linear layers and convolutions (patches) inside: x x^T, or x^2 beyond `FULL` inputs."""
