@@ -1,4 +1,6 @@
-"""Seconds of `fewstep extract` for every shape of SDXL's layers, and for all of them: python benchmarks/extract_seconds.py
+"""Seconds of `fewstep extract` for every shape of SDXL's layers, and for all of them.
+
+    python benchmarks/extract_seconds.py
 
 Changes of weights are random, of a falling spectrum; times are of one thread, with and without second moments.
 """

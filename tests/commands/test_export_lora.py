@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from command_line import Run, fewstep, refused
@@ -110,6 +111,19 @@ def test_averaged_or_as_trained_and_the_true_alpha_in_float16(run: Run, tmp_path
     assert average.metadata["modelspec.license"] == "mit"
     assert average.metadata["fewstep.recipe"] == Path("text/recipe.yaml").read_text()
     assert json.loads(average.metadata["fewstep.timesteps"]) == [999, 499]
+
+
+def test_what_a_sweep_found_best_goes_into_the_header(run: Run, tmp_path: Path) -> None:
+    export = f"export pixels {tmp_path}/x.safetensors --to lora --format diffusers --overwrite"
+    assert run(export)[0] == 0
+    how = (
+        f"--lora {tmp_path}/x.safetensors --strength 0.5,1 --cfg 1,2 --class 3 --best diversity --out {tmp_path}/sweep"
+    )
+    assert run(f"sweep teacher {how}")[0] == 0
+    assert run(f"{export} --evaluation {tmp_path}/sweep")[0] == 0
+    with safe_open(tmp_path / "x.safetensors", "pt") as file:
+        recommended = json.loads(file.metadata()["fewstep.recommended"])
+    assert recommended == json.loads((tmp_path / "sweep" / "results.json").read_text())["best"]
 
 
 def test_a_merged_export_is_the_base_and_its_change_and_knows_its_own_lora(run: Run, tmp_path: Path) -> None:

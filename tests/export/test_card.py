@@ -1,5 +1,6 @@
 """The card: what it says is true, and its numbers are right. Its snippet runs in tests/commands/test_export.py."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 import yaml
 
 from fewstep.errors import UserError
-from fewstep.export.card import Card, Provenance, model_card, read_scores, read_table
+from fewstep.export.card import Card, Provenance, lora_settings, model_card, read_best, read_scores, read_table
 
 
 def card(kind: str | list[str] = "StableDiffusionXLPipeline", dtype: torch.dtype = torch.float32, **changes) -> str:
@@ -100,3 +101,23 @@ def test_rows_that_are_none_are_one_line(tmp_path: Path, content: str) -> None:
     (tmp_path / "results.json").write_text(content)
     with pytest.raises(UserError, match=r"not written by|has no row 'c'; it has $"):
         read_table(tmp_path, "c")
+
+
+BEST = {"strength": 0.7, "steps": 4, "cfg": 1.6, "measure": "prompt_accuracy", "value": 0.9375}
+
+
+def test_what_a_sweep_found_best_is_recommended(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text(json.dumps({"cells": [], "best": BEST}))
+    best = read_best(tmp_path)
+    wanted = "compared by `fewstep sweep`, strength 0.7, 4 steps, CFG 1.6 had the best prompt accuracy: 0.938."
+    assert wanted in lora_settings(Path("a.safetensors"), [999, 499], "epsilon", best)
+    assert "sweep" not in lora_settings(Path("a.safetensors"), [999, 499], "epsilon", {})
+    assert wanted in card(best=best)
+    assert wanted.replace("strength 0.7, ", "") in card(best=BEST | {"strength": None})
+    assert json.loads(Provenance("t", "", [999], 1, 1, "", best=best).metadata()["fewstep.recommended"]) == BEST
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"best": null}', '{"best": {"steps": "4"}}', '{"best": [1]}'])
+def test_where_a_sweep_found_none_there_is_none(tmp_path: Path, content: str) -> None:
+    (tmp_path / "results.json").write_text(content)
+    assert read_best(tmp_path) == read_best(tmp_path / "nowhere") == {}

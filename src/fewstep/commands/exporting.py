@@ -22,6 +22,7 @@ from fewstep.export.card import (
     interface_settings,
     last_part,
     lora_settings,
+    read_best,
     read_scores,
     read_table,
 )
@@ -108,7 +109,7 @@ def export_lora(
         prompt += f" --config {shlex.quote(recipe.teacher_config)}" if recipe.teacher_config else ""
     write_lora(given.out, lora, stored.parts[part].network, part, told, given.format or "kohya", dtype)
     if stored.index:
-        print(lora_settings(given.out, provenance.timesteps, stored.prediction))
+        print(lora_settings(given.out, provenance.timesteps, stored.prediction, provenance.best))
     beside = found.run.parent / recipe.teacher  # as recipes name those that are taught here
     base, out = shlex.quote(str(beside if beside.exists() else recipe.teacher)), shlex.quote(str(given.out))
     tell_done(f"{out} ({size(given.out.stat().st_size)})", f"sample {base} --lora {out}{prompt}")
@@ -176,6 +177,7 @@ def trace(found: Found, stored: StoredModel, recipe: StudentRecipe, given: Expor
         guidance = parse_sampler(recipe.regression.sampler).guidance_scale
     settings = recipe.lora if recipe.kind == "distill" else None
     results = given.evaluation or (run if (run / "results.json").is_file() else None)
+    best = read_best(results) if results else {}
     return Provenance(
         teacher=base or last_part(recipe.teacher),
         recipe=yaml.safe_dump(published(recipe, base), sort_keys=False),
@@ -191,7 +193,8 @@ def trace(found: Found, stored: StoredModel, recipe: StudentRecipe, given: Expor
             name: (value, wilson_interval(value, num) if name in METRICS and METRICS[name].per_fake else None)
             for name, value in read_scores(judged, found.step, found.ema).items()
         },
-        table=read_table(results, run.name) if results else [],
+        table=read_table(results, run.name) if results and not best else [],
+        best=best,
     )
 
 

@@ -283,7 +283,7 @@ class Export(Order):
     shard_size: str | None = option("Largest file of weights in a folder.", show_default="5GB")
     license: str = option("For the card, as the hub names them; other: the teacher's applies.", "other")
     evaluation: Path | None = option(
-        "Folder of `fewstep evaluate` whose rows the card shows.", show_default="the run's"
+        "Folder of `fewstep evaluate`, or of `sweep`, that the card tells of.", show_default="the run's"
     )
     overwrite: bool = option("Replace an export that is there, whole.", False, "--overwrite")
 

@@ -5,6 +5,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -15,7 +16,7 @@ import yaml
 
 import fewstep
 from fewstep.errors import UserError
-from fewstep.files import read_text
+from fewstep.files import read_json, read_text
 from fewstep.metric_table import METRICS
 
 SAMPLER = "LCM's: predict x0, then renoise it with fresh noise to the next timestep"
@@ -65,6 +66,7 @@ class Provenance:
     license: str = "other"
     scores: dict[str, tuple[float, Interval]] = field(default_factory=dict)  # by the run itself, with 95 % intervals
     table: list[dict[str, Any]] = field(default_factory=list)  # `fewstep evaluate`: the real images and this model
+    best: dict[str, Any] = field(default_factory=dict)  # `fewstep sweep`: strength, steps and cfg, by which measure
     version: str = fewstep.__version__
 
     @property
@@ -79,6 +81,7 @@ class Provenance:
         facts |= {"timesteps": json.dumps(self.timesteps), "teacher_guidance_scale": f"{self.guidance_scale:g}"}
         facts |= {"guidance_scale": "none: pass 0 or 1", "sampler": SAMPLER, "scores": json.dumps(scores)}
         facts |= {"base_model": self.base_model} if self.base_model else {}
+        facts |= {"recommended": json.dumps(self.best)} if self.best else {}
         facts |= {"lora": self.lora} if self.lora else {}
         return {f"fewstep.{name}": fact for name, fact in facts.items()}
 
@@ -109,6 +112,24 @@ def read_table(folder: Path, name: str) -> list[dict[str, Any]]:
     if not any(row["model"] == name for row in kept):
         raise UserError(f"{path}: has no row {name!r}; it has {there}")
     return kept
+
+
+def read_best(folder: Path) -> dict[str, Any]:
+    """The best cell in a folder of `fewstep sweep`, with its measure and the value; {} where there is none."""
+    with suppress(UserError):
+        best = read_json(folder / "results.json").get("best")
+        if isinstance(best, dict) and all(type(best.get(name)) in (int, float) for name in ("steps", "cfg", "value")):
+            return best
+    return {}
+
+
+def told_best(best: dict[str, Any]) -> str:
+    """What a sweep recommends, in one sentence; "" without one."""
+    if not best:
+        return ""
+    strength = "" if best.get("strength") is None else f"strength {best['strength']:g}, "
+    what, found = str(best.get("measure")).replace("_", " "), f"{strength}{best['steps']:g} steps, CFG {best['cfg']:g}"
+    return f" Of those compared by `fewstep sweep`, {found} had the best {what}: {best['value']:.3f}."
 
 
 @dataclass(frozen=True)
@@ -151,7 +172,7 @@ def model_card(card: Card, made: Provenance) -> str:
         sampler=SAMPLER,
         weights=("as trained" if made.ema == "raw" else f"averaged, EMA {made.ema}") + made.merged,
         dtype=str(card.dtype).removeprefix("torch."),
-        metrics=metrics(made) if made.scores or made.table else say["unjudged"].strip(),
+        metrics=metrics(made) if made.scores or made.table or made.best else say["unjudged"].strip(),
         license=say["teacher_terms" if made.license == "other" else "own_terms"].format(made=made),
         **{name: line.format(made=made) for name, line in yaml.safe_load(say[made.kind]).items()},
     )
@@ -171,11 +192,13 @@ def front_matter(card: Card, made: Provenance) -> dict[str, Any]:
     }
 
 
-def lora_settings(file: Path, timesteps: Sequence[float], prediction: str) -> str:
+def lora_settings(file: Path, timesteps: Sequence[float], prediction: str, best: dict[str, Any]) -> str:
     """What draws the student by its LoRA in each UI and in diffusers, in one line."""
     settings = interface_settings(timesteps, prediction, f"fewstep sample BASE --lora {file.name}")
     times = ", ".join(f"{t:g}" for t in timesteps)
-    return texts()["lora"].format(name=file.stem, file=file.name, timesteps=times, settings=settings).strip()
+    return texts()["lora"].format(
+        name=file.stem, file=file.name, timesteps=times, settings=settings
+    ).strip() + told_best(best)
 
 
 def interface_settings(
@@ -208,6 +231,7 @@ def metrics(made: Provenance) -> str:
         names = [key for key, value in made.table[-1].items() if isinstance(value, str | int | float)]
         rows = [[_cell(row, name) for name in names] for row in made.table]
         parts.append("By `fewstep evaluate`:\n\n" + _table(list(map(_named, names)), rows))
+    parts += [told_best(made.best).strip()] if made.best else []
     return "\n\n".join([*parts, texts()["notes"].strip()])
 
 

@@ -85,4 +85,4 @@ def header(path: Path, lora: LoRA, made: Provenance, version: str, prediction: s
     facts |= {"v_parameterization": "True"} if prediction == "v_prediction" else {}
     told = {f"ss_{name}": fact for name, fact in facts.items()} | {"modelspec.description": steps}
     told |= specification(version, prediction, image_size, path.stem, "/lora") | {"modelspec.license": made.license}
-    return told | {"modelspec.usage_hint": lora_settings(path, made.timesteps, prediction)} | made.metadata()
+    return told | {"modelspec.usage_hint": lora_settings(path, made.timesteps, prediction, made.best)} | made.metadata()
