@@ -70,7 +70,7 @@ def assert_same_end(first: Path, second: Path) -> None:
         (7, []),
         (7, ["precision=bfloat16"]),
         (5, ["precision=bfloat16", "accumulate=2", "checkpointing=blocks", "gan.student_weight=3e-3"]),
-        (5, ["lora={rank: 4, alpha: 4}", "student.ema_decay=[0.9, 0]", "accumulate=2", "checkpointing=blocks"]),
+        (5, ["lora={rank: 4, alpha: 4}", "student.ema_decay=[0.9, 0]", "accumulate=2", "precision=bfloat16"]),
         (4, ["critic.samples=cycle", "gan.real_share=0.5", "checkpointing=gan"]),
         (5, None),
     ],

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fewstep.diffusion.denoiser import Guided
+from fewstep.errors import UserError
 from fewstep.models.image_model import ImageModel
 from fewstep.models.pixel_model import PixelModel
 from fewstep.networks.blocks import checkpoint_blocks
@@ -21,7 +23,7 @@ from low_rank import written_out
 from steps import GAN, LR, whole
 
 LORA = LoRASettings(rank=4, alpha=6.0)
-BATCH, STOPS = 4, 3
+BATCH, STOPS = 2, 3
 TRAINED = ("student", "critic", "discriminator")
 SETTINGS = {"student_every": 2, "student": {"num_timesteps": STOPS, **LR}, "critic": LR | {"condition_on_stop": True}}
 
@@ -106,3 +108,50 @@ def test_a_shared_base_trains_like_separate_copies(model: PixelModel, checkpoint
     ended = [value.clone() for role in TRAINED for _, value in trained(getattr(method, role))]
     assert not any(torch.equal(first, last) for first, last in zip(began, ended, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(before, model.denoiser.state_dict().values(), strict=True))
+
+
+def test_the_base_is_there_once_and_is_the_teacher(model: PixelModel) -> None:
+    """By the bytes of all storages: the base, low-rank weights, and the critic's stop embedding."""
+    base = {id(each): each.nbytes for each in (*model.denoiser.parameters(), *model.denoiser.buffers())}
+    roles = make_shared(model)
+    assert isinstance(roles.teacher, Guided)
+    assert roles.teacher.denoiser is model.denoiser
+    tensors = [
+        t for role in (roles.teacher, roles.student, roles.critic) for t in (*role.parameters(), *role.buffers())
+    ]
+    storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}
+    own = [sum(value.nbytes for value in trainable_state(role).values()) for role in (roles.student, roles.critic)]
+    assert sum(storages.values()) == sum(base.values()) + sum(own)
+    assert own[1] - own[0] == STOPS * 32 * 4
+    assert not any(parameter.requires_grad for parameter in roles.teacher.parameters())
+    for role in (roles.student, roles.critic):
+        assert all(name.endswith(("lora_A", "lora_B", "stop_embedding.weight")) for name in trainable_state(role))
+    assert not {*map(id, trained_of(roles.student))} & {*map(id, trained_of(roles.critic))}
+
+
+def trained_of(role: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in role.parameters() if parameter.requires_grad]
+
+
+def test_steps_in_bfloat16_are_close_to_those_in_float32(model: PixelModel) -> None:
+    """With the stop embedding, guidance and GAN; what is trained stays float32, and the base as it was cast."""
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        roles = make_shared(model, "blocks", dtype)
+        assert {parameter.dtype for parameter in trained_of(roles.critic)} == {torch.float32}
+        method = DMD2(DMD2Settings(**SETTINGS, gan=GAN, checkpointing="blocks"), model, roles, 20, BATCH, 0)
+        steps = [method.step(real_batch(step), step) for step in range(3)]
+        found.append([{name: value.item() for name, value in metrics.items()} for metrics in steps])
+        assert {parameter.dtype for parameter in model.denoiser.parameters()} == {dtype}
+    for ours, theirs in zip(*found, strict=True):
+        for name in ("dm_loss", "gan_loss", "denoising_loss", "gan_critic_loss", "critic_grad_norm"):
+            if name in theirs:
+                assert ours[name] == pytest.approx(theirs[name], rel=0.1), name
+    assert found[0][1]["denoising_loss"] != found[1][1]["denoising_loss"]
+
+
+def test_layers_that_there_are_none_of_are_told_before_anything_is_made(model: PixelModel) -> None:
+    with pytest.raises(UserError, match=r"lora\.targets: 'to_x' matches no layer; write .*to_q"):
+        make_roles(model, lora=LoRASettings(rank=4, targets=["to_x"]))
+    with pytest.raises(UserError, match=r"lora\.rank: 64 is above the 8 that unet\..* can have; take at most that"):
+        make_roles(model, lora=LoRASettings())
