@@ -91,7 +91,7 @@ def sweep(order: Sweep) -> None:
     own = next((file.timesteps for file, _ in reversed(loras) if file.timesteps), model.timesteps)
     counts = steps or ([len(own)] if own else USUAL_STEPS)
     chosen = [choose(model, own, bool(loras), *each) for each in product(counts, scales)]
-    scene, cells = make_scene(order, model, prompts, device), list[Cell]()
+    scene, cells = make_scene(order, model, prompts, max(scales) > 1, device), list[Cell]()
     with progress_bar("sweep", len(strengths) * len(chosen)) as show:
         for strength, tuned in at_strengths(model, loras, strengths):
             for timesteps, sampler in chosen:
@@ -154,7 +154,7 @@ def tell(told: str) -> None:
     print(f"fewstep: {told}", file=sys.stderr)
 
 
-def make_scene(order: Sweep, model: ImageModel, prompts: list[str], device: torch.device) -> Scene:
+def make_scene(order: Sweep, model: ImageModel, prompts: list[str], guided: bool, device: torch.device) -> Scene:
     """Puts the model onto the device, and embeds what is asked for once."""
     asked: Asked = prompts or (None if order.label is None else [class_number(model, order.label)])
     count = len(asked) if asked else max(1, model.num_classes)
@@ -163,7 +163,6 @@ def make_scene(order: Sweep, model: ImageModel, prompts: list[str], device: torc
         raise UserError("--clip: compares pictures with prompts, and this model takes none")
     extractor, check = make_check(order, model, prompts)
     model.to(device)
-    guided = max(numbers("--cfg", order.guidance, 1, MOST_SCALE)) > 1
     null = model.null_condition if guided else None
     if guided and null is None:
         raise UserError(f"--cfg {order.guidance}: the model has no null class to guide with; take 1")
@@ -252,7 +251,8 @@ def publish(
     save_png(picture(cells, measure, best), out / PICTURE, {"fewstep": whole})
     Console().print(terminal_table(lines, cells.index(best) if best else None))
     if best:
-        print(f"best by {measure}: {', '.join(f'{name} {value:g}' for name, value in best.settings.items() if value)}")
+        told = [f"{name} {value:g}" for name, value in best.settings.items() if value is not None]
+        print(f"best by {measure}: {', '.join(told)}")
     else:
         print("no best cell: neither CLIP (--clip) nor drawn shapes say what is right; --best names another measure")
     tell_done(f"{out / PICTURE}, {out / TABLE} and {out / RESULTS}")

@@ -89,8 +89,10 @@ def picture(cells: Sequence[Cell], measure: str | None, best: Cell | None) -> Im
     down = tuple(name for name in ("steps", "cfg") if name not in across)
 
     def place(each: Cell, axes: Sequence[str]) -> str:
-        said = {"strength": "strength {:g}", "steps": "{:g} steps", "cfg": "CFG {:g}"}
-        return "\n".join(said[name].format(each.settings[name]) for name in axes).replace("1 steps", "1 step", 1)
+        steps = f"{each.sampler.num_steps} step{'s' * (each.sampler.num_steps > 1)}"
+        said = {"strength": f"strength {each.strength:g}" if "strength" in axes else "", "steps": steps}
+        said["cfg"] = f"CFG {each.sampler.guidance_scale:g}"
+        return "\n".join(said[name] for name in axes)
 
     heads, sides = (list(dict.fromkeys(place(each, axes) for each in cells)) for axes in (across, down))
     by_place = {(place(each, down), place(each, across)): each for each in cells}
