@@ -148,9 +148,9 @@ def test_a_student_of_v_on_a_model_of_noise_is_told(place: Path, draw, tmp_path:
 @pytest.mark.parametrize(
     ("line", "fragments"),
     [
-        ("base --lora gone.safetensors:0.5", ["gone.safetensors: no such file", "FILE:STRENGTH"]),
+        ("base --lora gone.safetensors:0.5", ["--lora gone.safetensors: no such file", "FILE:STRENGTH"]),
         ("base --lora few.safetensors:much", ["few.safetensors:much: no such file"]),
-        ("base --lora base", ["pytorch_lora_weights.safetensors: no such file"]),
+        ("base --lora base", ["pytorch_lora_weights.safetensors: not a whole LoRA file", "o such file"]),
         ("base --lora base/fewstep.json", ["fewstep.json: not a whole LoRA file in safetensors"]),
         ("base --lora whole.safetensors", ["whole.safetensors: no LoRA", "without --lora"]),
         ("few.safetensors", ["few.safetensors: a LoRA, not a whole model", "fewstep sample BASE --lora FILE"]),

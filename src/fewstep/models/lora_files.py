@@ -32,10 +32,9 @@ if TYPE_CHECKING:
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"  # where diffusers looks for one
 METADATA = "lora_adapter_metadata"  # in the header: JSON that diffusers hands to peft
 PEFT = {"down": "lora_A.weight", "up": "lora_B.weight"}
-PIECE = (
-    re.compile(  # of `unet.x.lora_A.weight`, `lora_unet_x.lora_down.weight`, `x.processor.to_q_lora.down.weight`, ...
-        r"(?P<module>.+?)[._]lora(_linear_layer)?[._](?P<piece>down|up|A|B)(\.\w+)?(\.weight)?|(?P<scaled>.+)\.alpha"
-    )
+# of `unet.x.lora_A.weight`, `lora_unet_x.lora_down.weight`, `x.processor.to_q_lora.down.weight`, ...
+PIECE = re.compile(
+    r"(?P<module>.+?)[._]lora(_linear_layer)?[._](?P<piece>down|up|A|B)(\.\w+)?(\.weight)?|(?P<scaled>.+)\.alpha"
 )
 PIECES = {"down": "down", "A": "down", "up": "up", "B": "up", None: "alpha"}
 PREFIX = re.compile(r"((base_model\.)?model[._]|diffusion_model[._]|unet[._]|lora_unet_|lora_prior_unet_|lycoris_)*")
@@ -60,6 +59,10 @@ WIDTHS = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}  # of the text that cross
 MOST_STRENGTH = 100.0
 PREDICTIONS = {"epsilon": eps, "v": v}  # of the model specification
 Named = dict[str, Tensor]
+Place = tuple[str, str]
+"""A module's path, and `down`, `up` or `alpha`."""
+Places = dict[Place, str]
+ToldAlpha = Callable[[str, int], float]
 
 
 @dataclass(frozen=True)
@@ -92,8 +95,6 @@ def open_lora(path: Path, network: nn.Module, family: Family) -> LoRAFile:
     """
     if path.is_dir():
         path = path / LORA_WEIGHTS
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; --lora takes FILE or FILE:STRENGTH, for example x.safetensors:0.7")
     with whole(path, "not a whole LoRA file in safetensors", "fetch it again"):
         stored = check_stored(path)
         named = {name: meta for name, meta in stored.items() if not TEXT.match(name)}
@@ -127,9 +128,9 @@ def _check_kind(path: Path, named: Named) -> None:
         raise UserError(f"{path}: a LoRA of text encoders alone, which are left as they are; name another LoRA")
 
 
-def _sorted(path: Path, named: Named, network: nn.Module, family: Family) -> dict[tuple[str, str], str]:
-    """(module path, piece) -> the name in the file; raises UserError for names that are not of the network."""
-    modules, found, foreign = _modules(network, family), dict[tuple[str, str], str](), list[str]()
+def _sorted(path: Path, named: Named, network: nn.Module, family: Family) -> Places:
+    """Where each tensor belongs -> its name in the file; raises UserError for names that are not of the network."""
+    modules, found, foreign = _modules(network, family), Places(), list[str]()
     for name in named:
         match = PIECE.fullmatch(name)
         said = (match["module"] or match["scaled"]) if match else name
@@ -153,16 +154,13 @@ def _modules(network: nn.Module, family: Family) -> dict[str, str]:
     names = {path: path for path in paths}
     names |= {path.removesuffix(".0"): path for path in paths if path.endswith(".to_out.0")}
     if family.settings is None:  # of pipelines
-        names |= {name.removesuffix(".weight"): path for name, path in _originals(network, paths).items()}
+        originals = of_unet(network, {f"{path}.weight": path for path in paths})
+        names |= {name.removesuffix(".weight"): path for name, path in originals.items()}
     return {name.replace(".", "_"): path for name, path in names.items()}
 
 
-def _originals(network: nn.Module, paths: Sequence[str]) -> dict[str, str]:
-    return of_unet(network, {f"{path}.weight": path for path in paths})
-
-
 def _looks(named: Named) -> str:
-    """What family a file seems to be of, as the end of a sentence; "" of unknown ones."""
+    """What family a file seems to be of, as the end of a sentence."""
     found = [family for piece, family in LOOKS.items() if any(piece in name for name in named)]
     for name, meta in named.items():
         match = PIECE.fullmatch(name)
@@ -171,13 +169,12 @@ def _looks(named: Named) -> str:
     return f"; it looks like a LoRA of {found[0]}" if found else "; name a LoRA of its family"
 
 
-def _told_alpha(metadata: Mapping[str, str], part: str) -> Callable[[str, int], float]:
+def _told_alpha(metadata: Mapping[str, str], part: str) -> ToldAlpha:
     """Of (module, rank): what peft's metadata says, else the rank, for scale 1."""
     told: dict[str, Any] = json.loads(metadata.get(METADATA, "{}"))
     config = {key.removeprefix(f"{part}."): value for key, value in told.items()}
     if config.get("use_dora"):
         raise ValueError(f"{METADATA}: a DoRA, which is not read")
-
     patterns = config.get("alpha_pattern") or {}
     if odd := [name for name in patterns if not re.fullmatch(r"\^?[\w.]+", name)]:
         raise ValueError(f"alpha_pattern {odd[0]!r}: an expression, which is not read")
@@ -191,12 +188,7 @@ def _told_alpha(metadata: Mapping[str, str], part: str) -> Callable[[str, int], 
 
 
 def _change(
-    path: Path,
-    module: str,
-    places: Mapping[tuple[str, str], str],
-    tensors: Mapping[tuple[str, str], Tensor],
-    network: nn.Module,
-    told: Callable[[str, int], float],
+    path: Path, module: str, places: Places, tensors: Mapping[Place, Tensor], network: nn.Module, told: ToldAlpha
 ) -> LowRank:
     """The change of one module, in its weight's shape; raises UserError for what does not fit."""
     weight: Tensor = network.get_submodule(module).weight  # type: ignore[assignment]
@@ -218,7 +210,10 @@ def _change(
 
 def open_loras(texts: Sequence[str], model: ImageModel) -> list[tuple[LoRAFile, float]]:
     """What each FILE or FILE:STRENGTH names, for the model; raises UserError for what it can't take."""
-    loras = [(open_lora(path, model.network, model.family), strength) for path, strength in map(parse_lora, texts)]
+    named = list(map(parse_lora, texts))
+    if missing := [path for path, _ in named if not path.exists()]:
+        raise UserError(f"--lora {missing[0]}: no such file; write FILE or FILE:STRENGTH, such as x.safetensors:0.7")
+    loras = [(open_lora(path, model.network, model.family), strength) for path, strength in named]
     for file, _ in loras:
         with whole(file.path, "its timesteps can't be a student's of this model", "name another LoRA"):
             if file.timesteps is not None:
