@@ -23,7 +23,7 @@ from fewstep.training.dmd2 import DMD2
 from fewstep.training.roles import make_roles
 from fewstep.training.settings import DMD2Settings
 
-SMALL = {"block_out_channels": [96, 192, 384], "layers_per_block": 2, "transformer_layers": 2}  # latents of 32x32
+SMALL = {"block_out_channels": [96, 192, 384], "layers_per_block": 2, "transformer_layers": 1}  # latents of 32x32
 SMALL |= {"text_width": 64, "num_tokens": 77}
 SETTINGS = {
     "student_every": 5,
@@ -57,7 +57,7 @@ def main(rounds):
     text = methods["full"].model.text_condition(["a cat"])
     batch = {"latent": torch.randn(1, *methods["full"].model.shape), "text": text["text"], "pooled": text["pooled"]}
     for method in methods.values():
-        method.step([(range(1), batch)], 1)  # warms up
+        method.step([(range(1), batch)], 0)  # warms up
     seconds = {name: [] for name in methods}
     print(f"{size:.1f} M parameters, torch {torch.__version__}")
     for each in range(1, rounds + 1):

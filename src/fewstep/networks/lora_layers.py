@@ -44,7 +44,7 @@ def find_targets(network: nn.Module, targets: str | Sequence[str], rank: int = 1
             ends = {".".join(name.split(".")[-size:]) for name in fitting for size in (1, 2, 3)}
             near = get_close_matches(end, sorted(ends), cutoff=0.5) or sorted(ends)[:3]
             raise UserError(f"lora.targets: {end!r} {what}; write {', '.join(near)}, or a preset")
-        found |= {*matching}
+        found |= fitting.intersection(matching)
     if not found:
         raise UserError(
             f"lora.targets: {targets} matches no layer of this network; write a list of ends of their names"
