@@ -72,7 +72,7 @@ def test_what_is_loaded_draws_what_the_tree_drew_in_training(kind: str, tmp_path
     assert stored.lora.keys() == lora_of(student.network).keys()
 
 
-@pytest.mark.parametrize("kind", ["pixel", "sdxl"])
+@pytest.mark.parametrize("kind", ["pixel", pytest.param("sdxl", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_base_is_written_once_as_it_was_trained_on(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """By all checkpoints and averages; beside it a checkpoint's model has but small files of its own."""
