@@ -44,12 +44,13 @@ def distill(recipe: StudentRecipe, run: Path, resume: bool = False, report: Repo
     job = train_recipe(JOBS, recipe, run, resume, report)
     prompt = ["--prompt", job.asked[0]] if job.method.model.kind == "text" and job.asked else []
     teacher = next((str(each) for each in (recipe.teacher, run.parent / recipe.teacher) if is_run(each)), None)
-    tell_done(
-        f"{run}, {recipe.num_steps:,} steps",
-        shlex.join(["sample", str(run), *map(str, prompt)]),
-        shlex.join(["evaluate", *([teacher] if teacher else []), str(run)]),
-        shlex.join(["export", str(run), f"{run.name}-diffusers"]),
-    )
+    lora = recipe.kind == "distill" and recipe.lora is not None
+    following = [
+        ["sample", str(run), *map(str, prompt)],
+        ["evaluate", *([teacher] if teacher else []), str(run)] if recipe.data.source else [],  # else there are no reals
+        ["export", str(run), *([f"{run.name}.safetensors", "--to", "lora"] if lora else [f"{run.name}-diffusers"])],
+    ]
+    tell_done(f"{run}, {recipe.num_steps:,} steps", *(shlex.join(words) for words in following if words))
 
 
 def _job(recipe: StudentRecipe, run: Path) -> Job:
@@ -72,6 +73,8 @@ def _job(recipe: StudentRecipe, run: Path) -> Job:
         num_stops = recipe.student.num_timesteps if recipe.critic.condition_on_stop else 0
         layer = recipe.gan.feature_layer
         roles = make_roles(model, recipe.guidance_scale, layer, num_stops, dtype, recipe.checkpointing, recipe.lora)
+        if not recipe.gan.student_weight:
+            roles.discriminator.to("cpu")  # 0.4 GB of SDXL's, which no pass needs
         if recipe.init_from and not checkpoints(run):  # a run that has begun goes on with its own weights
             initialize(roles, recipe.init_from, runs)
         method = DMD2(recipe, model, roles, recipe.num_steps, recipe.batch_size, recipe.seed, pair_loss=pair_loss)
