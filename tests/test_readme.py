@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from diffusers import AutoencoderTiny
+from diffusers import AutoencoderTiny, StableDiffusionXLPipeline
 from PIL import Image
 
 from command_line import fewstep
@@ -29,6 +29,10 @@ SMALL = {
     "--set model.norm_num_groups=4",
     "teach": "--set num_steps=2 --set batch_size=4",
     "distill my-sdxl.yaml": "--set num_steps=2 --set batch_size=2 --set accumulate=2",
+    "plan": "--set lora.rank=4",
+    "distill sdxl-4step-lora": "--set num_steps=2 --set batch_size=2 --set accumulate=2 --set lora.rank=4",
+    "sweep": "--num 1",
+    "extract": "--num 2",
     "distill digits-1step": "--set num_steps=2 --set batch_size=4 --set teacher=runs/digits-teacher",
     "distill": "--set num_steps=2 --set batch_size=2",
     "sample runs/emoji-1step": "--num 2 --sampler heun:2",
@@ -156,6 +160,10 @@ def test_what_the_blocks_make_is_there(place: Path) -> None:
         "my-sdxl-4step",
         "four-steps.png",
         "emoji.png",
+        "my-4step.safetensors",
+        "with-lora.png",
+        "my-sweep/grid.png",
+        "extracted.safetensors",
     }
     assert all((place / name).exists() for name in made)
     runs = ("sdxl-4step", "sdxl-1step-init", "sdxl-1step", "imagenet64-1step")
@@ -171,6 +179,19 @@ def test_the_python_runs() -> None:
     assert names["timesteps"].tolist() == [999, 749, 499, 249]
     assert names["x0"].shape == (2, 4, 64, 64)
     assert torch.isfinite(names["x0"]).all()
+
+
+def test_diffusers_draws_with_the_lora_as_shown(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU in float32; the folder stands for the file, in which diffusers expects released sizes."""
+    pytest.importorskip("peft")
+    monkeypatch.chdir(place)
+    folder = StableDiffusionXLPipeline.from_pretrained("models/sdxl")
+    monkeypatch.setattr(StableDiffusionXLPipeline, "from_single_file", lambda file, torch_dtype: folder)
+    (code,) = blocks("python", (ROOT / "docs" / "one-card.md").read_text())
+    names: dict = {}
+    exec(code, names)
+    assert folder.get_active_adapters()
+    assert names["image"].size == (16, 16)
 
 
 def test_the_make_targets_exist() -> None:

@@ -47,7 +47,9 @@ def distill(recipe: StudentRecipe, run: Path, resume: bool = False, report: Repo
     lora = recipe.kind == "distill" and recipe.lora is not None
     following = [
         ["sample", str(run), *map(str, prompt)],
-        ["evaluate", *([teacher] if teacher else []), str(run)] if recipe.data.source else [],  # else there are no reals
+        ["evaluate", *([teacher] if teacher else []), str(run)]
+        if recipe.data.source
+        else [],  # else there are no reals
         ["export", str(run), *([f"{run.name}.safetensors", "--to", "lora"] if lora else [f"{run.name}-diffusers"])],
     ]
     tell_done(f"{run}, {recipe.num_steps:,} steps", *(shlex.join(words) for words in following if words))
