@@ -45,14 +45,10 @@ def distill(recipe: StudentRecipe, run: Path, resume: bool = False, report: Repo
     prompt = ["--prompt", job.asked[0]] if job.method.model.kind == "text" and job.asked else []
     teacher = next((str(each) for each in (recipe.teacher, run.parent / recipe.teacher) if is_run(each)), None)
     lora = recipe.kind == "distill" and recipe.lora is not None
-    following = [
-        ["sample", str(run), *map(str, prompt)],
-        ["evaluate", *([teacher] if teacher else []), str(run)]
-        if recipe.data.source
-        else [],  # else there are no reals
-        ["export", str(run), *([f"{run.name}.safetensors", "--to", "lora"] if lora else [f"{run.name}-diffusers"])],
-    ]
-    tell_done(f"{run}, {recipe.num_steps:,} steps", *(shlex.join(words) for words in following if words))
+    judging = [["evaluate", *([teacher] if teacher else []), str(run)]] if recipe.data.source else []  # by real images
+    exporting = [f"{run.name}.safetensors", "--to", "lora"] if lora else [f"{run.name}-diffusers"]
+    following = [["sample", str(run), *map(str, prompt)], *judging, ["export", str(run), *exporting]]
+    tell_done(f"{run}, {recipe.num_steps:,} steps", *map(shlex.join, following))
 
 
 def _job(recipe: StudentRecipe, run: Path) -> Job:

@@ -21,6 +21,11 @@ AT_ONCE = 2**16  # numbers of latents through the autoencoder: one of SDXL, whos
 Part = TypeVar("Part", bound=nn.Module)
 
 
+def at_once(shape: Sequence[int]) -> int:
+    """How many pictures of latents of that shape (C, h, w) the autoencoder takes at once."""
+    return max(1, AT_ONCE // math.prod(shape))
+
+
 def _cast(part: Part, dtype: torch.dtype) -> Part:
     """A copy in `dtype`, cast tensor by tensor: no second one in float32 comes before it."""
     copies = {id(p): nn.Parameter(p.to(dtype), requires_grad=False) for p in part.parameters()}
@@ -132,7 +137,7 @@ class LatentModel(ImageModel):
 
     @property
     def _at_once(self) -> int:
-        return max(1, AT_ONCE // math.prod(self.shape))
+        return at_once(self.shape)
 
     def decode_pixels(self, x0: Tensor) -> Tensor:
         self._here(self.autoencoder)

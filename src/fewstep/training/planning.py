@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.models.latent_model import at_once
 from fewstep.models.outline import Outline
 from fewstep.networks.precision import DTYPES, AutocastDenoiser
 from fewstep.training.budget import GRANULE, AsOnCUDA, Meter
@@ -213,7 +214,7 @@ def picture_bytes(recipe: Any, outline: Outline) -> int:
         return 0
     meter, dtype = Meter(), DTYPES[recipe.precision]
     vae: Any = copy.deepcopy(outline.autoencoder).to(dtype)
-    num = min(recipe.grid_images, outline.sampling_batch)
+    num = min(recipe.grid_images, at_once(outline.shape))
     with meter, AsOnCUDA(), torch.no_grad(), meter.turn("a grid") as turn:
         meter.note([*vae.parameters()], "weights")
         vae.decode(torch.empty(num, *outline.shape, dtype=dtype, device="meta"))
