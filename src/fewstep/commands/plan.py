@@ -146,20 +146,20 @@ def _advise(found: Plan, recipe: DistillRecipe, outline: Outline, asked: Order, 
     room = card - SPARE
     has = f"{card / GB:.1f} GB, {room / GB:.1f} without what is to spare"
     print(f"a card of {asked.memory}, taken as {card / 2**30:g} GiB, has {has}")
-    if found.peak <= room:
-        size = recipe.batch_size // recipe.accumulate
-        larger = load_recipe(asked.recipe, [*asked.set_, f"batch_size={size + 1}", "accumulate=1"])
+    if _needs(found, recipe, outline) <= room:
+        size = recipe.batch_size // recipe.accumulate + 1
+        larger = load_recipe(asked.recipe, [*asked.set_, f"batch_size={size * recipe.accumulate}"])
         each = plan_of(larger, outline).peak - found.peak
-        most = size + int((room - found.peak) // max(each, 1))
-        print(f"it fits; a further sample takes {_size(each)}, so that parts of about {most:,} samples fit, too")
+        most = size - 1 + int((room - found.peak) // max(each, 1))
+        print(f"it fits; a further sample in a part takes {_size(each)}, so that parts of about {most:,} fit, too")
         return
     print("it does not fit; cheapest first, each with those above it:")
     settings: list[str] = []
     for more, what in changes(recipe):
         with suppress(UserError):  # a rank that is above a layer's, say
-            tried = _try(found, outline, asked, [*settings, *more], f"{' '.join(more)} ({what})")
+            needs = _try(found, outline, asked, [*settings, *more], f"{' '.join(more)} ({what})")
             settings += more
-            if tried.peak <= room:
+            if needs <= room:
                 last = {each.partition("=")[0]: each for each in settings}  # of two the second holds
                 print(f"so this fits: {shlex.join(word for each in last.values() for word in ('--set', each))}")
                 return
@@ -175,7 +175,7 @@ def changes(recipe: DistillRecipe) -> Iterator[tuple[list[str], str]]:
     if recipe.checkpointing != "blocks":
         yield ["checkpointing=blocks"], "the same numbers, computed again"
     if recipe.student.optimizer.kind == "adamw":
-        yield EIGHT_BITS, "moments rounded to 8 bits"
+        yield EIGHT_BITS, "moments rounded to 8 bits; pip install fewstep[8bit]"
     if recipe.precision == "float32":
         yield ["precision=bfloat16"], "passes in bfloat16"
     if recipe.student.ema_decay != 0:
@@ -188,11 +188,18 @@ def changes(recipe: DistillRecipe) -> Iterator[tuple[list[str], str]]:
         yield ["lora.rank=16"], "a smaller rank"
 
 
-def _try(found: Plan, outline: Outline, asked: Order, settings: list[str], told: str) -> Plan:
-    """What the recipe takes with these settings, too, which is printed as soon as it is known."""
-    tried = plan_of(load_recipe(asked.recipe, [*asked.set_, *settings]), outline)
-    print(f"  {_size(tried.peak)}, {tried.cycle / found.cycle:.2f} times the arithmetic: {told}", flush=True)
-    return tried
+def _needs(found: Plan, recipe: DistillRecipe, outline: Outline) -> int:
+    """Bytes of the larger of a step and a grid of samples."""
+    return max(found.peak, found.resting + picture_bytes(recipe, outline))
+
+
+def _try(found: Plan, outline: Outline, asked: Order, settings: list[str], told: str) -> int:
+    """The bytes that the recipe needs with these settings, too, which are printed as soon as they are known."""
+    recipe = load_recipe(asked.recipe, [*asked.set_, *settings])
+    tried = plan_of(recipe, outline)
+    needs = _needs(tried, recipe, outline)
+    print(f"  {_size(needs)}, {tried.cycle / found.cycle:.2f} times the arithmetic: {told}", flush=True)
+    return needs
 
 
 def _size(num: float) -> str:
