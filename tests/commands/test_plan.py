@@ -55,10 +55,36 @@ def test_advice_ends_at_the_first_setting_that_fits_and_it_does(monkeypatch: pyt
 
 
 @pytest.mark.parametrize(
+    ("settings", "left"),
+    [
+        (
+            ["batch_size=2", "student_every=2", "gan.real_share=0.5", "gan.independent_noise=false"],
+            ["critic.samples=cycle", "gan.features=frozen"],
+        ),
+        pytest.param(
+            ["batch_size=1", "student_every=2", "student.backward_simulation=false"],
+            ["gan.features=frozen", "gan.independent_noise=false"],
+            marks=pytest.mark.slow,
+        ),
+        (["batch_size=2", "gan.student_weight=0", "gan.critic_weight=0"], ["critic.samples=cycle"]),
+    ],
+    ids=["a share of the reals", "an odd batch without simulation", "no GAN"],
+)
+def test_further_settings_go_with_the_recipe_or_are_left_out(settings: list[str], left: list[str]) -> None:
+    given = teacher(block_out_channels=[8], attention=[False], layers_per_block=1)
+    line = f"plan digits-1step {given} {' '.join(f'--set {each}' for each in settings)}"
+    code, told, errors = fewstep(f"{line} --memory 24GB --arithmetic")
+    assert (code, errors) == (0, "")
+    assert re.search(r"it fits; a further sample in a part takes [\d.]+ MB, so that parts of about [\d,]+ fit", told)
+    assert re.findall(r"times the arithmetic: (\S+) \(", told) == left
+
+
+@pytest.mark.parametrize(
     ("line", "fragments"),
     [
         ("plan digits-1step --memory much", ["--memory 'much'", "24GB"]),
         ("plan digits-1step --memory 0GB", ["--memory '0GB'"]),
+        ("plan digits-1step --memory=", ["--memory ''"]),
         ("plan digits-1step --tflops 0", ["--tflops"]),
         ("plan digits-1step --architecture flux", ["--architecture 'flux'", "sdxl"]),
         ("plan digits-teacher", ["recipe digits-teacher: is of the kind teach", "distillations"]),

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fewstep.diffusion.sampling import rollout
 from fewstep.models.pixel_model import PixelModel
+from fewstep.runtime.ema import trainable_state
 from fewstep.seeding import Draws, generator
 from fewstep.training.dmd2 import DMD2
 from fewstep.training.method import Term, of_parts
@@ -249,3 +250,13 @@ def test_sampling_is_the_rollout_of_the_averaged_weights(tiny_model: PixelModel)
     expected = method.model.decode(rollout(averaged, noise, method.timesteps, condition, stop=2))
     assert torch.equal(method.sample(noise), expected)
     assert same(raw, method.student)
+
+
+def test_without_a_gan_no_state_has_the_head_and_one_that_has_it_is_read(tiny_model: PixelModel) -> None:
+    method, other = (make_dmd2(tiny_model, 4, gan={"student_weight": 0, "critic_weight": 0}) for _ in range(2))
+    method.step(whole({}, 4), 0)
+    state = method.state_dict()
+    assert "discriminator" not in state
+    assert "discriminator" in make_dmd2(tiny_model, 4).state_dict()
+    other.load_state_dict(state | {"discriminator": trainable_state(method.discriminator)})  # of an earlier version
+    assert same(other.state_dict(), state)

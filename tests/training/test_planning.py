@@ -204,3 +204,16 @@ def test_plans_are_what_a_card_gave_out(name: str) -> None:
     same = ["batch_size=1", "gan.independent_noise=false", "student.ema_decay=0.999"]
     found = plan(load_recipe("sdxl-4step", [*same, *overrides]), standard("sdxl"))
     assert found.peak / 1e9 == pytest.approx(measured, rel=0.05)
+
+
+def test_a_head_that_is_not_trained_is_not_counted() -> None:
+    few = ["batch_size=2", "student.num_timesteps=2", "student.timesteps=[80, 1]", "student_every=1"]
+    recipe, model = digits(*few, "gan.student_weight=0", "gan.critic_weight=0", block_out_channels=[8, 32])
+    found, method = plan(recipe, Outline.of(model), granule=1), real_method(recipe, model)
+    teacher, student, critic = (
+        sum(p.numel() for p in each.parameters()) for each in (method.teacher, method.student, method.critic)
+    )
+    assert found.trained == {"student": student, "critic": critic}
+    assert found.resting == pytest.approx(4 * (teacher + 2 * student + critic) + 8 * (student + critic), abs=30_000)
+    assert sum(p.numel() for p in method.discriminator.parameters()) * 4 > 60_000
+    assert found.checkpoint == 4 * (3 * student + critic) + 8 * (student + critic)

@@ -40,7 +40,7 @@ def plan(recipe: DistillRecipe, asked: Order) -> None:
     """Prints it."""
     if recipe.kind != "distill":
         raise UserError(f"recipe {asked.recipe}: is of the kind {recipe.kind}; plans are of distillations")
-    card = parse_memory(asked.memory) if asked.memory else None
+    card = None if asked.memory is None else parse_memory(asked.memory)
     outline, told = find_outline(recipe, asked)
     found, console = plan_of(recipe, outline), Console()
     print(f"{asked.recipe}: {told}, batches of {recipe.batch_size} in {_parts(recipe)}, {recipe.precision}")
@@ -52,7 +52,9 @@ def plan(recipe: DistillRecipe, asked: Order) -> None:
     if asked.arithmetic:
         print("settings that take less arithmetic, each by itself:")
         for setting, what in LESS.items():
-            _try(found, outline, asked, [setting], f"{setting} ({what})")
+            with suppress(UserError):  # one that does not go with the others
+                if load_recipe(asked.recipe, [*asked.set_, setting]) != recipe:
+                    _try(found, outline, asked, [setting], f"{setting} ({what})")
 
 
 def parse_memory(text: str) -> int:
@@ -117,7 +119,7 @@ def _table(found: Plan) -> Table:
 
 def _lines(found: Plan, recipe: DistillRecipe, outline: Outline, tflops: float) -> Iterator[str]:
     """What the table does not say."""
-    trained = " + ".join(f"{found.trained[role] / 1e6:,.1f} M of the {role}" for role in ROLES[1:])
+    trained = " + ".join(f"{num / 1e6:,.1f} M of the {role}" for role, num in found.trained.items())
     yield f"trained: {trained}; the teacher has {found.base / 1e6:,.1f} M"
     yield f"peak: {_size(found.peak)}, {found.where}; between steps {_size(found.resting)}"
     yield f"to spare on the card: {SPARE / GB:.0f} GB for CUDA's context, workspaces and fragmentation (a guess)"
@@ -147,10 +149,10 @@ def _advise(found: Plan, recipe: DistillRecipe, outline: Outline, asked: Order, 
     has = f"{card / GB:.1f} GB, {room / GB:.1f} without what is to spare"
     print(f"a card of {asked.memory}, taken as {card / 2**30:g} GiB, has {has}")
     if _needs(found, recipe, outline) <= room:
-        size = recipe.batch_size // recipe.accumulate + 1
-        larger = load_recipe(asked.recipe, [*asked.set_, f"batch_size={size * recipe.accumulate}"])
-        each = plan_of(larger, outline).peak - found.peak
-        most = size - 1 + int((room - found.peak) // max(each, 1))
+        size = recipe.batch_size // recipe.accumulate
+        larger = recipe.model_copy(update={"batch_size": 2 * recipe.batch_size})  # whose reals are a whole number, too
+        each = (plan_of(larger, outline).peak - found.peak) / size
+        most = size + int((room - found.peak) // max(each, 1))
         print(f"it fits; a further sample in a part takes {_size(each)}, so that parts of about {most:,} fit, too")
         return
     print("it does not fit; cheapest first, each with those above it:")

@@ -94,7 +94,7 @@ def check_past(run: Path, old: AnyRecipe, new: AnyRecipe) -> None:
             changed.append(change)
     if changed:
         out = "choose another --out"
-        if new.kind == "distill":
+        if new.kind == "distill" and not any(change.startswith("lora") for change in changed):  # which would not fit
             out += f", with --set init_from={run} in place of --resume to start from its weights"
         raise UserError(f"{run}: --resume with a changed recipe ({'; '.join(changed)}); undo that, or {out}")
     if "data" in facts and not same_data:

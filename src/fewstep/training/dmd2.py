@@ -49,6 +49,8 @@ class DMD2(StudentMethod):
         self.shared = self.gan and not settings.gan.independent_noise
         self.num_reals = round(batch_size * settings.gan.real_share)  # a step, spread over its rows
         self.pool = Pool(model.device) if settings.critic.samples == "cycle" else None
+        if not self.gan:  # of earlier versions states have a head that nothing trained or read
+            self.STATE = tuple(name for name in self.STATE if name != "discriminator")
         if self.pool:
             self.STATE = (*self.STATE, "pool")
         critic_parameters = chain(self.critic.parameters(), self.discriminator.parameters() if self.gan else ())

@@ -17,7 +17,7 @@ from fewstep.training.dmd2 import DMD2
 from fewstep.training.optimization import Optimizer
 from fewstep.training.roles import make_roles
 
-ROLES = ("student", "critic", "discriminator")  # those that are trained
+ROLES = ("student", "critic", "discriminator")  # those that are trained, the last by a GAN alone
 TURNS = ("student's turn", "critic's turn")
 WEIGHT = 4  # bytes of one that is trained, of its gradient and of its average
 MOMENTS = {"adamw": 8.0, "adamw8bit": 2.03}  # bytes per weight; of 8 bits with a float32 scale for 256 of them
@@ -108,6 +108,8 @@ def _method(recipe: Any, model: Outline, batch_size: int, on_cuda: AsOnCUDA) -> 
             role.run = partial(on_cuda.run, role)  # type: ignore[method-assign]
     method = DMD2(_with_plain_adam(recipe), model, roles, recipe.num_steps, batch_size, recipe.seed)
     method.draw_stop = lambda step: 0  # type: ignore[method-assign]
+    if not method.gan:
+        del method.discriminator  # which stays off the device
     return method
 
 
@@ -123,7 +125,7 @@ def _with_plain_adam(recipe: Any) -> Any:
 
 def trained(method: DMD2) -> dict[str, int]:
     """Numbers of parameters by role."""
-    return {role: sum(p.numel() for p in _trained(getattr(method, role))) for role in ROLES}
+    return {role: sum(p.numel() for p in _trained(getattr(method, role))) for role in ROLES if role in method.STATE}
 
 
 def _trained(module: nn.Module) -> list[nn.Parameter]:
@@ -145,7 +147,7 @@ def _pass(meter: Meter, denoiser: Any, outline: Outline, num: int) -> float:
 def _name(meter: Meter, method: DMD2, recipe: Any) -> None:
     """Tells the meter what is what, and makes the moments, which are there from the first update on."""
     meter.note([*method.teacher.parameters()], "weights of the teacher")
-    for role in ROLES:
+    for role in trained(method):
         module = getattr(method, role)
         # Of a shared base what is left is what is trained.
         meter.note([*module.parameters()], f"weights of the {role}", known="other")
