@@ -143,8 +143,8 @@ def test_another_lora_is_no_run_that_goes_on_nor_one_that_is_started_from(runs: 
     for lora in ("null", "{rank: 2, alpha: 2}"):
         with pytest.raises(UserError, match=r"--resume with a changed recipe \(lora.*choose another --out$"):
             distill(fresh(runs / "teacher", f"lora={lora}"), runs / "lora", resume=True, report=quiet)
+    other = fresh(runs / "teacher", "lora={rank: 4, alpha: 2}", "guidance_scale=1.5")
     with pytest.raises(UserError, match=r"\(guidance_scale.*with --set init_from=.* to start from its weights$"):
-        other = fresh(runs / "teacher", "lora={rank: 4, alpha: 2}", "guidance_scale=1.5")
         distill(other, runs / "lora", resume=True, report=quiet)
     assert (runs / "lora" / "recipe.yaml").read_text() == before
 
