@@ -2,7 +2,9 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 from command_line import fewstep, refused
 from fewstep.commands import sweep as verb
 from fewstep.embedded import shapes
-from fewstep.evaluation.cells import Cell, best_of, choose_measure, picture, rows
+from fewstep.evaluation.cells import Cell, best_of, choose_measure, picture, table
 from fewstep.evaluation.clip import Clip
 from fewstep.models.image_model import ImageModel
 from fewstep.models.loading.pretrained import load
@@ -25,7 +27,6 @@ from fewstep.models.sampler import Sampler, draw_noise, generate
 from fewstep.networks.families.edm import build_unet
 from fewstep.networks.lora import LowRank
 from fewstep.networks.settings import PixelModelConfig
-from fewstep.networks.text import TextConditioner
 from fewstep.pictures import GAP
 from fewstep.seeding import generator
 from tiny_pipelines import LENGTH, TINY, tokenizer
@@ -33,14 +34,16 @@ from tiny_pipelines import LENGTH, TINY, tokenizer
 LAYERS = ("conv1", "conv2", "to_q", "to_out.0")
 
 
-def write_lora(path: Path, model: ImageModel, seed: int, timesteps: list[float] | None) -> dict[str, Tensor]:
+def write_lora(
+    path: Path, model: ImageModel, seed: int, timesteps: list[float] | None, size: float = 0.1
+) -> dict[str, Tensor]:
     """A LoRA of some layers; gives the changes of their weights at strength 1."""
     random, lora = torch.Generator().manual_seed(seed), {}
     for name, module in model.network.named_modules():
         if name.endswith(LAYERS):
             down = torch.randn(2, *module.weight.shape[1:], generator=random)
             up = torch.randn(len(module.weight), 2, *(1,) * (module.weight.ndim - 2), generator=random)
-            lora[name] = LowRank(0.1 * down, 0.1 * up, 2)
+            lora[name] = LowRank(0.1 * down, size * up, 2)
     told = {"fewstep.timesteps": json.dumps(timesteps)} if timesteps else {}
     write_diffusers_lora(path, lora, model.part, told)
     return {name: torch.einsum("or,r...->o...", each.up.flatten(1), each.down) for name, each in lora.items()}
@@ -119,13 +122,13 @@ def test_every_cell_is_what_merged_weights_draw_and_none_leaves_anything_behind(
     change = write_lora(place / "again.safetensors", model, 1, model.denoiser.schedule.grid(4).tolist())
     style = write_lora(place / "style.safetensors", model, 2, None)
     found = cells(
-        "pixels --lora again.safetensors --lora style.safetensors:0.5 --strength 1.5,0,-1 --steps 4,2 --cfg 1,3 "
-        "--class 1 --num 5"
+        "pixels --lora again.safetensors --lora style.safetensors:0.5 --strength 1.5,-1 --steps 3,2 --cfg 1,3 "
+        "--class 1 --num 3"
     )
-    assert [*found] == [(s, k, g) for s in (1.5, 0, -1) for k in (4, 2) for g in (1, 3)]
+    assert [*found] == [(s, k, g) for s in (1.5, -1) for k in (3, 2) for g in (1, 3)]
     for (strength, steps, scale), cell in found.items():
         total = {name: strength * change[name] + 0.5 * style[name] for name in change}
-        wanted = drawn("pixels", total, model.denoiser.schedule.grid(steps).tolist(), scale, 5, 1)
+        wanted = drawn("pixels", total, model.denoiser.schedule.grid(steps).tolist(), scale, 3, 1)
         assert (cell.pictures.int() - wanted.int()).abs().max() <= 1, (strength, steps, scale)
         assert cell.sampler.nfe == steps * (1 if scale == 1 else 2)
     different = {tuple(each.pictures.flatten().tolist()) for each in found.values()}
@@ -134,7 +137,7 @@ def test_every_cell_is_what_merged_weights_draw_and_none_leaves_anything_behind(
 
 @pytest.mark.parametrize(("name", "kind", "steps"), [("student", "student", [4]), ("pixels", "heun", [2, 4, 8])])
 def test_without_a_lora_a_student_or_a_teacher_is_swept_over_steps_and_scales(cells, name, kind, steps) -> None:
-    found = cells(f"{name} --cfg 1,2")
+    found = cells(f"{name} --cfg 1,2 --num 2")
     assert [*found] == [(None, k, g) for k in steps for g in (1, 2)]
     assert {each.sampler.kind for each in found.values()} == {kind}
 
@@ -146,15 +149,10 @@ def test_a_lora_that_says_no_timesteps_renoises_on_the_even_grid(place: Path, ce
     assert torch.equal(cell.pictures, drawn("pixels", change, model.denoiser.schedule.grid(3).tolist(), 1, 2, 0))
 
 
-def test_text_is_embedded_once_and_prompts_come_in_turn(cells, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[list[str]] = []
-    embed = TextConditioner.forward
-    monkeypatch.setattr(TextConditioner, "forward", lambda self, texts: (seen.append(texts), embed(self, texts))[1])
-    found = cells("text --lora text.safetensors --strength 0,1 --steps 1,2 --cfg 1,2 --prompt cat --prompt dog --num 8")
-    assert seen == [[""], ["cat", "dog"]]
-    assert len(found) == 8
+def test_prompts_come_in_turn_and_their_diversity_is_measured(cells) -> None:
+    found = cells("text --lora text.safetensors --strength 0 --steps 1,2 --cfg 2 --prompt cat --prompt dog")
     cell = found[0, 2, 2]
-    assert cell.values["diversity"] > 0
+    assert all(each.values["diversity"] > 0 for each in found.values())
     model = load("text")
     student = model.student(model.denoiser, [999, 499])
     assert torch.equal(cell.pictures, generate(student, Sampler("student", 2, 2), range(8), 0, ["cat", "dog"]))
@@ -178,9 +176,10 @@ def test_files_say_what_was_drawn_and_which_cell_is_the_best(cells, tmp_path: Pa
     }
     assert json.loads(Image.open(tmp_path / "out" / "grid.png").text["fewstep"]) == told
     lines = (tmp_path / "out" / "table.md").read_text().splitlines()
-    assert lines[0] == "| strength | steps | cfg | nfe | clip | diversity | s/image |"
+    read = [[text.strip() for text in line.strip("|").split("|")] for line in lines]
+    assert read[0] == ["strength", "steps", "cfg", "nfe", "clip", "diversity", "s/image"]
     assert len(lines) == 2 + len(found)
-    assert lines[2].startswith("| 0.5 | 1 | 1 | 1 |")
+    assert read[2][:4] == ["0.5", "1", "1", "1"]
 
 
 def test_drawn_shapes_are_checked_against_their_prompts(monkeypatch: pytest.MonkeyPatch, cells) -> None:
@@ -189,15 +188,43 @@ def test_drawn_shapes_are_checked_against_their_prompts(monkeypatch: pytest.Monk
     scenes = [shapes.parse(text) for text in asked]
     right, wrong = (shapes.render(each, generator(0, "test")) for each in (scenes, scenes[::-1]))
 
-    def draw(*args: object) -> Iterator[Tensor]:
-        args[3].append(1.0)
-        yield torch.cat([right, wrong, right, right])
-
-    monkeypatch.setattr(verb, "draw", draw)
+    ticks = count()
+    monkeypatch.setattr(verb, "generate", lambda *_: (next(ticks), torch.cat([right, wrong, right, right]))[1])
+    monkeypatch.setattr(verb.time, "perf_counter", lambda: next(ticks))
     monkeypatch.setattr("fewstep.embedded.shapes.IMAGE_SIZE", 16)
     (cell,) = cells(f"text --prompt '{asked[0]}' --prompt '{asked[1]}' --num 8 --steps 2").values()
     assert (cell.values["prompt_accuracy"], cell.values["two_objects"]) == (0.75, 0.75)
-    assert cell.values["seconds"] == 1 / 8  # of one pass: the warm-up is left out
+    assert cell.values["seconds"] == 2 / 8  # of one pass: the warm-up is left out
+
+
+def test_without_a_diversity_it_is_told_what_that_takes(tmp_path: Path) -> None:
+    code, output, _ = fewstep(f"sweep pixels --steps 1 --num 11 --out {tmp_path}")
+    assert code == 0
+    assert "no diversity, which takes 4 images of each: --num 12" in output
+    assert "diversity" not in (tmp_path / "table.md").read_text()
+
+
+def test_what_is_not_finite_is_an_empty_cell_and_the_others_are_written(place: Path, tmp_path: Path) -> None:
+    """With changes that overflow; weights are whole again behind them."""
+    model, file, out = load("pixels"), tmp_path / "huge.safetensors", tmp_path / "out"
+    write_lora(file, model, 1, None, 1e20)
+    line = f"sweep pixels --lora {file} --steps 1 --class 0 --out {out} --strength"
+    code, output, error = fewstep(f"{line} 1,0")
+    assert (code, error) == (
+        0,
+        "fewstep: lcm:1 at strength 1: its images are not finite, so it stays empty; take a smaller strength or CFG\n",
+    )
+    broken, whole = json.loads((out / "results.json").read_text())["cells"]
+    assert broken == {"strength": 1, "steps": 1, "cfg": 1, "nfe": 1}
+    assert whole["diversity"] > 0
+    assert "no diversity" not in output
+    assert re.search(r"^\| +1 \| +1 \| +1 \| +1 \| +– \| +– \|$", output, re.MULTILINE)
+    pixels = np.array(Image.open(out / "grid.png").convert("L"))
+    assert (pixels[25:85, 60:115] == 0).all()
+    assert (pixels[25:85, 205:260] > 0).any()
+    code, _, error = fewstep(f"{line} 1 --overwrite")
+    assert code == 2
+    assert error.splitlines()[-1] == "fewstep: sweep: no cell's images are finite; take other weights, or float32"
 
 
 def test_clip_scores_are_those_of_transformers(place: Path) -> None:
@@ -225,7 +252,7 @@ def test_the_best_cell_is_the_cheapest_of_equals_and_diversity_names_none_by_its
     assert choose_measure(same, None) == "clip"
     assert choose_measure([cell(1, 2, 1, diversity=1.0, seconds=1.0)], None) is None
     assert best_of([cell(1, 2, 1, seconds=2.0), cell(1, 4, 1, seconds=1.0)], "seconds").sampler.num_steps == 4
-    assert rows(same)[1] == ["1", "8", "1", "8", "0.300", "2.000"]
+    assert table(same).splitlines()[2] == "|        1 |     8 |   1 |   8 | 0.300 | 2.000 |"
 
 
 @pytest.mark.parametrize("strengths", [(0.5, 1.0, 2.0), (1.0,)])

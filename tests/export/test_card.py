@@ -112,6 +112,9 @@ def test_what_a_sweep_found_best_is_recommended(tmp_path: Path) -> None:
     wanted = "compared by `fewstep sweep`, strength 0.7, 4 steps, CFG 1.6 had the best prompt accuracy: 0.938."
     assert wanted in lora_settings(Path("a.safetensors"), [999, 499], "epsilon", best)
     assert "sweep" not in lora_settings(Path("a.safetensors"), [999, 499], "epsilon", {})
+    assert "Set 2 steps, CFG 1" in lora_settings(Path("a.safetensors"), [999, 499], "epsilon", {})
+    assert "Set 1 step, CFG 1" in lora_settings(Path("a.safetensors"), [999], "epsilon", BEST | {"steps": 1})
+    assert "strength 0.7, 1 step, CFG 1.6 had" in lora_settings(Path("a"), [999], "epsilon", BEST | {"steps": 1})
     assert wanted in card(best=best)
     assert wanted.replace("strength 0.7, ", "") in card(best=BEST | {"strength": None})
     assert json.loads(Provenance("t", "", [999], 1, 1, "", best=best).metadata()["fewstep.recommended"]) == BEST

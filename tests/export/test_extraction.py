@@ -98,8 +98,8 @@ def test_errors_are_of_the_whole_change_and_what_lies_in_no_target_is_told() -> 
     assert found.errors == pytest.approx({"a": (1 / 14) ** 0.5, "b": 0}, abs=1e-6)
     assert found.error == pytest.approx((1 / 16) ** 0.5)
     assert found.outside == pytest.approx(2 / 18)
-    assert found.clamped == 0
-    assert extract(base, student, ["a", "b"], {}, 3, torch.float32, CPU).clamped == 1
+    assert found.facts(2)["smaller_layers"] == 0
+    assert extract(base, student, ["a", "b"], {}, 3, torch.float32, CPU).facts(3)["smaller_layers"] == 1
 
 
 def test_what_a_type_rounds_away_is_in_the_error() -> None:

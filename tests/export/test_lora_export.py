@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -207,6 +208,8 @@ def test_the_header_says_what_uis_look_for(place: Place, tmp_path: Path) -> None
     expected = {"ss_v_parameterization": "True", "ss_base_model_version": "sd_v2_v", "ss_v2": "True"}
     assert (expected | {"modelspec.prediction_type": "v"}).items() <= told.items()
     assert all(isinstance(value, str) for value in told.values())
+    one = header(tmp_path / "one.safetensors", place.lora, replace(MADE, timesteps=[999.0]), "v1", "epsilon", 16)
+    assert ": 1 step, LCM, CFG 1" in one["ss_training_comment"]
 
 
 # --- diffusers itself ------------------------------------------------------------------------------------------------

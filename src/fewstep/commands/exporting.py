@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel
 
 from fewstep.commands.options import Export
-from fewstep.commands.runs import check_writable, tell_done
+from fewstep.commands.runs import check_file, check_writable, tell_done
 from fewstep.errors import UserError
 from fewstep.evaluation.metrics import wilson_interval
 from fewstep.export.card import (
@@ -33,7 +33,7 @@ from fewstep.export.stored import StoredModel, open_stored
 from fewstep.files import size
 from fewstep.metric_table import METRICS
 from fewstep.models.latent_model import LatentModel
-from fewstep.models.loading.pretrained import SUFFIX, WEIGHT_SUFFIXES, load
+from fewstep.models.loading.pretrained import WEIGHT_SUFFIXES, load
 from fewstep.models.sampler import parse_sampler
 from fewstep.networks.precision import INFERENCE_DTYPES
 from fewstep.pictures import is_picture
@@ -138,23 +138,15 @@ def check_options(given: Export) -> tuple[str, torch.dtype]:
         raise UserError(f"--ema {given.ema}: --raw takes the weights as trained, not an average; leave out one")
     check_license(given.license)
     check_writable(given.out.absolute().parent)
+    if target != "diffusers" and given.shard_size:
+        raise UserError("--shard-size: a single file has no shards")
     if target != "diffusers":
-        check_file(given.out, given)
+        check_file(given.out, given.overwrite)
     elif given.shard_size and not re.fullmatch(r"[1-9]\d*[KMGT]B", given.shard_size):
         raise UserError(f"--shard-size {given.shard_size}: write a number and KB, MB, GB or TB, for example 5GB")
     else:
         check_folder(given.out, given.overwrite)
     return target, INFERENCE_DTYPES[name]
-
-
-def check_file(out: Path, options: Export) -> None:
-    """Raises UserError if `out` can't be a single file."""
-    if options.shard_size:
-        raise UserError("--shard-size: a single file has no shards")
-    if out.suffix != SUFFIX:
-        raise UserError(f"{out}: a single file's name ends in {SUFFIX}")
-    if out.exists() and (out.is_dir() or not options.overwrite):
-        raise UserError(f"{out}: exists already; replace a file with --overwrite, or choose another place")
 
 
 def student_recipe(run: Path) -> StudentRecipe:

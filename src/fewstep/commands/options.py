@@ -249,7 +249,7 @@ class Sweep(Order):
     prompts: Texts = None
     label: str | None = option("Class, by its name or number; by default all in turn.", None, "--class", "--label")
     num: int | None = option(
-        "Images of a cell.", metavar="N", min=1, max=MOST, show_default="one per prompt or class, at least 4"
+        "Images of a cell.", metavar="N", min=1, max=MOST, show_default="4 per prompt or class, 1 of more than 16"
     )
     clip: PlaceIfAny = option("CLIPModel of transformers, for the CLIP score.", metavar="FOLDER")
     best: str | None = option(
@@ -290,7 +290,7 @@ class Export(Order):
 
 @verb("extract", "extract.extract_lora", "models/sdxl runs/sdxl-4step sdxl-4step-lora.safetensors")
 class Extract(Order):
-    """Make a LoRA of a student that was trained whole: the best of a rank, and what it leaves out.
+    """Make a LoRA of a student that was trained whole, in kohya's layout: the best of a rank, and what it leaves out.
 
     Layer by layer by SVD; with --data weighted by what the layers are given when it draws, where that is better.
     """
@@ -299,7 +299,6 @@ class Extract(Order):
     student: Annotated[Place, Argument(help="The few-step student, likewise.")]
     file: Annotated[Path, Argument(help=".safetensors file to write.")]
     rank: int = option("Of every layer; small layers have what they can.", 64, metavar="N", min=1, max=MOST)
-    alpha: float | None = option("That the file says; its matrices fit it.", min=1e-3, max=1e6, show_default="the rank")
     targets: str = option(
         "all (with the first and the last layer), official, lean, or ends of names, parted by commas.",
         "all",
@@ -311,9 +310,6 @@ class Extract(Order):
         show_default="plain SVD",
     )
     num: int = option("Images drawn with --data.", 32, metavar="N", min=1, max=MOST)
-    format: str | None = option(
-        "kohya, which all programs read, or diffusers.", show_default="kohya; diffusers for pixels"
-    )
     dtype: str = option("float32, float16 or bfloat16.", "float16")
     overwrite: Overwrite = False
     seed: Seed = 0

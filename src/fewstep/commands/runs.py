@@ -18,6 +18,7 @@ from fewstep.embedded.sources import origin
 from fewstep.errors import Interrupted, UserError, out_of_memory
 from fewstep.files import folder_lock, nearest, read_json, write_text
 from fewstep.models.image_model import Asked, ImageModel
+from fewstep.models.loading.pretrained import SUFFIX
 from fewstep.recipes.loading import differences, dump, load_recipe, read_run_recipe, recipe_names
 from fewstep.recipes.schema import AnyRecipe
 from fewstep.runtime.checkpoint import EVALUATIONS, FACTS, RECIPE, check_run, checkpoint_steps
@@ -136,6 +137,14 @@ def check_writable(folder: Path) -> None:
     there = nearest(folder)
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise UserError(f"--out: {there} is not a folder that can be written to; choose another")
+
+
+def check_file(out: Path, overwrite: bool) -> None:
+    """Raises UserError if `out` can't be a new single file of weights."""
+    if out.suffix != SUFFIX:
+        raise UserError(f"{out}: a single file's name ends in {SUFFIX}")
+    if out.exists() and (out.is_dir() or not overwrite):
+        raise UserError(f"{out}: exists already; replace a file with --overwrite, or choose another place")
 
 
 def free_place(named: Path | None, default: Path, taken: Callable[[Path], bool], overwrite: bool) -> Path:

@@ -9,14 +9,13 @@ from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
 from fewstep.errors import UserError
-from fewstep.files import read_json
-from fewstep.models.loading.files import check_files, whole
+from fewstep.models.loading.files import check_files
 from fewstep.models.loading.pipeline import library_class, load_part, without_weights
 from fewstep.networks.fingerprint import fingerprint
 from fewstep.networks.text import check_fit, tokenize
 
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of OpenAI's pictures
-NETWORK, PICTURES = "config.json", "preprocessor_config.json"
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of the pictures of all CLIPs
+NETWORK = "config.json"
 
 
 class Clip:
@@ -34,12 +33,7 @@ class Clip:
         self.network = load_part(library_class("CLIPModel"), folder).eval().to(device)
         self.tokenizer = without_weights(folder, "CLIPTokenizer")
         check_fit(self.tokenizer, self.network.config.text_config)
-        told = read_json(folder / PICTURES) if (folder / PICTURES).is_file() else {}
-        with whole(folder / PICTURES):
-            self.mean, self.std = (
-                torch.tensor(told.get(key, usual), device=device).reshape(3, 1, 1)
-                for key, usual in (("image_mean", MEAN), ("image_std", STD))
-            )
+        self.mean, self.std = (torch.tensor(each, device=device).reshape(3, 1, 1) for each in (MEAN, STD))
         self.size: int = self.network.config.vision_config.image_size
 
     @property

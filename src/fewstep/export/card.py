@@ -44,6 +44,10 @@ def check_license(name: str) -> None:
         raise UserError(f"--license {name!r}: the hub knows no such licence{hint}")
 
 
+def steps_text(count: float) -> str:
+    return f"{count:g} step{'s' * (count != 1)}"
+
+
 def last_part(path: str) -> str:
     """What is published of a path of any system: not where it lies, nor whose home it is."""
     *above, last = re.split(r"[/\\]", path.rstrip("/\\"))
@@ -128,7 +132,8 @@ def told_best(best: dict[str, Any]) -> str:
     if not best:
         return ""
     strength = "" if best.get("strength") is None else f"strength {best['strength']:g}, "
-    what, found = str(best.get("measure")).replace("_", " "), f"{strength}{best['steps']:g} steps, CFG {best['cfg']:g}"
+    what = str(best.get("measure")).replace("_", " ")
+    found = f"{strength}{steps_text(best['steps'])}, CFG {best['cfg']:g}"
     return f" Of those compared by `fewstep sweep`, {found} had the best {what}: {best['value']:.3f}."
 
 
@@ -161,7 +166,7 @@ def model_card(card: Card, made: Provenance) -> str:
         made=made,
         front=yaml.safe_dump(front_matter(card, made), sort_keys=False),
         what="text-to-image" if text else "pixel",
-        steps=f"{count} step{'s' if count > 1 else ''}",
+        steps=steps_text(count),
         picture=f"\n![samples]({card.picture})\n" if card.picture else "",
         opening=json.dumps(card.name) + VARIANTS.get(card.dtype, "") + ("" if text else ", trust_remote_code=True"),
         call=f'"a photo of a cat", {times}, guidance_scale=0' if text else "class_labels=[0]" * bool(card.num_classes),
@@ -216,7 +221,7 @@ def interface_settings(
     }
     trailing = list(timesteps) == [999 - 1000 * k // count for k in range(count)]
     steps = {name: ", ".join(f"{t:g}" for t in each) for name, each in schedules.items()}
-    told = say["trailing" if trailing else "elsewhere"].format(count=count, draw=draw, **steps).strip()
+    told = say["trailing" if trailing else "elsewhere"].format(count=steps_text(count), draw=draw, **steps).strip()
     return told + (say["velocity"].rstrip() if trailing and prediction == "v_prediction" else "")
 
 

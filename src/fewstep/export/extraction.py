@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import unfold
 
-from fewstep.models.image_model import Asked, ImageModel
-from fewstep.models.sampler import default_sampler, draw_noise, sample
 from fewstep.networks.lora import LowRank
 
 FULL = 2048  # inputs of a layer up to which their whole second moment is kept, of 17 MB
+WORST = 5  # layers that are named
 DAMPING = 1e-3  # of the inputs' mean square, in all directions: for those that none of the inputs had
 
 
@@ -82,22 +81,15 @@ Call = tuple[tuple[Any, ...], Tensor]
 """Of a network: (x, t, condition), and its output."""
 
 
-def calls(model: ImageModel, indices: range, seed: int, asked: Asked, report: Callable[[], None]) -> Iterator[Call]:
-    """All calls of the network while a student draws images."""
-    sampler = default_sampler(model)
-    for first in range(indices.start, indices.stop, model.sampling_batch):
-        part, made = range(first, min(first + model.sampling_batch, indices.stop)), list[Call]()
-        handle = model.denoiser.network.register_forward_hook(
-            lambda network, arguments, output, made=made: made.append((arguments, output))
-        )
-        try:
-            noise = draw_noise(model, sampler.num_noises, part.start, part.stop, seed)
-            sample(model, sampler, noise, model.conditions(part, asked))
-        finally:
-            handle.remove()
-        for _ in part:
-            report()
-        yield from made
+@contextmanager
+def recording(network: nn.Module) -> Iterator[list[Call]]:
+    """All calls of the network inside."""
+    made = list[Call]()
+    handle = network.register_forward_hook(lambda network, arguments, output: made.append((arguments, output)))
+    try:
+        yield made
+    finally:
+        handle.remove()
 
 
 @torch.no_grad()
@@ -113,17 +105,19 @@ def output_errors(network: nn.Module, seen: Sequence[Call]) -> dict[float, float
 
 @dataclass(frozen=True)
 class Extracted:
-    """The changes of the target layers, what share of each they leave out, and what lies in no target."""
+    """The changes of the target layers, and what they leave out."""
 
     lora: dict[str, LowRank]
-    errors: dict[str, float]
-    """|D - B A| / |D| by layer."""
-    error: float
-    """The same of all of them together."""
+    errors: dict[str, float]  # |D - B A| / |D| by layer
+    error: float  # of all of them together
     outside: float
     """The share of |D|^2 that lies in no target: in norms, biases, the first and the last layer; no LoRA carries it."""
-    clamped: int
-    """Layers that are smaller than the rank."""
+
+    def facts(self, rank: int) -> dict[str, Any]:
+        """What a file says of it; some layers are smaller than the rank."""
+        worst = sorted(self.errors.items(), key=lambda each: -each[1])[:WORST]
+        told = {"layers": len(self.lora), "smaller_layers": sum(each.rank < rank for each in self.lora.values())}
+        return told | {"error": self.error, "outside_targets": self.outside, "worst": dict(worst)}
 
 
 @torch.no_grad()
@@ -135,7 +129,7 @@ def extract(
     rank: int,
     dtype: torch.dtype,
     device: torch.device,
-    report: Callable[[], None] = lambda: None,
+    report: Callable[[int], None] = lambda done: None,
 ) -> Extracted:
     """The best low-rank changes of the target layers' weights, in `dtype`, whose rounding is in the errors.
 
@@ -143,7 +137,7 @@ def extract(
     """
     lora, left, size = dict[str, LowRank](), dict[str, float](), dict[str, float]()
     whole = sum(_squares(student[name].float() - base[name].float()) for name in base)
-    for name in targets:
+    for done, name in enumerate(targets, 1):
         weight = f"{name}.weight"
         change = (student[weight].float() - base[weight].float()).to(device)
         if square := _squares(change):
@@ -151,12 +145,11 @@ def extract(
             made = best_low_rank(change, rank, None if moment is None else moment.to(change))
             lora[name] = made = replace(made, down=made.down.to(dtype).cpu(), up=made.up.to(dtype).cpu())
             left[name], size[name] = _squares(change - made.delta().to(change)), square
-        report()
+        report(done)
     inside = sum(size.values())
     errors = {name: (left[name] / size[name]) ** 0.5 for name in lora}
     error = (sum(left.values()) / inside) ** 0.5 if inside else 1.0
-    clamped = sum(change.rank < rank for change in lora.values())
-    return Extracted(lora, errors, error, 1 - inside / whole if whole else 0.0, clamped)
+    return Extracted(lora, errors, error, 1 - inside / whole if whole else 0.0)
 
 
 def _squares(tensor: Tensor) -> float:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fewstep.errors import UserError
-from fewstep.export.card import Provenance, lora_settings
+from fewstep.export.card import Provenance, lora_settings, steps_text
 from fewstep.export.single_file import specification
 from fewstep.export.weights import converted, planned, write_safetensors
 from fewstep.files import written_whole
@@ -71,7 +71,7 @@ def header(path: Path, lora: LoRA, made: Provenance, version: str, prediction: s
     `version` is of `version_of`, and `prediction` what the base predicts.
     """
     first = next(iter(lora.values()))
-    steps = f"few-step student (fewstep {made.version}): {len(made.timesteps)} steps, LCM, CFG 1"
+    steps = f"few-step student (fewstep {made.version}): {steps_text(len(made.timesteps))}, LCM, CFG 1"
     facts = {
         "network_module": "networks.lora",
         "network_dim": f"{first.rank}",

@@ -24,6 +24,10 @@ RENOISING = ("student", "lcm")
 MULTISTEP = {"dpm++": "DPMSolverMultistepScheduler", "unipc": "UniPCMultistepScheduler"}
 
 
+class NotFinite(UserError):
+    """Of images, which uint8 would hide."""
+
+
 @dataclass(frozen=True)
 class Sampler:
     """How images are drawn: by a student's own timesteps, or from a teacher in `num_steps` by one of `SAMPLERS`.
@@ -161,7 +165,7 @@ def generate_batches(
     """uint8 images (B, C, H, W) number indices[0] .. indices[-1] of a seed, one batch after the other, on the CPU.
 
     Image i is of `asked[i % len(asked)]`, prompts or class numbers. `report` is called with the count of finished ones.
-    Raises UserError, with the model's `name`, where they are not finite, which uint8 would hide.
+    Raises NotFinite, with the model's `name`.
     """
     batch_size = batch_size or model.sampling_batch
     for first in range(indices.start, indices.stop, batch_size):
@@ -171,7 +175,7 @@ def generate_batches(
             pixels = model.decode_pixels(sample(model, sampler, noise, model.conditions(part, asked)))
         if not pixels.isfinite().all():
             numbers = f"{part[0]} to {part[-1]}"
-            raise UserError(f"{name}: images {numbers} are not finite; take another checkpoint or float32")
+            raise NotFinite(f"{name}: images {numbers} are not finite; take another checkpoint or float32")
         report(part.stop - indices.start)
         yield to_images(pixels).cpu()
 
