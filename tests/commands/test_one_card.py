@@ -164,3 +164,13 @@ def test_a_step_has_no_text_encoder_and_no_autoencoder_on_the_device(
     assert len(seen) == 8
     assert {frozenset(each) for each in seen} == {frozenset(each) for each in expected}
     assert seen[0] == seen[4] == set()  # at the beginning, and behind a grid
+
+
+def test_a_grid_is_decoded_without_text_encoders_on_the_device(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there: list[str] = []
+    decoded: list[list[str]] = []
+    spy(monkeypatch, LatentModel, "_here", lambda model, part: there.append(type(part).__name__))
+    spy(monkeypatch, LatentModel, "release", lambda model: there.clear())
+    spy(monkeypatch, LatentModel, "decode", lambda model, x0: decoded.append([*there]))
+    assert fewstep(command("sample_every=2"))[0] == 0
+    assert decoded == [[], []]

@@ -154,6 +154,7 @@ class StudentMethod(Method):
         with self.ema.applied():
             # what training calls, too
             x0 = rollout(self.student, noise, self.timesteps, condition, stop=len(self.timesteps) - 1)
+        self.model.release()  # text encoders: a small card has no room for them and for what decoding takes
         return self.model.decode(x0)
 
     @contextmanager

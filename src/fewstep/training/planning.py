@@ -211,7 +211,7 @@ def _moment(recipe: Any, role: str) -> float:
 
 
 def picture_bytes(recipe: Any, outline: Outline) -> int:
-    """What a grid of samples takes beside what is alive between steps: text encoders, autoencoder and its decoding."""
+    """What a grid takes beside what is alive between steps: text encoders, or the autoencoder behind them."""
     if outline.autoencoder is None:
         return 0
     meter, dtype = Meter(), DTYPES[recipe.precision]
@@ -220,4 +220,4 @@ def picture_bytes(recipe: Any, outline: Outline) -> int:
     with meter, AsOnCUDA(), torch.no_grad(), meter.turn("a grid") as turn:
         meter.note([*vae.parameters()], "weights")
         vae.decode(torch.empty(num, *outline.shape, dtype=dtype, device="meta"))
-    return turn.peak + outline.encoders * dtype.itemsize
+    return max(turn.peak, outline.encoders * dtype.itemsize)
