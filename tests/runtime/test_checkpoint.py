@@ -244,6 +244,53 @@ def test_damage_in_what_all_checkpoints_share_costs_none_of_them(
     find(tmp_path).check()
 
 
+def lose(run: Path) -> None:
+    (run / "frozen" / "vae").unlink()
+
+
+def lose_in_a_copy(run: Path) -> None:
+    """Of a folder that also the checkpoint has."""
+    for folder in (run / "frozen", checkpoints(run)[-1] / "model"):
+        (folder / "text").mkdir()
+        (folder / "text" / "config").write_text("{}")
+    (checkpoints(run)[-1] / "model" / "text" / "weights").write_text("as they were loaded")
+
+
+def flip_in_a_copy(run: Path) -> None:
+    """Where no file system keeps links."""
+    (run / "frozen" / "vae").unlink()
+    (run / "frozen" / "vae").write_text("as it was damaged")
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lose, "vae is missing"),
+        (lose_in_a_copy, "text/weights is missing"),
+        (flip_in_a_copy, "vae has other bytes than were written"),
+    ],
+)
+def test_what_the_next_checkpoint_would_lack_or_have_damaged_is_written_anew(
+    linking: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], None], told: str
+) -> None:
+    damage(tmp_path)
+    assert newest_whole(tmp_path) == checkpoints(tmp_path)[1]
+    assert capsys.readouterr().err == f"fewstep: {tmp_path}/frozen: {told}; it is set aside as frozen.damaged\n"
+    save_checkpoint(tmp_path, 3, {}, lambda folder: link_frozen(tmp_path, folder))
+    assert (checkpoints(tmp_path)[-1] / "model" / "vae").read_text() == "as it was loaded"
+    assert not (tmp_path / "frozen.damaged").exists()
+
+
+@pytest.mark.parametrize("copy", [shutil.copy2, os.link])
+def test_a_copy_without_links_or_of_links_alone_is_as_whole(
+    linking: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], copy: Callable[[str, str], object]
+) -> None:
+    copied = tmp_path / "elsewhere"
+    shutil.copytree(tmp_path, copied, ignore=shutil.ignore_patterns("elsewhere"), copy_function=copy)
+    assert newest_whole(copied) == checkpoints(copied)[1]
+    assert capsys.readouterr().err == ""
+
+
 def test_a_model_is_checked_by_sizes_when_it_is_found_and_by_bytes_when_that_is_asked(
     linking: list[str], tmp_path: Path
 ) -> None:

@@ -18,7 +18,7 @@ import torch
 
 from fewstep.errors import UserError, brief
 from fewstep.files import check_room, size, written_folder
-from fewstep.runtime.manifest import faults, write_manifest
+from fewstep.runtime.manifest import digest, faults, write_manifest
 from fewstep.stopping import temporary
 
 RECIPE = "recipe.yaml"
@@ -118,6 +118,8 @@ def newest_whole(run: Path) -> Path | None:
     for checkpoint in reversed(found):
         fault = next(_own_faults(run, checkpoint), None)
         if fault is None:
+            if left := next(_shared_faults(run / FROZEN, checkpoint / "model"), None):
+                _set_aside(run / FROZEN, left)
             return checkpoint
         _set_aside(checkpoint, fault)
     if found:
@@ -135,6 +137,25 @@ def _own_faults(run: Path, checkpoint: Path) -> Iterator[str]:
             yield what
         elif (run / FROZEN).is_dir():
             _set_aside(run / FROZEN, what)
+
+
+def _shared_faults(frozen: Path, model: Path) -> Iterator[str]:
+    """What later checkpoints would lack, or have otherwise than the `model` of a whole one."""
+    for path in model.rglob("*") if frozen.is_dir() else ():
+        name = path.relative_to(model)
+        shared, others = frozen / name, (each / "model" / name for each in model.parent.parent.iterdir())
+        if path.is_dir():
+            continue
+        if shared.is_file():
+            if not shared.samefile(path) and digest(shared) != digest(path):  # as copies are, without links
+                yield f"{name} has other bytes than were written"
+        # Not by the number of its links: a copy of the run may have been made by links, too.
+        elif (shared.parent != frozen and shared.parent.is_dir()) or sum(_same(path, other) for other in others) > 1:
+            yield f"{name} is missing"
+
+
+def _same(path: Path, other: Path) -> bool:
+    return other.is_file() and other.samefile(path)
 
 
 def _set_aside(folder: Path, fault: str) -> None:
