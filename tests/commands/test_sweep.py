@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
 from command_line import fewstep, refused
 from fewstep.commands import sweep as verb
+from fewstep.data.settings import DataSettings
 from fewstep.embedded import shapes
 from fewstep.evaluation.cells import Cell, best_of, choose_measure, picture, table
 from fewstep.evaluation.clip import Clip
@@ -225,6 +227,26 @@ def test_what_is_not_finite_is_an_empty_cell_and_the_others_are_written(place: P
     code, _, error = fewstep(f"{line} 1 --overwrite")
     assert code == 2
     assert error.splitlines()[-1] == "fewstep: sweep: no cell's images are finite; take other weights, or float32"
+
+
+def test_classes_of_a_run_are_checked_by_its_classifier(place: Path, cells, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is there for all classes in turn, and right here in every third image."""
+    right = SimpleNamespace(
+        name="classifier",
+        features=lambda images: images.flatten(1).float(),
+        check=lambda images, numbers: [{"accuracy": number % 3 == 0} for number in numbers],
+    )
+    opened: list[Path] = []
+    monkeypatch.setattr(verb, "is_run", lambda source: True)
+    monkeypatch.setattr(verb, "run_folder", lambda source: place / "runs" / source)
+    monkeypatch.setattr(verb, "read_run_recipe", lambda path: SimpleNamespace(data=DataSettings(source="digits")))
+    monkeypatch.setattr(verb, "open_images", lambda data, model: None)
+    monkeypatch.setattr(verb, "open_classifier", lambda images, model, path: (opened.append(path), right)[1])
+    (cell,) = cells("pixels --steps 1").values()
+    assert cell.values["accuracy"] == pytest.approx(1 / 3)
+    assert [path.parent for path in opened] == [place / "runs"]
+    (one,) = cells("pixels --steps 1 --class 1").values()
+    assert "accuracy" not in one.values
 
 
 def test_clip_scores_are_those_of_transformers(place: Path) -> None:

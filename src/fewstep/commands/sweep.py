@@ -84,7 +84,7 @@ def sweep(order: Sweep) -> None:
             for sampler in samplers:
                 drawer = tuned.student(tuned.denoiser, times[sampler.num_steps]) if own else tuned
                 cells.append(draw(drawer, Cell(strength if loras else None, sampler), scene, warm_up=not cells))
-                named = choose_measure(cells, order.best)  # a mistake is told behind the first
+                named = choose_measure(cells, order.best)  # a wrong --best is told early
                 show(len(cells), {})
     publish(order, cells, named, scene, loras, out)
 
