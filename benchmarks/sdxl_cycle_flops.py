@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from fewstep.diffusion.denoiser import Condition, Denoiser
 from fewstep.diffusion.parameterizations import eps
 from fewstep.diffusion.schedules import VP
+from fewstep.models.loading.outlines import STANDARDS
 from fewstep.networks.families import FAMILIES
 from fewstep.networks.families.stable_diffusion import TextUNet
 from fewstep.recipes.loading import load_recipe
@@ -26,21 +27,6 @@ from fewstep.seeding import Draws
 from fewstep.training import dmd2, method
 from fewstep.training.dmd2 import DMD2
 from fewstep.training.roles import make_roles
-
-SDXL = {
-    "sample_size": 128,
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
-
 
 CYCLE, HALF, FROZEN = "critic.samples=cycle", "gan.real_share=0.5", "gan.features=frozen"
 FULL: dict[str, list[str]] = {
@@ -70,7 +56,7 @@ class FakeSDXL:
     bottleneck, family = "unet.mid_block", FAMILIES["StableDiffusionXLPipeline"]
 
     def __init__(self) -> None:
-        adapter: nn.Module = TextUNet(UNet2DConditionModel(**SDXL))
+        adapter: nn.Module = TextUNet(UNet2DConditionModel(**STANDARDS["sdxl"]["network"]))
         self.denoiser = Denoiser(adapter, VP.scaled_linear(), eps)
         self.null_condition = {"text": torch.zeros(1, 77, 2048), "pooled": torch.zeros(1, 1280)}
 

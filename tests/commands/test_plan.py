@@ -35,7 +35,12 @@ def test_what_is_told_of_a_recipe_whose_teacher_is_not_there() -> None:
         float(re.search(pattern, told)[1]) for pattern in (r"a cycle of 1 ([\d.]+)", r"TFLOP/s: ([\d.e+]+) s")
     )
     assert each == pytest.approx(cycle / 1e-3, rel=0.1)
-    assert fewstep(f"plan digits-1step {FEW} {teacher()}")[1].startswith("digits-1step: the teacher in teacher, ")
+    small = teacher(block_out_channels=[8], attention=[False])
+    pairs = "regression.pairs=pairs --set regression.sampler=heun:18"
+    assert "on pairs" not in told
+    told = fewstep(f"plan digits-1step {FEW} {small} --set regression_weight=0.25 --set {pairs}")[1]
+    assert told.startswith("digits-1step: the teacher in teacher, ")
+    assert "losses on pairs (regression_weight) are not counted" in told
 
 
 def test_advice_ends_at_the_first_setting_that_fits_and_it_does(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from fewstep.models.loading.outlines import guess, of_parts, of_settings, outlin
 from fewstep.models.outline import Outline
 from fewstep.networks.families import FAMILIES, use_family
 from fewstep.recipes.loading import load_recipe, read_run_recipe, recipe_names
-from fewstep.recipes.schema import AnyRecipe, DistillRecipe
+from fewstep.recipes.schema import DistillRecipe
 from fewstep.runtime.checkpoint import RECIPE
 from fewstep.runtime.runs import find, is_run
 from fewstep.training.planning import TURNS, Plan, picture_bytes
@@ -43,7 +43,8 @@ def plan(recipe: DistillRecipe, asked: Order) -> None:
     card = None if asked.memory is None else parse_memory(asked.memory)
     outline, told = find_outline(recipe, asked)
     found, console = plan_of(recipe, outline), Console()
-    print(f"{asked.recipe}: {told}, batches of {recipe.batch_size} in {_parts(recipe)}, {recipe.precision}")
+    parts = "one part" if recipe.accumulate == 1 else f"{recipe.accumulate} parts"
+    print(f"{asked.recipe}: {told}, batches of {recipe.batch_size} in {parts}, {recipe.precision}")
     console.print(_table(found))
     for line in _lines(found, recipe, outline, asked.tflops):
         print(line)
@@ -98,10 +99,6 @@ def of_recipe(recipe: Any) -> Outline:
     return of_parts(family, {"vae": vae, family.part: network}, scheduler, tokens=config.num_tokens)
 
 
-def _parts(recipe: AnyRecipe) -> str:
-    return "one part" if recipe.accumulate == 1 else f"{recipe.accumulate} parts"
-
-
 def _table(found: Plan) -> Table:
     """GB at the peak, by what they are of and by role."""
     unit, each = ("GB", GB) if found.peak >= GB else ("MB", 1e6)
@@ -125,7 +122,8 @@ def _lines(found: Plan, recipe: DistillRecipe, outline: Outline, tflops: float) 
     yield f"to spare on the card: {SPARE / GB:.0f} GB for CUDA's context, workspaces and fragmentation (a guess)"
     if around := picture_bytes(recipe, outline):
         yield (
-            f"text encoders and autoencoder are off the card during steps; a grid of samples takes {_size(around)} "
+            "text encoders and autoencoder are off the card during steps, as latents and embeddings are taken to be on "
+            f"disk; a grid of samples takes {_size(around)} "
             f"beside what stays, {_size(found.resting + around)} in all"
         )
     first, other = (found.operations[turn] / 1e12 for turn in TURNS)
@@ -140,6 +138,8 @@ def _lines(found: Plan, recipe: DistillRecipe, outline: Outline, tflops: float) 
         f"{cycle / tflops / recipe.student_every * recipe.num_steps / 3600:.2g} hours for {recipe.num_steps:,}; "
         "at small batches launching kernels takes longer than they do"
     )
+    if recipe.regression_weight:
+        yield "the losses on pairs (regression_weight) are not counted: neither their memory nor their arithmetic"
     yield f"a checkpoint: {_size(found.checkpoint)}; the newest two and the best are kept"
 
 

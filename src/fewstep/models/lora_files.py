@@ -49,11 +49,8 @@ OTHERS = {  # in a name -> what has such names
     r"\.diff(_b)?$": "whole differences",
 }
 LOOKS = {
-    "double_blocks": "the FLUX family",
-    "single_transformer_blocks": "the FLUX family",
-    "joint_blocks": "the SD3 family",
-    "joint_transformer_blocks": "the SD3 family",
-    "transformer.transformer_blocks": "the SD3 family",
+    r"double_blocks|single_transformer_blocks": "the FLUX family",
+    r"joint_(transformer_)?blocks|transformer\.transformer_blocks": "the SD3 family",
 }
 WIDTHS = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}  # of the text that cross-attention takes
 MOST_STRENGTH = 100.0
@@ -161,7 +158,7 @@ def _modules(network: nn.Module, family: Family) -> dict[str, str]:
 
 def _looks(named: Named) -> str:
     """What family a file seems to be of, as the end of a sentence."""
-    found = [family for piece, family in LOOKS.items() if any(piece in name for name in named)]
+    found = [family for piece, family in LOOKS.items() if any(re.search(piece, name) for name in named)]
     for name, meta in named.items():
         match = PIECE.fullmatch(name)
         if match and PIECES[match["piece"]] == "down" and re.search(r"attn2[._](processor[._])?to_k$", match["module"]):

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial, wraps
+from functools import partial
 from typing import Any
 
 import torch
@@ -130,13 +130,11 @@ class Meter(TorchDispatchMode):
     def inside(self, what: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """The function, of which is said what its passes are for."""
 
-        @wraps(function)
         def told(*args: Any, **kwargs: Any) -> Any:
             self.of = f" for {what}"
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self.of = ""
+            out = function(*args, **kwargs)
+            self.of = ""
+            return out
 
         return told
 

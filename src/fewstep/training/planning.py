@@ -190,7 +190,7 @@ def _calls(recipe: Any, turn: str, stop: int, num_stops: int) -> int:
     """Passes of the student that a part of a batch takes."""
     if not recipe.student.backward_simulation:
         return 1
-    if getattr(recipe.critic, "samples", "step") == "cycle":  # the student's turn makes what the others take
+    if recipe.critic.samples == "cycle":  # the student's turn makes what the others take
         return min(stop + recipe.student_every, num_stops) if turn == TURNS[0] else 0
     return stop + 1
 
