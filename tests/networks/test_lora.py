@@ -121,7 +121,11 @@ def test_real_sizes_have_as_many_layers_as_published() -> None:
     ("targets", "rank", "told"),
     [
         (["to_q", "to_kk"], 1, "lora.targets: 'to_kk' matches no layer; write to_k, "),
-        (["ff.net.0"], 1, "lora.targets: 'ff.net.0' is no linear layer or convolution; write ff.net.2, "),
+        (
+            ["ff.net.0"],
+            1,
+            "lora.targets: 'ff.net.0' is no linear layer or convolution that is called; write ff.net.2, ",
+        ),
         (["conv_norm_out"], 1, "lora.targets: 'conv_norm_out' is no linear layer"),
         (["q"], 1, "lora.targets: 'q' matches no layer; write "),  # an end of a name is whole words
         ("official", 17, r"lora.rank: 17 is above the 16 that down_blocks.0.resnets.0.conv1 can have"),
@@ -133,6 +137,15 @@ def test_targets_that_are_none_and_ranks_that_do_not_fit_are_refused(targets, ra
     with pytest.raises(UserError, match=told) as error:
         find_targets(unet(16), targets, rank)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("target", ["linear1", "self_attn.out_proj"])
+def test_a_layer_whose_weight_is_taken_without_a_call_is_refused(target: str) -> None:
+    """As PyTorch's own transformer does, in which a change beside the weight would go unseen."""
+    network = nn.Sequential(nn.Linear(8, 8), nn.TransformerEncoderLayer(8, 2, 8))
+    with pytest.raises(UserError, match=rf"'{target}' is no linear layer or convolution that is called; write"):
+        find_targets(network, [target])
+    assert find_targets(network, ["0"]) == ["0"]
 
 
 def test_a_preset_that_matches_nothing_is_refused() -> None:

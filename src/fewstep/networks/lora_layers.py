@@ -35,12 +35,14 @@ def find_targets(network: nn.Module, targets: str | Sequence[str], rank: int = 1
     a layer's weight (out, in k k) can have.
     """
     modules = dict(network.named_modules())
-    fitting = {name for name, module in modules.items() if isinstance(module, nn.Linear | nn.Conv2d)}
+    fused = (nn.TransformerEncoderLayer, nn.MultiheadAttention)  # these take the weights of layers they do not call
+    called = {name: m for name, m in modules.items() if not isinstance(modules[name.rpartition(".")[0]], fused)}
+    fitting = {name for name, module in called.items() if isinstance(module, nn.Linear | nn.Conv2d)}
     found = set[str]()
     for end in PRESETS.get(targets, ()) if isinstance(targets, str) else targets:
         matching = [name for name in modules if name == end or name.endswith(f".{end}")]
         if not isinstance(targets, str) and (not matching or not fitting.issuperset(matching)):
-            what = "is no linear layer or convolution" if matching else "matches no layer"
+            what = "is no linear layer or convolution that is called" if matching else "matches no layer"
             ends = {".".join(name.split(".")[-size:]) for name in fitting for size in (1, 2, 3)}
             near = get_close_matches(end, sorted(ends), cutoff=0.5) or sorted(ends)[:3]
             raise UserError(f"lora.targets: {end!r} {what}; write {', '.join(near)}, or a preset")
