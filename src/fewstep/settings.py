@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable
 from functools import cached_property
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
@@ -57,7 +57,7 @@ def _as(hint: Any, value: Any) -> Any:
         return [_as(hint, each) for each in value]
     if not isinstance(value, Written):
         return value
-    if not _takes_text(hint):
+    if not _takes_text(hint) or (_takes_list(hint) and isinstance(value.meant, list)):
         return _as(hint, value.meant)
     null = value in ("null", "") and type(None) in get_args(hint) and value.meant is None
     return None if null else str(value)
@@ -65,6 +65,10 @@ def _as(hint: Any, value: Any) -> Any:
 
 def _takes_text(hint: Any) -> bool:
     return hint is str or isinstance(hint, str) or any(_takes_text(each) for each in get_args(hint))
+
+
+def _takes_list(hint: Any) -> bool:
+    return get_origin(hint) is list or any(_takes_list(each) for each in get_args(hint))
 
 
 def _place(text: str) -> str:

@@ -258,3 +258,16 @@ def test_differences_are_dotted_keys_with_both_values_or_the_kinds() -> None:
     assert differences(old, parse({**DISTILL, "num_steps": 3}, "")) == []
     assert sorted(differences(old, new)) == ["num_steps: 3 -> 5", "student.timesteps: None -> [80.0]"]
     assert differences(parse(TEACH, "a"), old) == ["kind: teach -> distill"]
+
+
+@pytest.mark.parametrize("value", ["lean", "[conv1, to_q]", '["null", 1e3]', "[]"])
+def test_a_setting_of_a_word_or_of_a_list_of_words_takes_either(value: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(f"extends: digits-4step-lora\nlora: {{targets: {value}}}\n")
+    ways = (str(tmp_path / "mine.yaml"), []), ("digits-4step-lora", [f"lora.targets={value}"])
+    if value == "[]":
+        for name, overrides in ways:
+            with pytest.raises(UserError, match=r"lora\.targets"):
+                load_recipe(name, overrides)
+    else:
+        expected = {"lean": "lean", "[conv1, to_q]": ["conv1", "to_q"], '["null", 1e3]': ["null", "1e3"]}[value]
+        assert [load_recipe(*way).lora.targets for way in ways] == [expected] * 2
