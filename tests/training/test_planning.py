@@ -160,6 +160,20 @@ def test_autocast_keeps_its_copies_to_the_end_of_a_pass(monkeypatch: pytest.Monk
     assert turn.peak >= kept
 
 
+def test_a_condition_on_the_processor_is_cast_in_bytes_counted_not_taken() -> None:
+    layer, on_cuda = nn.Linear(32, 8, device="meta"), AsOnCUDA()
+    on_cuda.cast = {id(p) for p in layer.parameters()}
+    turns = []
+
+    def run() -> None:
+        with Meter(granule=1) as meter, on_cuda, torch.no_grad(), meter.turn("a pass") as turn:
+            assert layer(torch.zeros(1000, 32)).dtype == torch.bfloat16
+        turns.append(turn)
+
+    assert allocated(run) == pytest.approx(4 * 1000 * 32, abs=1000)
+    assert turns[0].peak == pytest.approx((4 + 2) * 1000 * 32 + 2 * 1000 * 8, abs=1000)
+
+
 def test_the_outline_of_a_folder_is_that_of_its_model(tmp_path: Path) -> None:
     for kind, make in TINY.items():
         make(tmp_path / f"{kind}-parts").save_pretrained(folder := tmp_path / kind)

@@ -198,12 +198,12 @@ class AsOnCUDA:
         self.own: dict[str, Callable[..., Any]] = {}
 
     def __enter__(self) -> None:
-        self.own = {name: getattr(functional, name) for name in ("scaled_dot_product_attention", *LOWERED, *KEPT)}
-        setattr(functional, "scaled_dot_product_attention", _attention)  # noqa: B010, for mypy
-        for name in LOWERED:
-            setattr(functional, name, partial(self._lower, self.own[name]))
-        for name in KEPT:
-            setattr(functional, name, partial(self._keep, self.own[name]))
+        others: dict[str, Callable[..., Any]] = {"scaled_dot_product_attention": _attention}
+        for names, how in ((LOWERED, self._lower), (KEPT, self._keep)):
+            others |= {name: partial(how, getattr(functional, name)) for name in names}
+        self.own = {name: getattr(functional, name) for name in others}
+        for name, function in others.items():
+            setattr(functional, name, function)
 
     def __exit__(self, *_: Any) -> None:
         for name, function in self.own.items():
@@ -229,6 +229,8 @@ class AsOnCUDA:
     def _lowered(self, value: Any) -> Any:
         if not isinstance(value, Tensor) or value.dtype != torch.float32:
             return value
+        if not value.is_meta:  # a condition, which every cross-attention would cast anew
+            return torch.empty_like(value, dtype=torch.bfloat16, device="meta")
         if self.copies is None or id(value) not in self.cast:
             return value.bfloat16()
         if id(value) not in self.copies:
