@@ -45,7 +45,8 @@ def test_what_is_told_of_a_recipe_whose_teacher_is_not_there() -> None:
 
 def test_advice_ends_at_the_first_setting_that_fits_and_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fewstep.commands.plan.SPARE", 0)
-    command = f"plan digits-1step {teacher(block_out_channels=[8], attention=[False])} --set batch_size=16"
+    small = teacher(block_out_channels=[8], attention=[False], layers_per_block=1)
+    command = f"plan digits-1step {small} --set batch_size=16"
     peak, kept = (
         float(each) * 1e6
         for each in re.search(r"peak: ([\d.]+) MB, .* steps ([\d.]+) MB", fewstep(command)[1]).groups()
