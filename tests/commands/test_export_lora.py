@@ -66,7 +66,7 @@ def drawn(run: Run, line: str, out: Path) -> np.ndarray:
     [
         ("text", "sdxl", "--dtype float32", "--prompt cat"),
         ("text@2", "sdxl", "--format diffusers", "--prompt cat"),
-        ("pixels", "teacher", "--format diffusers", ""),
+        ("pixels", "teacher", "", ""),
     ],
 )
 def test_the_base_with_the_file_draws_what_the_run_draws(
@@ -156,7 +156,7 @@ def test_a_merged_export_is_the_base_and_its_change_and_knows_its_own_lora(run: 
     ("line", "fragments"),
     [
         ("whole x.safetensors --to lora --format diffusers", ["whole: was trained whole", "`fewstep extract BASE STU"]),
-        ("pixels x.safetensors --to lora", ["--format kohya", "--format diffusers"]),
+        ("pixels x.safetensors --to lora --format kohya", ["--format kohya", "--format diffusers"]),
         ("text x.safetensors --to lora --format peft", ["--format peft", "kohya or diffusers"]),
         ("text x --format kohya", ["--format kohya: is of --to lora"]),
         ("text x --to lora", ["x: a single file's name ends in .safetensors"]),

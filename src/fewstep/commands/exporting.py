@@ -107,7 +107,9 @@ def export_lora(
         told = header(given.out, lora, provenance, version, stored.prediction, stored.description["image_size"])
         prompt = " --prompt 'a photo of a cat'"
         prompt += f" --config {shlex.quote(recipe.teacher_config)}" if recipe.teacher_config else ""
-    write_lora(given.out, lora, stored.parts[part].network, part, told, given.format or "kohya", dtype)
+    layout = given.format or ("kohya" if stored.index else "diffusers")
+    dtype = torch.float32 if layout == "diffusers" and not given.dtype else dtype
+    write_lora(given.out, lora, stored.parts[part].network, part, told, layout, dtype)
     if stored.index:
         print(lora_settings(given.out, provenance.timesteps, stored.prediction, provenance.best))
     beside = found.run.parent / recipe.teacher  # as recipes name those that are taught here
@@ -131,7 +133,7 @@ def check_options(given: Export) -> tuple[str, torch.dtype]:
         raise UserError(f"--format {given.format}: is of --to lora; write {' or '.join(FORMATS)}")
     if target == "diffusers" and is_file:
         raise UserError(f"{given.out}: is a file's name, and --to diffusers writes a folder; change one of them")
-    name = given.dtype or ("float32" if "diffusers" in (target, given.format) else "float16")
+    name = given.dtype or ("float32" if target == "diffusers" else "float16")
     if name not in INFERENCE_DTYPES:
         raise UserError(f"--dtype {name}: write {', '.join(INFERENCE_DTYPES)}")
     if given.raw and given.ema:

@@ -273,7 +273,7 @@ class Export(Order):
     run: Annotated[Place, Argument(help="RUN, RUN@STEP or RUN@best-METRIC.")]
     out: Annotated[Path, Argument(help="Folder, or .safetensors file, to write.")]
     to: str | None = option("diffusers, single-file or lora.", show_default="single-file if OUT ends in .safetensors")
-    format: str | None = option("Of a LoRA: kohya, for all UIs, or diffusers.", show_default="kohya")
+    format: str | None = option("Of a LoRA: kohya, for all UIs, or diffusers.", show_default="kohya, if it can")
     ema: str | None = option("Average to take, where a run keeps several: 0.9999.", show_default="the first")
     raw: bool = option("The weights as trained, not averaged.", False, "--raw")
     dtype: str | None = option(
