@@ -12,20 +12,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from fewstep.export.extraction import FULL, all_layers, best_low_rank
-
-SDXL = {
-    "sample_size": 128,
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
+from fewstep.models.loading.outlines import STANDARDS
 
 
 def change(rows: int, columns: int) -> torch.Tensor:
@@ -50,7 +37,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     with torch.device("meta"):
-        network = UNet2DConditionModel(**SDXL)
+        network = UNet2DConditionModel(**STANDARDS["sdxl"]["network"])
     shapes = Counter(tuple(network.get_submodule(name).weight.flatten(1).shape) for name in all_layers(network))
     seconds(64, 64, True)
     print("| out x inputs | layers | plain, s | weighted, s |\n|---|--:|--:|--:|")

@@ -10,23 +10,10 @@ from diffusers import UNet2DConditionModel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fewstep.diffusion.denoiser import Denoiser
+from fewstep.models.loading.outlines import STANDARDS
 from fewstep.networks.families.stable_diffusion import TextUNet
 from fewstep.networks.lora_layers import lora_of, with_lora
 from fewstep.networks.settings import LoRASettings
-
-SDXL = {
-    "sample_size": 128,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "block_out_channels": (320, 640, 1280),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
 
 
 class Count(TorchDispatchMode):
@@ -60,7 +47,7 @@ def passes(denoiser):
 
 def main():
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**SDXL).to(torch.bfloat16)
+        unet = UNet2DConditionModel(**STANDARDS["sdxl"]["network"]).to(torch.bfloat16)
     plain = Denoiser(TextUNet(unet), None, None)
     full_forward, full_both = passes(plain)
     base = plain.requires_grad_(False)
