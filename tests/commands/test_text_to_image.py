@@ -345,4 +345,5 @@ def test_a_run_uses_in_its_steps_only_what_they_need_and_releases_the_rest(
     assert "autoencoder" not in before
     found = {event for part in steps for event in part.split("done")[0].split()}
     assert found == in_steps  # embeddings are kept, unless there is no room for them
-    assert steps[-1].split("done")[1].split() == ["conditioner", "autoencoder", "release"]  # the grid
+    # the grid, decoded behind the text encoders
+    assert steps[-1].split("done")[1].split() == ["conditioner", "release", "autoencoder", "release"]

@@ -251,7 +251,7 @@ def test_what_the_card_says_of_comfyui_and_a1111_is_what_their_formulas_give(ste
     assert all(abs(u - o) < 1 for u, o in zip(uniform, own, strict=True))
     few = sigmas[19::20]  # A1111's LCM knows 50 levels
     twentieth = [nearest(few, sigma) * 20 + 19 for sigma in simple(few, steps)]
-    assert f"Set {steps} steps, CFG 1" in told
+    assert f"Set {steps} {'step' if steps == 1 else 'steps'}, CFG 1" in told
     for timesteps in (own, uniform, twentieth):
         assert f" {', '.join(f'{t:g}' for t in timesteps)}" in told
 
