@@ -45,8 +45,7 @@ class Draws:
         if len(self.rows) == self.total:
             return whole
         if isinstance(self.rows, range):
-            return whole.narrow(
-                len(before), self.rows.start, len(self.rows)
-            ).clone()  # a view would keep all of it alive
+            # a view would keep all of it alive
+            return whole.narrow(len(before), self.rows.start, len(self.rows)).clone()
         mine = whole.unbind(len(before))  # not by an index tensor, whose way to a GPU the host would wait for
         return torch.stack([mine[row] for row in self.rows], len(before))
