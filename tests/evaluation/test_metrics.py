@@ -10,7 +10,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from fewstep.evaluation import metrics
-from fewstep.evaluation.gathering import Gathered, Share, Sums
+from fewstep.evaluation.gathering import Gathered
 from fewstep.evaluation.judge import floor_row
 from fewstep.evaluation.metrics import FUNCTIONS, inside, jackknife_interval, measure, wilson_interval
 from fewstep.evaluation.report import Row, columns
@@ -31,7 +31,7 @@ def precision_recall(real: Tensor, fake: Tensor) -> tuple[float, float]:
 
 
 def in_groups(features: Tensor, num_groups: int = 10) -> Gathered:
-    return Gathered([Sums.of(part) for part in features.chunk(num_groups)], features, torch.empty(0))
+    return Gathered.of(features, num_groups)
 
 
 class Given(nn.Module):
@@ -92,7 +92,7 @@ def test_a_metric_is_a_row_and_a_function(monkeypatch: pytest.MonkeyPatch) -> No
     """With these two it is measured, has its interval and its column, and its best is the least."""
     assert FUNCTIONS.keys() == {name for name, metric in METRICS.items() if metric.needs != "clock"}
     monkeypatch.setitem(METRICS, "mean_gap", Metric("mean_gap", "lower", "jackknife"))
-    monkeypatch.setitem(FUNCTIONS, "mean_gap", lambda real, fake: (real.sums.mean - fake.sums.mean).norm().item())
+    monkeypatch.setitem(FUNCTIONS, "mean_gap", lambda real, fake: (real.sums().mean - fake.sums().mean).norm().item())
     values, intervals = measure(Gathered.of(points(60, 1)), in_groups(points(55, 2)), {"features"})
     gap = (points(60, 1).mean(0) - points(55, 2).mean(0)).norm().item()
     assert values["mean_gap"] == pytest.approx(gap)
@@ -172,9 +172,10 @@ def test_the_floor_is_a_function_of_its_seed_low_but_not_zero() -> None:
 
 
 def test_what_is_checked_in_real_images_is_of_all_of_them_with_its_interval() -> None:
-    shares = {"prompt_accuracy": Share(9, 10), "prompt_accuracy.shape": Share(10, 10)}
+    right = torch.tensor([1.0] * 9 + [0, torch.nan])[:, None]
+    numbers = {"features": points(20, 1), "prompt_accuracy": right, "prompt_accuracy.shape": torch.ones(10, 1)}
     needs = frozenset({"features", "scenes", "prompts"})
-    row = floor_row(pictured(points(20, 1), shares=shares, prompts="abcd"), needs, labels="abcd")
+    row = floor_row(pictured(points(20, 1), numbers=numbers, prompts="abcd"), needs, labels="abcd")
     assert row.values["prompt_accuracy"] == 0.9
     assert row.values["diversity"] == metrics.diversity(*[replace(Gathered.of(points(20, 1)), prompts="abcd")] * 2)
     assert row.intervals == {"prompt_accuracy": wilson_interval(0.9, 10)}
@@ -222,7 +223,13 @@ def test_the_interval_of_fid_is_as_wide_as_its_spread_over_draws() -> None:
 
 
 def test_a_measure_has_what_is_needed_alone_and_intervals_where_they_are_known() -> None:
-    real, fake = Gathered.of(points(60, 1)), replace(in_groups(points(55, 2)), shares={"accuracy": Share(40, 55)})
+    real, fake = (
+        Gathered.of(points(60, 1)),
+        replace(
+            in_groups(points(55, 2)),
+            numbers={"features": points(55, 2), "accuracy": (torch.arange(55) < 40).float()[:, None]},
+        ),
+    )
     values, intervals = measure(real, fake, {"features", "classes"})
     assert list(values) == metrics_of("features", "classes")
     assert intervals.keys() == {name for name in values if METRICS[name].interval}

@@ -14,7 +14,7 @@ from fewstep.embedded.sources import digits
 from fewstep.errors import UserError
 from fewstep.evaluation import extractors, reference
 from fewstep.evaluation.extractors import Classifier, TorchScriptExtractor, open_classifier
-from fewstep.evaluation.gathering import Gathered, gather
+from fewstep.evaluation.gathering import FeatureProbe, Gathered, gather
 from fewstep.networks.settings import PixelModelConfig
 
 
@@ -124,7 +124,7 @@ def test_what_is_no_feature_is_refused_in_one_line(network: nn.Module, told: str
 )
 def test_what_shows_itself_in_a_stream_is_one_line_too(network: nn.Module, told: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=told):
-        gather(iter([pixels(4), pixels(3)]), scripted(network, tmp_path), 7, "photos")
+        gather(iter([pixels(4), pixels(3)]), [FeatureProbe(scripted(network, tmp_path))], 7, "photos")
 
 
 # --- what is kept beside the runs -------------------------------------------------------------------------------------
@@ -149,8 +149,8 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "another file": lambda path: path.write_text("notes"),
     "no facts": lambda path: save_file({"total": torch.zeros(3)}, path),
     "facts of another kind": lambda path: save_file({"total": torch.zeros(3)}, path, {"fewstep": json.dumps([1])}),
-    "of another network": lambda path: rewritten(path, features=torch.zeros(50, 5)),
-    "NaN": lambda path: rewritten(path, total=torch.full((3,), torch.nan, dtype=torch.float64)),
+    "of another network": lambda path: rewritten(path, **{"numbers.features": torch.zeros(50, 5)}),
+    "NaN": lambda path: rewritten(path, **{"total.features": torch.full((3,), torch.nan, dtype=torch.float64)}),
     "another's": lambda path: kept(path.with_name("b.safetensors"))[0] and path.with_name("b.safetensors").rename(path),
 }
 
@@ -164,7 +164,7 @@ def test_a_damaged_reference_is_made_again(damage: str, tmp_path: Path) -> None:
     DAMAGES[damage](path)
     found, anew = kept(path)
     assert anew
-    assert torch.equal(found.sums.products, whole.sums.products)
+    assert torch.equal(found.sums().products, whole.sums().products)
     assert not kept(path)[1]
 
 

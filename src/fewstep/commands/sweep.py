@@ -21,7 +21,7 @@ from fewstep.errors import UserError
 from fewstep.evaluation.cells import CLIP, SECONDS, Cell, best_of, choose_measure, picture, table
 from fewstep.evaluation.clip import Clip
 from fewstep.evaluation.extractors import MAX_FEATURES, AutoencoderExtractor, Extractor, Thumbnails, open_classifier
-from fewstep.evaluation.gathering import Check, gather
+from fewstep.evaluation.gathering import Check, CheckProbe, FeatureProbe, Probe, gather
 from fewstep.evaluation.judge import MAX_CLASSES, check_scenes, classifier_path
 from fewstep.evaluation.metrics import MIN_PER_PROMPT, measure
 from fewstep.export.card import last_part
@@ -162,7 +162,8 @@ def draw(model: ImageModel, cell: Cell, scene: Scene, warm_up: bool) -> Cell:
     except NotFinite:
         tell(f"{cell}: its images are not finite, so it stays empty; take a smaller strength or CFG")
         return cell
-    found = gather([images], scene.extractor, scene.num, str(cell), check=scene.check, prompts=scene.subjects)
+    probes: list[Probe] = [FeatureProbe(scene.extractor), CheckProbe(scene.check, "")]
+    found = gather([images], probes, scene.num, str(cell), prompts=scene.subjects)
     values = {CLIP: scene.clip.score(found.features, scene.subjects)} if scene.clip else {}
     values |= measure(found, found, {"classes", "prompts", "scenes"}, intervals=False)[0]
     return replace(cell, values=values | {SECONDS: seconds}, pictures=found.pictures)

@@ -1,11 +1,10 @@
-"""What is kept of a set of images when the images are gone: sums of features, some features, counts, a few pictures."""
+"""What is kept of a set of images when the images are gone: numbers read off each of them, sums, a few pictures."""
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -16,8 +15,55 @@ from fewstep.evaluation.extractors import Extractor
 GRID_IMAGES = 40
 MAX_KEPT = 50_000  # images whose features are kept: 400 MB of Inception's 2048 in float32
 MAX_BATCH = 250  # images that go through a feature network at once
+FEATURES, PATCHES = "features", "patches"
+SUMMED = (FEATURES, PATCHES)  # what a Fréchet distance is taken of
+Numbers = Mapping[str, Tensor]
+"""By name (N, D) float32 on the CPU: a row per image, NaN where it is no case of what is counted."""
 Check = Callable[[Tensor, range], list[dict[str, bool]]]
 """From uint8 images (B, C, H, W) and their numbers: what is right in each of them."""
+
+
+class Probe(Protocol):
+    """Reads numbers off images, of each by itself."""
+
+    @property
+    def identity(self) -> str:
+        """A hash of what the numbers are a function of, beside the images."""
+
+    def read(self, images: Tensor, numbers: range) -> Numbers:
+        """Of uint8 images (B, C, H, W), number `numbers` of their set: {name: (B, D)}."""
+
+
+@dataclass(frozen=True)
+class FeatureProbe:
+    """The features of a network, under a name; raises UserError if they are not finite."""
+
+    extractor: Extractor
+    name: str = FEATURES
+
+    @property
+    def identity(self) -> str:
+        return self.extractor.identity
+
+    @torch.no_grad()
+    def read(self, images: Tensor, numbers: range) -> Numbers:
+        found = self.extractor.features(images).cpu()
+        if not found.isfinite().all():
+            raise UserError(f"features of {self.extractor.name} are not finite; look at the images, or at --features")
+        return {self.name: found}
+
+
+@dataclass(frozen=True)
+class CheckProbe:
+    """What is right in images: a column (B, 1) of 1 and 0 per thing that is checked."""
+
+    check: Check
+    identity: str
+
+    def read(self, images: Tensor, numbers: range) -> Numbers:
+        answers = self.check(images, numbers)
+        names = dict.fromkeys(name for answer in answers for name in answer)
+        return {name: torch.tensor([[float(each.get(name, torch.nan))] for each in answers]) for name in names}
 
 
 class Share(NamedTuple):
@@ -69,69 +115,88 @@ class Sums:
 
 @dataclass(frozen=True)
 class Gathered:
-    """N images, of which all of `groups` and `shares` and the first of `features` and `pictures` remain.
+    """N images, of which numbers, sums and the first pictures remain.
 
     The images come in random order, so that their first are a random subset.
     """
 
-    groups: list[Sums]  # of consecutive parts of equal size, which a jackknife leaves out in turn
-    features: Tensor  # (min(N, MAX_KEPT), D) as the network gave them: for what compares pairs
-    pictures: Tensor  # uint8 (min(N, GRID_IMAGES), C, H, W)
-    shares: Mapping[str, Share] = field(default_factory=dict)  # of what was checked in each image
+    count: int
+    groups: Mapping[str, Sequence[Sums]]
+    """Of what is `SUMMED`: consecutive parts of equal size, which a jackknife leaves out in turn."""
+    numbers: Numbers = field(default_factory=dict)
+    """(min(N, MAX_KEPT), D) as the probes gave them; of what is one number per image, all N."""
+    pictures: Tensor = field(default_factory=lambda: torch.empty(0))  # uint8 (min(N, GRID_IMAGES), C, H, W)
     prompts: Sequence[str] = ()  # what the images were made for, in turn
+    pairs: Mapping[str, Tensor] = field(default_factory=dict)
+    """Distances (P, pairs) of the images of each of P prompts or classes, by what they are distances of."""
 
     @classmethod
-    def of(cls, features: Tensor) -> "Gathered":
+    def of(cls, features: Tensor, num_groups: int = 1) -> "Gathered":
         """Of features (N, D) alone."""
-        return cls([Sums.of(features)], features, torch.empty(0))
+        return cls(len(features), {FEATURES: list(map(Sums.of, features.chunk(num_groups)))}, {FEATURES: features})
+
+    @property
+    def features(self) -> Tensor:
+        """(min(N, MAX_KEPT), D)."""
+        return self.numbers[FEATURES]
 
     @cached_property
-    def sums(self) -> Sums:
-        return sum(self.groups[1:], start=self.groups[0])
+    def _totals(self) -> dict[str, Sums]:
+        return {name: sum(of[1:], start=of[0]) for name, of in self.groups.items()}
+
+    def sums(self, name: str = FEATURES) -> Sums:
+        """Of all images."""
+        return self._totals[name]
+
+    def share(self, name: str) -> Share | None:
+        """Of the images that are a case of it, those in which it is right; None where it was not looked at."""
+        if name not in self.numbers:
+            return None
+        column = self.numbers[name][:, 0]
+        cases = int((~column.isnan()).sum())
+        return Share(int(column.nansum()), cases) if cases else None
 
     def without(self, index: int) -> "Gathered":
         """The sums lack one of the groups; the rest stays as it is."""
-        return replace(self, groups=[*self.groups[:index], *self.groups[index + 1 :]])
+        return replace(self, groups={name: [*of[:index], *of[index + 1 :]] for name, of in self.groups.items()})
 
 
 def gather(
     batches: Iterable[Tensor],
-    extractor: Extractor,
+    probes: Sequence[Probe],
     num: int,
     source: str,
     num_groups: int = 1,
-    check: Check = lambda images, numbers: [],
     prompts: Sequence[str] = (),
 ) -> Gathered:
     """Takes in uint8 images (B, C, H, W), at most `num` in all, and lets go of every batch.
 
-    Raises UserError, naming the `source` of the images, if there are none or their features are not finite.
+    Raises UserError, naming the `source` of the images, if there are none or their numbers can't be read.
     """
-    groups: dict[int, Sums] = {}
-    features, pictures, seen = list[Tensor](), list[Tensor](), 0
-    hits, cases = Counter[str](), Counter[str]()
+    groups: dict[str, dict[int, Sums]] = {}
+    kept, pictures, seen = dict[str, list[Tensor]](), list[Tensor](), 0
     for images in chain.from_iterable(batch.split(MAX_BATCH) for batch in batches):
-        found, numbers = _features(extractor, images, source), range(seen, seen + len(images))
+        numbers = range(seen, seen + len(images))
         group = torch.tensor(numbers) // -(-num // num_groups)
-        for index in group.unique().tolist():
-            part = Sums.of(found[group == index])
-            groups[index] = groups[index] + part if index in groups else part
-        features.append(found[: max(0, MAX_KEPT - seen)])
+        for name, found in read(probes, images, numbers, source).items():
+            if name in SUMMED:
+                of = groups.setdefault(name, {})
+                for index in group.unique().tolist():
+                    part = Sums.of(found[group == index])
+                    of[index] = of[index] + part if index in of else part
+            most = max(0, MAX_KEPT - seen) if found.shape[1] > 1 else len(found)
+            kept.setdefault(name, []).append(found[:most].clone())
         pictures.append(images[: max(0, GRID_IMAGES - seen)].clone())  # not a view, which would hold the batch
-        for answer in check(images, numbers):
-            hits.update({name: int(right) for name, right in answer.items()})
-            cases.update(answer.keys())
         seen = numbers.stop
     if not seen:
         raise UserError(f"{source}: no images to judge")
-    shares = {name: Share(hits[name], cases[name]) for name in cases}
-    return Gathered([*groups.values()], torch.cat(features), torch.cat(pictures), shares, prompts)
+    whole = {name: torch.cat(parts) for name, parts in kept.items()}
+    return Gathered(seen, {n: [*of.values()] for n, of in groups.items()}, whole, torch.cat(pictures), prompts)
 
 
-@torch.no_grad()
-def _features(extractor: Extractor, images: Tensor, source: str) -> Tensor:
-    """Features (B, D) on the CPU."""
-    found = extractor.features(images).cpu()
-    if not found.isfinite().all():
-        raise UserError(f"{source}: features of {extractor.name} are not finite; look at the images, or at --features")
-    return found
+def read(probes: Sequence[Probe], images: Tensor, numbers: range, source: str) -> Numbers:
+    """What all probes read; raises UserError with the `source` in front."""
+    try:
+        return {name: found for probe in probes for name, found in probe.read(images, numbers).items()}
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error

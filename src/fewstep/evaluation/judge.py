@@ -16,7 +16,7 @@ from fewstep.embedded.sources import open_captioned_images, open_images
 from fewstep.errors import UserError
 from fewstep.evaluation import reference
 from fewstep.evaluation.extractors import AutoencoderExtractor, Extractor, TorchScriptExtractor, open_classifier
-from fewstep.evaluation.gathering import GRID_IMAGES, Check, Gathered, gather
+from fewstep.evaluation.gathering import GRID_IMAGES, Check, CheckProbe, FeatureProbe, Gathered, Probe, gather
 from fewstep.evaluation.metrics import measure
 from fewstep.evaluation.reference import evaluation_prompts
 from fewstep.evaluation.report import Row
@@ -37,7 +37,7 @@ class Judge:
 
     extractor: Extractor
     real: Gathered
-    check: Check
+    probes: Sequence[Probe]  # the first reads the features
     needs: frozenset[str]  # of the metrics: what there is here
     floor: Row  # the line of the real images: half against half
     prompts: Sequence[str] = ()  # of text-to-image models: what images number 0, 1, 2, ... are drawn for, in turn
@@ -51,7 +51,7 @@ class Judge:
         `speed` is in images per second, 0 if it was not measured; `intervals` take ten more FIDs.
         """
         num_groups = NUM_GROUPS if intervals else 1
-        fake = gather(batches, self.extractor, num, name, num_groups, self.check, self.prompts)
+        fake = gather(batches, self.probes, num, name, num_groups, self.prompts)
         values, found = measure(self.real, fake, self.needs, intervals)
         values |= {"images_per_second": speed} if speed else {}
         kept = kept_of(fake, self.prompts or self.class_names)
@@ -59,7 +59,7 @@ class Judge:
 
     def row_of_images(self, name: str, batches: Iterable[Tensor], num: int) -> Row:
         """The line for images whose classes and prompts nobody knows: what features alone tell of them."""
-        fake = gather(batches, self.extractor, num, name, NUM_GROUPS)
+        fake = gather(batches, self.probes[:1], num, name, NUM_GROUPS)
         return Row(name, "images", None, *measure(self.real, fake, {"features"}), *kept_of(fake))
 
 
@@ -73,7 +73,7 @@ def kept_of(images: Gathered, labels: Sequence[str] = ()) -> tuple[dict[str, dic
     """What a row has beside its numbers: the attributes of scenes that are right, and a grid with `labels` in turn."""
     attributes: dict[str, dict[str, float]] = {}
     for kind, name in product(SCENES.values(), shape_checker.ATTRIBUTES):
-        if share := images.shares.get(f"{kind}.{name}"):
+        if share := images.share(f"{kind}.{name}"):
             attributes.setdefault(kind, {})[name] = share.value
     shown = [labels[index % len(labels)] for index in range(len(images.pictures))] if labels else ()
     columns = num_columns(len(images.pictures), len(labels), GRID_COLUMNS)
@@ -117,14 +117,16 @@ def _class_judge(data: DataSettings, model: ImageModel, features: str | None, fo
     extractor: Any = network or classifier
     num = min(num_real, images.length)
     path = reference.place(folder, "reference", data, reference.identity(images, data), extractor.identity, num)
-    real = reference.kept(path, lambda: gather(reference.labelled_batches(images, num), extractor, num, "data.source"))
+    probe = FeatureProbe(extractor)
+    real = reference.kept(path, lambda: gather(reference.labelled_batches(images, num), [probe], num, "data.source"))
     real = replace(real, pictures=_grid_of_classes(images, model.num_classes))
     names = images.class_names or [model.class_name(number) for number in range(model.num_classes)]
     floor = floor_row(real, frozenset(), labels=names)
     if classifier is None:
-        return Judge(extractor, real, lambda images, numbers: [], frozenset({"features"}), floor, (), names)
+        return Judge(extractor, real, [probe], frozenset({"features"}), floor, (), names)
     floor.values["accuracy"] = classifier.held_out_accuracy.item()
-    return Judge(extractor, real, classifier.check, frozenset({"features", "classes"}), floor, (), names)
+    probes: list[Probe] = [probe, CheckProbe(classifier.check, classifier.identity)]
+    return Judge(extractor, real, probes, frozenset({"features", "classes"}), floor, (), names)
 
 
 def _grid_of_classes(images: ImageSet, num_classes: int) -> Tensor:
@@ -158,14 +160,15 @@ def _text_judge(
         batches = reference.captioned_batches(images, num, prompts)
     facts = (known, list(prompts), model.image_size, extractor.identity, num)
     path = reference.place(folder, "reference", data, *facts)
-    check = check_scenes(prompts)
-    real = reference.kept(path, lambda: gather(batches, extractor, num, "data.source", 1, check, prompts))
-    if real.sums.count < MIN_CAPTIONED:
-        raise UserError(f"data.source: has {real.sums.count} images; judging needs at least {MIN_CAPTIONED}")
+    probes: list[Probe] = [FeatureProbe(extractor), CheckProbe(check_scenes(prompts), "scenes")]
+    real = reference.kept(path, lambda: gather(batches, probes, num, "data.source", 1, prompts))
+    if real.count < MIN_CAPTIONED:
+        raise UserError(f"data.source: has {real.count} images; judging needs at least {MIN_CAPTIONED}")
     scenes = all(shapes.parse(prompt) for prompt in real.prompts)
     needs = frozenset({"features", "prompts", *(["scenes"] if scenes else [])})
     floor = floor_row(real, needs, labels=real.prompts)
-    return Judge(extractor, real, check_scenes(real.prompts), needs, floor, real.prompts)
+    probes = [probes[0], CheckProbe(check_scenes(real.prompts), "scenes")]  # of kept ones `prompts` is empty
+    return Judge(extractor, real, probes, needs, floor, real.prompts)
 
 
 SCENES = {1: "prompt_accuracy", 2: "two_objects"}

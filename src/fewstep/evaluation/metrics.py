@@ -59,7 +59,7 @@ def jackknife_interval(function: Function, real: Gathered, fake: Gathered) -> In
     s^2 = (g-1)/g sum_i (f_i - mean)^2, where f_i lacks the i-th of g groups of fakes (delete-a-group jackknife; Efron
     and Stein 1981). The reals are taken as they are, and so is a bias such as FID's, which falls with M.
     """
-    num = len(fake.groups)
+    num = min(map(len, fake.groups.values()))
     without = torch.tensor([function(real, fake.without(i)) for i in range(num)], dtype=torch.float64)
     reach = Z * ((num - 1) * without.var(correction=0)).sqrt().item()
     middle = float(function(real, fake))  # type: ignore[arg-type]
@@ -72,7 +72,7 @@ def fid(real: Gathered, fake: Gathered) -> float:
 
     The trace of (S S')^(1/2) is that of (S^(1/2) S' S^(1/2))^(1/2), whose eigenvalues are real.
     """
-    ours, theirs = real.sums, fake.sums
+    ours, theirs = real.sums(), fake.sums()
     shared = torch.linalg.eigvalsh(ours.root @ theirs.covariance @ ours.root).clamp_min(0).sqrt().sum()
     trace = ours.covariance.trace() + theirs.covariance.trace() - 2 * shared
     return float((ours.mean - theirs.mean).square().sum() + trace)
@@ -132,7 +132,7 @@ def diversity(real: Gathered, fake: Gathered) -> float | None:
 
 def checked(name: str) -> Function:
     """The share of the images in which a classifier or a checker found `name` right."""
-    return lambda real, fake: fake.shares.get(name)
+    return lambda real, fake: fake.share(name)
 
 
 FUNCTIONS |= {name: checked(name) for name in ("accuracy", "prompt_accuracy", "two_objects")}

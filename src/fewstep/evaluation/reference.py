@@ -18,13 +18,12 @@ from fewstep.data.images import ImageSet
 from fewstep.data.listing import list_files
 from fewstep.data.settings import DataSettings
 from fewstep.embedded import shapes
-from fewstep.evaluation.gathering import Gathered, Share, Sums
+from fewstep.evaluation.gathering import Gathered, Sums
 from fewstep.files import written_whole
 from fewstep.networks.fingerprint import fingerprint
 from fewstep.seeding import generator
 
 FETCH = 32  # images at once
-TENSORS = ("total", "products", "features", "pictures")  # of a kept file
 TWO_OBJECT_PROMPTS = 80  # beside the 240 of one object, as in the training pictures
 
 
@@ -34,23 +33,31 @@ def kept(path: Path, make: Callable[[], Gathered]) -> Gathered:
         with suppress(OSError, SafetensorError, ValueError, KeyError, TypeError):
             return _load(path)
     made = make()
-    sums, prompts = made.sums, list(made.prompts)
-    facts = {"count": sums.count, "shares": made.shares, "prompts": prompts, "name": path.name}
-    tensors = (sums.total, sums.products, made.features, made.pictures)
+    sums = {name: made.sums(name) for name in made.groups}
+    facts = {"count": made.count, "sums": list(sums), "prompts": list(made.prompts), "name": path.name}
+    tensors = {f"numbers.{name}": found for name, found in made.numbers.items()} | {"pictures": made.pictures}
+    tensors |= {f"total.{name}": each.total for name, each in sums.items()}
+    tensors |= {f"products.{name}": each.products for name, each in sums.items()}
     with written_whole(path) as temporary:
-        save_file(dict(zip(TENSORS, tensors, strict=True)), temporary, metadata={"fewstep": json.dumps(facts)})
+        save_file(tensors, temporary, metadata={"fewstep": json.dumps(facts)})
     return made
 
 
 def _load(path: Path) -> Gathered:
     with safe_open(path, "pt") as file:
         facts = json.loads(file.metadata()["fewstep"])
-        total, products, features, pictures = map(file.get_tensor, TENSORS)
-    shares = {name: Share(*share) for name, share in facts["shares"].items()}
-    width = features.shape[1]
-    if facts["name"] != path.name or products.shape != (width, width) or not (products + total).isfinite().all():
-        raise ValueError("of other images or features, or damaged")
-    return Gathered([Sums(facts["count"], total, products)], features, pictures, shares, facts["prompts"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, for it is no dict
+    numbers = {name.removeprefix("numbers."): each for name, each in tensors.items() if name.startswith("numbers.")}
+    groups: dict[str, list[Sums]] = {}
+    for name in facts["sums"]:
+        sums = Sums(facts["count"], tensors[f"total.{name}"], tensors[f"products.{name}"])
+        width = numbers[name].shape[1]
+        if sums.products.shape != (width, width) or not (sums.products + sums.total).isfinite().all():
+            raise ValueError("damaged")
+        groups[name] = [sums]
+    if facts["name"] != path.name:
+        raise ValueError("of other images or features")
+    return Gathered(facts["count"], groups, numbers, tensors["pictures"], facts["prompts"])
 
 
 def place(folder: Path, kind: str, data: DataSettings, *facts: object) -> Path:
