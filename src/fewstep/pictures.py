@@ -1,5 +1,7 @@
 """Images and grids of them as PNG files, with what they are in their text chunks."""
 
+from __future__ import annotations  # torch is not imported for pictures that come from files
+
 import io
 import json
 from bisect import bisect_right
@@ -8,13 +10,15 @@ from contextlib import suppress
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
-from torch import Tensor
 
 from fewstep.files import written_whole
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 GAP = 4  # pixels around every image
 CELLS = (64, 96, 128)  # small images are enlarged, by a whole factor, to the first of these in which all labels fit

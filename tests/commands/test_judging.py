@@ -13,7 +13,7 @@ import torch
 from fewstep.commands.distill import distill
 from fewstep.commands.evaluate import command_line, evaluate, holds_results
 from fewstep.commands.options import Evaluate
-from fewstep.commands.runs import free_place
+from fewstep.commands.places import free_place
 from fewstep.commands.teach import teach
 from fewstep.data.images import ImageSet
 from fewstep.data.settings import DataSettings

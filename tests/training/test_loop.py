@@ -22,7 +22,6 @@ from fewstep.models.loading.pretrained import load, open_model
 from fewstep.models.pixel_model import PixelModel
 from fewstep.recipes.loading import load_recipe
 from fewstep.recipes.schema import DistillRecipe, TeachRecipe
-from fewstep.runtime import checkpoint
 from fewstep.runtime.checkpoint import checkpoints
 from fewstep.runtime.manifest import write_manifest
 from fewstep.runtime.tracking import read_metrics
@@ -104,7 +103,7 @@ def test_a_run_killed_while_writing_loses_only_the_steps_since_the_last_checkpoi
             os.truncate(path, path.stat().st_size // 2)
             raise SystemExit("killed")
 
-    monkeypatch.setattr(checkpoint.torch, "save", torn_save)
+    monkeypatch.setattr(torch, "save", torn_save)
     with pytest.raises(SystemExit):
         distill(recipe, tmp_path / "killed", report=quiet)
     assert [path.name for path in checkpoints(tmp_path / "killed")] == ["00000004"]

@@ -6,7 +6,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from fewstep.commands.options import Latents
-from fewstep.commands.runs import check_writable, pick_device, tell_done
+from fewstep.commands.places import check_writable, tell_done
+from fewstep.commands.runs import pick_device
 from fewstep.data.filters import Filter, load_filtered
 from fewstep.data.images import content_digest
 from fewstep.data.latents import describe_dropped, write_latents

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from fewstep.commands.judging import make_evaluation
-from fewstep.commands.runs import Job, Jobs, check_source, finish_run, pick_device, tell_done, tell_found, train_recipe
+from fewstep.commands.places import tell_done
+from fewstep.commands.runs import Job, Jobs, check_source, finish_run, pick_device, tell_found, train_recipe
 from fewstep.data.pairs import load_pairs
 from fewstep.data.settings import EmbeddingSettings
 from fewstep.data.texts import load_prompts

@@ -13,7 +13,8 @@ from rich.console import Console
 
 import fewstep
 from fewstep.commands.options import Evaluate
-from fewstep.commands.runs import check_alike, check_writable, free_place, pick_device, tell_done
+from fewstep.commands.places import check_writable, free_place, tell_done
+from fewstep.commands.runs import check_alike, pick_device
 from fewstep.data.images import load_images
 from fewstep.data.listing import is_image, list_files
 from fewstep.data.settings import DataSettings

@@ -13,7 +13,8 @@ import yaml
 from pydantic import BaseModel
 
 from fewstep.commands.options import Export
-from fewstep.commands.runs import check_file, check_writable, tell_done
+from fewstep.commands.places import check_writable, tell_done
+from fewstep.commands.runs import check_file
 from fewstep.errors import UserError
 from fewstep.evaluation.metrics import wilson_interval
 from fewstep.export.card import (

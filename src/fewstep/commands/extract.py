@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from fewstep.commands.options import Extract
-from fewstep.commands.runs import check_alike, check_asked, check_file, check_writable, pick_device, tell_done
+from fewstep.commands.places import check_writable, tell_done
+from fewstep.commands.runs import check_alike, check_asked, check_file, pick_device
 from fewstep.data.texts import load_prompts
 from fewstep.errors import UserError
 from fewstep.export.card import Provenance, last_part

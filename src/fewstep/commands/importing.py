@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from fewstep.commands.runs import check_writable
+from fewstep.commands.places import check_writable
 from fewstep.errors import UserError
 from fewstep.files import written_folder
 from fewstep.models.loading.edm_checkpoint import convert, read_network

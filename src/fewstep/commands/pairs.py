@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fewstep.commands.options import Pairs
-from fewstep.commands.runs import check_writable, pick_device, tell_done
+from fewstep.commands.places import check_writable, tell_done
+from fewstep.commands.runs import pick_device
 from fewstep.data.pairs import Given, write_pairs
 from fewstep.data.texts import load_prompts
 from fewstep.errors import UserError

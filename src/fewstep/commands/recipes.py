@@ -39,7 +39,8 @@ def recipes(given: Recipes) -> None:
 
 def _new(given: Recipes, name: str) -> None:
     """Writes NAME-teacher.yaml and its students' recipes here, or the one of a teacher that is brought along."""
-    from fewstep.commands.runs import pick_device, tell_done
+    from fewstep.commands.places import tell_done
+    from fewstep.commands.runs import pick_device
     from fewstep.recipes import new
 
     if name != Path(name).name or name.startswith((".", "-")) or len(name) > 100:

@@ -1,22 +1,21 @@
 """What the verbs share: devices, folders that can be written to, and runs, which are started, resumed or finished."""
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from difflib import get_close_matches
-from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from fewstep.commands.places import check_writable
 from fewstep.data.images import ImageSet, content_digest
 from fewstep.data.latents import LatentSet
 from fewstep.data.texts import load_prompts
 from fewstep.embedded.sources import origin
 from fewstep.errors import Interrupted, UserError, out_of_memory
-from fewstep.files import folder_lock, nearest, read_json, write_text
+from fewstep.files import folder_lock, read_json, write_text
 from fewstep.models.image_model import Asked, ImageModel
 from fewstep.models.loading.pretrained import SUFFIX
 from fewstep.recipes.loading import differences, dump, load_recipe, read_run_recipe, recipe_names
@@ -130,33 +129,12 @@ def read_facts(run: Path) -> dict[str, str | None]:
         raise UserError(f"{path}: can't be read; remove it, and the run goes on without its checks") from error
 
 
-def check_writable(folder: Path) -> None:
-    """Raises UserError if nothing could be written in `folder`, there or not yet; writes nothing."""
-    with suppress(FileNotFoundError, NotADirectoryError):  # which tells a name that is too long
-        os.lstat(folder)
-    there = nearest(folder)
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise UserError(f"--out: {there} is not a folder that can be written to; choose another")
-
-
 def check_file(out: Path, overwrite: bool) -> None:
     """Raises UserError if `out` can't be a new single file of weights."""
     if out.suffix != SUFFIX:
         raise UserError(f"{out}: a single file's name ends in {SUFFIX}")
     if out.exists() and (out.is_dir() or not overwrite):
         raise UserError(f"{out}: exists already; replace a file with --overwrite, or choose another place")
-
-
-def free_place(named: Path | None, default: Path, taken: Callable[[Path], bool], overwrite: bool) -> Path:
-    """What --out named, else the default or, where that is taken, the first free of its names with a number behind.
-
-    Raises UserError if what was named is taken, unless it is to be overwritten.
-    """
-    if named is not None and taken(named) and not overwrite:
-        raise UserError(f"--out {named}: exists already; replace it with --overwrite, or choose another name")
-    numbered = (default.with_stem(f"{default.stem}-{number}") for number in count(2))
-    free = default if overwrite or not taken(default) else next(path for path in numbered if not taken(path))
-    return named or free
 
 
 def check_alike(sources: Sequence[str], models: Sequence[ImageModel]) -> None:
@@ -195,13 +173,6 @@ def class_number(model: ImageModel, label: str) -> int:
     meant = [name for name in names if name.lower() in near]
     told = f"; did you mean {meant[0]!r}?" if meant else f", from {names[0]!r} to {names[-1]!r}" if names else ""
     raise UserError(f"--class {label}: the model has {model.num_classes} classes, counted from 0{told}")
-
-
-def tell_done(wrote: str, *next_commands: str) -> None:
-    """Prints what a verb wrote, and the command lines that come next, without the program's name."""
-    print(f"wrote {wrote}")
-    for command in next_commands:
-        print(f"next: fewstep {command}")
 
 
 def tell_found(images: ImageSet | LatentSet | None) -> None:

@@ -14,15 +14,8 @@ from torch import Tensor
 
 import fewstep
 from fewstep.commands.options import Sample
-from fewstep.commands.runs import (
-    check_alike,
-    check_asked,
-    check_writable,
-    class_number,
-    free_place,
-    pick_device,
-    tell_done,
-)
+from fewstep.commands.places import check_writable, free_place, tell_done
+from fewstep.commands.runs import check_alike, check_asked, class_number, pick_device
 from fewstep.data.texts import check_lengths, load_prompts
 from fewstep.errors import UserError
 from fewstep.models.image_model import Asked, ImageModel

@@ -13,7 +13,8 @@ from typing import Any
 
 import fewstep
 from fewstep.commands.options import Sweep
-from fewstep.commands.runs import check_asked, check_writable, class_number, free_place, pick_device, tell_done
+from fewstep.commands.places import check_writable, free_place, tell_done
+from fewstep.commands.runs import check_asked, class_number, pick_device
 from fewstep.data.texts import check_lengths, load_prompts
 from fewstep.embedded import shapes
 from fewstep.embedded.sources import open_images

@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 
 from fewstep.commands.judging import make_evaluation
-from fewstep.commands.runs import Job, Jobs, check_source, finish_run, pick_device, tell_done, tell_found, train_recipe
+from fewstep.commands.places import tell_done
+from fewstep.commands.runs import Job, Jobs, check_source, finish_run, pick_device, tell_found, train_recipe
 from fewstep.embedded.small_models import build_autoencoder, build_pipeline
 from fewstep.embedded.sources import open_captioned, open_captioned_images, open_images
 from fewstep.models.autoencoder import Autoencoder, load_autoencoder

@@ -6,20 +6,23 @@ checkpoints/00000500/{model/, state.pt, manifest.json}
 A student with several averages has the first in model/ and the others beside it, as model-ema0.99995/.
 """
 
+from __future__ import annotations  # torch is imported only where a state is written or read
+
 import os
 import shutil
 import sys
 import zipfile
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from fewstep.errors import UserError, brief
 from fewstep.files import check_room, size, written_folder
 from fewstep.runtime.manifest import digest, faults, write_manifest
 from fewstep.stopping import temporary
+
+if TYPE_CHECKING:
+    import torch
 
 RECIPE = "recipe.yaml"
 FACTS = "facts.json"  # what the run began with: digests of its data and of its teacher
@@ -95,6 +98,8 @@ def _own_bytes(checkpoint: Path) -> int:
 
 def tensors(state: Any) -> list[torch.Tensor]:
     """All in a nested state."""
+    import torch
+
     if isinstance(state, torch.Tensor):
         return [state]
     values = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else []
@@ -102,6 +107,8 @@ def tensors(state: Any) -> list[torch.Tensor]:
 
 
 def _save_state(state: dict[str, Any], path: Path) -> None:
+    import torch
+
     try:
         torch.save(state, path)
     except RuntimeError as error:  # what torch makes of a full disk
@@ -170,6 +177,8 @@ def load_state(checkpoint: Path, lazy: bool = False) -> dict[str, Any]:
 
     `lazy` leaves the tensors on the disk until they are used, for those who need but a few of them.
     """
+    import torch
+
     path = checkpoint / "state.pt"
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=lazy))

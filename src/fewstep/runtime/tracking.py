@@ -1,5 +1,7 @@
 """Metrics of a run, and its progress bar."""
 
+from __future__ import annotations  # torch is imported only where numbers are on a device: a page reads lines alone
+
 import json
 import math
 import os
@@ -10,15 +12,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
 
 from fewstep.errors import UserError
 from fewstep.files import read_text, write_text, writing
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 Report = Callable[[int, dict[str, float]], None]
 """Called with the number of finished steps and, when there are new ones, the metrics."""
@@ -78,6 +82,8 @@ class StepClock:
         self.steps, self.began, self.off = 0, now, 0.0
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         if self.device.type == "cuda":
+            import torch
+
             peak = torch.cuda.max_memory_allocated(self.device)
         return {"seconds_per_step": round(seconds, 6), "peak_memory_gb": round(peak / 1e9, 3)}
 
@@ -95,7 +101,8 @@ class Metrics:
 
     def __init__(self, path: Path):
         self.path = path
-        self.sums, self.counts = dict[str, Tensor](), dict[str, Tensor]()
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, Tensor] = {}
 
     def add(self, metrics: dict[str, Tensor]) -> None:
         """Takes in the 0-d tensors of one step."""
@@ -106,6 +113,8 @@ class Metrics:
 
     def write(self, step: int, more: dict[str, float] | None = None) -> dict[str, float]:
         """Appends one line with the means, those counts that are not zero, and what the host knows besides."""
+        import torch
+
         means = [sums.float() / (1 if is_count(name) else self.counts[name]) for name, sums in self.sums.items()]
         values = dict(zip(self.sums, torch.stack(means).tolist(), strict=True)) if means else {}
         self.sums, self.counts = {}, {}
@@ -118,6 +127,8 @@ class Metrics:
         return {"sums": self.sums, "counts": self.counts}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        import torch
+
         self.sums = {name: value.to(device) for name, value in state["sums"].items()}
         self.counts = {name: torch.as_tensor(count, device=device) for name, count in state["counts"].items()}
 
