@@ -12,7 +12,7 @@ from PIL import Image
 
 from command_line import Tell, refused
 from fake_hub import fake_hub, point_to
-from fewstep.metric_table import lower_is_better, metrics_of
+from fewstep.metric_table import cost, metrics_of
 from fewstep.models.latent_model import LatentModel
 from fewstep.models.loading.pretrained import load
 from fewstep.models.sampler import draw_noise, images_per_second
@@ -186,7 +186,7 @@ def test_the_two_stages_of_sd_with_judging_on_the_way(tell: Tell, workplace: Pat
 
 
 def best(lines: list[dict], metric: str) -> dict:
-    return (min if lower_is_better(metric) else max)(lines, key=lambda line: line[metric])
+    return min(lines, key=lambda line: cost(metric, line[metric]))
 
 
 def test_judging_captions_by_a_classifier_is_refused(tell: Tell, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from fewstep.evaluation.gathering import Gathered
 from fewstep.evaluation.judge import floor_row
 from fewstep.evaluation.metrics import FUNCTIONS, inside, jackknife_interval, measure, wilson_interval
 from fewstep.evaluation.report import Row, columns
-from fewstep.metric_table import METRICS, Metric, lower_is_better, metrics_of
+from fewstep.metric_table import METRICS, Metric, cost, metrics_of
 
 
 def fid(real: Tensor, fake: Tensor) -> float:
@@ -98,7 +98,7 @@ def test_a_metric_is_a_row_and_a_function(monkeypatch: pytest.MonkeyPatch) -> No
     assert values["mean_gap"] == pytest.approx(gap)
     assert intervals["mean_gap"][0] < gap < intervals["mean_gap"][1]
     assert columns([Row("a", "student", 1, values)])[-1] == "mean_gap"
-    assert lower_is_better("ema0.9_mean_gap")
+    assert cost("ema0.9_mean_gap", 2.0) == 2
 
 
 def test_fid_of_axis_aligned_gaussians_is_the_closed_form() -> None:

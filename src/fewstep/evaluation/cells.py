@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fewstep.errors import UserError
 from fewstep.evaluation.report import cell as text_of
-from fewstep.metric_table import METRICS, lower_is_better
+from fewstep.metric_table import METRICS, cost
 from fewstep.models.sampler import Sampler
 from fewstep.pictures import grid
 
@@ -54,13 +54,17 @@ def choose_measure(cells: Sequence[Cell], asked: str | None) -> str | None:
 
 def best_of(cells: Sequence[Cell], measure: str) -> Cell:
     """The best by a measure; of equals the one with the fewest calls of the network."""
-    sign = 1 if lower_is_better(measure) or measure == SECONDS else -1
-    return min((each for each in cells if each.values), key=lambda it: (sign * it.values[measure], it.sampler.nfe))
+
+    def rank(each: Cell) -> tuple[float, int]:
+        value = each.values[measure]
+        return value if measure == SECONDS else cost(measure, value), each.sampler.nfe
+
+    return min((each for each in cells if each.values), key=rank)
 
 
 def table(cells: Sequence[Cell]) -> str:
     """In Markdown; what is nowhere measured has no column."""
-    names = [name for name in (CLIP, *METRICS, SECONDS) if any(name in each.values for each in cells)]
+    names = [name for name in dict.fromkeys((CLIP, *METRICS, SECONDS)) if any(name in each.values for each in cells)]
     axes = [*(name for name, value in cells[0].settings.items() if value is not None), "nfe"]
     lines = [[*axes, *("s/image" if name == SECONDS else name.replace("_", " ") for name in names)]]
     for each in cells:

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from fewstep.evaluation.metrics import Interval
 from fewstep.files import write_text
-from fewstep.metric_table import METRICS, lower_is_better
+from fewstep.metric_table import METRICS, cost
 
 MAX_CURVES = 4
 IMAGE = '<img alt="{}" src="data:image/png;base64,{}">'
@@ -144,8 +144,8 @@ def _attribute_tables(rows: list[Row]) -> str:
 
 def _best(rows: list[Row], name: str) -> float | None:
     """The best value of a column among several models; the row of the real images does not compete."""
-    values = [row.values[name] for row in rows if row.sampler is not None and name in row.values and name in METRICS]
-    return (min if lower_is_better(name) else max)(values) if len(values) > 1 else None
+    values = [row.values[name] for row in rows if row.sampler is not None and name in row.values]
+    return min(values, key=lambda value: cost(name, value)) if len(values) > 1 else None
 
 
 def _figure(caption: str, picture: str) -> str:

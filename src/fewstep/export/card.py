@@ -246,7 +246,7 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 def _named(name: str) -> str:
     """A column, with the way that is better."""
-    arrow = {"lower": " ↓", "higher": " ↑"}[METRICS[name].better] if name in METRICS else ""
+    arrow = {"lower": " ↓", "higher": " ↑", "zero": " →0"}[METRICS[name].better] if name in METRICS else ""
     return name.replace("_", " ") + arrow
 
 

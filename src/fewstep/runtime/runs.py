@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fewstep.errors import UserError
-from fewstep.metric_table import lower_is_better
+from fewstep.metric_table import cost
 from fewstep.runtime.checkpoint import EVALUATIONS, RECIPE, check_run, checkpoint_folder, checkpoint_steps, ema_folder
 from fewstep.runtime.manifest import faults
 from fewstep.runtime.tracking import read_metrics
@@ -51,9 +51,9 @@ def best_steps(evaluations: Iterable[dict[str, float]]) -> dict[str, int]:
     best: dict[str, tuple[float, int]] = {}
     for line in evaluations:
         for name, value in line.items():
-            cost = value if lower_is_better(name) else -value
-            if name != "step" and math.isfinite(value) and (name not in best or cost < best[name][0]):
-                best[name] = (cost, int(line["step"]))
+            less = cost(name, value)
+            if name != "step" and math.isfinite(value) and (name not in best or less < best[name][0]):
+                best[name] = (less, int(line["step"]))
     return {name: step for name, (_, step) in best.items()}
 
 
