@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Kind = Literal["jackknife", "wilson", "bootstrap"]
+Interval = tuple[float, float]  # of 95 %
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from fewstep.evaluation import metrics
+from fewstep.evaluation import metrics, neighbours
 from fewstep.evaluation.gathering import Gathered
+from fewstep.evaluation.intervals import wilson_interval
 from fewstep.evaluation.judge import floor_row
-from fewstep.evaluation.metrics import FUNCTIONS, inside, jackknife_interval, measure, wilson_interval
+from fewstep.evaluation.metrics import FUNCTIONS, interval_of, measure
 from fewstep.evaluation.report import Row, columns
 from fewstep.metric_table import METRICS, Metric, cost, metrics_of
 
@@ -22,7 +23,7 @@ def fid(real: Tensor, fake: Tensor) -> float:
 
 
 def kid(real: Tensor, fake: Tensor) -> float:
-    return metrics.kid(Gathered.of(real), Gathered.of(fake))
+    return metrics.kid(Gathered.of(real), Gathered.of(fake)).value
 
 
 def precision_recall(real: Tensor, fake: Tensor) -> tuple[float, float]:
@@ -110,25 +111,49 @@ def test_fid_of_axis_aligned_gaussians_is_the_closed_form() -> None:
     assert abs(fid(real, real)) < 1e-9
 
 
-def share_by_loops(inside: Tensor, manifold: Tensor, neighbours: int) -> float:
-    """Share of points that lie in the ball of any manifold point to its k-th nearest neighbour, by loops."""
-    hits = 0
-    for point in inside:
-        for index, centre in enumerate(manifold):
-            others = [(centre - other).norm().item() for j, other in enumerate(manifold) if j != index]
-            if (point - centre).norm().item() <= sorted(others)[neighbours - 1]:
-                hits += 1
-                break
-    return hits / len(inside)
+def by_loops(real: Tensor, fake: Tensor) -> dict[str, float]:
+    """Precision, recall, density, coverage and memorisation by loops over pairs of points."""
+
+    def radius(of: Tensor, index: int, k: int) -> float:
+        return sorted(distance(of[index], other) for j, other in enumerate(of) if j != index)[k - 1]
+
+    def distance(a: Tensor, b: Tensor) -> float:
+        return (a.double() - b.double()).norm().item()
+
+    def share(hits: list[bool]) -> float:
+        return sum(hits) / len(hits)
+
+    near = [[distance(point, centre) for centre in real] for point in fake]
+    narrow, wide = ([radius(real, i, k) for i in range(len(real))] for k in (3, 5))
+    of_fakes = [radius(fake, j, 3) for j in range(len(fake))]
+    return {
+        "precision": share([any(d <= r for d, r in zip(row, narrow, strict=True)) for row in near]),
+        "recall": share([any(near[j][i] <= of_fakes[j] for j in range(len(fake))) for i in range(len(real))]),
+        "density": sum(d <= r for row in near for d, r in zip(row, wide, strict=True)) / 5 / len(fake),
+        "coverage": share([any(row[i] <= wide[i] for row in near) for i in range(len(real))]),
+        "memorised": share([sorted(row)[0] < sorted(row)[1] / 3 for row in near]),
+    }
 
 
-@pytest.mark.parametrize("neighbours", [1, 3])
-def test_precision_and_recall_are_those_of_plain_loops(neighbours: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "NEIGHBOURS", neighbours)
-    real, fake = points(40, 0, dim=2), points(30, 0, dim=2) + 0.7
-    wanted = share_by_loops(fake, real, neighbours), share_by_loops(real, fake, neighbours)
-    assert precision_recall(real, fake) == wanted
-    assert 0 < wanted[0] != wanted[1] > 0
+PAIRED = ["precision", "recall", "density", "coverage", "memorised"]
+
+
+def paired(real: Tensor, fake: Tensor) -> dict[str, float]:
+    both = Gathered.of(real), Gathered.of(fake)
+    return {name: FUNCTIONS[name](*both).value for name in PAIRED}
+
+
+@pytest.mark.parametrize("block", [1, 7, 500])
+def test_what_is_told_of_all_pairs_is_that_of_plain_loops_in_blocks_of_any_size(
+    block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(neighbours, "BLOCK", block)
+    real = points(40, 0, dim=2)
+    fake = torch.cat([points(27, 0, dim=2) + 0.7, real[:3] + 1e-3])
+    wanted = by_loops(real, fake)
+    assert paired(real, fake) == pytest.approx(wanted, rel=1e-12)
+    assert len({*wanted.values()}) == 5
+    assert all(0 < value < 1.5 for value in wanted.values())
 
 
 def test_precision_and_recall_of_equal_of_disjoint_sets_and_of_one_mode() -> None:
@@ -138,14 +163,6 @@ def test_precision_and_recall_of_equal_of_disjoint_sets_and_of_one_mode() -> Non
     precision, recall = precision_recall(torch.cat([first, second]), first[:50])
     assert precision == 1
     assert recall <= 0.5
-
-
-@pytest.mark.parametrize("chunk", [1, 7, 64])
-def test_the_size_of_a_chunk_does_not_matter(chunk: int) -> None:
-    some, manifold = 1.5 * whitened(50, 0), whitened(64, 1)
-    whole = inside(some, manifold)
-    assert 0 < whole.hits < whole.cases == 50
-    assert inside(some, manifold, chunk=chunk) == whole
 
 
 def test_the_floor_compares_two_halves_that_share_no_image(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,14 +194,16 @@ def test_what_is_checked_in_real_images_is_of_all_of_them_with_its_interval() ->
     needs = frozenset({"features", "scenes", "prompts"})
     row = floor_row(pictured(points(20, 1), numbers=numbers, prompts="abcd"), needs, labels="abcd")
     assert row.values["prompt_accuracy"] == 0.9
-    assert row.values["diversity"] == metrics.diversity(*[replace(Gathered.of(points(20, 1)), prompts="abcd")] * 2)
-    assert row.intervals == {"prompt_accuracy": wilson_interval(0.9, 10)}
+    assert row.values["diversity"] == diversity(points(20, 1), 4)
+    assert row.intervals.keys() == {"prompt_accuracy", "diversity"}
+    assert row.intervals["prompt_accuracy"] == wilson_interval(0.9, 10)
     assert row.attributes == {"prompt_accuracy": {"shape": 1.0}}
 
 
 def diversity(features: Tensor, num_prompts: int) -> float | None:
     fake = replace(Gathered.of(features), prompts=["a prompt"] * num_prompts)
-    return metrics.diversity(fake, fake)
+    found = metrics.diversity(fake, fake)
+    return found and found.value
 
 
 @pytest.mark.parametrize(("num", "num_prompts"), [(12, 3), (18, 4), (16, 4), (20, 1)])
@@ -216,7 +235,7 @@ def test_the_interval_of_fid_is_as_wide_as_its_spread_over_draws() -> None:
     sets = [torch.randn(400, 3, generator=draws, dtype=torch.float64) * 1.5 + 0.5 for _ in range(200)]
     spread = torch.tensor([fid(real, fake) for fake in sets]).std().item()
     ours = Gathered.of(real)
-    intervals = torch.tensor([jackknife_interval(metrics.fid, ours, in_groups(fake)) for fake in sets[:40]])
+    intervals = torch.tensor([interval_of(fid(real, fake), metrics.fid, ours, in_groups(fake)) for fake in sets[:40]])
     assert intervals.mean(1)[0] == pytest.approx(fid(real, sets[0]))
     reach = (intervals[:, 1] - intervals[:, 0]).square().mean().sqrt() / 2
     assert reach == pytest.approx(1.96 * spread, rel=0.15)

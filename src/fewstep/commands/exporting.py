@@ -16,7 +16,7 @@ from fewstep.commands.options import Export
 from fewstep.commands.places import check_writable, tell_done
 from fewstep.commands.runs import check_file
 from fewstep.errors import UserError
-from fewstep.evaluation.metrics import wilson_interval
+from fewstep.evaluation.intervals import wilson_interval
 from fewstep.export.card import (
     Provenance,
     check_license,

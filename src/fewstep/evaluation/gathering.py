@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -129,6 +129,8 @@ class Gathered:
     prompts: Sequence[str] = ()  # what the images were made for, in turn
     pairs: Mapping[str, Tensor] = field(default_factory=dict)
     """Distances (P, pairs) of the images of each of P prompts or classes, by what they are distances of."""
+    memo: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """What metrics found out on the way and use again."""
 
     @classmethod
     def of(cls, features: Tensor, num_groups: int = 1) -> "Gathered":

@@ -1,21 +1,37 @@
 """The metrics of `metric_table`: each a function of its name, from what was gathered of real and of fake images."""
 
-from collections.abc import Callable, Collection
+import math
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from fewstep.evaluation.gathering import Gathered, Share
-from fewstep.metric_table import METRICS, metrics_of
+from fewstep.evaluation.gathering import FEATURES, PATCHES, Gathered, Share, Sums
+from fewstep.evaluation.intervals import (
+    Estimate,
+    Mean,
+    bootstrap_interval,
+    jackknife_deviation,
+    normal_interval,
+    wilson_interval,
+)
+from fewstep.evaluation.neighbours import MAX_COMPARED, compared
+from fewstep.metric_table import METRICS, Interval, metrics_of
+from fewstep.seeding import generator
 
-Interval = tuple[float, float]
-Function = Callable[[Gathered, Gathered], Share | float | None]
-"""From real and fake images to a share, another number, or None where it has no meaning."""
+Found = Share | Mean | Estimate | float
+Function = Callable[[Gathered, Gathered], Found | None]
+"""From real and fake images to what its value and interval are of; None where there is nothing to tell it from."""
 FUNCTIONS: dict[str, Function] = {}
-Z = 1.959963984540054  # of 95 % of a normal distribution
-NEIGHBOURS = 3  # that a manifold's balls reach to, as in arXiv 1904.06991
-MIN_PER_PROMPT = 4  # images, for a diversity
+MIN_PER_PROMPT, MAX_PER_PROMPT = 4, 1000  # images, for a diversity
 KID_BLOCK = 1000  # images, as in arXiv 1801.01401
+COLOURS = ("brightness", "contrast", "saturation")
+BETWEEN_SETS = ("features", "patches", "colours")
+"""What metrics need that compare two sets: of two sets of real images they are the noise floor."""
+SUMMED_AT_ONCE = 1000  # rows whose float64 copies are held
+LAYERS = (2048, 768, 192, 64)  # of Inception: features that a FID can be of
+LEAST_SHARE = 0.25  # of a width
 
 
 def metric(function: Function) -> Function:
@@ -25,115 +41,243 @@ def metric(function: Function) -> Function:
 
 
 def measure(
-    real: Gathered, fake: Gathered, needs: Collection[str], intervals: bool = True
+    real: Gathered, fake: Gathered, needs: Collection[str] | None = None, intervals: bool = True
 ) -> tuple[dict[str, float], dict[str, Interval]]:
-    """The metrics that need nothing but `needs`, and their 95 % intervals where one is known."""
-    values: dict[str, float] = {}
-    found: dict[str, Interval] = {}
-    for name in metrics_of(*needs):
-        value, kind = FUNCTIONS[name](real, fake), METRICS[name].interval
-        if value is None:
-            continue
-        values[name] = value.value if isinstance(value, Share) else value
-        if intervals and isinstance(value, Share) and kind == "wilson":
-            found[name] = wilson_interval(value.value, value.cases)
-        elif intervals and kind == "jackknife":
-            found[name] = jackknife_interval(FUNCTIONS[name], real, fake)
-    return values, found
+    """The metrics that need nothing but `needs` (None: all) and for which there are numbers, and their 95 % intervals.
 
-
-def wilson_interval(share: float, cases: int) -> Interval:
-    """The 95 % interval of a share p of n independent cases (Wilson 1927).
-
-    (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)
+    Columns that are not in the table ("scorers") are measured by their mean. `intervals` take ten more FIDs.
     """
-    middle = share + Z**2 / (2 * cases)
-    reach = Z * (share * (1 - share) / cases + Z**2 / (4 * cases**2)) ** 0.5
-    low, high = (middle - reach) / (1 + Z**2 / cases), (middle + reach) / (1 + Z**2 / cases)
-    return max(0.0, low), min(1.0, high)  # of no case and of all of them rounding would leave the interval of shares
+    names = list(METRICS) if needs is None else metrics_of(*needs)
+    functions = {name: FUNCTIONS[name] for name in names if name in FUNCTIONS}
+    if needs is None or "scorers" in needs:
+        functions |= {name: partial(mean_of, name) for name in scorers(fake)}
+    found = {name: each for name, function in functions.items() if (each := function(real, fake)) is not None}
+    values = {name: each if isinstance(each, float) else each.value for name, each in found.items()}
+    if not intervals:
+        return values, {}
+    known = {name: interval_of(each, functions[name], real, fake) for name, each in found.items()}
+    return values, {name: interval for name, interval in known.items() if interval}
 
 
-def jackknife_interval(function: Function, real: Gathered, fake: Gathered) -> Interval:
-    """95 % interval of a function of M fakes' sums, over what else might have been drawn: f -+ 1.96 s.
+def interval_of(found: Found, function: Function, real: Gathered, fake: Gathered) -> Interval | None:
+    """Of a share Wilson's, of a mean a bootstrap's, of the rest a jackknife's; None of a single case.
 
-    s^2 = (g-1)/g sum_i (f_i - mean)^2, where f_i lacks the i-th of g groups of fakes (delete-a-group jackknife; Efron
-    and Stein 1981). The reals are taken as they are, and so is a bias such as FID's, which falls with M.
+    A jackknife leaves out parts of the fakes in turn. The reals are taken as they are, and so is a bias such as FID's,
+    which falls with the number of fakes.
     """
-    num = min(map(len, fake.groups.values()))
-    without = torch.tensor([function(real, fake.without(i)) for i in range(num)], dtype=torch.float64)
-    reach = Z * ((num - 1) * without.var(correction=0)).sqrt().item()
-    middle = float(function(real, fake))  # type: ignore[arg-type]
-    return middle - reach, middle + reach
+    if isinstance(found, Share):
+        return wilson_interval(found.value, found.cases)
+    if isinstance(found, Mean):
+        return bootstrap_interval(found) if len(found.of) > 1 else None
+    if isinstance(found, float):
+        parts = range(min(map(len, fake.groups.values()), default=0))
+        without = [function(real, fake.without(index)) for index in parts] if len(parts) > 1 else []
+        found = Estimate(found, jackknife_deviation(torch.tensor(without, dtype=torch.float64)))
+    return normal_interval(found.value, found.deviation) if math.isfinite(found.deviation) else None
+
+
+def scorers(images: Gathered) -> list[str]:
+    """The columns of one number per image that no row of the table knows, nor an attribute of one (`scene.shape`)."""
+    known = {*METRICS, *COLOURS, FEATURES, PATCHES}
+    return [name for name, of in images.numbers.items() if of.shape[1] == 1 and name not in known and "." not in name]
+
+
+# --- distances between two sets --------------------------------------------------------------------------------------
 
 
 @metric
-def fid(real: Gathered, fake: Gathered) -> float:
+def fid(real: Gathered, fake: Gathered) -> float | None:
     """|m - m'|^2 + tr(S + S' - 2 (S S')^(1/2)) of features with means m and covariances S (arXiv 1706.08500, eq. 6).
 
     The trace of (S S')^(1/2) is that of (S^(1/2) S' S^(1/2))^(1/2), whose eigenvalues are real.
     """
-    ours, theirs = real.sums(), fake.sums()
+    return _frechet(real, fake, FEATURES)
+
+
+@metric
+def patch_fid(real: Gathered, fake: Gathered) -> float | None:
+    """FID of pieces of larger images at their own size, which sees what resizing hides (arXiv 2405.14867, 5.2)."""
+    return _frechet(real, fake, PATCHES)
+
+
+def _frechet(real: Gathered, fake: Gathered, name: str) -> float | None:
+    if not real.groups.get(name) or not fake.groups.get(name):
+        return None
+    ours, theirs = real.sums(name), fake.sums(name)
     shared = torch.linalg.eigvalsh(ours.root @ theirs.covariance @ ours.root).clamp_min(0).sqrt().sum()
     trace = ours.covariance.trace() + theirs.covariance.trace() - 2 * shared
     return float((ours.mean - theirs.mean).square().sum() + trace)
 
 
 @metric
-def kid(real: Gathered, fake: Gathered) -> float:
+def kid(real: Gathered, fake: Gathered) -> Estimate | None:
     """The unbiased squared MMD of the kernel (x y / D + 1)^3, the mean over disjoint blocks (arXiv 1801.01401, 4).
 
-    Blocks have about `KID_BLOCK` of the smaller set, so that its cost grows as the number of images.
+    Blocks have about `KID_BLOCK` of the smaller set, so that its cost grows as the number of images, and at most twice
+    as many of the larger. Its deviation is a jackknife's, which leaves out one fake at a time.
     """
+    if FEATURES not in real.numbers or FEATURES not in fake.numbers:
+        return None
     num_blocks = max(1, min(len(real.features), len(fake.features)) // KID_BLOCK)
-    blocks = zip(*(each.features.tensor_split(num_blocks) for each in (real, fake)), strict=True)
-    return torch.stack([_mmd(x.double(), y.double()) for x, y in blocks]).mean().item()
+    taken = (each.features[: 2 * KID_BLOCK * num_blocks].tensor_split(num_blocks) for each in (real, fake))
+    blocks = [_mmd(x.double(), y.double()) for x, y in zip(*taken, strict=True)]
+    values, variances = zip(*blocks, strict=True)
+    return Estimate(sum(values) / num_blocks, sum(variances) ** 0.5 / num_blocks)
 
 
-def _mmd(x: Tensor, y: Tensor) -> Tensor:
-    """mean_{i != j} k(x_i, x_j) + mean_{i != j} k(y_i, y_j) - 2 mean k(x_i, y_j)."""
+def _mmd(x: Tensor, y: Tensor) -> tuple[float, float]:
+    """mean_{i != j} k(x_i, x_j) + mean_{i != j} k(y_i, y_j) - 2 mean k(x_i, y_j), and its variance without a y each."""
     of_x, of_y, between = (((a @ b.T / x.shape[1] + 1) ** 3) for a, b in ((x, x), (y, y), (x, y)))
-    within = [(k.sum() - k.trace()) / (len(k) * (len(k) - 1)) for k in (of_x, of_y)]
-    return within[0] + within[1] - 2 * between.mean()
+    n, m = between.shape
+    within = (of_x.sum() - of_x.trace()) / (n * (n - 1))
+    pairs, across = of_y.sum(1) - of_y.diagonal(), between.sum(0)  # (M,): what each y has a share in
+    whole = within + pairs.sum() / (m * (m - 1)) - 2 * across.sum() / (n * m)
+    without = within + (pairs.sum() - 2 * pairs) / ((m - 1) * (m - 2)) - 2 * (across.sum() - across) / (n * (m - 1))
+    return whole.item(), jackknife_deviation(without) ** 2
 
 
 @metric
-def precision(real: Gathered, fake: Gathered) -> Share:
+def precision(real: Gathered, fake: Gathered) -> Share | None:
     """Of the fakes, inside the real manifold (arXiv 1904.06991, equations 1 and 2).
 
-    A manifold is the union of balls around its points that reach to the k-th nearest neighbour.
+    A manifold is the union of balls around its points that reach to the third nearest neighbour.
     """
-    return inside(fake.features, real.features)
+    return found.precision if (found := compared(real, fake)) else None
 
 
 @metric
-def recall(real: Gathered, fake: Gathered) -> Share:
+def recall(real: Gathered, fake: Gathered) -> Share | None:
     """Of the reals, inside the fake manifold."""
-    return inside(real.features, fake.features)
-
-
-def inside(points: Tensor, manifold: Tensor, chunk: int = 1000) -> Share:
-    """How many of points (N, D) lie in the manifold of points (M, D); `chunk` bounds the distances held."""
-    points, manifold = points.double(), manifold.double()
-    distances = (torch.cdist(part, manifold) for part in manifold.split(chunk))
-    radii = torch.cat([each.kthvalue(NEIGHBOURS + 1, dim=1).values for each in distances])
-    hits = [(torch.cdist(part, manifold) <= radii).any(dim=1) for part in points.split(chunk)]
-    return Share(int(torch.cat(hits).sum()), len(points))
+    return found.recall if (found := compared(real, fake)) else None
 
 
 @metric
-def diversity(real: Gathered, fake: Gathered) -> float | None:
-    """Mean feature distance between two images of one prompt, whose prompts come in turn; None with few of each."""
-    num, features = len(fake.prompts), fake.features
-    if len(features) < MIN_PER_PROMPT * num:
+def density(real: Gathered, fake: Gathered) -> Mean | None:
+    """Mean over fakes of the real balls that one is in, over k, the neighbour they reach to (arXiv 2002.09797, eq. 4).
+
+    About 1 of perfect fakes, and more of those in the middle of the reals; k is 5.
+    """
+    return found.density if (found := compared(real, fake)) else None
+
+
+@metric
+def coverage(real: Gathered, fake: Gathered) -> Share | None:
+    """Of the reals, those with a fake in their ball (arXiv 2002.09797, eq. 5); 1 - 2^-k of as many perfect fakes."""
+    return found.coverage if (found := compared(real, fake)) else None
+
+
+@metric
+def memorised(real: Gathered, fake: Gathered) -> Share | None:
+    """Of the fakes, those that are a copy of one real rather than like several: see `neighbours.compare`."""
+    return found.memorised if (found := compared(real, fake)) else None
+
+
+def drift(column: int, real: Gathered, fake: Gathered) -> Mean | None:
+    """Mean of the fakes less that of the reals of a column of `COLOURS`, in [-1, 1]."""
+    if "colours" not in real.numbers or "colours" not in fake.numbers:
         return None
-    whole = features[: len(features) // num * num].double().reshape(-1, num, features.shape[1])
-    return torch.stack([torch.pdist(of_prompt).mean() for of_prompt in whole.unbind(1)]).mean().item()
+    return Mean(fake.numbers["colours"][:, column], real.numbers["colours"][:, column])
 
 
-def checked(name: str) -> Function:
+FUNCTIONS |= {name: partial(drift, column) for column, name in enumerate(COLOURS)}
+
+
+# --- what is told of images one by one, or of those of one prompt ----------------------------------------------------
+
+
+def mean_of(name: str, real: Gathered, fake: Gathered) -> Mean | None:
+    """Of a column, over the images in which it is a number."""
+    found = fake.numbers[name][:, 0] if name in fake.numbers else torch.empty(0)
+    found = found[~found.isnan()]
+    return Mean(found) if len(found) else None
+
+
+def checked(name: str, real: Gathered, fake: Gathered) -> Share | None:
     """The share of the images in which a classifier or a checker found `name` right."""
-    return lambda real, fake: fake.share(name)
+    return fake.share(name)
 
 
-FUNCTIONS |= {name: checked(name) for name in ("accuracy", "prompt_accuracy", "two_objects")}
+@metric
+def diversity(real: Gathered, fake: Gathered) -> Mean | None:
+    """Mean feature distance between two images of one prompt or class; None with few of each.
+
+    Of the pairs that were drawn for it, else of the images themselves, whose prompts come in turn.
+    """
+    if FEATURES in fake.pairs:
+        return within(FEATURES, real, fake)
+    num, features = len(fake.prompts), fake.numbers.get(FEATURES, torch.empty(0))
+    if len(features) < MIN_PER_PROMPT * num or not num:
+        return None
+    whole = features[: min(len(features) // num, MAX_PER_PROMPT) * num]
+    return Mean(torch.stack([torch.pdist(whole[prompt::num].double()).mean() for prompt in range(num)]))
+
+
+def within(name: str, real: Gathered, fake: Gathered) -> Mean | None:
+    """Mean distance of the pairs of a prompt, over prompts."""
+    return Mean(fake.pairs[name].double().mean(1)) if name in fake.pairs else None
+
+
+FUNCTIONS |= {name: partial(checked, name) for name in ("accuracy", "prompt_accuracy", "two_objects")}
 """Of classes, by a classifier; of images with everything as the prompt says, for prompts of one object and of two."""
+FUNCTIONS |= {"clip": partial(mean_of, "clip"), "lpips_diversity": partial(within, "lpips")}
+
+
+# --- how many images ------------------------------------------------------------------------------------------------
+
+
+def floor(real: Gathered, num_samples: int, seed: int = 0) -> dict[str, float]:
+    """What a perfect generator of `num_samples` = M images would score: real images against other real ones.
+
+    M' = min(M, n/2) random ones of the n that are kept, against the n - M' others. FIDs, whose bias is near C (1/M +
+    1/N) of many images, are scaled by (1/M + 1/N) / (1/M' + 1/(n - M')) to M fakes and all N reals. Where M' is less
+    than several times the features' number the bias grows more slowly than that, and a scaled floor is too low: half
+    as high at M' = D. The rest is as it is, of M' images.
+    """
+    halves = split_counts(min(len(of) for of in real.numbers.values()), num_samples) if real.numbers else (0, 0)
+    if min(halves) < 2:
+        return {}
+    draws = generator(seed, "floor")
+    order = {len(of): torch.randperm(len(of), generator=draws) for of in real.numbers.values()}
+    others, some = (
+        {name: order[len(of)][part] for name, of in real.numbers.items()}
+        for part in (slice(halves[0], None), slice(halves[0]))
+    )
+    values, _ = measure(_subset(real, others), _subset(real, some), BETWEEN_SETS, intervals=False)
+    for name, of in (("fid", FEATURES), ("patch_fid", PATCHES)):
+        if name in values:
+            first, second = len(some[of]), len(others[of])
+            values[name] *= (1 / num_samples + 1 / real.sums(of).count) / (1 / first + 1 / second)
+    return values
+
+
+def split_counts(num_kept: int, num_samples: int) -> tuple[int, int]:
+    """How many real images a floor compares with how many others."""
+    num = min(num_samples, num_kept // 2)
+    return num, num_kept - num
+
+
+def _subset(images: Gathered, rows: Mapping[str, Tensor]) -> Gathered:
+    """Those rows, by name: the sums of all of them, and the numbers that pairs need."""
+    groups = {}
+    for name in images.groups:
+        if name in rows:
+            parts = (Sums.of(images.numbers[name][part]) for part in rows[name].split(SUMMED_AT_ONCE))
+            groups[name] = [sum(parts, start=next(parts))]
+    numbers = {name: images.numbers[name][rows[name][:MAX_COMPARED]] for name in rows}
+    return Gathered(max(map(len, rows.values())), groups, numbers)
+
+
+def enough(count: int, width: int, share: float = LEAST_SHARE) -> str | None:
+    """A line that says how many images are needed where `count` are too few for features of that width, else None.
+
+    Below a quarter of the width: there a perfect generator, of independent features of one variance, is farther from
+    the reals by FID (1.1 times their total variance) than one that always gives their mean (1.0). With a `share` of 1
+    the line is a warning: at most as many images as features, so that their covariance is singular and a perfect
+    generator has a FID of up to a third of the variance.
+    """
+    needed = math.ceil(share * width) if share < 1 else width + 1
+    if count >= needed:
+        return None
+    smaller = [layer for layer in LAYERS if layer < width and count >= share * layer]
+    layer = f"a layer of {smaller[0]}" if smaller else "a narrower layer"
+    return f"{count} images are too few for a FID of {width} features; it takes {needed} or more, or {layer}"

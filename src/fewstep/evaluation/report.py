@@ -15,9 +15,8 @@ import yaml
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from fewstep.evaluation.metrics import Interval
 from fewstep.files import write_text
-from fewstep.metric_table import METRICS, cost
+from fewstep.metric_table import METRICS, Interval, cost
 
 MAX_CURVES = 4
 IMAGE = '<img alt="{}" src="data:image/png;base64,{}">'
