@@ -1,32 +1,23 @@
 """The table as text, JSON and one self-contained HTML page."""
 
-import io
 import json
-import re
-from base64 import b64encode
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
-from string import Template
 from typing import Any
 
-import yaml
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from fewstep.evaluation.page import CURVES, Lines, curve_figure, figure, image, page
 from fewstep.files import write_text
 from fewstep.metric_table import METRICS, Interval, cost
 
 MAX_CURVES = 4
-IMAGE = '<img alt="{}" src="data:image/png;base64,{}">'
-CURVES: dict[str, str] = yaml.safe_load(Path(__file__).with_name("curves.yaml").read_text("utf-8"))
+BESIDE: list[str] = CURVES["beside_tables"]
 """The first four of these that the runs have are drawn."""
-MAX_POINTS = 1000  # of a curve
-INK = "#010203"  # becomes the page's own colour, light or dark
-
-
-Curves = Mapping[str, Sequence[Mapping[str, float]]]
+Curves = Mapping[str, Lines]
 """By run the lines of its metrics, each with its step."""
 
 
@@ -95,20 +86,19 @@ def write_page(
 
     `kind` is that of the models, label or text; `facts` say what was judged, and how.
     """
-    template = Template(Path(__file__).with_name("report.html").read_text("utf-8"))
-    page = template.substitute(
-        title=escape(title),
-        kind=kind,
+    grids = (figure(row.title, image(row.grid, row.title)) for row in rows)
+    whole = page(
+        "report.html",
+        title,
+        kind,
         features=escape(features),
         facts="<br>\n".join(f"{escape(name)}: {escape(str(fact))}" for name, fact in facts.items()),
         table=_html_table(rows, columns(rows)),
         attributes=_attribute_tables(rows),
-        grids="\n".join(
-            _figure(row.title, IMAGE.format(escape(row.title), b64encode(row.grid).decode())) for row in rows
-        ),
+        grids="\n".join(grids),
         curves=_curve_figures(curves),
     )
-    write_text(path, page)
+    write_text(path, whole)
 
 
 def _html_table(rows: list[Row], names: list[str]) -> str:
@@ -147,37 +137,10 @@ def _best(rows: list[Row], name: str) -> float | None:
     return min(values, key=lambda value: cost(name, value)) if len(values) > 1 else None
 
 
-def _figure(caption: str, picture: str) -> str:
-    return f"<figure><figcaption>{escape(caption)}</figcaption>{picture}</figure>"
-
-
 def _curve_figures(curves: Curves) -> str:
-    """A figure per metric that the runs have, with one line per run; "" where there is none."""
-    drawn = [name for name in CURVES if any(name in line for lines in curves.values() for line in lines)]
-    figures = [_figure(CURVES[name], _curve_picture(curves, name)) for name in drawn[:MAX_CURVES]]
+    """A figure per number that the runs have, with one line per run; "" where there is none."""
+    captions = {name: told["text"] for group in CURVES["groups"] for name, told in group["curves"].items()}
+    drawn = [name for name in BESIDE if any(name in line for lines in curves.values() for line in lines)]
+    figures = [curve_figure(curves, name, captions[name]) for name in drawn[:MAX_CURVES]]
     about = '<p class="note">One line per run; x is the step.</p>'
     return "\n".join(["<h2>Training</h2>", about, '<div class="figures">', *figures, "</div>"] if figures else [])
-
-
-def _curve_picture(curves: Curves, metric: str) -> str:
-    """One metric of every run that has it, as SVG in the colour of the text around it."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    colours = dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color", "text.color", "grid.color"), INK)
-    options: dict[Any, Any] = {**colours, "svg.fonttype": "none", "svg.hashsalt": metric, "font.family": "sans-serif"}
-    with matplotlib.rc_context(options):
-        figure, axis = pyplot.subplots(figsize=(5.4, 3.2), layout="constrained")
-        for name, lines in curves.items():
-            points = [(line["step"], line[metric]) for line in lines if metric in line]
-            points = points[:: -(-len(points) // MAX_POINTS)] if points else []
-            axis.plot([x for x, _ in points], [y for _, y in points], label=name if points else None, linewidth=1.2)
-        axis.grid(alpha=0.2)
-        axis.legend(fontsize=8, framealpha=0)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-        pyplot.close(figure)
-    svg = re.sub(r"<metadata>.*?</metadata>| xmlns(:\w+)?=\"[^\"]*\"", "", buffer.getvalue(), flags=re.DOTALL)
-    return svg[svg.index("<svg") :].replace(INK, "currentColor").replace("xlink:href", "href")
