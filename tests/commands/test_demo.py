@@ -36,8 +36,8 @@ ROWS = {
     ],
 }
 KEYS = {
-    "": metrics_of("features", "classes", "clock"),
-    "--text": [*metrics_of("features", "scenes", "clock"), "attributes"],
+    "": [*metrics_of("features", "classes"), "images_per_second"],
+    "--text": [*metrics_of("features", "scenes"), "images_per_second", "attributes"],
 }
 
 

@@ -110,7 +110,8 @@ def test_text_runs_are_judged_together(
     names = [(row["model"], row["sampler"], row["nfe"]) for row in rows]
     teachers = [("teacher", "ddim 2", 2), ("teacher", "dpm++ 2 @1.5", 4)]
     assert names == [("real", None, None), *teachers, ("student", "student", 4)]
-    keys = {"model", "sampler", "nfe", "intervals", "attributes", *metrics_of("features", "scenes", "clock")}
+    keys = {"model", "sampler", "nfe", "intervals", "attributes", "images_per_second"}
+    keys |= {*metrics_of("features", "scenes")}
     keys |= {"diversity"} if num_prompts == 10 else set()
     assert all(row.keys() == keys for row in rows)
     assert rows[0]["prompt_accuracy"] >= 0.98  # of drawn pictures
