@@ -4,8 +4,9 @@ Two processes share the work with one thread each; what has no company takes bot
 """
 
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from shlex import join
@@ -26,9 +27,17 @@ from fewstep.data.settings import DataSettings
 from fewstep.embedded.sources import open_captioned_images, open_images
 from fewstep.errors import Interrupted
 from fewstep.evaluation.extractors import CLASSIFIER_STEPS, open_classifier
-from fewstep.evaluation.judge import MAX_REAL, Judge, classifier_path, make_judge
+from fewstep.evaluation.judge import MAX_REAL, Judge, Means, classifier_path, make_judge
+from fewstep.models.image_model import Asked, ImageModel
 from fewstep.models.loading.pretrained import open_model
-from fewstep.models.sampler import Sampler, default_sampler, generate, images_per_second, parse_sampler
+from fewstep.models.sampler import (
+    Sampler,
+    default_sampler,
+    generate,
+    generate_batches,
+    images_per_second,
+    parse_sampler,
+)
 from fewstep.recipes.loading import load_recipe
 from fewstep.recipes.schema import AnyRecipe, TeachRecipe
 from fewstep.runtime.checkpoint import METRICS
@@ -77,7 +86,7 @@ def demo(order: Demo) -> None:
         run(teaching)
         torch.set_num_threads(1)
         num = order.num_samples or job.num_samples
-        judge = make_judge(DataSettings(source=job.source), open_model(out / job.teacher), None, out, num, MAX_REAL)
+        judge = make_judge(DataSettings(source=job.source), open_model(out / job.teacher), Means(), out, num, MAX_REAL)
         images = train_students(run, job, out, recipes, judge.prompts, num)
     judge_job(job, out, judge, images)
 
@@ -130,7 +139,8 @@ def judge_job(job: Job, out: Path, judge: Judge, images: dict[Source, Tensor]) -
     rows = [judge.floor]
     for (name, sampler), fakes in images.items():
         speed = images_per_second(models[name], sampler, job.speed_batch)
-        rows.append(judge.row(name, sampler, [fakes], len(fakes), speed))
+        draw = partial(_again, models[name], sampler, fakes)
+        rows.append(judge.row(name, sampler, draw, len(fakes), speed))
     curves = {name: read_metrics(out / name / METRICS) for name in models}
     facts = {"data": job.source, "seed": 0, "images of a model": len(next(iter(images.values())))}
     student = job.students[0][0]
@@ -160,6 +170,11 @@ def _encode(job: Job, out: Path, report: Report) -> None:
     images = replace(images, length=min(images.length, job.num_latents))
     plan = {**model.latent_space, "seed": 0, "source": job.source}
     write_latents(images, model.encode_images, plan, out / LATENTS, {}, 100, lambda done: report(done, {}))
+
+
+def _again(model: ImageModel, sampler: Sampler, drawn: Tensor, numbers: range, asked: Asked) -> Iterable[Tensor]:
+    """What was drawn before, or now, of further numbers."""
+    return [drawn] if numbers == range(len(drawn)) else generate_batches(model, sampler, numbers, asked=asked)
 
 
 def _generate(run: Path, sampler: Sampler, indices: range, prompts: Sequence[str], report: Report) -> Tensor:

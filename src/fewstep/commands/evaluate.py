@@ -2,14 +2,16 @@
 
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from shlex import join, quote
+from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 import fewstep
 from fewstep.commands.options import Evaluate
@@ -20,11 +22,11 @@ from fewstep.data.listing import is_image, list_files
 from fewstep.data.settings import DataSettings
 from fewstep.errors import UserError
 from fewstep.evaluation import report
-from fewstep.evaluation.gathering import GRID_IMAGES, MAX_BATCH
-from fewstep.evaluation.judge import Judge, describe, make_judge
+from fewstep.evaluation.gathering import GRID_IMAGES, MAX_BATCH, gather
+from fewstep.evaluation.judge import NUM_GROUPS, Judge, Means, describe, make_judge
 from fewstep.evaluation.report import Curves, Row
 from fewstep.export.card import last_part
-from fewstep.models.image_model import ImageModel
+from fewstep.models.image_model import Asked, ImageModel
 from fewstep.models.loading.hub import is_hub_id
 from fewstep.models.loading.pretrained import configured, is_loadable, open_averages
 from fewstep.models.sampler import Sampler, default_sampler, generate_batches, images_per_second, parse_sampler
@@ -54,7 +56,7 @@ def evaluate(given: Evaluate) -> None:
     check_alike(sources, firsts)
     firsts[0].to(device)  # where the judge's network goes, too
     try:
-        judge = make_judge(data, firsts[0], given.features, keep, given.num_samples, given.num_real)
+        judge = make_judge(data, firsts[0], Means(given.features), keep, given.num_samples, given.num_real)
     except UserError as error:
         of_run = [] if given.data else [run_folder(source) / RECIPE for source in sources if is_run(source)][:1]
         raise UserError(": ".join(map(str, (*of_run, error)))) from error
@@ -109,9 +111,13 @@ def _row(judge: Judge, name: str, step: str, model: ImageModel, sampler: Sampler
         raise UserError(f"--sampler: {name} has no null class to guide with; leave out the @ and its scale")
     num, speed = given.num_samples, images_per_second(model, sampler)
     with progress_bar(f"{name} {describe(sampler)}", num) as show:
-        asked = (range(num), given.seed, judge.prompts or None)
-        images = generate_batches(model, sampler, *asked, report=lambda done: show(done, {}), name=f"{name}{step}")
-        return judge.row(name, sampler, images, num, speed)
+
+        def draw(numbers: range, asked: Asked) -> Iterable[Tensor]:
+            report = (lambda done: show(done, {})) if numbers.start == 0 else lambda done: None
+            told: Any = {"name": f"{name}{step}", "report": report}
+            return generate_batches(model, sampler, numbers, given.seed, asked, **told)
+
+        return judge.row(name, sampler, draw, num, speed)
 
 
 def _row_of_images(judge: Judge, name: str, folder: str, model: ImageModel, num: int) -> Row:
@@ -120,7 +126,8 @@ def _row_of_images(judge: Judge, name: str, folder: str, model: ImageModel, num:
     num = min(num, images.length)
     if num < GRID_IMAGES:
         raise UserError(f"{folder}: has {num} images; judging needs at least {GRID_IMAGES}")
-    return judge.row_of_images(name, (images.fetch(part) for part in torch.arange(num).split(MAX_BATCH)), num)
+    batches = (images.fetch(part) for part in torch.arange(num).split(MAX_BATCH))
+    return judge.row_of(name, None, gather(batches, judge.of_images, num, name, NUM_GROUPS), {})
 
 
 def publish(

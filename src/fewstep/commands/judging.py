@@ -1,8 +1,9 @@
 """Judging a run while it trains, as `fewstep evaluate` judges it afterwards."""
 
+from functools import partial
 from pathlib import Path
 
-from fewstep.evaluation.judge import MAX_REAL, make_judge
+from fewstep.evaluation.judge import MAX_REAL, Means, make_judge
 from fewstep.models.image_model import ImageModel
 from fewstep.models.sampler import default_sampler, generate_batches
 from fewstep.recipes.schema import StudentRecipe, TeachRecipe, TeachTextRecipe
@@ -23,7 +24,7 @@ def make_evaluation(
     if not recipe.evaluation.every:
         return None
     num = recipe.evaluation.num_samples
-    judge = make_judge(recipe.data, model, recipe.evaluation.features, run.parent, num, MAX_REAL)
+    judge = make_judge(recipe.data, model, Means(recipe.evaluation.features), run.parent, num, MAX_REAL)
 
     def evaluate(method: Method, step: int) -> dict[str, float]:
         scores: dict[str, float] = {}
@@ -31,8 +32,8 @@ def make_evaluation(
             title, prefix = f"{run.name}{f' ema{ema}' if ema else ''}, step {step}", f"ema{ema}_" if ema else ""
             with method.averaged_model(ema) as averaged:
                 sampler = default_sampler(averaged)
-                images = generate_batches(averaged, sampler, range(num), asked=judge.prompts or None, name=title)
-                row = judge.row(title, sampler, images, num, intervals=False)
+                draw = partial(generate_batches, averaged, sampler, name=title)
+                row = judge.row(title, sampler, lambda part, asked: draw(part, asked=asked), num, intervals=False)  # noqa: B023
             scores |= {f"{prefix}{name}": value for name, value in row.values.items()}
         model.release()  # for a step has no need of autoencoder and text encoders
         return scores

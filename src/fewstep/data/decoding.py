@@ -82,6 +82,11 @@ def decode(cell: Cell, where: str, size: int, channels: int, background: str = "
             ground = Image.new("RGBA", picture.size, ImageColor.getrgb(background)[:3])
             picture = Image.alpha_composite(ground, picture.convert("RGBA"))
         picture = picture.convert("L" if channels == 1 else "RGB")
+    return square(picture, size)
+
+
+def square(picture: Image.Image, size: int) -> Tensor:
+    """A grey or RGB picture as uint8 (C, size, size), resized by its shorter side and centre-cropped."""
     fitted = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
     pixels = torch.frombuffer(bytearray(fitted.tobytes()), dtype=torch.uint8)
-    return pixels.reshape(size, size, channels).permute(2, 0, 1)
+    return pixels.reshape(size, size, -1).permute(2, 0, 1)

@@ -58,19 +58,21 @@ def load_images(
     shrink: bool | None = None,
     model_names: Names = None,
     whole: bool = True,
+    in_memory: int = MAX_BYTES_IN_MEMORY,
 ) -> ImageSet:
     """The images of files: an image folder, an EDM zip, a parquet file, a tar, or a folder of these.
 
     Images become grey (`channels` 1) or RGB (3), resized by their shorter side and centre-cropped to `size` pixels.
     Labels are read only when `num_classes` > 0, by name where the model has `model_names`; unless the set must be
     `whole`, some classes will do. With `shrink`, the set says what was found; False refuses images that are larger than
-    `size`. Raises UserError for whatever is wrong with the files.
+    `size`. A set of up to `in_memory` bytes is decoded once. Raises UserError for whatever is wrong with the files.
     """
     stored = open_stored(data)
     unused = next((stored.names[name] for name in LABELS if name in stored.names), None)
     stored = stored.with_labels(data.label_column) if num_classes else replace(stored, class_names=unused)
     named = labels_of_classes(stored.labels, stored.class_names, num_classes, model_names, whole, data.required)
-    return _opened(replace(stored, labels=named[0], class_names=named[1]), data, size, channels, shrink, num_classes)
+    stored = replace(stored, labels=named[0], class_names=named[1])
+    return _opened(stored, data, size, channels, shrink, num_classes, in_memory)
 
 
 def content_digest(data: DataSettings) -> str | None:
@@ -103,8 +105,10 @@ def labels_of_classes(
     return labels, names or model_names
 
 
-def load_captioned(data: DataSettings, size: int, shrink: bool | None = None) -> ImageSet:
-    """RGB images with a caption each, from the files that `load_images` reads; `shrink` as there.
+def load_captioned(
+    data: DataSettings, size: int, shrink: bool | None = None, in_memory: int = MAX_BYTES_IN_MEMORY
+) -> ImageSet:
+    """RGB images with a caption each, from the files that `load_images` reads; `shrink` and `in_memory` as there.
 
     Raises UserError for whatever is wrong with the files, and where captions are missing.
     """
@@ -113,16 +117,22 @@ def load_captioned(data: DataSettings, size: int, shrink: bool | None = None) ->
     if lacking:
         name = stored.cells(lacking[:1])[0].name
         raise UserError(f"{data.source}: no caption for {len(lacking)} of {stored.length} images, such as {name}")
-    return _opened(stored, data, size, 3, shrink)
+    return _opened(stored, data, size, 3, shrink, in_memory=in_memory)
 
 
 def _opened(
-    stored: Stored, data: DataSettings, size: int, channels: int, shrink: bool | None, num_classes: int = 0
+    stored: Stored,
+    data: DataSettings,
+    size: int,
+    channels: int,
+    shrink: bool | None,
+    num_classes: int = 0,
+    in_memory: int = MAX_BYTES_IN_MEMORY,
 ) -> ImageSet:
     """The images, decoded once if they fit into memory; what is refused is told before that takes its time."""
     found = None if shrink is None else describe(stored, data, size, channels, shrink, num_classes)
     images = replace(decoded(stored, data, size, channels), found=found)
-    if images.length * channels * size**2 > MAX_BYTES_IN_MEMORY:
+    if images.length * channels * size**2 > in_memory:
         return images
     whole, quiet = torch.empty(images.length, channels, size, size, dtype=torch.uint8), not sys.stderr.isatty()
     told, console = f"reading {Path(data.required).name}", Console(stderr=True, quiet=quiet)

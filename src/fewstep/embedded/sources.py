@@ -1,12 +1,13 @@
 """The images that a recipe names: an embedded set, files, or latents."""
 
-from dataclasses import fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
 
 from fewstep.data.filters import Filter, load_filtered
-from fewstep.data.images import ImageSet, labels_of_classes, load_captioned, load_images
+from fewstep.data.images import MAX_BYTES_IN_MEMORY, ImageSet, labels_of_classes, load_captioned, load_images
 from fewstep.data.latents import LatentSet, is_latents, load_latents, read_description
 from fewstep.data.settings import DataSettings
 from fewstep.embedded import shapes
@@ -26,14 +27,29 @@ def digits() -> ImageSet:
     return ImageSet(images.__getitem__, torch.from_numpy(bunch.target).long(), len(images))
 
 
-def open_images(data: DataSettings, model: PixelModelConfig | ImageModel, shrink: bool | None = None) -> ImageSet:
-    """The recipe's images, in the model's size, colours and classes; `shrink` as for `load_images`.
+@dataclass(frozen=True)
+class Pictures:
+    """What images are made into where no model says it: of so many pixels a side, grey (1) or RGB (3), of classes."""
+
+    image_size: int
+    channels: int
+    num_classes: int = 0
+    class_names: Sequence[str] | None = None
+
+
+def open_images(
+    data: DataSettings,
+    model: PixelModelConfig | ImageModel | Pictures,
+    shrink: bool | None = None,
+    in_memory: int = MAX_BYTES_IN_MEMORY,
+) -> ImageSet:
+    """The recipe's images, in the model's size, colours and classes; `shrink` and `in_memory` as for `load_images`.
 
     A model that is yet to be taught needs images of all classes; of a given one's some will do.
     """
     size, names, whole = model.image_size, getattr(model, "class_names", None), isinstance(model, PixelModelConfig)
     if data.source != "digits":
-        return load_images(data, size, model.channels, model.num_classes, shrink, names, whole)
+        return load_images(data, size, model.channels, model.num_classes, shrink, names, whole, in_memory)
     if (model.channels, size) != (1, 8):
         raise UserError(f"data.source: the digits are 1x8x8, the model wants {model.channels}x{size}x{size}")
     images = digits()
@@ -50,7 +66,9 @@ def open_captioned(
     return open_captioned_images(data, model.image_size, shrink)
 
 
-def open_captioned_images(data: DataSettings, size: int, shrink: bool | None = None) -> ImageSet:
+def open_captioned_images(
+    data: DataSettings, size: int, shrink: bool | None = None, in_memory: int = MAX_BYTES_IN_MEMORY
+) -> ImageSet:
     """The recipe's images with captions; where it names latents, the images that those were made of.
 
     Of these, what could not be read or was too small for the latents shows itself where it is fetched, by Unusable.
@@ -64,7 +82,7 @@ def open_captioned_images(data: DataSettings, size: int, shrink: bool | None = N
         names = ("source", "image_column", "caption_column", "split", "background")
         data = DataSettings(**{name: made[name] for name in names if name in made})
         return load_filtered(data, size, Filter(**{field.name: made[field.name] for field in fields(Filter)}))[0]
-    return load_captioned(data, size, shrink)
+    return load_captioned(data, size, shrink, in_memory)
 
 
 def origin(source: str) -> str:

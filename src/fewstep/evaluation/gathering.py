@@ -1,20 +1,21 @@
 """What is kept of a set of images when the images are gone: numbers read off each of them, sums, a few pictures."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import chain
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from fewstep.data.decoding import square
 from fewstep.errors import UserError
 from fewstep.evaluation.extractors import Extractor
+from fewstep.pictures import to_picture
 
 GRID_IMAGES = 40
 MAX_KEPT = 50_000  # images whose features are kept: 400 MB of Inception's 2048 in float32
-MAX_BATCH = 250  # images that go through a feature network at once
+MAX_BATCH, MAX_BYTES = 250, 2**25  # images that go through a network at once, and their bytes
 FEATURES, PATCHES = "features", "patches"
 SUMMED = (FEATURES, PATCHES)  # what a Fréchet distance is taken of
 Numbers = Mapping[str, Tensor]
@@ -163,6 +164,45 @@ class Gathered:
         return replace(self, groups={name: [*of[:index], *of[index + 1 :]] for name, of in self.groups.items()})
 
 
+class Gathering:
+    """Takes in what was read of at most `num` images, part by part in their order: what `Gathered` is made of.
+
+    What is kept is laid out once, so that no second copy of it ever stands in memory.
+    """
+
+    def __init__(self, num: int, num_groups: int = 1):
+        self.num, self.per_group, self.seen = num, -(-num // num_groups), 0
+        self.groups: dict[str, dict[int, Sums]] = {}
+        self.kept: dict[str, Tensor] = {}
+        self.pictures: list[Tensor] = []
+
+    def add(self, found: Numbers, pictures: Tensor, count: int) -> None:
+        """What was read of the next `count` images, and the first of them, if any."""
+        numbers = torch.arange(self.seen, self.seen + count)
+        for name, columns in found.items():
+            if name in SUMMED:
+                of, group = self.groups.setdefault(name, {}), numbers // self.per_group
+                for index in group.unique().tolist():
+                    part = Sums.of(columns[group == index])
+                    of[index] = of[index] + part if index in of else part
+            if name not in self.kept:
+                most = min(self.num, MAX_KEPT) if columns.shape[1] > 1 else self.num
+                self.kept[name] = torch.full((most, columns.shape[1]), torch.nan)
+            room = self.kept[name][self.seen : self.seen + count]
+            room.copy_(columns[: len(room)])
+        if room_left := max(0, GRID_IMAGES - sum(map(len, self.pictures))):
+            self.pictures.append(pictures[:room_left].clone())  # not a view, which would hold the batch
+        self.seen += count
+
+    def whole(self, source: str, prompts: Sequence[str] = (), pairs: Numbers | None = None) -> Gathered:
+        """Raises UserError, naming the `source` of the images, if there were none."""
+        if not self.seen:
+            raise UserError(f"{source}: no images to judge")
+        groups = {name: [*of.values()] for name, of in self.groups.items()}
+        numbers = {name: kept[: self.seen] for name, kept in self.kept.items()}
+        return Gathered(self.seen, groups, numbers, torch.cat(self.pictures), prompts, pairs or {})
+
+
 def gather(
     batches: Iterable[Tensor],
     probes: Sequence[Probe],
@@ -175,25 +215,24 @@ def gather(
 
     Raises UserError, naming the `source` of the images, if there are none or their numbers can't be read.
     """
-    groups: dict[str, dict[int, Sums]] = {}
-    kept, pictures, seen = dict[str, list[Tensor]](), list[Tensor](), 0
-    for images in chain.from_iterable(batch.split(MAX_BATCH) for batch in batches):
-        numbers = range(seen, seen + len(images))
-        group = torch.tensor(numbers) // -(-num // num_groups)
-        for name, found in read(probes, images, numbers, source).items():
-            if name in SUMMED:
-                of = groups.setdefault(name, {})
-                for index in group.unique().tolist():
-                    part = Sums.of(found[group == index])
-                    of[index] = of[index] + part if index in of else part
-            most = max(0, MAX_KEPT - seen) if found.shape[1] > 1 else len(found)
-            kept.setdefault(name, []).append(found[:most].clone())
-        pictures.append(images[: max(0, GRID_IMAGES - seen)].clone())  # not a view, which would hold the batch
-        seen = numbers.stop
-    if not seen:
-        raise UserError(f"{source}: no images to judge")
-    whole = {name: torch.cat(parts) for name, parts in kept.items()}
-    return Gathered(seen, {n: [*of.values()] for n, of in groups.items()}, whole, torch.cat(pictures), prompts)
+    taken = Gathering(num, num_groups)
+    for images in split(batches):
+        numbers = range(taken.seen, taken.seen + len(images))
+        taken.add(read(probes, images, numbers, source), images, len(images))
+    return taken.whole(source, prompts)
+
+
+def split(batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The images (B, C, H, W) in parts that networks take at once."""
+    for batch in batches:
+        yield from batch.split(max(1, min(MAX_BATCH, MAX_BYTES // batch[0].nbytes))) if len(batch) else ()
+
+
+def fitted(images: Tensor, size: int) -> Tensor:
+    """uint8 images (B, C, H, W) centre-cropped and resized to `size` pixels by Lanczos' filter, as files are read."""
+    if tuple(images.shape[2:]) == (size, size):
+        return images
+    return torch.stack([square(to_picture(each), size) for each in images])
 
 
 def read(probes: Sequence[Probe], images: Tensor, numbers: range, source: str) -> Numbers:

@@ -1,26 +1,37 @@
 """What generated images are judged by: real ones, features, and what their class or prompt can be checked against."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fewstep.data.images import ImageSet
 from fewstep.data.settings import DataSettings
+from fewstep.data.texts import load_prompts
 from fewstep.embedded import shape_checker, shapes
-from fewstep.embedded.sources import open_captioned_images, open_images
 from fewstep.errors import UserError
 from fewstep.evaluation import reference
 from fewstep.evaluation.extractors import AutoencoderExtractor, Extractor, TorchScriptExtractor, open_classifier
-from fewstep.evaluation.gathering import GRID_IMAGES, Check, CheckProbe, FeatureProbe, Gathered, Probe, gather
+from fewstep.evaluation.gathering import (
+    GRID_IMAGES,
+    Check,
+    CheckProbe,
+    FeatureProbe,
+    Gathered,
+    Numbers,
+    Probe,
+    fitted,
+    gather,
+)
 from fewstep.evaluation.metrics import measure
-from fewstep.evaluation.reference import evaluation_prompts
+from fewstep.evaluation.reference import Reals, evaluation_prompts
 from fewstep.evaluation.report import Row
-from fewstep.models.image_model import ImageModel
+from fewstep.evaluation.within import MOST, Draw, Within
+from fewstep.files import folder_lock
 from fewstep.models.sampler import Sampler
 from fewstep.pictures import grid, num_columns, png_bytes
 
@@ -29,6 +40,30 @@ MIN_CAPTIONED = 10  # images, for halves with the neighbours that precision look
 MAX_CLASSES = 100  # that the small classifier can learn to tell apart in its 600 steps of 128 images
 GRID_COLUMNS, GRID_WIDTH = 5, 1300  # on the page, which a telephone shows, too; pixels
 NUM_GROUPS = 10  # of a jackknife
+Asking = Callable[[Sequence[str]], list[Probe]]
+"""From prompts, in turn, to what reads in an image whether it is as its own says."""
+
+
+@dataclass(frozen=True)
+class Means:
+    """What images are judged by, as options and recipes name it."""
+
+    features: str | None = None
+    """A TorchScript file, a folder of transformers, `classifier` or `autoencoder`; None: what there is of the last."""
+    resize: Literal["legacy", "clean"] = "legacy"
+    """How images are brought to the size that the network takes."""
+    clip: str | None = None
+    """A folder of a CLIP model of transformers, for the CLIP score."""
+    clip_prefix: str = ""
+    """Before every prompt; `A photo depicts ` in the paper."""
+    lpips: str | None = None
+    """A TorchScript file, or `lpips` for the package, for the distance within a prompt or class."""
+    scorers: Sequence[str] = ()
+    """Plug-ins, as `module:Class`."""
+    prompts: str | None = None
+    """A file of what text-to-image models are asked for; None: the captions of the real images."""
+    size: int | None = None
+    """Pixels that all images, real and drawn, are brought to; None: the model's."""
 
 
 @dataclass(frozen=True)
@@ -37,30 +72,51 @@ class Judge:
 
     extractor: Extractor
     real: Gathered
-    probes: Sequence[Probe]  # the first reads the features
+    of_images: Sequence[Probe]  # read in any images
+    of_drawn: Sequence[Probe]  # read in those of models, whose classes come in turn
+    of_asked: Asking  # read in those whose prompts are known
     needs: frozenset[str]  # of the metrics: what there is here
     floor: Row  # the line of the real images: half against half
+    size: int  # pixels that images are brought to
     prompts: Sequence[str] = ()  # of text-to-image models: what images number 0, 1, 2, ... are drawn for, in turn
     class_names: Sequence[str] = ()  # of other models, in turn
+    within: Within | None = None  # of prompts or classes, where there are some
 
-    def row(
-        self, name: str, sampler: Sampler, batches: Iterable[Tensor], num: int, speed: float = 0, intervals: bool = True
-    ) -> Row:
-        """The line of the table for `num` generated uint8 images in batches (B, C, H, W), number 0 .. num-1 of a seed.
+    def row(self, name: str, sampler: Sampler, draw: Draw, num: int, speed: float = 0, intervals: bool = True) -> Row:
+        """The line of the table for images number 0 .. num-1 that `draw` draws, and some of each prompt or class.
 
         `speed` is in images per second, 0 if it was not measured; `intervals` take ten more FIDs.
         """
-        num_groups = NUM_GROUPS if intervals else 1
-        fake = gather(batches, self.probes, num, name, num_groups, self.prompts)
-        values, found = measure(self.real, fake, self.needs, intervals)
-        values |= {"images_per_second": speed} if speed else {}
-        kept = kept_of(fake, self.prompts or self.class_names)
-        return Row(name, describe(sampler), sampler.nfe, values, found, *kept)
+        fake = self.gather(name, draw, num, NUM_GROUPS if intervals else 1)
+        clock = {"images_per_second": speed} if speed else {}
+        return self.row_of(name, sampler, fake, clock, self.prompts or self.class_names, intervals)
 
-    def row_of_images(self, name: str, batches: Iterable[Tensor], num: int) -> Row:
-        """The line for images whose classes and prompts nobody knows: what features alone tell of them."""
-        fake = gather(batches, self.probes[:1], num, name, NUM_GROUPS)
-        return Row(name, "images", None, *measure(self.real, fake, {"features"}), *kept_of(fake))
+    def gather(self, name: str, draw: Draw, num: int, num_groups: int = 1) -> Gathered:
+        """What `row` is made of."""
+        batches = (fitted(batch, self.size) for batch in draw(range(num), self.prompts or None))
+        fake = gather(batches, self.probes(self.prompts, drawn=True), num, name, num_groups, self.prompts)
+        whole = range(len(self.within.subjects)) if self.within else range(0)
+        return replace(fake, pairs=self.within.read(self.within.draw(draw, num, whole)) if self.within else {})
+
+    def probes(self, prompts: Sequence[str], drawn: bool) -> list[Probe]:
+        """What reads in images, of these prompts in turn, or of a model's classes."""
+        return [*self.of_images, *(self.of_drawn if drawn else ()), *self.of_asked(prompts)]
+
+    def row_of(
+        self,
+        name: str,
+        sampler: Sampler | None,
+        fake: Gathered,
+        clock: Mapping[str, float],
+        labels: Sequence[str] = (),
+        intervals: bool = True,
+    ) -> Row:
+        """The line for what was gathered; without a sampler, of images whose classes nobody knows."""
+        needs = self.needs if sampler else {"features", *(["prompts", "scenes"] if fake.prompts else [])}
+        values, found = measure(self.real, fake, needs, intervals)
+        nfe = sampler.nfe if sampler else None
+        told = describe(sampler) if sampler else "images"
+        return Row(name, told, nfe, {**values, **clock}, found, *kept_of(fake, labels))
 
 
 def describe(sampler: Sampler) -> str:
@@ -89,44 +145,98 @@ def floor_row(real: Gathered, needs: frozenset[str], seed: int = 0, labels: Sequ
     return Row("real", None, None, values | whole, found, *kept_of(real, labels))
 
 
-def make_judge(
-    data: DataSettings, model: ImageModel, features: str | None, folder: Path, num_samples: int, num_real: int
-) -> Judge:
+class Basis(NamedTuple):
+    """What models of a kind are judged by."""
+
+    extractor: Extractor
+    reals: Reals
+    needs: set[str]
+    of_drawn: Sequence[Probe] = ()
+    class_names: Sequence[str] = ()
+    accuracy: float | None = None  # of the classifier, on images that it was not trained on
+
+
+def make_judge(data: DataSettings, model: Any, means: Means, folder: Path, num_samples: int, num_real: int) -> Judge:
     """A judge of models that make the images of `model`, on at most `num_real` real ones; what it needs is in `folder`.
 
-    Raises UserError if there is too little to judge with, or nothing that tells the images' features.
+    `model` is an `ImageModel`, or `Pictures` where only images are judged. Raises UserError if there is too little to
+    judge with, or nothing that tells the images' features.
     """
-    if model.kind == "label":
-        return _class_judge(data, model, features, folder, num_real)
-    return _text_judge(data, model, features, folder, num_samples, num_real)
+    text = getattr(model, "kind", "") == "text"
+    given = load_prompts(means.prompts, field="prompts:") if means.prompts else []
+    if given and not text:
+        raise UserError("prompts: the model takes no text; leave them out")
+    with folder_lock(folder, ".judge.lock", wait=True):  # of several that judge by the same, one makes what all use
+        if text:
+            basis = _of_text(data, model, means, given, num_samples, num_real)
+        else:
+            basis = _of_classes(data, model, means, folder, num_real)
+        of_images: list[Probe] = [FeatureProbe(basis.extractor)]
+        real = _gathered(data, basis, means, folder, of_images)
+    prompts, size = given or real.prompts, means.size or model.image_size
+    needs = frozenset(basis.needs | {"scenes" for _ in range(all(map(shapes.parse, prompts)))})
+    floor = floor_row(real, needs - {"classes"}, labels=basis.class_names or real.prompts)
+    floor.values.update({} if basis.accuracy is None else {"accuracy": basis.accuracy})
+    subjects: Any = prompts[:MOST] or range(min(MOST, model.num_classes))
+    within = Within(subjects, basis.extractor, None, size) if subjects else None
+    made = (basis.extractor, real, of_images, basis.of_drawn, asking(means), needs, floor, size)
+    return Judge(*made, prompts, basis.class_names, within)
 
 
-def _class_judge(data: DataSettings, model: ImageModel, features: str | None, folder: Path, num_real: int) -> Judge:
+def asking(means: Means) -> Asking:
+    """What reads in images whether they are as their prompts say."""
+    return lambda prompts: [CheckProbe(check_scenes(prompts), "scenes")] if prompts else []
+
+
+def _gathered(data: DataSettings, basis: Basis, means: Means, folder: Path, of_images: list[Probe]) -> Gathered:
+    """What real images leave behind, from the folder if it is there."""
+    reals, asked = basis.reals, asking(means)
+    identities = [each.identity for each in (*of_images, *asked([""]))]
+    path = reference.place(folder, "reference", data, reals.known, identities, means.size, reals.num)
+    probes = [*of_images, Answers(asked, reals.prompts)]
+    real = reference.kept(path, lambda: gather(reals.batches(), probes, reals.num, "data.source", 1, reals.prompts))
+    if real.count < reals.least:
+        raise UserError(f"data.source: has {real.count} images; judging needs at least {reals.least}")
+    return real if reals.pictures is None else replace(real, pictures=reals.pictures)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The probes of prompts that are known one by one, while their images come."""
+
+    asking: Asking
+    prompts: Sequence[str]
+    identity = ""
+
+    def read(self, images: Tensor, numbers: range) -> Numbers:
+        prompts = [self.prompts[number % len(self.prompts)] for number in numbers] if self.prompts else []
+        probes, here = self.asking(prompts), range(len(images))
+        return {name: found for probe in probes for name, found in probe.read(images, here).items()}
+
+
+def _of_classes(data: DataSettings, model: Any, means: Means, folder: Path, num_real: int) -> Basis:
     """With a classifier, trained once, where there are classes, but not too many."""
-    named = 0 < model.num_classes <= MAX_CLASSES
-    own = features in (None, "classifier")
+    named, own = 0 < model.num_classes <= MAX_CLASSES, means.features in (None, "classifier")
     if own and not named:
         what = f"the classifier serves 1 to {MAX_CLASSES} classes, the model has {model.num_classes}"
         advice = "a TorchScript file such as inception-2015-12-05.pt (--features, in a recipe evaluation.features)"
         raise UserError(f"features: {what}; give {advice}")
-    images = open_images(data, model)
+    size = means.size or model.image_size
+    images = reference.open_at(data, model, size)
     if images.length < GRID_IMAGES:
         raise UserError(f"data.source: has {images.length} images; judging needs at least {GRID_IMAGES}")
-    network = None if own else TorchScriptExtractor(Path(str(features)), model.device)
-    classifier = open_classifier(images, model, classifier_path(data, folder)) if named else None
-    extractor: Any = network or classifier
-    num = min(num_real, images.length)
-    path = reference.place(folder, "reference", data, reference.identity(images, data), extractor.identity, num)
-    probe = FeatureProbe(extractor)
-    real = reference.kept(path, lambda: gather(reference.labelled_batches(images, num), [probe], num, "data.source"))
-    real = replace(real, pictures=_grid_of_classes(images, model.num_classes))
+    network = None if own else TorchScriptExtractor(Path(str(means.features)), model.device)
+    place = classifier_path(data, folder, *([size] if size != model.image_size else []))
+    classifier = open_classifier(images, model, place) if named else None
+    num, pictures = min(num_real, images.length), _grid_of_classes(images, model.num_classes)
+    known = reference.identity(images, data)
+    reals = Reals(lambda: reference.labelled_batches(images, num), num, known, [], GRID_IMAGES, pictures)
     names = images.class_names or [model.class_name(number) for number in range(model.num_classes)]
-    floor = floor_row(real, frozenset(), labels=names)
+    extractor: Any = network or classifier
     if classifier is None:
-        return Judge(extractor, real, [probe], frozenset({"features"}), floor, (), names)
-    floor.values["accuracy"] = classifier.held_out_accuracy.item()
-    probes: list[Probe] = [probe, CheckProbe(classifier.check, classifier.identity)]
-    return Judge(extractor, real, probes, frozenset({"features", "classes"}), floor, (), names)
+        return Basis(extractor, reals, {"features"}, class_names=names)
+    checks = [CheckProbe(classifier.check, classifier.identity)]
+    return Basis(extractor, reals, {"features", "classes"}, checks, names, classifier.held_out_accuracy.item())
 
 
 def _grid_of_classes(images: ImageSet, num_classes: int) -> Tensor:
@@ -140,35 +250,30 @@ def _grid_of_classes(images: ImageSet, num_classes: int) -> Tensor:
     return pictures * (indices >= 0)[:, None, None, None]
 
 
-def _text_judge(
-    data: DataSettings, model: Any, features: str | None, folder: Path, num_samples: int, num_real: int
-) -> Judge:
+def _of_text(data: DataSettings, model: Any, means: Means, given: list[str], num_samples: int, num_real: int) -> Basis:
     """Of the embedded shapes the prompts are 240 of one object and 80 of two, in turn, and the real images are drawn.
 
     Else they are the captions of the real images.
     """
+    features, size = means.features, means.size or model.image_size
     if features == "classifier":
         raise UserError("features: captions are no classes to train a classifier on; give autoencoder or a file")
     network = TorchScriptExtractor(Path(features), model.device) if features not in (None, "autoencoder") else None
     extractor: Any = network or AutoencoderExtractor(model.autoencoder)
-    images = open_captioned_images(data, model.image_size)
+    images = reference.open_captioned_at(data, model.image_size, size, bool(given))
     if isinstance(images.captions, shapes.Captions):
-        prompts, num, known = evaluation_prompts(), num_samples, "drawn"
-        batches = reference.drawn_batches(prompts, num)
-    else:
-        prompts, num, known = list[str](), min(num_real, images.length), reference.identity(images, data)
-        batches = reference.captioned_batches(images, num, prompts)
-    facts = (known, list(prompts), model.image_size, extractor.identity, num)
-    path = reference.place(folder, "reference", data, *facts)
-    probes: list[Probe] = [FeatureProbe(extractor), CheckProbe(check_scenes(prompts), "scenes")]
-    real = reference.kept(path, lambda: gather(batches, probes, num, "data.source", 1, prompts))
-    if real.count < MIN_CAPTIONED:
-        raise UserError(f"data.source: has {real.count} images; judging needs at least {MIN_CAPTIONED}")
-    scenes = all(shapes.parse(prompt) for prompt in real.prompts)
-    needs = frozenset({"features", "prompts", *(["scenes"] if scenes else [])})
-    floor = floor_row(real, needs, labels=real.prompts)
-    probes = [probes[0], CheckProbe(check_scenes(real.prompts), "scenes")]  # of kept ones `prompts` is empty
-    return Judge(extractor, real, probes, needs, floor, real.prompts)
+        scenes = given if given and all(map(shapes.parse, given)) else evaluation_prompts()
+        drawn = lambda: (fitted(each, size) for each in reference.drawn_batches(scenes, num_samples))  # noqa: E731
+        known = f"drawn {scenes}"
+        return Basis(extractor, Reals(drawn, num_samples, known, scenes, MIN_CAPTIONED), {"features", "prompts"})
+    num, prompts, known = min(num_real, images.length), list[str](), reference.identity(images, data)
+
+    def batches() -> Iterator[Tensor]:
+        if images.captions is None:
+            return reference.labelled_batches(images, num)
+        return reference.captioned_batches(images, num, prompts)
+
+    return Basis(extractor, Reals(batches, num, known, prompts, MIN_CAPTIONED), {"features", "prompts"})
 
 
 SCENES = {1: "prompt_accuracy", 2: "two_objects"}
@@ -190,6 +295,6 @@ def check_scenes(prompts: Sequence[str]) -> Check:
     return check
 
 
-def classifier_path(data: DataSettings, folder: Path) -> Path:
+def classifier_path(data: DataSettings, folder: Path, *facts: object) -> Path:
     """Where the classifier of a data source is kept."""
-    return reference.place(folder, "classifier", data)
+    return reference.place(folder, "classifier", data, *facts)

@@ -4,9 +4,10 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,17 +15,51 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fewstep.data.decoding import Unusable
-from fewstep.data.images import ImageSet
+from fewstep.data.images import ImageSet, load_images
+from fewstep.data.latents import is_latents
 from fewstep.data.listing import list_files
 from fewstep.data.settings import DataSettings
 from fewstep.embedded import shapes
-from fewstep.evaluation.gathering import Gathered, Sums
+from fewstep.embedded.sources import Pictures, open_captioned_images, open_images, origin
+from fewstep.evaluation.gathering import Gathered, Sums, fitted
 from fewstep.files import written_whole
 from fewstep.networks.fingerprint import fingerprint
 from fewstep.seeding import generator
 
-FETCH = 32  # images at once
+FETCH, DRAWN = 16, 32  # images at once
+IN_MEMORY = 2**27  # bytes of images that are decoded once
 TWO_OBJECT_PROMPTS = 80  # beside the 240 of one object, as in the training pictures
+
+
+class Reals(NamedTuple):
+    """Real images, of which nothing is gathered yet."""
+
+    batches: Callable[[], Iterator[Tensor]]
+    num: int
+    known: str  # a hash of what the images are
+    prompts: list[str]  # of each, in turn: as long as the images that came
+    least: int  # images, for a judgement
+    pictures: Tensor | None = None  # to show in the place of the first
+
+
+def open_at(data: DataSettings, model: Any, size: int) -> ImageSet:
+    """The images that a model was taught on, or others of its classes, at another size than its own."""
+    own = model.image_size if data.source == "digits" else size
+    pictures = Pictures(own, model.channels, model.num_classes, model.class_names)
+    return _fitted(open_images(data, pictures, in_memory=IN_MEMORY), size)
+
+
+def open_captioned_at(data: DataSettings, model_size: int, size: int, alone: bool) -> ImageSet:
+    """Those of a text-to-image model; `alone` they need no captions."""
+    if origin(data.required) == "shapes":
+        return _fitted(open_captioned_images(data, model_size), size)
+    if alone and not is_latents(Path(data.required)):
+        return load_images(data, size, 3, in_memory=IN_MEMORY)
+    return open_captioned_images(data, size, in_memory=IN_MEMORY)
+
+
+def _fitted(images: ImageSet, size: int) -> ImageSet:
+    return replace(images, fetch=lambda indices: fitted(images.fetch(indices), size))
 
 
 def kept(path: Path, make: Callable[[], Gathered]) -> Gathered:
@@ -102,8 +137,8 @@ def drawn_batches(prompts: list[str], num: int) -> Iterator[Tensor]:
     """`num` pictures of the embedded shapes, drawn for the prompts in turn."""
     scenes = [scene for prompt in prompts if (scene := shapes.parse(prompt))]
     draws = generator(0, "reference")
-    for first in range(0, num, FETCH):
-        yield shapes.render([scenes[i % len(scenes)] for i in range(first, min(first + FETCH, num))], draws)
+    for first in range(0, num, DRAWN):
+        yield shapes.render([scenes[i % len(scenes)] for i in range(first, min(first + DRAWN, num))], draws)
 
 
 def evaluation_prompts() -> list[str]:
