@@ -1,7 +1,6 @@
 """A sweep's cells are what one would draw by hand from merged weights, on the same noise; its table names the best."""
 
 import json
-import math
 import re
 from collections.abc import Callable
 from itertools import count
@@ -13,14 +12,12 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
 from command_line import fewstep, refused
 from fewstep.commands import sweep as verb
 from fewstep.data.settings import DataSettings
 from fewstep.embedded import shapes
 from fewstep.evaluation.cells import Cell, best_of, choose_measure, picture, table
-from fewstep.evaluation.clip import Clip
 from fewstep.models.image_model import ImageModel
 from fewstep.models.loading.pretrained import load
 from fewstep.models.lora_files import write_diffusers_lora
@@ -31,7 +28,8 @@ from fewstep.networks.lora import LowRank
 from fewstep.networks.settings import PixelModelConfig
 from fewstep.pictures import GAP
 from fewstep.seeding import generator
-from tiny_pipelines import LENGTH, TINY, tokenizer
+from tiny_encoders import save_clip
+from tiny_pipelines import TINY
 
 LAYERS = ("conv1", "conv2", "to_q", "to_out.0")
 
@@ -71,16 +69,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_lora(folder / "text.safetensors", load(folder / "text"), 1, [999, 749, 499, 249])
     save_clip(folder / "clip")
     return folder
-
-
-def save_clip(folder: Path) -> None:
-    text = {"vocab_size": 190, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
-    text |= {"num_attention_heads": 2, "max_position_embeddings": LENGTH, "bos_token_id": 188, "eos_token_id": 189}
-    image = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    torch.manual_seed(0)
-    image |= {"image_size": 24, "patch_size": 8}
-    CLIPModel(CLIPConfig(text_config=text, vision_config=image, projection_dim=12)).save_pretrained(folder)
-    tokenizer(folder / "vocabulary").save_pretrained(folder)
 
 
 @pytest.fixture(autouse=True)
@@ -247,20 +235,6 @@ def test_classes_of_a_run_are_checked_by_its_classifier(place: Path, cells, monk
     assert [path.parent for path in opened] == [place / "runs"]
     (one,) = cells("pixels --steps 1 --class 1").values()
     assert "accuracy" not in one.values
-
-
-def test_clip_scores_are_those_of_transformers(place: Path) -> None:
-    clip, whole = Clip(place / "clip", torch.device("cpu")), CLIPModel.from_pretrained(place / "clip")
-    prompts = ["a cat", "two red dogs"]
-    tokens = clip.tokenizer(prompts, padding="max_length", max_length=LENGTH, return_tensors="pt")
-    for size, tolerance in ((24, 1e-6), (40, 2e-3)):
-        images = torch.randint(0, 256, (4, 3, size, size), generator=torch.Generator().manual_seed(1)).byte()
-        processor = CLIPImageProcessor(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24})
-        pixels = processor([each.permute(1, 2, 0).numpy() for each in images], return_tensors="pt").pixel_values
-        with torch.no_grad():
-            cosines = whole(**tokens, pixel_values=pixels).logits_per_image / whole.logit_scale.exp()
-        wanted = (cosines[0, 0] + cosines[1, 1] + cosines[2, 0] + cosines[3, 1]).item() / 4
-        assert math.isclose(clip.score(clip.features(images), prompts), wanted, abs_tol=tolerance)
 
 
 def cell(strength: float | None, steps: int, scale: float, shade: int = 0, **values: float) -> Cell:

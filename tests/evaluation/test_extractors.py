@@ -62,7 +62,7 @@ def test_a_network_gets_uint8_rgb_in_evaluation_mode_and_gives_features(
 ) -> None:
     extractor, images = scripted(network, tmp_path / "inception-2015-12-05.pt"), pixels(5, channels)
     assert torch.equal(extractor.features(images), images.double().mean(dim=(2, 3)).expand(5, 3))
-    assert extractor.name == "inception-2015-12-05"
+    assert extractor.name == "inception-2015-12-05, resized legacy"
     other = scripted(PROBABILITIES, tmp_path / "other.pt")
     assert extractor.identity == TorchScriptExtractor(extractor.path).identity != other.identity
 

@@ -165,7 +165,7 @@ def draw(model: ImageModel, cell: Cell, scene: Scene, warm_up: bool) -> Cell:
         return cell
     probes: list[Probe] = [FeatureProbe(scene.extractor), CheckProbe(scene.check, "")]
     found = gather([images], probes, scene.num, str(cell), prompts=scene.subjects)
-    values = {CLIP: scene.clip.score(found.features, scene.subjects)} if scene.clip else {}
+    values = {CLIP: scene.clip.score(found.features, scene.subjects).mean().item()} if scene.clip else {}
     values |= measure(found, found, {"classes", "prompts", "scenes"}, intervals=False)[0]
     return replace(cell, values=values | {SECONDS: seconds}, pictures=found.pictures)
 

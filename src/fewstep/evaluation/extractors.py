@@ -1,8 +1,10 @@
-"""Feature networks: any TorchScript file by path, or a small classifier trained on the data's own labels."""
+"""Feature networks: files and folders by path, or a small classifier trained on the data's own labels."""
 
 import hashlib
+from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -10,7 +12,9 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, cross_entropy
 
 from fewstep.data.images import ImageSet, batch_indices
-from fewstep.errors import UserError
+from fewstep.errors import UserError, out_of_memory
+from fewstep.evaluation.encoders import AT_ONCE, Encoder
+from fewstep.evaluation.resizing import INCEPTION, clean
 from fewstep.files import written_whole
 from fewstep.models.image_model import ImageModel
 from fewstep.models.loading.weights import check_finite
@@ -24,6 +28,8 @@ CLASSIFIER_STEPS = 600
 MAX_FEATURES = 4096  # of a covariance that a Fréchet distance can be taken of
 THUMBNAIL = 16  # pixels
 RETURN_FEATURES = "return_features"
+Resize = Literal["legacy", "clean"]
+FAILURES = (RuntimeError, torch.jit.Error)  # of a network that takes no such images: the second is of its assertions
 
 
 class Extractor(Protocol):
@@ -41,34 +47,60 @@ class Extractor(Protocol):
 class TorchScriptExtractor:
     """A TorchScript network on `device`: uint8 (B, 3, H, W) -> (B, D); grey images are repeated to RGB.
 
+    Resized "legacy" it gets pictures as they are and resizes them itself, as most published numbers have it: Inception
+    bilinearly, without antialiasing. Resized "clean" it gets them with 299 pixels a side in floats of 0..255
+    (`resizing.clean`), which its own resizing leaves alone; a file that takes uint8 alone gets them rounded, once.
     NVIDIA's `inception-2015-12-05.pt` gives its features where its argument `return_features` is set.
     """
 
-    def __init__(self, path: Path, device: torch.device | str = "cpu"):
-        self.device, self.width = device, 0  # of its features, known when some were made
+    def __init__(self, path: Path, device: torch.device | str = "cpu", resize: Resize = "legacy"):
+        self.device, self.resize, self.width = device, resize, 0  # width of its features, known when some were made
         try:
             self.network = torch.jit.load(str(path), map_location=device).eval()
             arguments = self.network.forward.schema.arguments[1:]  # without self
         except (RuntimeError, ValueError, OSError, AttributeError) as error:
             raise UserError(f"{path}: not a readable TorchScript file, nor `classifier` (--features)") from error
-        self.path, self.name = path, path.stem
+        self.path, self.name = path, f"{path.stem}, resized {resize}"
         required = [argument.name for argument in arguments if not argument.has_default_value()]
         self.options = {RETURN_FEATURES: True} if RETURN_FEATURES in [argument.name for argument in arguments] else {}
         if len({*required} - {RETURN_FEATURES}) != 1:
             told = f"wants {', '.join(required) or 'nothing'}; must be called with images alone, uint8 (B, 3, H, W)"
             raise UserError(f"{path}: {told}, and give features (B, D) (--features)")
 
-    @property
+    @cached_property
     def identity(self) -> str:
-        return hashlib.blake2b(self.path.read_bytes(), digest_size=8).hexdigest()
+        return hashlib.blake2b(self.path.read_bytes() + self.resize.encode(), digest_size=8).hexdigest()
 
+    @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        shape = (len(images), 3, *images.shape[2:])
+        return torch.cat([self._checked(part, self._given(part)) for part in images.split(AT_ONCE)])
+
+    def _given(self, images: Tensor) -> Any:
+        """What the network gives; raises UserError if it takes something else."""
+        resized = clean(images) if self.resize == "clean" else images
+        if resized.is_floating_point() and not self._takes_floats:
+            resized = resized.round().to(torch.uint8)
         try:
-            given = self.network(images.to(self.device).expand(-1, 3, -1, -1), **self.options)
-        except RuntimeError as error:
-            told = f"must take uint8 images {shape} and give features (B, D) (--features)"
+            return self.network(resized.to(self.device).expand(-1, 3, -1, -1), **self.options)
+        except FAILURES as error:
+            if out_of_memory(error):
+                raise
+            told = (
+                f"must take uint8 images {(len(images), 3, *resized.shape[2:])} and give features (B, D) (--features)"
+            )
             raise UserError(f"{self.path}: {told}") from error
+
+    @cached_property
+    def _takes_floats(self) -> bool:
+        """Whether of floats it makes what it does of the same numbers in uint8: others may take them as in [-1, 1]."""
+        noise = torch.randint(0, 256, (1, 3, INCEPTION, INCEPTION), generator=generator(0, "floats")).to(self.device)
+        with suppress(*FAILURES, TypeError):  # of what gives a tuple more is told later
+            floats, whole = (self.network(noise.to(kind), **self.options) for kind in (torch.float32, torch.uint8))
+            return torch.allclose(floats, whole, rtol=1e-3, atol=1e-5)
+        return False
+
+    def _checked(self, images: Tensor, given: Any) -> Tensor:
+        """Raises UserError for anything but features (B, D)."""
         what = f"numbers {tuple(given.shape)}" if isinstance(given, Tensor) else f"a {type(given).__name__}"
         told = f"{self.path}: gives {what} for {len(images)} images"
         if not isinstance(given, Tensor) or given.dim() < 2 or given[0].numel() != given.shape[1] <= MAX_FEATURES:
@@ -84,6 +116,15 @@ class TorchScriptExtractor:
                 f"{self.path}: {what}: give a network that ends in the layer before its classes (--features)"
             )
         return found
+
+
+def open_extractor(source: str, device: torch.device | str, resize: Resize = "legacy") -> Extractor:
+    """A TorchScript file, for which pictures are resized as said, or a folder of transformers, which says it itself.
+
+    Raises UserError if it is neither.
+    """
+    path = Path(source)
+    return Encoder(path, device) if path.is_dir() else TorchScriptExtractor(path, device, resize)
 
 
 class AutoencoderExtractor:

@@ -8,10 +8,14 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from fewstep.errors import UserError
+from fewstep.networks.codec import to_pixels
 
 PACKAGE = "lpips"
+MAX_VALUES = 2**22  # of the pairs of pictures that are compared at once, 16 MB in floats
 Distance = Callable[[Tensor, Tensor], Tensor]
 """From two batches of pixels (B, C, H, W) around [-1, 1] to (B,), with gradient."""
+TRAINING = "regression.lpips", "set regression.lpips_size, to 224 say, for small pictures"
+JUDGING = "--lpips (in a recipe evaluation.lpips)", "leave it out for pictures so small"
 
 
 def load_lpips(source: str, size: int | None, device: torch.device, channels: int, image_size: int) -> Distance:
@@ -19,7 +23,30 @@ def load_lpips(source: str, size: int | None, device: torch.device, channels: in
 
     Raises UserError if there is no such file or package, or if it does not take pictures of that size.
     """
-    network = _network(source).eval().to(device)
+    return _open(source, size, device, torch.zeros(2, channels, image_size, image_size, device=device), TRAINING)
+
+
+def pair_distance(source: str, device: torch.device, channels: int, size: int) -> Callable[[Tensor], Tensor]:
+    """From R uint8 images (R, C, size, size) to the LPIPS of their pairs (R (R - 1) / 2,) on the CPU, without gradient.
+
+    In the order (0, 1), (0, 2), ..., (1, 2), ...: that of `torch.pdist`. Raises UserError as `load_lpips` does.
+    """
+    distance = _open(source, None, device, torch.zeros(2, channels, size, size, device=device), JUDGING)
+
+    @torch.no_grad()
+    def of_pairs(images: Tensor) -> Tensor:
+        pixels = to_pixels(images.to(device))
+        pairs = torch.combinations(torch.arange(len(images), device=device))  # (P, 2)
+        parts = pairs.split(max(1, MAX_VALUES // images[0].numel()))
+        return torch.cat([distance(pixels[part[:, 0]], pixels[part[:, 1]]) for part in parts]).float().cpu()
+
+    return of_pairs
+
+
+def _open(source: str, size: int | None, device: torch.device, pixels: Tensor, texts: tuple[str, str]) -> Distance:
+    """The distance, tried on these black pixels (B, C, H, W)."""
+    setting, advice = texts
+    network = _network(source, setting).eval().to(device)
     for parameter in network.parameters():  # a ScriptModule has no requires_grad_
         parameter.requires_grad_(False)
 
@@ -29,31 +56,30 @@ def load_lpips(source: str, size: int | None, device: torch.device, channels: in
         found: Tensor = network(*resized)
         return found.flatten(1).mean(1) if source == PACKAGE else found
 
-    _check(distance, source, torch.zeros(2, channels, image_size, image_size, device=device))
+    _check(distance, source, pixels, setting, advice)
     return distance
 
 
-def _network(source: str) -> Any:
+def _network(source: str, setting: str) -> Any:
     try:
         if source != PACKAGE:
             return torch.jit.load(source, map_location="cpu")
         import lpips
     except ImportError as error:
         what = "the package lpips is not installed (pip install lpips); or name a TorchScript file"
-        raise UserError(f"regression.lpips: {what}") from error
+        raise UserError(f"{setting}: {what}") from error
     except (RuntimeError, ValueError, OSError) as error:
-        raise UserError(f"regression.lpips: {source}: not a readable TorchScript file, nor `{PACKAGE}`") from error
+        raise UserError(f"{setting}: {source}: not a readable TorchScript file, nor `{PACKAGE}`") from error
     return lpips.LPIPS(net="vgg", verbose=False)
 
 
-def _check(distance: Distance, source: str, pixels: Tensor) -> None:
+def _check(distance: Distance, source: str, pixels: Tensor, setting: str, advice: str) -> None:
     """Raises UserError unless it gives one number per picture."""
     try:
         with torch.no_grad():
             found = distance(pixels, pixels)
-    except RuntimeError as error:
+    except (RuntimeError, torch.jit.Error) as error:
         what = f"does not take two batches of pictures of {pixels.shape[-1]} pixels"
-        advice = "set regression.lpips_size, to 224 say, for small pictures"
-        raise UserError(f"regression.lpips: {source}: {what}; {advice}") from error
+        raise UserError(f"{setting}: {source}: {what}; {advice}") from error
     if found.shape != pixels.shape[:1]:
-        raise UserError(f"regression.lpips: {source}: must give one number per picture, not {tuple(found.shape)}")
+        raise UserError(f"{setting}: {source}: must give one number per picture, not {tuple(found.shape)}")

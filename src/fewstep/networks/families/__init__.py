@@ -31,10 +31,15 @@ def use_family(reference: str | None) -> None:
     """Makes MODULE:NAME known, installed or in the current folder; None changes nothing. UserError if there is none."""
     if reference is None:
         return
+    _add(reference, lambda: imported(reference))
+
+
+def imported(reference: str) -> Any:
+    """What MODULE:NAME is; raises whatever the module does."""
     module, _, name = reference.partition(":")
     sys.path.append(os.getcwd())  # behind all else: a file here never takes an installed module's place
     try:
-        _add(reference, lambda: getattr(import_module(module), name))
+        return getattr(import_module(module), name)
     finally:
         sys.path.remove(os.getcwd())
 

@@ -1,0 +1,136 @@
+"""Feature networks in folders of transformers: the vision tower of CLIP, and DINOv2."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.errors import UserError
+from fewstep.evaluation.resizing import CLIP_MEAN, CLIP_STD, Preprocessing, read_preprocessing
+from fewstep.models.loading.files import check_files, part_tensors, read_config, whole
+from fewstep.models.loading.pipeline import library_class, outline
+from fewstep.models.loading.weights import check_finite, check_names
+from fewstep.networks.fingerprint import fingerprint
+
+NETWORK, PROCESSOR = "config.json", "preprocessor_config.json"
+AT_ONCE = 50  # pictures, of which a large tower has some 2 GB of activations
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How one kind of network is opened and asked."""
+
+    title: str
+    name: str  # of its class
+    embed: Callable[[Any, Tensor], Tensor]  # from pixels (B, 3, H, W) to (B, D)
+    vision: Callable[[Any], Any]  # from its configuration to that of what sees
+    preprocessing: Callable[[int], Preprocessing]  # as published, of a network for so many pixels
+    any_size: bool = False  # takes pictures of other sizes than its configuration says
+
+
+def _project(network: Any, pixels: Tensor) -> Tensor:
+    found: Tensor = network.visual_projection(network.vision_model(pixel_values=pixels).pooler_output)
+    return found
+
+
+def _class_token(network: Any, pixels: Tensor) -> Tensor:
+    """Behind the last layer norm."""
+    found: Tensor = network(pixel_values=pixels).last_hidden_state[:, 0]
+    return found
+
+
+def _clips(size: int) -> Preprocessing:
+    return Preprocessing(size, (size, size), CLIP_MEAN, CLIP_STD)
+
+
+def _dinos(size: int) -> Preprocessing:
+    """Whatever the size: its embeddings of places were trained at 518 pixels and are interpolated to 224."""
+    return Preprocessing(256, (224, 224), *IMAGENET)
+
+
+KINDS = {  # by model_type
+    "clip": Kind("CLIP", "CLIPModel", _project, lambda config: config.vision_config, _clips),
+    "clip_vision_model": Kind("CLIP", "CLIPVisionModelWithProjection", _project, lambda config: config, _clips),
+    "dinov2": Kind("DINOv2", "Dinov2Model", _class_token, lambda config: config, _dinos, any_size=True),
+}
+
+
+def _load(kind: Any, folder: Path) -> Any:
+    """In float32, through the library: the names of DINOv2's tensors are other ones in files than in the network.
+
+    Raises UserError, naming the tensor, unless the files have all of the configuration's in its sizes, and finite.
+    """
+    _, variant = part_tensors(folder)
+    outline(kind, folder)  # which says more of a wrong configuration
+    how = {"variant": variant, "torch_dtype": torch.float32, "local_files_only": True, "use_safetensors": True}
+    with whole(folder):
+        network, told = kind.from_pretrained(str(folder), output_loading_info=True, ignore_mismatched_sizes=True, **how)
+    for name, found, needed in told["mismatched_keys"]:
+        sizes = f"{name} is {list(found)} in the file, {list(needed)} by its configuration"
+        raise UserError(f"{folder}: has other sizes than its configuration: {sizes}")
+    check_names(folder, told["missing_keys"], told["unexpected_keys"])
+    check_finite(folder, network.state_dict().items())
+    return network
+
+
+class Encoder:
+    """A network of `KINDS` on `device`: uint8 (B, C, H, W) -> features (B, D); grey pictures are repeated to RGB.
+
+    CLIP's are its projected embeddings, DINOv2's its class token behind the last layer norm. Pictures are made ready as
+    `preprocessor_config.json` says, where there is one, else as published. Weights are read from safetensors alone, and
+    no code of the folder is run. Raises UserError for a folder of anything else, or a damaged one.
+    """
+
+    option, takes = "--features", tuple(KINDS)
+    drops: tuple[str, ...] = ("text_model", "text_projection")  # parts of the network that see nothing
+
+    def __init__(self, folder: Path, device: torch.device | str):
+        if not (folder / NETWORK).is_file():
+            what = " or ".join(dict.fromkeys(KINDS[each].title for each in self.takes))
+            raise UserError(
+                f"{self.option} {folder}: no folder of a {what} model of transformers (it has no {NETWORK})"
+            )
+        try:
+            self.kind, self.network, self.preprocessing = self._open(folder)
+        except UserError as error:
+            raise UserError(f"{self.option} {error}") from error
+        for part in self.drops:
+            if hasattr(self.network, part):
+                delattr(self.network, part)
+        self.network.eval().to(device)
+        self.device, self.name = device, f"{folder.name}, resized for {self.kind.title}"
+
+    def _open(self, folder: Path) -> tuple[Kind, Any, Preprocessing]:
+        check_files(folder, [path.name for path in folder.iterdir()])
+        name = read_config(folder / NETWORK).get("model_type")
+        if name not in self.takes:
+            raise UserError(
+                f"{folder}: is a {name or 'network without a model_type'}; known are {', '.join(self.takes)}"
+            )
+        kind = KINDS[str(name)]
+        network = _load(library_class(kind.name), folder)
+        config = kind.vision(network.config)
+        size, channels = config.image_size, config.num_channels
+        if type(size) is not int or channels != 3:
+            raise UserError(
+                f"{folder}: is for pictures of {size} pixels in {channels} channels, not square ones in RGB"
+            )
+        path = folder / PROCESSOR
+        preprocessing = read_preprocessing(path) if path.is_file() else kind.preprocessing(size)
+        if not kind.any_size and preprocessing.given != (size, size):
+            raise UserError(f"{path}: gives pictures of {preprocessing.given}, its network takes {(size, size)} alone")
+        return kind, network, preprocessing
+
+    @property
+    def identity(self) -> str:
+        return fingerprint([self.network], self.preprocessing)
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """(B, D) on the network's device."""
+        parts = (self.preprocessing(part, self.device) for part in images.split(AT_ONCE))
+        return torch.cat([self.kind.embed(self.network, part) for part in parts])

@@ -1,0 +1,163 @@
+"""How pictures are made ready for a feature network: as clean-fid does it, or a processor of transformers."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fewstep.errors import UserError
+from fewstep.models.loading.files import read_config
+from fewstep.pictures import to_picture
+
+INCEPTION = 299  # pixels a side, of all Inceptions that FIDs are published with
+BICUBIC = Image.Resampling.BICUBIC
+Means = tuple[float, float, float]
+
+
+def clean(images: Tensor, size: int = INCEPTION) -> Tensor:
+    """uint8 (B, C, H, W) -> float32 (B, C, size, size) in 0..255 on the CPU, as clean-fid does it (arXiv 2104.11222).
+
+    Each channel by itself in floats, bicubic with antialiasing by PIL, not rounded, and cut to 0..255. Pictures of that
+    size are only made floats.
+    """
+    if images.shape[2:] == (size, size):
+        return images.float()
+    planes = images.flatten(0, 1).float().cpu().numpy()  # (B C, H, W)
+    resized = (np.asarray(Image.fromarray(plane).resize((size, size), BICUBIC)) for plane in planes)
+    return torch.from_numpy(np.stack([*resized])).clamp(0, 255).reshape(*images.shape[:2], size, size)
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """uint8 (B, C, H, W) -> float32 (B, 3, h, w): resized and rounded by PIL, cropped, (scale x - mean) / std.
+
+    As processors of transformers do it where torchvision is not installed, whether it is or not.
+    """
+
+    size: int | tuple[int, int]  # of the shorter side, or height and width
+    crop: tuple[int, int] | None  # height and width in the middle
+    mean: Means
+    std: Means
+    resample: int = BICUBIC
+    scale: float = 1 / 255
+
+    def __call__(self, images: Tensor, device: torch.device | str) -> Tensor:
+        height, width = self.resized(*images.shape[2:])
+        if images.shape[2:] != (height, width):
+            pictures = (to_picture(each).resize((width, height), self.resample) for each in images)
+            images = torch.from_numpy(np.stack([np.asarray(each) for each in pictures]))  # (B, h, w) or (B, h, w, 3)
+            images = images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2)
+        wanted = self.crop or (height, width)
+        top, left = (height - wanted[0]) // 2, (width - wanted[1]) // 2
+        cropped = images[:, :, top : top + wanted[0], left : left + wanted[1]].to(device).float()
+        mean, std = (torch.tensor(each, device=device).reshape(3, 1, 1) for each in (self.mean, self.std))
+        return (cropped * self.scale - mean) / std
+
+    def resized(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width before the crop; of the longer side a fraction of a pixel is left out."""
+        if not isinstance(self.size, int):
+            return self.size
+        short = min(height, width)
+        return self.size * height // short, self.size * width // short
+
+    @property
+    def given(self) -> tuple[int, int] | None:
+        """Height and width of what the network gets; None where they depend on the picture's."""
+        return self.crop or (None if isinstance(self.size, int) else self.size)
+
+
+CLASSES = ("CLIPImageProcessor", "CLIPFeatureExtractor", "BitImageProcessor")
+"""Processors that are known, which do the same; the library adds `Fast` or `Pil` to their names."""
+HARMLESS = {"image_processor_type", "feature_extractor_type", "processor_class", "_valid_processor_keys"}
+HARMLESS |= {"do_convert_rgb", "return_tensors", "data_format", "input_data_format", "device", "disable_grouping"}
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+PUBLISHED = {  # of both classes, where their file lacks it
+    "do_resize": True,
+    "size": 224,
+    "default_to_square": False,
+    "resample": int(BICUBIC),
+    "do_center_crop": True,
+    "crop_size": 224,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": CLIP_MEAN,
+    "image_std": CLIP_STD,
+}
+
+
+def read_preprocessing(path: Path) -> Preprocessing:
+    """Of a `preprocessor_config.json`; raises UserError, naming the key, for a class or a step that is not known."""
+    told = {name: value for name, value in read_config(path).items() if value is not None}
+    kind = str(told.get("image_processor_type", told.get("feature_extractor_type", CLASSES[0])))
+    if kind.removesuffix("Fast").removesuffix("Pil") not in CLASSES:
+        raise UserError(f"{path}: is of the class {kind}; known are {', '.join(CLASSES)}")
+    rest = {name: value for name, value in told.items() if name not in PUBLISHED and name not in HARMLESS}
+    config = PUBLISHED | told
+    rest |= {name: config[name] for name in ("do_resize", "do_rescale") if config[name] is not True}
+    if unknown := next((name for name, value in rest.items() if value is not False or name in PUBLISHED), None):
+        raise UserError(f"{path}: {unknown} is {rest[unknown]!r}, which is not done here; name another network")
+    square = bool(config["default_to_square"])
+    found = Preprocessing(
+        _checked(path, config, "size", lambda value: _sides(value, square)),
+        _checked(path, config, "crop_size", _both_sides) if config["do_center_crop"] else None,
+        _means(path, config, "image_mean"),
+        _means(path, config, "image_std"),
+        _checked(path, config, "resample", Image.Resampling),
+        _checked(path, config, "rescale_factor", _positive),
+    )
+    if found.crop and any(side > least for side, least in zip(found.crop, found.resized(1, 1), strict=True)):
+        raise UserError(f"{path}: crop_size is larger than size, which needs a border; name another network")
+    return found
+
+
+def _sides(value: Any, square: bool) -> int | tuple[int, int]:
+    """Height and width, or the length of the shorter side: of one number it is that unless it means a square."""
+    if isinstance(value, dict):
+        return _positive_int(value["shortest_edge"]) if [*value] == ["shortest_edge"] else _both_sides(value)
+    return (_positive_int(value),) * 2 if square else _positive_int(value)
+
+
+def _both_sides(value: Any) -> tuple[int, int]:
+    """Height and width."""
+    if not isinstance(value, dict):
+        return (_positive_int(value),) * 2
+    if {*value} != {"height", "width"}:
+        raise ValueError
+    return _positive_int(value["height"]), _positive_int(value["width"])
+
+
+def _positive_int(value: Any) -> int:
+    if type(value) is not int or value < 1:
+        raise ValueError
+    return value
+
+
+def _means(path: Path, config: Mapping[str, Any], name: str) -> Means:
+    if not config["do_normalize"]:
+        return (0.0, 0.0, 0.0) if name == "image_mean" else (1.0, 1.0, 1.0)
+
+    def read(value: Any) -> Means:
+        red, green, blue = map(_positive if name == "image_std" else float, value)
+        return red, green, blue
+
+    found: Means = _checked(path, config, name, read)
+    return found
+
+
+def _positive(value: Any) -> float:
+    if not 0 < value < float("inf"):
+        raise ValueError
+    return float(value)
+
+
+def _checked(path: Path, config: Mapping[str, Any], name: str, read: Callable[[Any], Any]) -> Any:
+    try:
+        return read(config[name])
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: {name} is {config[name]!r}, which is not done here; name another network") from error
