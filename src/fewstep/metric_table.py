@@ -8,6 +8,7 @@ from typing import Literal
 
 Kind = Literal["jackknife", "wilson", "bootstrap"]
 Interval = tuple[float, float]  # of 95 %
+MAX_COMPARED = 10_000  # images of each set that are looked at in pairs, of which there are that many squared
 
 
 @dataclass(frozen=True)

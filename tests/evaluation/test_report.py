@@ -15,6 +15,7 @@ from rich.console import Console
 
 from browser import check_page, needs_chromium
 from fewstep.evaluation.report import BESIDE, Row, cell, columns, text_table, write_json, write_page
+from fewstep.metric_table import METRICS
 from fewstep.pictures import grid, png_bytes
 
 SCORES = ["fid", "kid", "precision", "recall", "accuracy", "images_per_second"]
@@ -139,7 +140,9 @@ def written(tmp_path: Path, rows: list[Row]) -> list[dict]:
 def test_intervals_stand_below_their_values_and_in_the_file(tmp_path: Path) -> None:
     told = replace(STUDENT, intervals={"fid": (0.6, 0.8)})
     assert "0.600 … 0.800" in page_of(tmp_path, [REAL, told]).text
-    assert [row["intervals"] for row in written(tmp_path, [REAL, told])] == [None, {"fid": [0.6, 0.8]}]
+    rows = written(tmp_path, [REAL, told])
+    assert [row["intervals"] for row in rows] == [None, {"fid": [0.6, 0.8]}]
+    assert [row["interval_kinds"] for row in rows] == [{"fid": "jackknife"}] * 2
 
 
 def test_the_best_model_of_each_column_is_marked_and_real_images_do_not_compete(tmp_path: Path) -> None:
@@ -187,6 +190,27 @@ def printed(rows: list[Row]) -> list[str]:
 def test_the_table_of_classes_fits_into_80_columns() -> None:
     rows = [replace(TEACHER, model="digits-teacher"), replace(STUDENT, model="digits-4step")]
     assert max(len(line.rstrip()) for line in printed(rows)) <= 78
+
+
+def test_the_table_of_prompts_leaves_out_what_does_not_fit_but_never_all_beside_fid() -> None:
+    values = dict.fromkeys(METRICS, 12.345) | {"scorer": 1.0}
+    heads = [printed([replace(STUDENT, values=values, model=name)])[0].split() for name in ("shapes-4step", "x" * 60)]
+    least = ["model", "sampler", "nfe", "fid", "patch", "precision"]
+    assert heads == [[*least, "recall", "clip"], least]
+    assert columns([replace(STUDENT, values=values)])[-1] == "scorer"
+
+
+def test_the_best_is_by_the_way_that_is_better_of_what_is_signed_and_of_what_no_row_of_metrics_knows(
+    tmp_path: Path,
+) -> None:
+    shares = ({"brightness": -0.01, "scorer": 2.0}, {"brightness": 0.02, "scorer": 5.0})
+    page = page_of(tmp_path, [replace(STUDENT, values=values) for values in shares])
+    assert page.best == ["-0.010", "5.000"]
+    assert page.rows[2][-2:] == ["+0.020", "5.000"]
+    html = (tmp_path / "report.html").read_text()
+    assert '<th class="zero">brightness</th><th>scorer</th>' in html
+    assert "<b>brightness</b>: " in html
+    assert "<b>fid</b>" not in html  # which no row has
 
 
 @pytest.mark.parametrize(

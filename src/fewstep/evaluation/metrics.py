@@ -16,8 +16,8 @@ from fewstep.evaluation.intervals import (
     normal_interval,
     wilson_interval,
 )
-from fewstep.evaluation.neighbours import MAX_COMPARED, compared
-from fewstep.metric_table import METRICS, Interval, metrics_of
+from fewstep.evaluation.neighbours import compared
+from fewstep.metric_table import MAX_COMPARED, METRICS, Interval, metrics_of
 from fewstep.seeding import generator
 
 Found = Share | Mean | Estimate | float

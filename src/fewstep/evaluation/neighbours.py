@@ -7,8 +7,8 @@ from torch import Tensor
 
 from fewstep.evaluation.gathering import FEATURES, Gathered, Share
 from fewstep.evaluation.intervals import Mean
+from fewstep.metric_table import MAX_COMPARED
 
-MAX_COMPARED = 10_000  # images of each set, the first: of all pairs there are that many squared
 NARROW = 3  # neighbours that the balls of precision and recall reach to (arXiv 1904.06991)
 WIDE = 5  # those of density and coverage (arXiv 2002.09797)
 BLOCK = 500  # images; of distances there are this many rows at a time, of float64 copies twice as many

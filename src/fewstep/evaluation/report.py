@@ -12,9 +12,10 @@ from rich.table import Table
 
 from fewstep.evaluation.page import CURVES, Lines, curve_figure, figure, image, page
 from fewstep.files import write_text
-from fewstep.metric_table import METRICS, Interval, cost
+from fewstep.metric_table import MAX_COMPARED, METRICS, Interval, cost, interval_kind
 
 MAX_CURVES = 4
+WIDTH, FEWEST = 78, 6  # of a terminal, and the columns that are there however long names are
 BESIDE: list[str] = CURVES["beside_tables"]
 """The first four of these that the runs have are drawn."""
 Curves = Mapping[str, Lines]
@@ -53,20 +54,27 @@ def cell(name: str, value: object) -> str:
 
 
 def columns(rows: list[Row]) -> list[str]:
-    """What every row has, and the metrics that any has."""
-    return ["model", "sampler", "nfe", *(name for name in METRICS if any(name in row.values for row in rows))]
+    """What every row has, and the metrics that any has, scorers' last."""
+    there = dict.fromkeys(name for row in rows for name in row.values)
+    return ["model", "sampler", "nfe", *(name for name in dict.fromkeys((*METRICS, *there)) if name in there)]
 
 
 def text_table(rows: list[Row]) -> Table:
-    """The table for a terminal: what goes into 78 columns of text."""
+    """The table for a terminal: what goes into 78 columns of text, but never a FID alone."""
     heads = {name: METRICS[name].head if name in METRICS else name for name in columns(rows)}
-    names = [name for name, head in heads.items() if head is not None]
-    table = Table(*(heads[name] or name for name in names), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    texts = {
+        name: [head or name, *(cell(name, row.cells.get(name)) for row in rows)]
+        for name, head in heads.items()
+        if head is not None
+    }
+    while len(texts) > FEWEST and sum(max(map(len, column)) + 2 for column in texts.values()) > WIDTH:
+        texts.popitem()  # what the page alone shows
+    head, *lines = zip(*texts.values(), strict=True)
+    table = Table(*head, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for index, column in enumerate(table.columns):
         column.justify = "left" if index < 2 else "right"
-    for row in rows:
-        style = "bold" if row.sampler == "student" else None
-        table.add_row(*(cell(name, row.cells.get(name)) for name in names), style=style)
+    for row, line in zip(rows, lines, strict=True):
+        table.add_row(*line, style="bold" if row.sampler == "student" else None)
     return table
 
 
@@ -76,7 +84,15 @@ def write_json(rows: list[Row], path: Path) -> None:
     for beside in ("attributes", "intervals"):
         if any(getattr(row, beside) for row in rows):
             lines = [line | {beside: getattr(row, beside) or None} for line, row in zip(lines, rows, strict=True)]
+    if kinds := interval_kinds(rows):
+        lines = [line | {"interval_kinds": kinds} for line in lines]
     write_text(path, json.dumps(lines, indent=2) + "\n")
+
+
+def interval_kinds(rows: list[Row]) -> dict[str, str]:
+    """By column, of those that have one: jackknife, wilson or bootstrap."""
+    known = [name for name in columns(rows) if any(name in row.intervals for row in rows)]
+    return {name: kind for name in known if (kind := interval_kind(name))}
 
 
 def write_page(
@@ -94,6 +110,8 @@ def write_page(
         features=escape(features),
         facts="<br>\n".join(f"{escape(name)}: {escape(str(fact))}" for name, fact in facts.items()),
         table=_html_table(rows, columns(rows)),
+        columns=_about(rows),
+        compared=f"{MAX_COMPARED:,}",
         attributes=_attribute_tables(rows),
         grids="\n".join(grids),
         curves=_curve_figures(curves),
@@ -103,7 +121,8 @@ def write_page(
 
 def _html_table(rows: list[Row], names: list[str]) -> str:
     """One line per row; students are marked."""
-    head = "".join(f"<th>{name.replace('_', ' ')}</th>" for name in names)
+    ways = {name: f' class="{METRICS[name].better}"' for name in names if name in METRICS}
+    head = "".join(f"<th{ways.get(name, '')}>{name.replace('_', ' ')}</th>" for name in names)
     best = {name: _best(rows, name) for name in names}
     lines = [f'<div class="wide" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>']
     for row in rows:
@@ -118,6 +137,13 @@ def _cell(row: Row, name: str, best: float | None) -> str:
     mark = ' class="best"' if row.sampler is not None and value is not None and value == best else ""
     below = f"<small>{' … '.join(cell(name, end) for end in interval)}</small>" if interval else ""
     return f"<td{mark}>{escape(cell(name, value))}{below}</td>"
+
+
+def _about(rows: list[Row]) -> str:
+    """What each column means, and how its interval was found."""
+    kinds, names = interval_kinds(rows), [name for name in columns(rows) if name in METRICS]
+    told = {name: METRICS[name].about + (f"; interval: {kinds[name]}" if name in kinds else "") for name in names}
+    return "<br>\n".join(f"<b>{name.replace('_', ' ')}</b>: {escape(text)}" for name, text in told.items())
 
 
 def _attribute_tables(rows: list[Row]) -> str:
