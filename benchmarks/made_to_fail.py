@@ -1,0 +1,179 @@
+"""Small distillations that are well, or broken on purpose, one fault each; tests/health holds what their signals were.
+
+PYTHONPATH=src python benchmarks/made_to_fail.py FOLDER [NAME ...]     runs them, or those, and records each
+
+Teachers and runs stay in FOLDER; what was run before is not run again. On the CPU, one thread. The faults that no
+recipe can say are planted here, from outside: the sign of the DM term, the null condition, an adapter counted twice.
+"""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from fewstep.commands import distill as verb
+from fewstep.commands.teach import teach
+from fewstep.diffusion import losses
+from fewstep.networks.lora import merged
+from fewstep.networks.lora_layers import lora_of
+from fewstep.recipes.loading import load_recipe
+from fewstep.runtime.checkpoint import METRICS
+from fewstep.runtime.tracking import read_metrics
+from fewstep.training.roles import Roles
+
+RECORDS = Path(__file__).parent.parent / "tests" / "health"
+QUIET = ["device=cpu", "log_every=20", "sample_every=100000", "checkpoint_every=100000"]
+TEACHERS = {
+    "digits-teacher": [],
+    "digits-guided-teacher": ["model.null_class=true", "class_dropout=0.1"],
+}
+LEFT_OUT = ("seconds_per_step", "peak_memory_gb", "learning_rate", "critic_learning_rate", "critic_grad_norm")
+LEFT_OUT += ("dm_image_grad_norm", "gan_image_grad_norm", "magnitude")
+
+
+@contextmanager
+def sign_flipped() -> Iterator[None]:
+    """Descends away from the teacher: the target of the DM term is fake + g, not fake - g."""
+    real = losses.dmd_loss
+
+    def flipped(fake: torch.Tensor, teacher_x0: torch.Tensor, critic_x0: torch.Tensor) -> torch.Tensor:
+        value = real(fake, teacher_x0, critic_x0)
+        return 2 * value.detach() - value  # the same value, minus the gradient
+
+    with patch.object(losses, "dmd_loss", flipped):
+        yield
+
+
+@contextmanager
+def made_otherwise(change: Callable[[Roles], None], name: str) -> Iterator[None]:
+    """Roles that are changed once `name`, a function of the verb's that gives or takes them, is done."""
+    real = getattr(verb, name)
+
+    def after(*args: Any) -> Any:
+        found = real(*args)
+        change(found or args[0])
+        return found
+
+    with patch.object(verb, name, after):
+        yield
+
+
+@torch.no_grad()
+def zero_null(roles: Roles) -> None:
+    """Zeros where the teacher learned what no class is; student and critic are never asked for it."""
+    table = roles.teacher.denoiser.network.unet.class_embedding.weight
+    table[-1] = 0
+
+
+@torch.no_grad()
+def untrained_null(roles: Roles) -> None:
+    """A null class as it is drawn before training."""
+    table = roles.teacher.denoiser.network.unet.class_embedding.weight
+    table[-1] = torch.randn(table.shape[1], generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def merge_student(roles: Roles) -> None:
+    """The student's change in the base, which all three share, while it stays beside it."""
+    for name, change in lora_of(roles.student.network).items():
+        weight = roles.student.network.get_submodule(name).weight
+        weight.copy_(merged(weight, change))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run: a recipe, what is set otherwise, and a fault that is planted while it goes on."""
+
+    recipe: str
+    settings: tuple[str, ...] = ()
+    fault: Callable[[], AbstractContextManager[None]] = nullcontext
+    teacher: str = "digits-teacher"
+
+
+RATES = {"digits-1step": (1e-3, 2e-3), "digits-4step": (3e-4, 2e-3), "digits-4step-lora": (9e-4, 6e-3)}
+
+
+def settings_of(fault: str, recipe: str) -> tuple[str, ...]:
+    student, critic = RATES[recipe]
+    return {
+        "critic-1to1": ("student_every=1",),
+        "critic-slow": (f"critic.optimizer.lr={critic / 30}",),
+        "critic-slowish": (f"critic.optimizer.lr={critic / 8}",),
+        "gan-30": (f"gan.student_weight={0.15 * 30}",),
+        "gan-10": (f"gan.student_weight={0.15 * 10}",),
+        "rate-30": (f"student.optimizer.lr={student * 30}", f"critic.optimizer.lr={critic * 30}"),
+        "rate-10": (f"student.optimizer.lr={student * 10}", f"critic.optimizer.lr={critic * 10}"),
+        "no-dm": ("dm.weight=0",),
+    }[fault]
+
+
+SHORT = ("num_steps=400",)
+GUIDED = (*SHORT, "guidance_scale=2")
+LORA = "digits-4step-lora"
+HEALTHY = {
+    f"{recipe}-{seed}": Case(recipe, (*SHORT, f"seed={seed}"))
+    for seed in range(3)
+    for recipe in ("digits-1step", "digits-4step", LORA)
+}
+HEALTHY |= {
+    "digits-1step-guided": Case("digits-1step", GUIDED, teacher="digits-guided-teacher"),
+    "lora-continued": Case(LORA, (*SHORT, "init_from=digits-4step-lora-0")),
+}
+FAULTS = {
+    f"{fault}-{recipe.removeprefix('digits-')}": Case(recipe, SHORT + settings_of(fault, recipe))
+    for recipe in ("digits-1step", "digits-4step")
+    for fault in ("critic-1to1", "critic-slow", "gan-30", "rate-30", "no-dm", "critic-slowish", "gan-10", "rate-10")
+}
+FAULTS |= {
+    "sign-flipped-1step": Case("digits-1step", SHORT, sign_flipped),
+    "sign-flipped-4step": Case("digits-4step", SHORT, sign_flipped),
+    "zero-null": Case("digits-1step", GUIDED, lambda: made_otherwise(zero_null, "make_roles"), "digits-guided-teacher"),
+    "untrained-null": Case(
+        "digits-1step", GUIDED, lambda: made_otherwise(untrained_null, "make_roles"), "digits-guided-teacher"
+    ),
+    "adapter-twice": Case(
+        LORA, HEALTHY["lora-continued"].settings, lambda: made_otherwise(merge_student, "initialize")
+    ),
+}
+CASES = HEALTHY | FAULTS
+
+
+def run(name: str, folder: Path) -> Path:
+    """The run of a case in the folder, with its teacher beside it, made if it is not there."""
+    case, out = CASES[name], folder / name
+    if not (folder / case.teacher / "checkpoints").exists():
+        recipe = load_recipe("digits-teacher", [*TEACHERS[case.teacher], *QUIET])
+        teach(recipe, folder / case.teacher, report=lambda *_: None)
+    if not (out / "checkpoints").exists():
+        shutil.rmtree(out, ignore_errors=True)
+        recipe = load_recipe(case.recipe, [*QUIET, *case.settings, f"teacher={folder / case.teacher}"])
+        with case.fault():
+            verb.distill(recipe, out, report=lambda *_: None)
+    return out
+
+
+def thinned(values: dict[str, float]) -> dict[str, float]:
+    """Three digits of each number that findings may read."""
+    return {name: float(f"{value:.3g}") for name, value in values.items() if name not in LEFT_OUT or name == "step"}
+
+
+def record(name: str, folder: Path) -> None:
+    """Writes tests/health/NAME.jsonl: the recipe, then the lines of metrics.jsonl."""
+    out = run(name, folder)
+    recipe = load_recipe(CASES[name].recipe, [*QUIET, *CASES[name].settings, f"teacher={CASES[name].teacher}"])
+    lines = [recipe.model_dump(mode="json"), *map(thinned, read_metrics(out / METRICS))]
+    (RECORDS / f"{name}.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for asked in sys.argv[2:] or CASES:
+        record(asked, Path(sys.argv[1]).resolve())
+        print(asked, flush=True)
