@@ -1,6 +1,7 @@
 """Small distillations that are well, or broken on purpose, one fault each; tests/health holds what their signals were.
 
 PYTHONPATH=src python benchmarks/made_to_fail.py FOLDER [NAME ...]     runs them, or those, and records each
+PYTHONPATH=src python benchmarks/made_to_fail.py --table               what rules read off the records and find
 
 Teachers and runs stay in FOLDER; what was run before is not run again. On the CPU, one thread. The faults that no
 recipe can say are planted here, from outside: the sign of the DM term, the null condition, an adapter counted twice.
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -21,6 +23,7 @@ import torch
 from fewstep.commands import distill as verb
 from fewstep.commands.teach import teach
 from fewstep.diffusion import losses
+from fewstep.evaluation.findings import Curves, find
 from fewstep.networks.lora import merged
 from fewstep.networks.lora_layers import lora_of
 from fewstep.recipes.loading import load_recipe
@@ -172,8 +175,28 @@ def record(name: str, folder: Path) -> None:
     (RECORDS / f"{name}.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
 
 
+READ = {  # columns of the table: medians of the windows that the rules have
+    name: partial(Curves.level, name=name)
+    for name in ("gap", "gan_to_dm", "gan_critic_loss", "logit_gap", "logit_std", "brightness", "contrast")
+}
+READ["critic_lag"] = lambda curves: curves.level("critic_lag", 0.25)
+READ["x0_std / real_std"] = lambda curves: curves.ratio("x0_std", "real_std")
+
+
+def table() -> None:
+    """Prints what the rules read off the records, run by run, and the first finding of each."""
+    print("| run | " + " | ".join(READ) + " | first finding |\n|---|" + "--:|" * len(READ) + "---|")
+    for name in [name for name in CASES if (RECORDS / f"{name}.jsonl").exists()]:
+        recipe, *lines = (json.loads(line) for line in (RECORDS / f"{name}.jsonl").read_text().splitlines())
+        values = [read(Curves(lines, [], recipe)) for read in READ.values()]
+        told, first = ["" if value is None else f"{value:.3g}" for value in values], find(lines, [], recipe)[0]
+        print(f"| {' | '.join([name, *told])} | {first.level}: {first.signal}; {first.advice} |")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    if sys.argv[1] == "--table":
+        sys.exit(table())
     for asked in sys.argv[2:] or CASES:
         record(asked, Path(sys.argv[1]).resolve())
         print(asked, flush=True)
