@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -42,7 +43,7 @@ def test_help_fits_a_terminal_and_shows_an_example(verb: str) -> None:
     assert (code, errors) == (0, "")
     lines = output.strip().splitlines()
     assert len(lines) <= (
-        24 + 2 * (not verb) if verb in ("", "demo", "teach", "distill", "recipes", "import edm") else 60
+        24 + 3 * (not verb) if verb in ("", "demo", "teach", "distill", "recipes", "import edm") else 60
     )
     assert max(map(len, lines)) <= 80
     assert f"Example: fewstep {verb}".strip() in output
@@ -70,3 +71,11 @@ def test_a_mistake_in_a_recipe_is_one_line_at_once(line: str, fragment: str) -> 
     assert (code, output) == (2, "")
     assert fragment in error
     assert "\n" not in error
+
+
+def test_a_page_of_a_run_is_there_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("run").mkdir()
+    Path("run/recipe.yaml").write_text("kind: teach")
+    Path("run/metrics.jsonl").write_text('{"step": 1, "denoising_loss": 0.5}\n')
+    assert answer("report run") == (0, "wrote run/report.html\n", "")

@@ -156,7 +156,9 @@ def test_of_one_model_nothing_is_the_best(tmp_path: Path) -> None:
 def test_names_are_escaped(tmp_path: Path) -> None:
     nasty = '<script>alert("&")</script>$title'
     facts = {"features": nasty, "command": nasty}
-    page = page_of(tmp_path, [replace(TEACHER, model=nasty)], {nasty: CURVE["run"]}, title=nasty, **facts)
+    page = page_of(
+        tmp_path, [replace(TEACHER, model=nasty)], {nasty: CURVE["run"], "b": CURVE["run"]}, title=nasty, **facts
+    )
     assert "script" not in page.tags
     assert page.rows[1][0] == nasty
     assert page.text.count(nasty) == 8  # title and heading, row, features, command, caption, legends of two curves

@@ -254,6 +254,7 @@ def test_a_pipe_gets_a_line_per_log_line_and_the_end_names_what_comes_next() -> 
     assert told == [
         "wrote run, 4 steps",
         "next: fewstep sample run",
+        "next: fewstep report run",
         "next: fewstep evaluate teacher run",
         "next: fewstep export run run-diffusers",
     ]

@@ -48,7 +48,8 @@ def distill(recipe: StudentRecipe, run: Path, resume: bool = False, report: Repo
     lora = recipe.kind == "distill" and recipe.lora is not None
     judging = [["evaluate", *([teacher] if teacher else []), str(run)]] if recipe.data.source else []  # by real images
     exporting = [f"{run.name}.safetensors", "--to", "lora"] if lora else [f"{run.name}-diffusers"]
-    following = [["sample", str(run), *map(str, prompt)], *judging, ["export", str(run), *exporting]]
+    looking = [["sample", str(run), *map(str, prompt)], ["report", str(run)]]
+    following = [*looking, *judging, ["export", str(run), *exporting]]
     tell_done(f"{run}, {recipe.num_steps:,} steps", *map(shlex.join, following))
 
 

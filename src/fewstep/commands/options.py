@@ -265,6 +265,20 @@ class Sweep(Order):
     family: Family = None
 
 
+@verb("report", "report.report", "runs/digits-4step --watch")
+class Report(Order):
+    """Show whether runs converge, on one page: findings in words, curves, samples, what differs in settings.
+
+    It needs no GPU, and reads runs that are still going on.
+    """
+
+    runs: Annotated[Places, Argument(help="Runs, of students or teachers, one over the other; RUN@STEP: up to it.")]
+    out: Path | None = option("Page to write.", metavar="HTML", show_default="RUN/report.html; report.html for several")
+    overwrite: Overwrite = False
+    watch: bool = option("Write it again and again until the runs are finished; browsers follow.", False, "--watch")
+    every: int = option("Seconds between two, with --watch.", 30, metavar="N", min=1, max=86_400)
+
+
 @verb("export", "exporting.export", "runs/sdxl-4step sdxl-4step.safetensors")
 class Export(Order):
     """Write a student as a diffusers folder, as one file for ComfyUI and A1111, or as a LoRA."""

@@ -66,7 +66,8 @@ def curve_figure(
         curves.append(Curve(points, colour, best=(best or {}).get(run)))
         curves.append(Curve(others, colour, dashed=True))
         lasts = " and ".join(number(each[-1][1]) for each in (points, others) if each)
-        told += [f'<b class="c{colour % MAX_COLOURS}">{escape(run)}</b> {lasts}'] if lasts else []
+        named = f'<b class="c{colour % MAX_COLOURS}">{escape(run)}</b>' if len(runs) > 1 else "last"
+        told += [f"{named} {lasts}"] if lasts else []
     drawn = picture([curve for curve in curves if curve.points], caption or name, level)
     return figure(caption or name, drawn, "curve", " · ".join(told)) if drawn else ""
 

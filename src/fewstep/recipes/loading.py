@@ -198,6 +198,16 @@ def documented(recipe: BaseModel) -> Iterator[tuple[str, Any, str]]:
             yield name, value, " ".join((field.description or "").split())
 
 
+def defaults(recipe: BaseModel, usual: BaseModel | None = None, above: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, default) for every setting of a recipe that has one, of a group that is null by default its own."""
+    for name, field in type(recipe).model_fields.items():
+        value, default = getattr(recipe, name), field.get_default() if usual is None else getattr(usual, name)
+        if isinstance(value, BaseModel):
+            yield from defaults(value, default if isinstance(default, BaseModel) else None, f"{above}{name}.")
+        elif not field.is_required():
+            yield f"{above}{name}", default
+
+
 def _override(text: str) -> dict[str, Any]:
     """`a.b=value` as nested settings, the value as typed."""
     key, separator, value = text.partition("=")

@@ -101,6 +101,22 @@ def find(text: str | Path, ema: str | None = None) -> Found:
     return found
 
 
+def up_to(text: str | Path) -> tuple[Path, int | None]:
+    """The run folder, and the step of RUN@STEP, which needs no checkpoint, or RUN@best-METRIC; None of the whole RUN.
+
+    Raises UserError, naming what there is, where nothing is meant.
+    """
+    run, choice = _parse(text)
+    check_run(run)
+    if not choice or choice.isdecimal():
+        return run, int(choice) if choice else None
+    best = {f"best-{name}": step for name, step in sorted(best_steps(read_metrics(run / EVALUATIONS)).items())}
+    if choice not in best:
+        there = ", ".join(f"@{each}" for each in ("STEP", *best))
+        raise UserError(f"{run}: has no step @{choice}; it has {there}")
+    return run, best[choice]
+
+
 def short_name(source: str | Path) -> str:
     """The last part of a run or of a path; of a model folder in a checkpoint RUN@STEP."""
     path = Path(source).resolve()
