@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
@@ -28,7 +29,7 @@ from fewstep.networks.lora import LowRank
 from fewstep.networks.settings import PixelModelConfig
 from fewstep.pictures import GAP
 from fewstep.seeding import generator
-from tiny_encoders import save_clip
+from tiny_encoders import save_clip, save_dino
 from tiny_pipelines import TINY
 
 LAYERS = ("conv1", "conv2", "to_q", "to_out.0")
@@ -68,6 +69,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pipeline.save_pretrained(folder / "text")
     write_lora(folder / "text.safetensors", load(folder / "text"), 1, [999, 749, 499, 249])
     save_clip(folder / "clip")
+    save_dino(folder / "dino")
+    for name in ("mute", "cut"):
+        shutil.copytree(folder / "clip", folder / name, ignore=shutil.ignore_patterns("*token*", "vocab*"))
+    (folder / "cut" / "model.safetensors").write_bytes((folder / "clip" / "model.safetensors").read_bytes()[:-9])
     return folder
 
 
@@ -291,6 +296,9 @@ def test_rows_and_columns_of_the_picture_are_the_axes(strengths: tuple[float, ..
         ("pixels --clip clip", ["--clip"]),
         ("text --prompt cat --clip pixels", ["--clip pixels", "no folder of a CLIP model"]),
         ("text --prompt cat --clip text/text_encoder", ["text/text_encoder"]),
+        ("text --prompt cat --clip dino", ["--clip dino", "is a dinov2", "known are clip"]),
+        ("text --prompt cat --clip mute", ["--clip mute", "holds neither tokenizer.json nor vocab.json"]),
+        ("text --prompt cat --clip cut", ["--clip cut", "model.safetensors", "damaged"]),
         ("pixels --best clip --steps 1", ["--best clip", "--clip names"]),
         ("pixels --best beauty --steps 1", ["--best beauty", "seconds"]),
         ("pixels --out pixels/fewstep.json", ["--out"]),

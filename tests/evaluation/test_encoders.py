@@ -100,6 +100,15 @@ def test_features_are_those_of_the_folders_own_processor(name: str, tmp_path: Pa
         torch.testing.assert_close(extractor.features(images), wanted, rtol=0, atol=1e-5)
 
 
+def test_the_largest_dinov2_has_gates(tmp_path: Path) -> None:
+    """Whose weights two to a tensor are in files, and apart in the network."""
+    network = save_dino(tmp_path / "giant", use_swiglu_ffn=True)
+    dinos(40, 28).save_pretrained(tmp_path / "giant")
+    images = pixels(2, 1)
+    wanted = expected("dino", network, processed(dinos(40, 28), images))
+    torch.testing.assert_close(Encoder(tmp_path / "giant", "cpu").features(images), wanted, rtol=0, atol=1e-5)
+
+
 def test_parts_of_a_batch_are_the_whole_and_the_text_tower_is_let_go(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,8 +192,13 @@ def change(folder: Path, **settings: Any) -> None:
 
 def damage(folder: Path, tensor: str, value: float) -> None:
     tensors = load_file(folder / "model.safetensors")
-    tensors[tensor].fill_(value)
+    tensors[tensor] = torch.full_like(tensors.get(tensor, torch.empty(3)), value)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def without(folder: Path, tensor: str) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: each for name, each in tensors.items() if name != tensor}, folder / "model.safetensors")
 
 
 def cut(folder: Path) -> None:
@@ -212,6 +226,13 @@ WRONG: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "no-config": ("dino", lambda it: (it / "config.json").unlink(), r"no folder of a CLIP or DINOv2 model .*no config"),
     "cut": ("dino", cut, r"model\.safetensors: is missing or damaged"),
     "pickled": ("dino", pickled, "holds no weights in safetensors"),
+    "missing": ("dino", lambda it: without(it, "layernorm.weight"), r"lacks 1 tensors \(layernorm\.weight"),
+    "attention-missing": (
+        "dino",
+        lambda it: without(it, "encoder.layer.0.attention.attention.key.bias"),
+        "lacks 1 tensor",
+    ),
+    "more": ("dino", lambda it: damage(it, "head.weight", 1), r"holds 1 tensors that no part takes \(head\.weight"),
     "nan": ("dino", lambda it: damage(it, "layernorm.weight", torch.nan), r"layernorm\.weight holds NaN"),
     "other-sizes": ("dino", lambda it: change(it, hidden_size=32), "has other sizes than its configuration"),
     "grey": ("dino", lambda it: (shutil.rmtree(it), save_dino(it, num_channels=1)), "in 1 channels, not square ones"),

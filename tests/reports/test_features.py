@@ -86,9 +86,37 @@ class NotANumber(nn.Module):
         return images.float().mean(dim=(2, 3)) / 0.0 - images.float().mean(dim=(2, 3)) / 0.0
 
 
+class Asserts(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        assert images.shape[3] == 299
+        return images.float().mean(dim=(2, 3))
+
+
+class Grey(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(1, 2, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.first(images.float()).mean(dim=(2, 3))
+
+
+class Wide(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.width = width
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.float().mean(dim=(2, 3))[:, :1].expand(-1, self.width)
+
+
 def scripted(network: nn.Module, folder: Path) -> TorchScriptExtractor:
     torch.jit.script(network.eval()).save(folder / "net.pt")
     return TorchScriptExtractor(folder / "net.pt")
+
+
+def test_features_of_4096_numbers_are_taken(tmp_path: Path) -> None:
+    assert scripted(Wide(4096), tmp_path).features(pixels()).shape == (4, 4096)
 
 
 @pytest.mark.parametrize("network", [FeaturesIfAsked(), Maps()], ids=["row-28-features-if-asked", "row-28-b-c-1-1"])
@@ -106,6 +134,9 @@ def test_features_are_taken(network: nn.Module, tmp_path: Path) -> None:
         pytest.param(Labels(), r"gives numbers \(4,\) for 4 images, not features", id="row-28-labels"),
         pytest.param(Maps(4), r"gives numbers \(4, 3, 4, 4\) for 4 images, not features", id="row-28-maps"),
         pytest.param(OfTheWholeBatch(), r"gives numbers \(1, 3\) .* as many", id="row-28-of-the-batch"),
+        pytest.param(Asserts(), r"must take uint8 images \(4, 3, 8, 8\)", id="row-28-an-assertion"),
+        pytest.param(Grey(), r"must take uint8 images \(4, 3, 8, 8\)", id="row-28-one-channel"),
+        pytest.param(Wide(4097), r"gives numbers \(4, 4097\) .*with D up to 4096", id="row-28-too-wide"),
         pytest.param(nn.Conv2d(3, 4, 8), r"must take uint8 images \(4, 3, 8, 8\)", id="row-28-normalised-floats"),
     ],
 )

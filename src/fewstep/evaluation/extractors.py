@@ -103,7 +103,7 @@ class TorchScriptExtractor:
         """Raises UserError for anything but features (B, D)."""
         what = f"numbers {tuple(given.shape)}" if isinstance(given, Tensor) else f"a {type(given).__name__}"
         told = f"{self.path}: gives {what} for {len(images)} images"
-        if not isinstance(given, Tensor) or given.dim() < 2 or given[0].numel() != given.shape[1] <= MAX_FEATURES:
+        if not (isinstance(given, Tensor) and given.dim() > 1 and given[0].numel() == given.shape[1] <= MAX_FEATURES):
             raise UserError(f"{told}, not features (B, D) with D up to {MAX_FEATURES} (--features)")
         found, width = given.flatten(1), given.shape[1]
         if len(found) != len(images) or width != (self.width or width):

@@ -74,12 +74,15 @@ def _network(source: str, setting: str) -> Any:
 
 
 def _check(distance: Distance, source: str, pixels: Tensor, setting: str, advice: str) -> None:
-    """Raises UserError unless it gives one number per picture."""
+    """Raises UserError unless it gives one finite number per picture."""
     try:
         with torch.no_grad():
             found = distance(pixels, pixels)
-    except (RuntimeError, torch.jit.Error) as error:
+    except (RuntimeError, torch.jit.Error) as error:  # the second is of a script's assertions
         what = f"does not take two batches of pictures of {pixels.shape[-1]} pixels"
         raise UserError(f"{setting}: {source}: {what}; {advice}") from error
-    if found.shape != pixels.shape[:1]:
-        raise UserError(f"{setting}: {source}: must give one number per picture, not {tuple(found.shape)}")
+    what = f"{tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+    if not isinstance(found, Tensor) or found.shape != pixels.shape[:1]:
+        raise UserError(f"{setting}: {source}: must give one number per picture, not {what}")
+    if not found.isfinite().all():
+        raise UserError(f"{setting}: {source}: gives NaN or infinity for pictures that are the same")

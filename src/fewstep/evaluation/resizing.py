@@ -1,6 +1,7 @@
 """How pictures are made ready for a feature network: as clean-fid does it, or a processor of transformers."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,15 @@ def clean(images: Tensor, size: int = INCEPTION) -> Tensor:
     """
     if images.shape[2:] == (size, size):
         return images.float()
-    planes = images.flatten(0, 1).float().cpu().numpy()  # (B C, H, W)
-    resized = (np.asarray(Image.fromarray(plane).resize((size, size), BICUBIC)) for plane in planes)
-    return torch.from_numpy(np.stack([*resized])).clamp(0, 255).reshape(*images.shape[:2], size, size)
+    planes = images.cpu().float().flatten(0, 1).numpy()  # (B C, H, W)
+    resized = _in_threads(lambda plane: Image.fromarray(plane).resize((size, size), BICUBIC), planes)
+    return resized.clamp(0, 255).reshape(*images.shape[:2], size, size)
+
+
+def _in_threads(resize: Callable[[Any], Image.Image], pictures: Iterable[Any]) -> Tensor:
+    """(N, h, w) or (N, h, w, 3): PIL leaves the interpreter to others while it resizes."""
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        return torch.from_numpy(np.stack([*pool.map(lambda each: np.asarray(resize(each)), pictures)]))
 
 
 @dataclass(frozen=True)
@@ -49,9 +56,8 @@ class Preprocessing:
     def __call__(self, images: Tensor, device: torch.device | str) -> Tensor:
         height, width = self.resized(*images.shape[2:])
         if images.shape[2:] != (height, width):
-            pictures = (to_picture(each).resize((width, height), self.resample) for each in images)
-            images = torch.from_numpy(np.stack([np.asarray(each) for each in pictures]))  # (B, h, w) or (B, h, w, 3)
-            images = images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2)
+            resized = _in_threads(lambda each: to_picture(each).resize((width, height), self.resample), images.cpu())
+            images = resized[:, None] if resized.dim() == 3 else resized.permute(0, 3, 1, 2)  # (B, C, h, w)
         wanted = self.crop or (height, width)
         top, left = (height - wanted[0]) // 2, (width - wanted[1]) // 2
         cropped = images[:, :, top : top + wanted[0], left : left + wanted[1]].to(device).float()
