@@ -342,7 +342,7 @@ def test_a_run_uses_in_its_steps_only_what_they_need_and_releases_the_rest(
     assert tell(f"fewstep distill recipe.yaml --out {tmp_path}/run --set {settings}") == (0, "")
     before, *steps = " ".join(events).split("step")
     assert before.split()[-1] == "release"
-    assert "autoencoder" not in before
+    assert ("autoencoder" in before) == ("autoencoder" in in_steps)  # for the teacher's errors, of real images
     found = {event for part in steps for event in part.split("done")[0].split()}
     assert found == in_steps  # embeddings are kept, unless there is no room for them
     # the grid, decoded behind the text encoders

@@ -58,7 +58,7 @@ class Perceptron(nn.Module):
 class PlaneModel:
     """What DMD2 asks of an image model, for points."""
 
-    shape, device = (2,), torch.device("cpu")
+    shape, device, on_pixels = (2,), torch.device("cpu"), False
 
     def encode_condition(self, batch: dict[str, Tensor]) -> dict:
         return {}

@@ -50,9 +50,21 @@ class Guided(nn.Module):
         return self.denoiser.schedule
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        return self.guide(*self.halves(x_t, t, condition))
+
+    def halves(self, x_t: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
+        """x0_null and x0_cond, each (B, ...), from the one pass."""
         null = {key: value.expand(len(x_t), *value.shape[1:]) for key, value in self.null_condition.items()}  # (B, ...)
         # (2B, ...), in one pass, null first, as in diffusers
         both = {key: torch.cat([null.get(key, value), value]) for key, value in condition.items()}
         x0_null, x0_cond = self.denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
-        x0: Tensor = x0_null + self.scale * (x0_cond - x0_null)
-        return x0
+        return x0_null, x0_cond
+
+    def guide(self, x0_null: Tensor, x0_cond: Tensor) -> Tensor:
+        """The guided x0 of its halves."""
+        return x0_null + self.scale * (x0_cond - x0_null)
+
+
+def unguided(denoiser: Denoiser | Guided) -> Denoiser:
+    """The denoiser that is guided, or that is not."""
+    return denoiser.denoiser if isinstance(denoiser, Guided) else denoiser

@@ -62,6 +62,8 @@ class ImageModel(ABC):
     denoiser: Denoiser
     shape: tuple[int, ...]
     """Of one x0, without the batch."""
+    on_pixels: bool = False
+    """Whether x0 is the picture itself."""
     channels: int
     """Of its pictures."""
     num_classes: int = 0

@@ -20,6 +20,7 @@ class PixelModel(ImageModel):
     """x0 is the image itself, (C, H, W) in [-1, 1]; UserError unless there are as many `class_names` as classes."""
 
     kind: Literal["label"] = "label"
+    on_pixels = True
 
     def __init__(
         self,

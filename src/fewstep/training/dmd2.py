@@ -1,14 +1,15 @@
 """DMD2: distribution matching with a two time-scale critic, a GAN on it, and backward simulation (arXiv 2405.14867)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fewstep.diffusion import losses
-from fewstep.diffusion.denoiser import Condition
+from fewstep.diffusion.denoiser import Condition, Guided
 from fewstep.diffusion.losses import finite_samples, without_samples
 from fewstep.diffusion.sampling import whole_rollout
 from fewstep.models.image_model import ImageModel
@@ -22,6 +23,15 @@ from fewstep.training.pool import Pool, Samples, rows_of
 from fewstep.training.regression import PairLoss
 from fewstep.training.roles import Roles
 from fewstep.training.settings import DMD2Settings
+from fewstep.training.signals import (
+    Signals,
+    Sums,
+    sums_of_errors,
+    sums_of_logits,
+    sums_of_samples,
+    sums_of_update,
+)
+from fewstep.training.teacher_errors import TeacherErrors
 
 SQUARED = "_image_grad_norm"  # what parts give the share of the square of
 
@@ -57,6 +67,9 @@ class DMD2(StudentMethod):
         self.critic_optimizer = Optimizer(critic_parameters, settings.critic.optimizer, num_steps)
         self.student_levels = level_sampler(settings.dm.noise, self.schedule, model.device)
         self.critic_levels = level_sampler(settings.critic.noise, self.schedule, model.device)
+        self.signals: Signals | None = None
+        self.teacher_errors: TeacherErrors | None = None
+        """What a step tells of its health; and what the critic's loss is measured by, where real images are."""
 
     def step(self, parts: Sequence[Part], step: int) -> Metrics:
         """Makes fakes, updates the student if it is its turn, then the critic on the same fakes.
@@ -64,6 +77,8 @@ class DMD2(StudentMethod):
         Two loops over the parts: all fakes are of the student before its update, as they are in one piece.
         """
         students_turn, weight = step % self.settings.student_every == 0, 1 / len(parts)
+        # When the critic has had its updates on this student; of every step they would cost five times as much.
+        self.signals = Signals() if students_turn else None
         if self.pool and students_turn:
             self.pool.begin(self.draw_stop(step))
         # The student changes behind the last part only, so that no part sees another student than the one before.
@@ -71,10 +86,24 @@ class DMD2(StudentMethod):
         metrics = of_parts([of_part for *_, of_part in found])
         if students_turn:
             norms = {name: value.sqrt() for name, value in metrics.items() if name.endswith(SQUARED)}
-            metrics = self.update_student(can_learn(metrics, parts)) | metrics | norms
+            metrics = self.update_student(can_learn(metrics, parts)) | metrics | norms | self._balance(norms)
         critics = of_parts([self.critic_gradients(fake, real, weight) for fake, real, _ in found])
         norm, skipped = self.critic_optimizer.step(can_learn(critics, parts, not_finite_data=self.num_reals))
-        return metrics | critics | {"critic_grad_norm": norm, "skipped_critic": skipped}
+        # Behind what decides on an update: a signal that is not finite is in no line, and no reason to skip one.
+        signals = self.signals.read() if self.signals else {}
+        return metrics | critics | {"critic_grad_norm": norm, "skipped_critic": skipped} | signals
+
+    def _watch(self, sums_of: Callable[..., Sums], *given: Any) -> None:
+        """Takes in a part's sums in the turns that have signals."""
+        if self.signals:
+            self.signals.add(sums_of(*given))
+
+    def _balance(self, norms: Metrics) -> Metrics:
+        """`gan_to_dm`, the weighted norm of the GAN's gradient at the image over that of distribution matching."""
+        gan, dm = (norms.get(f"{name}{SQUARED}") for name in ("gan", "dm"))
+        if gan is None or dm is None:
+            return {}
+        return {"gan_to_dm": self.settings.gan.student_weight / self.settings.dm.weight * gan / dm}
 
     def _samples_of(
         self, part: Part, step: int, students_turn: bool, weight: float
@@ -189,12 +218,13 @@ class DMD2(StudentMethod):
         if dm > 0:
             x_t, t = self.noised(fake, self.student_levels, draws)
             with torch.no_grad():
-                teacher_x0 = self.teacher(x_t, t, condition)  # (B, C, H, W), guided
+                teacher_x0, conditional = self._teacher_x0(x_t, t, condition)  # (B, C, H, W), guided and not
             if shared:
                 critic_x0, fake_features = x0_and_features(self.critic, self.feature_layer, x_t, t, condition, True)
             else:
                 with torch.no_grad():
                     critic_x0 = self.critic(x_t, t, condition)  # without guidance, which it is never trained with
+            self._watch(sums_of_update, fake, teacher_x0, critic_x0, conditional)
             terms["dm"] = Term(losses.dmd_loss(fake, teacher_x0, critic_x0), dm, count_broken(teacher=teacher_x0))
         if self.gan:
             if not shared:
@@ -202,6 +232,13 @@ class DMD2(StudentMethod):
             loss = losses.gan_student_loss(self.discriminator(fake_features))  # (B,)
             terms["gan"] = Term(loss, self.settings.gan.student_weight)
         return terms
+
+    def _teacher_x0(self, x_t: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor | None]:
+        """The teacher's x0, and that before guidance, if it is guided, of the same pass."""
+        if not isinstance(self.teacher, Guided):
+            return self.teacher(x_t, t, condition), None
+        null, conditional = self.teacher.halves(x_t, t, condition)
+        return self.teacher.guide(null, conditional), conditional
 
     def extra_terms(self, batch: Batch) -> dict[str, Term]:
         """Further losses of the student, which call it themselves: the distance from the teacher's images of pairs."""
@@ -220,7 +257,11 @@ class DMD2(StudentMethod):
         else:
             x0_hat = self.critic(x_t, t, fake.condition)
         # 1 / c_out^2 makes it the loss in what the network predicts: eps for SD, EDM's weight for EDM.
-        loss = losses.denoising_loss(x0_hat, fake.x0, self.critic.coefficients(t)[1]).mean()
+        errors = losses.denoising_loss(x0_hat, fake.x0, self.critic.coefficients(t)[1])  # (B,)
+        self._watch(sums_of_samples, "fake", fake.x0, self.model.on_pixels)
+        if self.teacher_errors:
+            self._watch(sums_of_errors, errors, self.teacher_errors.at(t))
+        loss = errors.mean()
         metrics = {"denoising_loss": loss.detach(), **count_broken(student=fake.x0, critic=x0_hat.detach())}
         if self.gan:
             if not self.shared:
@@ -229,6 +270,7 @@ class DMD2(StudentMethod):
             gan_loss = losses.gan_fake_loss(logits).mean()
             loss = loss + self.settings.gan.critic_weight * gan_loss
             metrics |= {"gan_critic_loss": gan_loss.detach(), "logit_gap": -logits.detach().mean()}
+            self._watch(sums_of_logits, "fake", logits)
         torch.autograd.backward(weight * loss)
         if self.gan:  # behind the backward pass of the fakes, whose graph is gone
             of_reals = self._real_gradients(real, fake, t, weight)
@@ -248,6 +290,8 @@ class DMD2(StudentMethod):
             features = self.noised_features(x0, real.condition, real.draws, t_real)
         logits = self.discriminator(features)  # (reals,)
         logits = torch.where(usable, logits, logits.detach())  # nothing is learned from the others
+        self._watch(sums_of_logits, "real", logits)
+        self._watch(sums_of_samples, "real", real.x0, self.model.on_pixels)
         loss = share * losses.gan_real_loss(logits).sum()
         torch.autograd.backward(weight * self.settings.gan.critic_weight * loss)
         counts = count_broken(data=real.x0)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.diffusion.denoiser import unguided
 from fewstep.models.latent_model import at_once
 from fewstep.models.outline import Outline
 from fewstep.networks.precision import DTYPES, AutocastDenoiser
@@ -71,7 +72,7 @@ def plan(recipe: Any, outline: Outline, granule: int = GRANULE) -> Plan:
         _name(meter, method, recipe)
         found = dict(_turns(meter, method, recipe, size, parts))
         resting = meter.total
-        call, forward = (_pass(meter, each, outline, size) for each in (method.student, _unguided(method.teacher)))
+        call, forward = (_pass(meter, each, outline, size) for each in (method.student, unguided(method.teacher)))
     at = max(found.values(), key=lambda turn: turn.peak)
     stops = range(method.num_noises)
     operations = dict.fromkeys(TURNS, 0.0)
@@ -132,10 +133,6 @@ def _trained(module: nn.Module) -> list[nn.Parameter]:
     return [p for p in module.parameters() if p.requires_grad]
 
 
-def _unguided(teacher: Any) -> Any:
-    return getattr(teacher, "denoiser", teacher)
-
-
 def _pass(meter: Meter, denoiser: Any, outline: Outline, num: int) -> float:
     """Operations of one of so many samples, without gradient."""
     condition = outline.conditions(range(num)) | {"stop": torch.zeros(num, dtype=torch.int64)}
@@ -159,7 +156,7 @@ def _name(meter: Meter, method: DMD2, recipe: Any) -> None:
         moments = [torch.empty(size, dtype=torch.uint8, device="meta") for size in sizes]
         meter.note(moments, f"moments of the {role}")
         optimizer.step = partial(_step, optimizer, moments)  # type: ignore[method-assign]
-    watched: dict[str, Any] = {"teacher": _unguided(method.teacher), "student": method.student, "critic": method.critic}
+    watched: dict[str, Any] = {"teacher": unguided(method.teacher), "student": method.student, "critic": method.critic}
     for role, denoiser in watched.items():
         meter.watch(role, denoiser.network)
     for name, of in (("student_gradients", "the student's losses"), ("critic_gradients", "the critic's losses")):
