@@ -97,6 +97,9 @@ class Sums:
     def __add__(self, other: "Sums") -> "Sums":
         return Sums(self.count + other.count, self.total + other.total, self.products + other.products)
 
+    def __sub__(self, part: "Sums") -> "Sums":
+        return Sums(self.count - part.count, self.total - part.total, self.products - part.products)
+
     @cached_property
     def mean(self) -> Tensor:
         return self.total / self.count

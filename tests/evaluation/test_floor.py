@@ -1,0 +1,93 @@
+"""The noise floor against perfect generators: sets drawn from the distribution that the real images are of."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from fewstep.evaluation import metrics
+from fewstep.evaluation.gathering import Gathered, Sums
+from fewstep.evaluation.metrics import enough, floor, split_counts
+
+DIM = 16
+SPECTRA = {"of one variance": torch.ones(DIM), "of falling variance": 1 / torch.arange(1, DIM + 1.0)}
+
+
+def drawn(num: int, seed: int, spectrum: Tensor) -> Gathered:
+    draws = torch.Generator().manual_seed(seed)
+    return Gathered.of(torch.randn(num, DIM, generator=draws) * spectrum.sqrt())
+
+
+@pytest.mark.parametrize(("spectrum", "noise"), [("of one variance", 0.04), ("of falling variance", 0.08)])
+@pytest.mark.parametrize(("num_real", "num_samples"), [(400, 400), (400, 100), (400, 16), (120, 300), (32, 32)])
+def test_the_floor_of_fid_is_the_mean_fid_of_perfect_generators(
+    num_real: int, num_samples: int, spectrum: str, noise: float
+) -> None:
+    """Within the noise of these means, from as many images in the floor's smaller set as dimensions."""
+    floors, fids = list[float](), list[float]()
+    for seed in range(50):
+        real = drawn(num_real, seed, SPECTRA[spectrum])
+        floors.append(floor(real, num_samples)["fid"])
+        fids += [metrics.fid(real, drawn(num_samples, 100 + 4 * seed + k, SPECTRA[spectrum])) for k in range(4)]
+    assert sum(floors) / len(floors) == pytest.approx(sum(fids) / len(fids), rel=noise)
+
+
+def test_the_floor_of_pairs_is_as_many_images_against_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = drawn(300, 0, SPECTRA["of one variance"])
+    seen = list[tuple[Gathered, Gathered]]()
+    monkeypatch.setitem(metrics.FUNCTIONS, "precision", lambda *both: seen.append(both) or 0.5)
+    assert [floor(real, num)["precision"] for num in (40, 500)] == [0.5, 0.5]
+    counts = [(len(some.features), len(others.features)) for others, some in seen]
+    assert counts == [split_counts(300, 40), split_counts(300, 500)] == [(40, 260), (150, 150)]
+    for others, some in seen:
+        both = torch.cat([some.features, others.features])
+        assert torch.equal(both.sort(dim=0).values, real.features.sort(dim=0).values)  # and no image is in both
+    monkeypatch.setattr(metrics, "MAX_COMPARED", 100)
+    floor(real, 500)
+    assert [len(each.features) for each in seen[-1]] == [100, 100]
+
+
+def test_a_floor_has_what_compares_two_sets_and_follows_from_its_seed() -> None:
+    whole = drawn(200, 0, SPECTRA["of one variance"])
+    numbers = {**whole.numbers, "colours": torch.rand(200, 3), "clip": torch.rand(200, 1)}
+    real = Gathered(200, {**whole.groups, "patches": whole.groups["features"]}, {**numbers, "patches": whole.features})
+    found = floor(real, 50)
+    assert found.keys() == {*metrics.metrics_of("features", "patches", "colours")}
+    assert found == floor(real, 50)
+    assert found["fid"] != floor(real, 50, seed=1)["fid"]
+    assert abs(found["brightness"]) < 0.2
+    assert floor(Gathered(200, {"features": [Sums.of(whole.features)]}), 50) == {}  # of statistics alone
+
+
+@pytest.mark.parametrize(
+    ("count", "width", "told"),
+    [
+        (511, 2048, "511 images are too few for a FID of 2048 features; it takes 512 or more, or a layer of 768"),
+        (100, 768, "100 images are too few for a FID of 768 features; it takes 192 or more, or a layer of 192"),
+        (15, 64, "15 images are too few for a FID of 64 features; it takes 16 or more, or a narrower layer"),
+        (512, 2048, None),
+        (100, 64, None),
+    ],
+)
+def test_too_few_images_for_the_features_are_told_with_how_many_it_takes_and_a_smaller_layer(
+    count: int, width: int, told: str | None
+) -> None:
+    assert enough(count, width) == told
+
+
+def test_a_covariance_is_singular_of_as_many_images_as_features() -> None:
+    assert "it takes 65 or more" in str(enough(64, 64, share=1))
+    assert enough(65, 64, share=1) is None
+    few, many = (Sums.of(torch.randn(num, 64).double()).covariance for num in (64, 65))
+    assert torch.linalg.matrix_rank(few) == 63
+    assert torch.linalg.matrix_rank(many) == 64
+
+
+def test_below_the_limit_a_perfect_generator_is_no_nearer_than_one_that_gives_the_mean_alone() -> None:
+    """In features of one variance, whose FID to a single point is its trace."""
+    draws = torch.Generator().manual_seed(0)
+    real = Gathered.of(torch.randn(3000, 64, generator=draws))
+    below, above = (
+        [metrics.fid(real, Gathered.of(torch.randn(n, 64, generator=draws))) for _ in "abc"] for n in (15, 24)
+    )
+    trace = real.sums().covariance.trace().item()
+    assert min(below) > trace > max(above)
