@@ -113,10 +113,12 @@ def settings_of(fault: str, recipe: str) -> tuple[str, ...]:
         "gan-10": (f"gan.student_weight={0.15 * 10}",),
         "rate-30": (f"student.optimizer.lr={student * 30}", f"critic.optimizer.lr={critic * 30}"),
         "rate-10": (f"student.optimizer.lr={student * 10}", f"critic.optimizer.lr={critic * 10}"),
+        "rate-low": (f"student.optimizer.lr={student / 300}", f"critic.optimizer.lr={critic / 300}"),
         "no-dm": ("dm.weight=0",),
     }[fault]
 
 
+ROLES = ("student", "critic")
 SHORT = ("num_steps=400",)
 GUIDED = (*SHORT, "guidance_scale=2")
 LORA = "digits-4step-lora"
@@ -127,12 +129,24 @@ HEALTHY = {
 }
 HEALTHY |= {
     "digits-1step-guided": Case("digits-1step", GUIDED, teacher="digits-guided-teacher"),
+    "digits-1step-constant": Case("digits-1step", (*SHORT, *(f"{role}.optimizer.decay=constant" for role in ROLES))),
+    "digits-1step-whole": Case("digits-1step"),
     "lora-continued": Case(LORA, (*SHORT, "init_from=digits-4step-lora-0")),
 }
 FAULTS = {
     f"{fault}-{recipe.removeprefix('digits-')}": Case(recipe, SHORT + settings_of(fault, recipe))
     for recipe in ("digits-1step", "digits-4step")
-    for fault in ("critic-1to1", "critic-slow", "gan-30", "rate-30", "no-dm", "critic-slowish", "gan-10", "rate-10")
+    for fault in (
+        "critic-1to1",
+        "critic-slow",
+        "gan-30",
+        "rate-30",
+        "no-dm",
+        "rate-low",
+        "critic-slowish",
+        "gan-10",
+        "rate-10",
+    )
 }
 FAULTS |= {
     "sign-flipped-1step": Case("digits-1step", SHORT, sign_flipped),

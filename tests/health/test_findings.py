@@ -7,7 +7,11 @@ from typing import Any
 
 import pytest
 
+from fewstep.commands.places import tell_health
 from fewstep.evaluation.findings import LOOKED_AT, RULES, Finding, find
+from fewstep.recipes.loading import parse
+from fewstep.runtime.checkpoint import METRICS
+from fewstep.runtime.tracking import to_line
 
 RECORDS = Path(__file__).parent
 HEALTHY = sorted(path.stem for path in RECORDS.glob("digits-*.jsonl"))
@@ -138,3 +142,14 @@ def test_a_rate_in_warm_up() -> None:
 def test_what_was_looked_at_is_told() -> None:
     assert set(LOOKED_AT) <= {rule.signal for rule in RULES} | {"cosine"}
     assert all(name in found("digits-1step-0")[0].why for name in LOOKED_AT)
+
+
+@pytest.mark.parametrize("name", ["no-dm-1step", "digits-1step-0"])
+def test_a_run_that_is_done_says_what_is_ill_in_two_lines_at_most(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, lines = recorded(name)
+    (tmp_path / METRICS).write_text("".join(map(to_line, lines)))
+    tell_health(tmp_path, parse(recipe, name))
+    told, ill = capsys.readouterr().out.splitlines(), [each for each in found(name) if each.level == "ill"]
+    assert told == [f"health: {each.what} {each.why}; {each.advice}" for each in ill[:2]]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fewstep.commands.judging import make_evaluation
-from fewstep.commands.places import tell_done
+from fewstep.commands.places import tell_done, tell_health
 from fewstep.commands.runs import Job, Jobs, check_source, finish_run, pick_device, tell_found, train_recipe
 from fewstep.data.pairs import load_pairs
 from fewstep.data.settings import EmbeddingSettings
@@ -53,6 +53,7 @@ def distill(recipe: StudentRecipe, run: Path, resume: bool = False, report: Repo
     looking = [["sample", str(run), *map(str, prompt)], ["report", str(run)]]
     following = [*looking, *judging, ["export", str(run), *exporting]]
     tell_done(f"{run}, {recipe.num_steps:,} steps", *map(shlex.join, following))
+    tell_health(run, recipe)
 
 
 def _job(recipe: StudentRecipe, run: Path) -> Job:

@@ -5,9 +5,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from fewstep.errors import UserError
+from fewstep.evaluation.findings import find
 from fewstep.files import nearest
+from fewstep.runtime.checkpoint import EVALUATIONS, METRICS
+from fewstep.runtime.tracking import read_metrics
 
 
 def check_writable(folder: Path) -> None:
@@ -36,3 +40,11 @@ def tell_done(wrote: str, *next_commands: str) -> None:
     print(f"wrote {wrote}")
     for command in next_commands:
         print(f"next: fewstep {command}")
+
+
+def tell_health(run: Path, recipe: Any) -> None:
+    """Prints what is ill in the curves of a run that is done, at most two lines."""
+    lines, evaluations = (read_metrics(run / name) for name in (METRICS, EVALUATIONS))
+    found = find(lines, evaluations, recipe.model_dump(mode="json"))
+    for each in [each for each in found if each.level == "ill"][:2]:
+        print(f"health: {each.what} {each.why}; {each.advice}")

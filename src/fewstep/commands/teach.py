@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from fewstep.commands.judging import make_evaluation
-from fewstep.commands.places import tell_done
+from fewstep.commands.places import tell_done, tell_health
 from fewstep.commands.runs import Job, Jobs, check_source, finish_run, pick_device, tell_found, train_recipe
 from fewstep.embedded.small_models import build_autoencoder, build_pipeline
 from fewstep.embedded.sources import open_captioned, open_captioned_images, open_images
@@ -28,6 +28,7 @@ def teach(recipe: TeachingRecipe, run: Path, resume: bool = False, report: Repor
     """Runs the recipe into the folder `run`."""
     train_recipe(JOBS, recipe, run, resume, report)
     tell_done(f"{run}, {recipe.num_steps:,} steps", *what_comes_next(recipe, run))
+    tell_health(run, recipe)
 
 
 def what_comes_next(recipe: TeachingRecipe, run: Path) -> list[str]:
