@@ -2,6 +2,7 @@
 
 import json
 import math
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from fewstep.commands.places import tell_health
 from fewstep.evaluation.findings import LOOKED_AT, RULES, Finding, find
 from fewstep.recipes.loading import parse
 from fewstep.runtime.checkpoint import METRICS
-from fewstep.runtime.tracking import to_line
+from fewstep.runtime.tracking import read_metrics, to_line
 
 RECORDS = Path(__file__).parent
 HEALTHY = sorted(path.stem for path in RECORDS.glob("digits-*.jsonl"))
@@ -153,3 +154,14 @@ def test_a_run_that_is_done_says_what_is_ill_in_two_lines_at_most(
     tell_health(tmp_path, parse(recipe, name))
     told, ill = capsys.readouterr().out.splitlines(), [each for each in found(name) if each.level == "ill"]
     assert told == [f"health: {each.what} {each.why}; {each.advice}" for each in ill[:2]]
+
+
+@pytest.mark.slow
+def test_the_same_is_found_where_a_run_is_made_again(tmp_path: Path) -> None:
+    """Two faults and a run that is well, from their teacher on: four CPU minutes."""
+    harness = runpy.run_path(str(RECORDS.parent.parent / "benchmarks" / "made_to_fail.py"))
+    for name in ("digits-1step-0", "gan-30-1step", "critic-slow-1step"):
+        recipe, _ = recorded(name)
+        again = find(read_metrics(harness["run"](name, tmp_path) / METRICS), [], recipe)
+        assert [(each.level, each.signal) for each in again] == [(each.level, each.signal) for each in found(name)]
+        assert FIRST.get(name, "nothing") in again[0].advice
