@@ -131,7 +131,7 @@ HEALTHY |= {
     "digits-1step-guided": Case("digits-1step", GUIDED, teacher="digits-guided-teacher"),
     "digits-1step-constant": Case("digits-1step", (*SHORT, *(f"{role}.optimizer.decay=constant" for role in ROLES))),
     "digits-1step-whole": Case("digits-1step"),
-    "lora-continued": Case(LORA, (*SHORT, "init_from=digits-4step-lora-0")),
+    "lora-continued": Case(LORA, (*SHORT, "init_from=RUNS/digits-4step-lora-0")),
 }
 FAULTS = {
     f"{fault}-{recipe.removeprefix('digits-')}": Case(recipe, SHORT + settings_of(fault, recipe))
@@ -162,6 +162,12 @@ FAULTS |= {
 CASES = HEALTHY | FAULTS
 
 
+def recipe_of(case: Case, folder: Path) -> Any:
+    """The resolved recipe, whose runs lie in the folder."""
+    settings = [each.replace("RUNS", str(folder)) for each in case.settings]
+    return load_recipe(case.recipe, [*QUIET, *settings, f"teacher={folder / case.teacher}"])
+
+
 def run(name: str, folder: Path) -> Path:
     """The run of a case in the folder, with its teacher beside it, made if it is not there."""
     case, out = CASES[name], folder / name
@@ -170,9 +176,8 @@ def run(name: str, folder: Path) -> Path:
         teach(recipe, folder / case.teacher, report=lambda *_: None)
     if not (out / "checkpoints").exists():
         shutil.rmtree(out, ignore_errors=True)
-        recipe = load_recipe(case.recipe, [*QUIET, *case.settings, f"teacher={folder / case.teacher}"])
         with case.fault():
-            verb.distill(recipe, out, report=lambda *_: None)
+            verb.distill(recipe_of(case, folder), out, report=lambda *_: None)
     return out
 
 
@@ -184,8 +189,8 @@ def thinned(values: dict[str, float]) -> dict[str, float]:
 def record(name: str, folder: Path) -> None:
     """Writes tests/health/NAME.jsonl: the recipe, then the lines of metrics.jsonl."""
     out = run(name, folder)
-    recipe = load_recipe(CASES[name].recipe, [*QUIET, *CASES[name].settings, f"teacher={CASES[name].teacher}"])
-    lines = [recipe.model_dump(mode="json"), *map(thinned, read_metrics(out / METRICS))]
+    recipe = recipe_of(CASES[name], Path("runs")).model_dump(mode="json")
+    lines = [recipe, *map(thinned, read_metrics(out / METRICS))]
     (RECORDS / f"{name}.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
 
 

@@ -17,7 +17,7 @@ from fewstep.seeding import Draws, generator
 from fewstep.training.dmd2 import DMD2
 from fewstep.training.settings import LoopSettings
 from fewstep.training.signals import Signals, sums_of_errors, sums_of_logits, sums_of_samples, sums_of_update
-from fewstep.training.teacher_errors import TeacherErrors, teacher_errors
+from fewstep.training.teacher_errors import TeacherErrors, null_error, teacher_errors
 from steps import GAN, LR, in_parts, make_dmd2, recorded_calls, same, whole
 from tiny_pipelines import TINY
 
@@ -271,7 +271,7 @@ def test_a_signal_that_is_not_finite_skips_nothing_and_is_in_no_line(tiny_model:
 
 def test_the_teachers_errors_are_its_losses_on_the_runs_first_images(tiny_model: PixelModel) -> None:
     """Each image at one of 16 levels, in turn; linear between them; the same at every start, and without guidance."""
-    settings, batches = LoopSettings(batch_size=8, num_steps=100, seed=5), []
+    settings, batches = LoopSettings(batch_size=8, num_steps=16, seed=5), []
 
     def batch_at(step: int, rows: range) -> dict[str, Tensor]:
         batches.append((step, rows))
@@ -301,6 +301,37 @@ def test_the_teachers_errors_are_its_losses_on_the_runs_first_images(tiny_model:
     between = (schedule.levels[500] + schedule.levels[501]) / 2
     t = torch.stack([schedule.levels[0], schedule.levels[500], between, schedule.levels[-1]])
     assert torch.equal(table.at(t), table.errors[[0, 500, 501, 999]])
+
+
+def test_small_pictures_have_a_table_of_more(tiny_model: PixelModel) -> None:
+    asked: list[int] = []
+
+    def batch_at(step: int, rows: range) -> dict[str, Tensor]:
+        asked.append(len(rows))
+        return images(step, len(rows))
+
+    teacher_errors(tiny_model.denoiser, tiny_model, batch_at, LoopSettings(batch_size=256, num_steps=1000))
+    assert 2048 <= sum(asked) < 2048 + asked[0]  # where the largest have 128
+
+
+def test_the_null_error_is_the_loss_without_a_condition_over_that_with_it_at_little_noise(
+    tiny_model: PixelModel,
+) -> None:
+    settings, teacher = (
+        LoopSettings(batch_size=8, num_steps=2),
+        Guided(tiny_model.denoiser, 7.0, {"label": torch.tensor([3])}),
+    )
+    found = null_error(teacher, tiny_model, lambda step, rows: images(step, 8), settings)
+    schedule, sums = tiny_model.denoiser.schedule, [0.0, 0.0]
+    for step in range(2):
+        draws, batch = Draws(generator(0, "teacher's errors", step), range(8), 8), images(step, 8)
+        x0, eps = batch["image"] / 127.5 - 1, draws.randn(1, 8, 8)
+        t = torch.stack([schedule.levels[(100, 150, 200, 250)[row % 4]] for row in range(8)])
+        for index, label in enumerate((torch.full((8,), 3), batch["label"])):
+            x0_hat = tiny_model.denoiser(x0 + t.float().view(-1, 1, 1, 1) * eps, t, {"label": label})
+            sums[index] += denoising_loss(x0_hat, x0, tiny_model.denoiser.coefficients(t)[1]).sum().item()
+    assert sums[0] != sums[1]
+    assert found.item() == pytest.approx(sums[0] / sums[1], rel=1e-6)
 
 
 def test_a_short_run_asks_for_no_more_images_than_it_has(tiny_model: PixelModel) -> None:

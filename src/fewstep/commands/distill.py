@@ -13,7 +13,7 @@ from fewstep.commands.runs import Job, Jobs, check_source, finish_run, pick_devi
 from fewstep.data.pairs import load_pairs
 from fewstep.data.settings import EmbeddingSettings
 from fewstep.data.texts import load_prompts
-from fewstep.diffusion.denoiser import unguided
+from fewstep.diffusion.denoiser import Guided, unguided
 from fewstep.embedded.sources import open_captioned, open_images
 from fewstep.errors import UserError
 from fewstep.evaluation.lpips import load_lpips
@@ -37,7 +37,7 @@ from fewstep.training.planning import Plan, checkpoint_bytes, plan, trained
 from fewstep.training.regression import PairLoss, Regression
 from fewstep.training.roles import Roles, make_roles, start_from
 from fewstep.training.settings import RegressionSettings
-from fewstep.training.teacher_errors import teacher_errors
+from fewstep.training.teacher_errors import null_error, teacher_errors
 
 ERROR = 0.05  # of a plan's peak, at most, against what was measured (benchmarks)
 
@@ -85,6 +85,8 @@ def _job(recipe: StudentRecipe, run: Path) -> Job:
         batch_at, asked = open_batches(recipe, model, runs)
         if method.gan:
             method.teacher_errors = teacher_errors(unguided(method.teacher), model, batch_at, recipe)
+            if isinstance(method.teacher, Guided):
+                method.null_error = null_error(method.teacher, model, batch_at, recipe)
         if pairs:
             pairs_at, _ = pair_batches(model, pairs, recipe, recipe.embeddings, runs)
             batch_at = with_pairs(batch_at, pairs_at, recipe.student_every)

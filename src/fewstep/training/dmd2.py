@@ -69,7 +69,9 @@ class DMD2(StudentMethod):
         self.critic_levels = level_sampler(settings.critic.noise, self.schedule, model.device)
         self.signals: Signals | None = None
         self.teacher_errors: TeacherErrors | None = None
-        """What a step tells of its health; and what the critic's loss is measured by, where real images are."""
+        self.null_error: Tensor | None = None
+        """What a step tells of its health; what the critic's loss is measured by, where real images are; and how much
+        worse the guided teacher's loss is without a condition."""
 
     def step(self, parts: Sequence[Part], step: int) -> Metrics:
         """Makes fakes, updates the student if it is its turn, then the critic on the same fakes.
@@ -91,6 +93,7 @@ class DMD2(StudentMethod):
         norm, skipped = self.critic_optimizer.step(can_learn(critics, parts, not_finite_data=self.num_reals))
         # Behind what decides on an update: a signal that is not finite is in no line, and no reason to skip one.
         signals = self.signals.read() if self.signals else {}
+        signals |= {} if self.null_error is None else {"null_error": self.null_error}  # of the teacher, told in each
         return metrics | critics | {"critic_grad_norm": norm, "skipped_critic": skipped} | signals
 
     def _watch(self, sums_of: Callable[..., Sums], *given: Any) -> None:
