@@ -115,6 +115,17 @@ def _gap_of_runaway(curves: Curves) -> float | None:
     return curves.level("gap") if shift is None or shift > 0.5 else None
 
 
+def _balance(curves: Curves) -> float | None:
+    """GAN over DM; None where critic and teacher are still all but the same, so that anything is above DM's nothing."""
+    return curves.level("gan_to_dm") if (curves.level("gap") or 0) > SAME else None
+
+
+def _spread(curves: Curves, falling: bool | None = None) -> float | None:
+    """The deviation of the samples over that of real ones; with `falling` of runs alone where it falls, or does not."""
+    fell = (curves.level("x0_std") or 0) < (curves.level("x0_std", 0, 0.25) or 0)
+    return curves.ratio("x0_std", "real_std") if falling in (None, fell) else None
+
+
 def _gap_alone(curves: Curves) -> float | None:
     """The gap where nothing better tells of the critic, and no guidance makes it larger."""
     told = curves.level("critic_lag") is not None or curves.setting("guidance_scale") != 1
@@ -179,22 +190,22 @@ def _critic_advice(curves: Curves) -> str:
 
 def _gan_advice(curves: Curves) -> str:
     weight, ratio = curves.setting("gan.student_weight") or 0.0, curves.level("gan_to_dm") or 1.0
-    return (
-        f"lower gan.student_weight from {weight:g} to {weight / ratio:.1g}, where both terms would pull alike, or below"
-    )
+    return f"lower gan.student_weight from {weight:g} to {weight / ratio:.1g} or less: there both would pull alike"
 
 
 def _best_advice(curves: Curves) -> str:
     fids = _of_evaluations(curves, "fid")
-    return (
-        f"take RUN@best-fid, which is step {min(fids, key=fids.__getitem__):,}; a next run may be as short (num_steps)"
-    )
+    best = min(fids, key=fids.__getitem__)
+    return f"take RUN@best-fid, which is step {best:,}; a next run may be as short (num_steps)"
 
 
 # --- the rules: causes before what follows from them -----------------------------------------------------------------
 
 FEWEST_CRITIC_UPDATES = 4  # per update of the student
 RESTLESS = 0.17  # critic_error_share
+SAME = 0.05  # gap
+AT_ONCE = ("skipped_updates", "dm_loss", "null_error")  # what needs no time to show
+OF_REALS = "of that of real samples, in the last half of the run"
 
 RULES = (
     Rule(
@@ -215,6 +226,14 @@ RULES = (
         window="lines long",
     ),
     Rule(
+        "null_error",
+        1.14,
+        _level("null_error"),
+        "The guided teacher was never trained with its null condition: guidance pushes away from nonsense.",
+        'where the null condition is made, encode "" (zeros only where the model was trained with them); else '
+        "guidance_scale=1, or a teacher with model.null_class and class_dropout",
+    ),
+    Rule(
         "gap",
         0.75,
         _gap_of_runaway,
@@ -222,13 +241,7 @@ RULES = (
         "either a loss of your own has its sign turned, or the teacher is read wrongly: look at its own samples "
         "(`fewstep sample`), teacher_prediction_type and guidance_scale",
     ),
-    Rule(
-        "gan_to_dm",
-        4,
-        _level("gan_to_dm"),
-        "The GAN pulls the student harder than distribution matching does.",
-        _gan_advice,
-    ),
+    Rule("gan_to_dm", 4, _balance, "The GAN pulls the student harder than distribution matching does.", _gan_advice),
     Rule(
         "critic_lag",
         1.3,
@@ -254,19 +267,29 @@ RULES = (
     Rule(
         "x0_std",
         0.75,
-        lambda curves: curves.ratio("x0_std", "real_std"),
-        "The student's samples are more alike than real ones: it collapses.",
-        "raise student_every or lower student.optimizer.lr; take the newest checkpoint from before it fell",
+        lambda curves: _spread(curves, falling=True),
+        "The student's samples become more alike than real ones: it collapses.",
+        "raise student_every or lower student.optimizer.lr; go on from a checkpoint before it fell (init_from)",
         below=True,
-        window="of that of real samples, in the last half of the run",
+        window=OF_REALS,
     ),
     Rule(
         "x0_std",
         1.25,
-        lambda curves: curves.ratio("x0_std", "real_std"),
+        _spread,
         "The student's samples spread wider than real ones: they are over-baked.",
-        "lower guidance_scale, or both rates",
-        window="of that of real samples, in the last half of the run",
+        "lower guidance_scale, or student.optimizer.lr and critic.optimizer.lr",
+        window=OF_REALS,
+    ),
+    Rule(
+        "x0_std",
+        0.75,
+        lambda curves: _spread(curves, falling=False),
+        "The student's samples are still more alike than real ones, as one step of the teacher gives them.",
+        "either wait (num_steps), or raise student.optimizer.lr and critic.optimizer.lr: it hardly moves",
+        level="watch",
+        below=True,
+        window=OF_REALS,
     ),
     *(
         Rule(
@@ -279,14 +302,7 @@ RULES = (
         )
         for name in ("brightness", "contrast", "saturation")
     ),
-    Rule(
-        "gap",
-        0.2,
-        _gap_alone,
-        "Critic and teacher are far apart.",
-        _critic_advice,
-        level="watch",
-    ),
+    Rule("gap", 0.2, _gap_alone, "Critic and teacher are far apart.", _critic_advice, level="watch"),
     Rule(
         "fid",
         1.25,
@@ -306,6 +322,16 @@ RULES = (
         window="below its best at the last evaluation",
     ),
     Rule(
+        "student_every",
+        FEWEST_CRITIC_UPDATES,
+        lambda curves: curves.setting("student_every"),
+        "The student is updated nearly as often as the critic.",
+        "set student_every to 5; where critic.optimizer.lr is far above the student's no curve may tell",
+        level="watch",
+        below=True,
+        window="in the recipe",
+    ),
+    Rule(
         "learning_rate",
         1,
         _warm_up,
@@ -315,17 +341,6 @@ RULES = (
         below=True,
         window="of its peak",
     ),
-)
-LOOKED_AT = (
-    "gap",
-    "cosine",
-    "critic_lag",
-    "gan_to_dm",
-    "gan_critic_loss",
-    "logit_gap",
-    "x0_std",
-    "brightness",
-    "contrast",
 )
 
 
@@ -350,15 +365,16 @@ def find(lines: Lines, evaluations: Lines, recipe: Mapping[str, Any]) -> list[Fi
             FEWEST_UPDATES,
             curves.step,
         )
-        found = [early, *(each for each in found if each.level == "watch" or each.signal == "skipped_updates")]
+        found = [early, *(each for each in found if each.level == "watch" or each.signal in AT_ONCE)]
     order = ("ill", "watch")
     return sorted(found, key=lambda each: order.index(each.level)) or [_well(curves)]
 
 
 def _well(curves: Curves) -> Finding:
     """That nothing was found, and in what."""
-    seen = [name for name in LOOKED_AT if curves.level(name) is not None]
-    seen += sorted({name for line in curves.evaluations for name in line} - {"step"})
+    judged = {name for line in curves.evaluations for name in line} - {"step"}
+    names = dict.fromkeys(rule.signal for rule in RULES)
+    seen = [name for name in names if name in judged or curves.level(name) is not None]
     told = f"in order: {', '.join(seen)}" if seen else "no signal that tells of it is there yet"
     return Finding(
         "well",
