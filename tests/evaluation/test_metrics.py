@@ -4,16 +4,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from scipy.stats import binomtest
+from scipy.linalg import sqrtm
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from fewstep.evaluation import metrics, neighbours
-from fewstep.evaluation.gathering import Gathered
+from fewstep.evaluation import metrics
+from fewstep.evaluation.gathering import Gathered, Sums
 from fewstep.evaluation.intervals import wilson_interval
 from fewstep.evaluation.judge import floor_row
-from fewstep.evaluation.metrics import FUNCTIONS, interval_of, measure
+from fewstep.evaluation.metrics import FUNCTIONS, measure
 from fewstep.evaluation.report import Row, columns
 from fewstep.metric_table import METRICS, Metric, cost, metrics_of
 
@@ -24,11 +24,6 @@ def fid(real: Tensor, fake: Tensor) -> float:
 
 def kid(real: Tensor, fake: Tensor) -> float:
     return metrics.kid(Gathered.of(real), Gathered.of(fake)).value
-
-
-def precision_recall(real: Tensor, fake: Tensor) -> tuple[float, float]:
-    both = Gathered.of(real), Gathered.of(fake)
-    return metrics.precision(*both).value, metrics.recall(*both).value
 
 
 def in_groups(features: Tensor, num_groups: int = 10) -> Gathered:
@@ -102,6 +97,65 @@ def test_a_metric_is_a_row_and_a_function(monkeypatch: pytest.MonkeyPatch) -> No
     assert cost("ema0.9_mean_gap", 2.0) == 2
 
 
+def few_dead_and_nearly_so(num: int, dim: int) -> Tensor:
+    """Features of which one is constant, two are the same, and variances fall over 12 orders."""
+    found = points(num, 1, dim) * torch.logspace(0, -6, dim, dtype=torch.float64)
+    found[:, 1] = 2
+    found[:, 3] = found[:, 2]
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:Matrix is singular")
+@pytest.mark.parametrize(
+    ("real", "fake"),
+    [
+        (points(300, 1, 20), points(200, 2, 20)),
+        (points(300, 1, 20).float() + 1, points(200, 2, 20).float()),
+        (points(30, 1, 80), points(25, 2, 80)),  # fewer images than features
+        (points(300, 1, 80), points(3, 2, 80)),
+        (few_dead_and_nearly_so(60, 12), points(50, 2, 12)),
+        (few_dead_and_nearly_so(60, 12), few_dead_and_nearly_so(60, 12) + 0.1),
+    ],
+    ids=["many", "float32", "few", "three", "singular", "moved"],
+)
+def test_fid_is_that_of_scipys_root_and_of_singular_values(real: Tensor, fake: Tensor) -> None:
+    """tr (S S')^(1/2) is the sum of the singular values of X Y^T over sqrt((n-1)(m-1)), X and Y without their means."""
+    x, y = (of.double() - of.double().mean(0) for of in (real, fake))
+    means, traces = (real.double().mean(0) - fake.double().mean(0)).square().sum(), torch.cov(x.T).trace()
+    outside = (means + traces + torch.cov(y.T).trace()).item()
+    by_values = torch.linalg.svdvals(x @ y.T).sum().item() / ((len(x) - 1) * (len(y) - 1)) ** 0.5
+    by_root = sqrtm((torch.cov(x.T) @ torch.cov(y.T)).numpy()).trace().real
+    assert fid(real, fake) == pytest.approx(outside - 2 * by_values, rel=1e-6)
+    assert fid(real, fake) == pytest.approx(outside - 2 * by_root, rel=1e-6)
+
+
+def test_sums_of_parts_in_any_order_are_those_of_the_whole() -> None:
+    """As of ranks and of batches; less a part they are those of the rest."""
+    real, fake = points(103, 1, 12).float(), points(90, 2, 12).float()
+    first, *rest = (Sums.of(fake[rank::4]) for rank in (2, 0, 3, 1))
+    merged = Gathered(90, {"features": [sum(rest, start=first)]})
+    assert metrics.fid(Gathered.of(real), merged) == pytest.approx(fid(real, fake), rel=1e-9)
+    left = Gathered(60, {"features": [Sums.of(fake) - Sums.of(fake[:30])]})
+    assert metrics.fid(Gathered.of(real), left) == pytest.approx(fid(real, fake[30:]), rel=1e-9)
+
+
+def test_kid_holds_no_more_of_the_larger_set_than_twice_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "KID_BLOCK", 10)
+    real, fake = points(500, 1), points(25, 2)
+    assert kid(real, fake) == kid(real[:40], fake)
+
+
+def test_the_deviation_of_kid_is_that_of_leaving_out_each_fake_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, fake = points(20, 1), points(12, 2)
+    without = torch.tensor([kid(real, torch.cat([fake[:i], fake[i + 1 :]])) for i in range(12)], dtype=torch.float64)
+    wanted = (11 * without.var(correction=0)).sqrt().item()
+    assert metrics.kid(Gathered.of(real), Gathered.of(fake)).deviation == pytest.approx(wanted, rel=1e-9)
+    monkeypatch.setattr(metrics, "KID_BLOCK", 6)
+    halves = [metrics.kid(*map(Gathered.of, each)) for each in zip(real.chunk(2), fake.chunk(2), strict=True)]
+    both = metrics.kid(Gathered.of(real), Gathered.of(fake))
+    assert both.deviation == pytest.approx(sum(half.deviation**2 for half in halves) ** 0.5 / 2, rel=1e-9)
+
+
 def test_fid_of_axis_aligned_gaussians_is_the_closed_form() -> None:
     mean, spread = torch.tensor([1.0, -2, 0, 0, 3]).double(), torch.tensor([1.0, 2, 0.5, 3, 1]).double()
     other_mean, other_spread = torch.tensor([0.0, 1, 0, 5, 3]).double(), torch.tensor([2.0, 2, 0.1, 1, 4]).double()
@@ -109,60 +163,6 @@ def test_fid_of_axis_aligned_gaussians_is_the_closed_form() -> None:
     wanted = (mean - other_mean).square().sum() + (spread - other_spread).square().sum()
     assert fid(real, fake) == pytest.approx(wanted.item(), rel=1e-9)
     assert abs(fid(real, real)) < 1e-9
-
-
-def by_loops(real: Tensor, fake: Tensor) -> dict[str, float]:
-    """Precision, recall, density, coverage and memorisation by loops over pairs of points."""
-
-    def radius(of: Tensor, index: int, k: int) -> float:
-        return sorted(distance(of[index], other) for j, other in enumerate(of) if j != index)[k - 1]
-
-    def distance(a: Tensor, b: Tensor) -> float:
-        return (a.double() - b.double()).norm().item()
-
-    def share(hits: list[bool]) -> float:
-        return sum(hits) / len(hits)
-
-    near = [[distance(point, centre) for centre in real] for point in fake]
-    narrow, wide = ([radius(real, i, k) for i in range(len(real))] for k in (3, 5))
-    of_fakes = [radius(fake, j, 3) for j in range(len(fake))]
-    return {
-        "precision": share([any(d <= r for d, r in zip(row, narrow, strict=True)) for row in near]),
-        "recall": share([any(near[j][i] <= of_fakes[j] for j in range(len(fake))) for i in range(len(real))]),
-        "density": sum(d <= r for row in near for d, r in zip(row, wide, strict=True)) / 5 / len(fake),
-        "coverage": share([any(row[i] <= wide[i] for row in near) for i in range(len(real))]),
-        "memorised": share([sorted(row)[0] < sorted(row)[1] / 3 for row in near]),
-    }
-
-
-PAIRED = ["precision", "recall", "density", "coverage", "memorised"]
-
-
-def paired(real: Tensor, fake: Tensor) -> dict[str, float]:
-    both = Gathered.of(real), Gathered.of(fake)
-    return {name: FUNCTIONS[name](*both).value for name in PAIRED}
-
-
-@pytest.mark.parametrize("block", [1, 7, 500])
-def test_what_is_told_of_all_pairs_is_that_of_plain_loops_in_blocks_of_any_size(
-    block: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(neighbours, "BLOCK", block)
-    real = points(40, 0, dim=2)
-    fake = torch.cat([points(27, 0, dim=2) + 0.7, real[:3] + 1e-3])
-    wanted = by_loops(real, fake)
-    assert paired(real, fake) == pytest.approx(wanted, rel=1e-12)
-    assert len({*wanted.values()}) == 5
-    assert all(0 < value < 1.5 for value in wanted.values())
-
-
-def test_precision_and_recall_of_equal_of_disjoint_sets_and_of_one_mode() -> None:
-    first, second = points(100, 1), points(100, 1) + 1e3
-    assert precision_recall(first, first) == (1, 1)
-    assert precision_recall(first, second) == (0, 0)
-    precision, recall = precision_recall(torch.cat([first, second]), first[:50])
-    assert precision == 1
-    assert recall <= 0.5
 
 
 def test_the_floor_compares_two_halves_that_share_no_image(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,27 +220,6 @@ def test_images_that_follow_from_their_prompt_have_no_diversity() -> None:
     assert diversity(points(15, 1), 4) is None  # too few of each
 
 
-@pytest.mark.parametrize(("share", "num"), [(0.0, 10), (0.0, 1797), (0.9, 1000), (1.0, 50), (0.25, 40)])
-def test_the_interval_of_a_share_is_wilsons(share: float, num: int) -> None:
-    reference = binomtest(round(share * num), num).proportion_ci(0.95, "wilson")
-    low, high = wilson_interval(share, num)
-    assert (low, high) == pytest.approx((reference.low, reference.high), abs=1e-9)
-    assert 0 <= low < high <= 1
-
-
-def test_the_interval_of_fid_is_as_wide_as_its_spread_over_draws() -> None:
-    """Against the FIDs of 200 independent sets of fakes: 95 % of them lie within 1.96 standard deviations."""
-    draws = torch.Generator().manual_seed(0)
-    real = torch.randn(2000, 3, generator=draws, dtype=torch.float64)
-    sets = [torch.randn(400, 3, generator=draws, dtype=torch.float64) * 1.5 + 0.5 for _ in range(200)]
-    spread = torch.tensor([fid(real, fake) for fake in sets]).std().item()
-    ours = Gathered.of(real)
-    intervals = torch.tensor([interval_of(fid(real, fake), metrics.fid, ours, in_groups(fake)) for fake in sets[:40]])
-    assert intervals.mean(1)[0] == pytest.approx(fid(real, sets[0]))
-    reach = (intervals[:, 1] - intervals[:, 0]).square().mean().sqrt() / 2
-    assert reach == pytest.approx(1.96 * spread, rel=0.15)
-
-
 def test_a_measure_has_what_is_needed_alone_and_intervals_where_they_are_known() -> None:
     real, fake = (
         Gathered.of(points(60, 1)),
@@ -259,3 +238,65 @@ def test_a_measure_has_what_is_needed_alone_and_intervals_where_they_are_known()
     reach = 1.959963984540054 * (9 * torch.tensor(without, dtype=torch.float64).var(correction=0)).sqrt().item()
     assert intervals["fid"] == pytest.approx((values["fid"] - reach, values["fid"] + reach), rel=1e-9)
     assert measure(real, fake, {"classes"}, intervals=False) == ({"accuracy": 40 / 55}, {})
+
+
+def columns_of(**numbers: Tensor) -> Gathered:
+    return Gathered(len(next(iter(numbers.values()))), {}, {n: of[:, None] for n, of in numbers.items()})
+
+
+def test_what_has_no_numbers_is_not_measured_and_no_row_of_metrics_is_needed_for_a_mean() -> None:
+    """A reference of statistics alone has FIDs; the columns of scorers are means, attributes of scenes are not told."""
+    statistics = Gathered(50, {name: [Sums.of(points(50, 1))] for name in ("features", "patches")})
+    fake = replace(in_groups(points(55, 2)), numbers={"features": points(55, 2), "scene.shape": torch.ones(55, 1)})
+    assert list(measure(statistics, fake)[0]) == ["fid"]
+    patches = replace(fake, groups={"patches": fake.groups["features"]}, numbers={})
+    values, intervals = measure(statistics, patches)
+    assert values == {"patch_fid": metrics.fid(statistics, fake)}
+    assert intervals == {"patch_fid": measure(statistics, fake)[1]["fid"]}
+    scores = torch.tensor([1.0, 2, torch.nan, 6])
+    scored = columns_of(scorer=scores, clip=torch.tensor([0.5, 0.25, 0.0, 0.25]), empty=scores * torch.nan)
+    values, intervals = measure(statistics, scored)
+    assert values == {"clip": 0.25, "scorer": 3.0}
+    assert intervals.keys() == values.keys()
+    assert 1 <= intervals["scorer"][0] < 3 < intervals["scorer"][1] <= 6
+    assert measure(statistics, scored, {"scorers"})[0] == {"scorer": 3.0}
+    assert measure(statistics, scored, {"clip"}, intervals=False) == ({"clip": 0.25}, {})
+
+
+def test_every_interval_is_of_the_kind_that_the_table_says() -> None:
+    real = fake = replace(
+        in_groups(points(60, 1)),
+        groups=dict.fromkeys(("features", "patches"), in_groups(points(60, 1)).groups["features"]),
+        numbers={
+            "features": points(60, 1),
+            "colours": torch.rand(60, 3),
+            **{name: torch.ones(60, 1) for name in ("clip", "accuracy", "prompt_accuracy", "two_objects")},
+        },
+        prompts="abcd",
+        pairs={"lpips": torch.rand(4, 3)},
+    )
+    kinds = {metrics.Share: "wilson", metrics.Mean: "bootstrap", metrics.Estimate: "jackknife", float: "jackknife"}
+    assert {name: kinds[type(FUNCTIONS[name](real, fake))] for name in FUNCTIONS} == {
+        name: METRICS[name].interval for name in FUNCTIONS
+    }
+    assert measure(real, fake)[1].keys() == FUNCTIONS.keys()
+
+
+def test_drift_is_signed_and_of_the_fakes_less_the_reals() -> None:
+    real, fake = torch.rand(50, 3), torch.rand(40, 3) * torch.tensor([0.5, 1, 2]) + torch.tensor([0.0, 0.5, 0])
+    values, intervals = measure(Gathered(50, {}, {"colours": real}), Gathered(40, {}, {"colours": fake}))
+    wanted = dict(zip(("brightness", "contrast", "saturation"), (fake.mean(0) - real.mean(0)).tolist(), strict=True))
+    assert values == pytest.approx(wanted, rel=1e-5)
+    assert values["brightness"] < 0 < values["contrast"]
+    for column, name in enumerate(wanted):
+        low, high = intervals[name]
+        spread = (fake[:, column].var() / 40 + real[:, column].var() / 50).sqrt().item()
+        assert (high - low) / 2 == pytest.approx(1.96 * spread, rel=0.1)
+
+
+def test_diversity_is_of_the_pairs_where_they_were_drawn() -> None:
+    pairs = {"features": torch.tensor([[1.0, 3], [4, 6]]), "lpips": torch.tensor([[0.5, 0.5], [0.25, 0.75]])}
+    fake = replace(Gathered.of(points(8, 1)), prompts="ab", pairs=pairs)
+    values, intervals = measure(fake, fake, {"prompts", "lpips"})
+    assert values == {"diversity": 3.5, "lpips_diversity": 0.5}
+    assert intervals == {"diversity": (2, 5), "lpips_diversity": (0.5, 0.5)}  # over prompts
