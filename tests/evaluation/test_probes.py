@@ -6,18 +6,28 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d
 
 from fewstep.errors import UserError
 from fewstep.evaluation import probes
-from fewstep.evaluation.gathering import Gathered, gather
-from fewstep.evaluation.probes import ColourProbe, PatchProbe, ScorerProbe
+from fewstep.evaluation.clip import Clip
+from fewstep.evaluation.extractors import open_extractor
+from fewstep.evaluation.gathering import FeatureProbe, Gathered, Probe, gather
+from fewstep.evaluation.probes import ClipProbe, ColourProbe, PatchProbe, ScorerProbe
+from fewstep.evaluation.resizing import clean
 from fewstep.evaluation.scorers import open_scorer
+from tiny_encoders import save_clip, save_dino
 
 
 def pixels(num: int, channels: int = 3, height: int = 8, width: int = 8, seed: int = 0) -> Tensor:
     random = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (num, channels, height, width), generator=random, dtype=torch.uint8)
+
+
+class Floats(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        return images.float()
 
 
 class Pixels:
@@ -50,6 +60,34 @@ def test_pictures_no_larger_than_a_patch_have_none() -> None:
     found = gather([pixels(6, 3, 9, 9)], [PatchProbe(Pixels(), 8), ColourProbe()], 6, "photos")
     assert found.numbers["patches"].shape == (6, 192)
     assert found.sums("patches").count == 6
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_all_probes_read_one_set_whatever_its_batches(channels: int, tmp_path: Path) -> None:
+    """bfloat16 CLIP, DINOv2's patches, a file resized clean and colours, of grey and of coloured pictures."""
+    save_clip(tmp_path / "clip", torch.bfloat16)
+    save_dino(tmp_path / "dino")
+    clip, images = Clip(tmp_path / "clip", "cpu"), pixels(7, channels, 40, 44)
+    torch.jit.script(nn.Sequential(Floats(), nn.AdaptiveAvgPool2d(2), nn.Flatten())).save(tmp_path / "pooled.pt")
+    pooled = open_extractor(str(tmp_path / "pooled.pt"), "cpu", "clean")
+    dino = PatchProbe(open_extractor(str(tmp_path / "dino"), "cpu"), 30)
+    read: list[Probe] = [FeatureProbe(pooled), dino, ClipProbe(clip, ["a cat", "a dog"]), ColourProbe()]
+    whole, parts = gather([images], read, 7, "photos"), gather(images.split(3), read, 7, "photos")
+    assert {name: tuple(found.shape) for name, found in whole.numbers.items()} == {
+        "features": (7, 12),
+        "patches": (7, 16),
+        "clip": (7, 1),
+        "colours": (7, 3),
+    }
+    for name, found in whole.numbers.items():
+        torch.testing.assert_close(parts.numbers[name], found, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(whole.features, adaptive_avg_pool2d(clean(images).expand(-1, 3, -1, -1), 2).flatten(1))
+    patch = PatchProbe(open_extractor(str(tmp_path / "pooled.pt"), "cpu", "clean"), 39).read(images, range(7))[
+        "patches"
+    ]
+    cropped = clean(images[:, :, :39, 2:41])  # half a pixel to the even, 0; two and a half, 2
+    torch.testing.assert_close(patch, adaptive_avg_pool2d(cropped.expand(-1, 3, -1, -1), 2).flatten(1))
+    assert len({each.identity for each in read}) == 4
 
 
 # --- colours ----------------------------------------------------------------------------------------------------------

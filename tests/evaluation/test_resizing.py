@@ -119,22 +119,34 @@ def test_what_a_processor_file_says_is_what_transformers_does(
 ) -> None:
     (processor := kind(**options)).save_pretrained(tmp_path)
     images = pixels(2, 3, height, width)
-    found = read_preprocessing(tmp_path / "preprocessor_config.json")(images, "cpu")
+    found = read_preprocessing(tmp_path)(images, "cpu")
     wanted = processor([each.permute(1, 2, 0).numpy() for each in images], return_tensors="pt").pixel_values
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
-    grey = read_preprocessing(tmp_path / "preprocessor_config.json")(images[:, :1], "cpu")
+    grey = read_preprocessing(tmp_path)(images[:, :1], "cpu")
     rgb = processor([each[:1].expand(3, -1, -1).permute(1, 2, 0).numpy() for each in images], return_tensors="pt")
     torch.testing.assert_close(grey, rgb.pixel_values, rtol=0, atol=1e-5)
 
 
 def test_sizes_as_older_files_write_them(tmp_path: Path) -> None:
-    (path := tmp_path / "p.json").write_text(
+    (path := tmp_path / "preprocessor_config.json").write_text(
         json.dumps({"size": 20, "crop_size": 16, "do_pad": False, "pad_size": None})
     )
-    assert read_preprocessing(path).resized(30, 40) == (20, 26)
-    assert read_preprocessing(path).given == (16, 16)
+    assert read_preprocessing(tmp_path).resized(30, 40) == (20, 26)
+    assert read_preprocessing(tmp_path).given == (16, 16)
     path.write_text(json.dumps({"size": 20, "default_to_square": True, "do_center_crop": False}))
-    assert read_preprocessing(path).resized(30, 40) == read_preprocessing(path).given == (20, 20)
+    assert read_preprocessing(tmp_path).resized(30, 40) == read_preprocessing(tmp_path).given == (20, 20)
+
+
+def test_a_processor_saved_with_a_tokenizer_is_found_and_one_by_itself_goes_first(tmp_path: Path) -> None:
+    """As `CLIPProcessor` of transformers 5 writes it."""
+    assert read_preprocessing(tmp_path) is None
+    (tmp_path / "processor_config.json").write_text(json.dumps({"processor_class": "CLIPProcessor"}))
+    assert read_preprocessing(tmp_path) is None
+    told = CLIPImageProcessorPil(size={"shortest_edge": 20}).to_dict() | {"crop_size": {"height": 7, "width": 9}}
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": told}))
+    assert read_preprocessing(tmp_path).given == (7, 9)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(told | {"crop_size": 11}))
+    assert read_preprocessing(tmp_path).given == (11, 11)
 
 
 @pytest.mark.parametrize(
@@ -148,6 +160,7 @@ def test_sizes_as_older_files_write_them(tmp_path: Path) -> None:
         ({"size": {"longest_edge": 224}}, "size is {'longest_edge': 224}"),
         ({"size": {"shortest_edge": 224, "longest_edge": 300}}, "size is {"),
         ({"size": -3}, "size is -3"),
+        ({"size": 5000}, "size is 5000"),
         ({"size": "large"}, "size is 'large'"),
         ({"crop_size": {"shortest_edge": 224}}, "crop_size is {"),
         ({"crop_size": 300}, "crop_size is larger than size"),
@@ -160,6 +173,6 @@ def test_sizes_as_older_files_write_them(tmp_path: Path) -> None:
 def test_a_processor_that_does_something_else_is_refused_in_one_line(
     told: dict[str, Any], fragment: str, tmp_path: Path
 ) -> None:
-    (path := tmp_path / "preprocessor_config.json").write_text(json.dumps(told))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(told))
     with pytest.raises(UserError, match=rf"preprocessor_config\.json: {fragment}[^\n]*$"):
-        read_preprocessing(path)
+        read_preprocessing(tmp_path)

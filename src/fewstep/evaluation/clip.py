@@ -31,11 +31,11 @@ class Clip(Encoder):
             check_fit(self.tokenizer, self.network.config.text_config)
         except UserError as error:
             raise UserError(f"{self.option} {error}") from error
-        self.texts = dict[str, Tensor]()  # embeddings (P,) of length 1, on the CPU
+        self.texts, self.has_told = dict[str, Tensor](), False  # embeddings (P,) of length 1, on the CPU
 
     @torch.no_grad()
     def learn(self, prompts: Iterable[str]) -> None:
-        """Embeds those that are new, once each; prints how many of them are too long for the tower, and were cut."""
+        """Embeds those that are new, once each; prints, once, that some are too long for the tower and were cut."""
         new = list(dict.fromkeys(prompt for prompt in prompts if prompt not in self.texts))
         num_cut = 0
         for start in range(0, len(new), PROMPTS_AT_ONCE):
@@ -45,7 +45,8 @@ class Clip(Encoder):
             told: Any = self.network.text_model(input_ids=tokens)
             embedded = normalize(self.network.text_projection(told.pooler_output), dim=1).cpu()
             self.texts |= dict(zip(part, embedded, strict=True))
-        if num_cut:
+        if num_cut and not self.has_told:
+            self.has_told = True
             most = self.tokenizer.model_max_length
             print(f"{num_cut:,} of {len(new):,} prompts are longer than CLIP's {most} tokens and were cut")
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from fewstep.models.loading.pipeline import library_class, outline
 from fewstep.models.loading.weights import check_finite, check_names
 from fewstep.networks.fingerprint import fingerprint
 
-NETWORK, PROCESSOR = "config.json", "preprocessor_config.json"
+NETWORK = "config.json"
 AT_ONCE = 50  # pictures, of which a large tower has some 2 GB of activations
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -81,8 +82,9 @@ class Encoder:
     """A network of `KINDS` on `device`: uint8 (B, C, H, W) -> features (B, D); grey pictures are repeated to RGB.
 
     CLIP's are its projected embeddings, DINOv2's its class token behind the last layer norm. Pictures are made ready as
-    `preprocessor_config.json` says, where there is one, else as published. Weights are read from safetensors alone, and
-    no code of the folder is run. Raises UserError for a folder of anything else, or a damaged one.
+    the folder's processor says, where it has one (`read_preprocessing`), else as published. Weights are read from
+    safetensors alone, and no code of the folder is run. Raises UserError for a folder of anything else, or a damaged
+    one.
     """
 
     option, takes = "--features", tuple(KINDS)
@@ -102,7 +104,7 @@ class Encoder:
             if hasattr(self.network, part):
                 delattr(self.network, part)
         self.network.eval().to(device)
-        self.device, self.name = device, f"{folder.name}, resized for {self.kind.title}"
+        self.device, self.name = device, f"{folder.resolve().name}, resized for {self.kind.title}"
 
     def _open(self, folder: Path) -> tuple[Kind, Any, Preprocessing]:
         check_files(folder, [path.name for path in folder.iterdir()])
@@ -119,13 +121,13 @@ class Encoder:
             raise UserError(
                 f"{folder}: is for pictures of {size} pixels in {channels} channels, not square ones in RGB"
             )
-        path = folder / PROCESSOR
-        preprocessing = read_preprocessing(path) if path.is_file() else kind.preprocessing(size)
+        preprocessing = read_preprocessing(folder) or kind.preprocessing(size)
         if not kind.any_size and preprocessing.given != (size, size):
-            raise UserError(f"{path}: gives pictures of {preprocessing.given}, its network takes {(size, size)} alone")
+            what = f"gives pictures of {preprocessing.given or 'any size'}, its network takes {(size, size)} alone"
+            raise UserError(f"{folder}: its processor {what}")
         return kind, network, preprocessing
 
-    @property
+    @cached_property
     def identity(self) -> str:
         return fingerprint([self.network], self.preprocessing)
 

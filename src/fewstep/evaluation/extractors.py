@@ -26,6 +26,7 @@ from fewstep.seeding import generator
 
 CLASSIFIER_STEPS = 600
 MAX_FEATURES = 4096  # of a covariance that a Fréchet distance can be taken of
+MAX_VALUES = 2**19  # of images that an autoencoder gets at once; its activations are some 700 bytes of each
 THUMBNAIL = 16  # pixels
 RETURN_FEATURES = "return_features"
 Resize = Literal["legacy", "clean"]
@@ -140,12 +141,16 @@ class AutoencoderExtractor:
         return fingerprint([self.autoencoder])
 
     def features(self, images: Tensor) -> Tensor:
-        pixels = to_pixels(images.to(self.autoencoder.device)).to(self.autoencoder.dtype)
-        means: Tensor = self.autoencoder.encode(pixels).latent_dist.mode()
-        if means[0].numel() > MAX_FEATURES:
-            what = f"the autoencoder's {means[0].numel():,} numbers per image are too many for a FID"
+        parts = images.split(max(1, MAX_VALUES // images[0].numel()))
+        means = torch.cat([self._means(part.to(self.autoencoder.device)) for part in parts])
+        if means.shape[1] > MAX_FEATURES:
+            what = f"the autoencoder's {means.shape[1]:,} numbers per image are too many for a FID"
             raise UserError(f"--features: {what}; give a TorchScript file")
-        return means.flatten(1)
+        return means
+
+    def _means(self, images: Tensor) -> Tensor:
+        found: Tensor = self.autoencoder.encode(to_pixels(images).to(self.autoencoder.dtype)).latent_dist.mode()
+        return found.flatten(1)
 
 
 class Thumbnails:

@@ -81,10 +81,10 @@ class ClipProbe:
         return digest(self.clip.identity, self.prefix, *self.prompts)
 
     def read(self, images: Tensor, numbers: range) -> Numbers:
-        prefix = f"{self.prefix.rstrip()} " if self.prefix.strip() else ""
-        prompts = [prefix + prompt for prompt in self.prompts]
-        self.clip.learn(prompts)  # all of them at the first batch, and later those that have come since
-        asked = [prompts[number % len(prompts)] for number in numbers]
+        start = f"{self.prefix.rstrip()} " if self.prefix.strip() else ""
+        asked = [start + self.prompts[number % len(self.prompts)] for number in numbers]
+        if any(prompt not in self.clip.texts for prompt in asked):
+            self.clip.learn(start + prompt for prompt in self.prompts)  # all at once, or those that have come since
         return {CLIP: self.clip.score(self.clip.features(images), asked)[:, None]}
 
 

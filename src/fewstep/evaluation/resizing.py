@@ -95,11 +95,25 @@ PUBLISHED = {  # of both classes, where their file lacks it
     "image_mean": CLIP_MEAN,
     "image_std": CLIP_STD,
 }
+PROCESSOR, PARTS = "preprocessor_config.json", "processor_config.json"  # the second with a tokenizer, since version 5
+MAX_SIDE = 4096  # pixels
 
 
-def read_preprocessing(path: Path) -> Preprocessing:
-    """Of a `preprocessor_config.json`; raises UserError, naming the key, for a class or a step that is not known."""
-    told = {name: value for name, value in read_config(path).items() if value is not None}
+def read_preprocessing(folder: Path) -> Preprocessing | None:
+    """As the folder of a network says it; None where it does not.
+
+    Raises UserError, naming file and key, for a class or a step that is not known.
+    """
+    for path in (folder / PROCESSOR, folder / PARTS):
+        config = read_config(path) if path.is_file() else {}
+        told = config.get("image_processor") if path.name == PARTS else config
+        if told and isinstance(told, dict):
+            return _preprocessing(path, told)
+    return None
+
+
+def _preprocessing(path: Path, given: Mapping[str, Any]) -> Preprocessing:
+    told = {name: value for name, value in given.items() if value is not None}
     kind = str(told.get("image_processor_type", told.get("feature_extractor_type", CLASSES[0])))
     if kind.removesuffix("Fast").removesuffix("Pil") not in CLASSES:
         raise UserError(f"{path}: is of the class {kind}; known are {', '.join(CLASSES)}")
@@ -125,21 +139,21 @@ def read_preprocessing(path: Path) -> Preprocessing:
 def _sides(value: Any, square: bool) -> int | tuple[int, int]:
     """Height and width, or the length of the shorter side: of one number it is that unless it means a square."""
     if isinstance(value, dict):
-        return _positive_int(value["shortest_edge"]) if [*value] == ["shortest_edge"] else _both_sides(value)
-    return (_positive_int(value),) * 2 if square else _positive_int(value)
+        return _side(value["shortest_edge"]) if [*value] == ["shortest_edge"] else _both_sides(value)
+    return (_side(value),) * 2 if square else _side(value)
 
 
 def _both_sides(value: Any) -> tuple[int, int]:
     """Height and width."""
     if not isinstance(value, dict):
-        return (_positive_int(value),) * 2
+        return (_side(value),) * 2
     if {*value} != {"height", "width"}:
         raise ValueError
-    return _positive_int(value["height"]), _positive_int(value["width"])
+    return _side(value["height"]), _side(value["width"])
 
 
-def _positive_int(value: Any) -> int:
-    if type(value) is not int or value < 1:
+def _side(value: Any) -> int:
+    if type(value) is not int or not 0 < value <= MAX_SIDE:
         raise ValueError
     return value
 
