@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image
 
 import fewstep
-from fewstep.evaluation.curves import MAX_COLOURS, number
+from fewstep.evaluation.curves import MAX_COLOURS, Point, number
 from fewstep.evaluation.findings import Finding
 from fewstep.evaluation.page import CURVES, Lines, curve_figure, figure, image, page, table
 from fewstep.files import size
@@ -26,7 +26,8 @@ GRIDS = 6  # of a run, evenly spaced, with the first and the last
 PICTURE_BYTES = 2_400_000  # of all pictures of a page, before base64 makes them a third longer
 MOST_PIXELS = 64e6  # of a picture that is opened
 GRID, PANEL = (510, 765), (1600, 2400)  # pixels, at most
-LEVELS = {"ill": "Ill", "watch": "To watch", "well": "Well"}  # the worst first
+LEVELS = {"ill": "ill", "watch": "to watch", "well": "well"}  # the worst first
+SIGNS = {"ill": "✗ Ill", "watch": "! To watch", "well": "✓ Well"}  # for those who see no colours
 NOT_DRAWN = {"step"}
 
 
@@ -181,7 +182,7 @@ def _findings(runs: Sequence[Health]) -> str:
 
 
 def _counts(run: Health) -> str:
-    told = (f"{sum(found.level == level for found in run.findings)} {LEVELS[level].lower()}" for level in LEVELS)
+    told = (f"{sum(found.level == level for found in run.findings)} {LEVELS[level]}" for level in LEVELS)
     return ", ".join(told) if run.findings else f"no rule had enough of the run's {len(run.lines)} lines"
 
 
@@ -190,8 +191,8 @@ def _list(run: Health) -> str:
     for found in sorted(run.findings, key=lambda found: levels.index(found.level)):
         parts = (found.what, f"{found.why} (step {found.step:,})", found.advice)
         what, why, advice = map(escape, parts)
-        told = f"{what}<small>{why}</small>" + (f"<small>{advice}</small>" if advice else "")
-        lines.append(f'<li class="{found.level}"><b>{LEVELS[found.level]}.</b> {told}</li>')
+        told = f"{what}<small>{why}</small>" + ("" if found.level == "well" else f"<small>{advice}</small>")
+        lines.append(f'<li class="{found.level}"><b>{SIGNS[found.level]}.</b> {told}</li>')
     return f'<ul class="findings">{"".join(lines)}</ul>' if lines else ""
 
 
@@ -199,12 +200,16 @@ def _groups(runs: Sequence[Health]) -> Iterator[str]:
     """The groups of curves that any run has something for; what no group names comes last."""
     lines = {run.name: run.lines for run in runs}
     evaluations = {run.name: run.evaluations for run in runs}
+    every = [line["step"] for run in runs for line in (*run.lines, *run.evaluations)]
+    steps = (min(every, default=0), max(every, default=1))  # the same below all curves
     drawn = set(NOT_DRAWN)
     for group in CURVES["groups"]:
         judged = bool(group.get("judged"))
         of = evaluations if judged else lines
         there = dict.fromkeys(name for each in of.values() for line in each for name in line)
-        figures = [_curve(runs, of, name, judged, **group["curves"][key]) for name, key in _named(group, there, drawn)]
+        figures = [
+            _curve(runs, of, name, judged, steps, **group["curves"][key]) for name, key in _named(group, there, drawn)
+        ]
         if judged:
             drawn = set(NOT_DRAWN)
         if any(figures):
@@ -216,18 +221,20 @@ def _named(group: Mapping[str, Any], there: Iterable[str], drawn: set[str]) -> l
     """(name, key of the group) of what is there and not drawn yet, which it is from now on."""
     found = []
     for key, told in group["curves"].items():
-        for name in sorted(fitting, key=_order) if (fitting := [n for n in there if fnmatch(n, key)]) else ():
+        for name in sorted((name for name in there if fnmatch(name, key)), key=_order):
             if name not in drawn:
                 drawn |= {name, told.get("beside", name)}
                 found.append((name, key))
     return found
 
 
-def _curve(runs: Sequence[Health], of: Mapping[str, Lines], name: str, judged: bool, text: str, **more: Any) -> str:
+def _curve(
+    runs: Sequence[Health], of: Mapping[str, Lines], name: str, judged: bool, steps: Point, text: str, **more: Any
+) -> str:
     if judged:
         best = {run.name: run.best[name] for run in runs if name in run.best}
-        return curve_figure(of, name, f"{_plain(name)} {_better(name)}", best=best)
-    return curve_figure(of, name, text or _plain(name), **more)
+        return curve_figure(of, name, f"{_plain(name)} {_better(name)}", steps, best=best)
+    return curve_figure(of, name, text or _plain(name), steps, **more)
 
 
 def _pictures(

@@ -52,13 +52,15 @@ def curve_figure(
     runs: Mapping[str, Lines],
     name: str,
     caption: str,
+    steps: Point | None = None,
     level: float | None = None,
     beside: str | None = None,
     best: Mapping[str, int] | None = None,
 ) -> str:
     """One number of every run that has it, a line each, with its last value; "" where no value is finite.
 
-    The number `beside` it is drawn dashed in the same colours, and at the `best` step of a run there is a ring.
+    `steps` are the ends of the lower axis, by default those of the lines. The number `beside` it is drawn dashed in the
+    same colours, and at the `best` step of a run there is a ring.
     """
     curves, told = list[Curve](), list[str]()
     for colour, (run, lines) in enumerate(runs.items()):
@@ -68,8 +70,8 @@ def curve_figure(
         lasts = " and ".join(number(each[-1][1]) for each in (points, others) if each)
         named = f'<b class="c{colour % MAX_COLOURS}">{escape(run)}</b>' if len(runs) > 1 else "last"
         told += [f"{named} {lasts}"] if lasts else []
-    drawn = picture([curve for curve in curves if curve.points], caption or name, level)
-    return figure(caption or name, drawn, "curve", " · ".join(told)) if drawn else ""
+    drawn = picture([curve for curve in curves if curve.points], caption, level, steps)
+    return figure(caption, drawn, "curve", " · ".join(told)) if drawn else ""
 
 
 def _points(lines: Lines, name: str | None) -> list[Point]:
