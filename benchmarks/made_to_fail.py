@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 from unittest.mock import patch
 
@@ -23,7 +24,8 @@ import torch
 from fewstep.commands import distill as verb
 from fewstep.commands.teach import teach
 from fewstep.diffusion import losses
-from fewstep.evaluation.findings import Curves, find
+from fewstep.evaluation.findings import find
+from fewstep.evaluation.windows import Curves
 from fewstep.networks.lora import merged
 from fewstep.networks.lora_layers import lora_of
 from fewstep.recipes.loading import load_recipe
@@ -131,7 +133,7 @@ HEALTHY |= {
     "digits-1step-guided": Case("digits-1step", GUIDED, teacher="digits-guided-teacher"),
     "digits-1step-constant": Case("digits-1step", (*SHORT, *(f"{role}.optimizer.decay=constant" for role in ROLES))),
     "digits-1step-whole": Case("digits-1step"),
-    "lora-continued": Case(LORA, (*SHORT, "init_from=RUNS/digits-4step-lora-0")),
+    "digits-4step-lora-continued": Case(LORA, (*SHORT, "init_from=RUNS/digits-4step-lora-0")),
 }
 FAULTS = {
     f"{fault}-{recipe.removeprefix('digits-')}": Case(recipe, SHORT + settings_of(fault, recipe))
@@ -156,7 +158,7 @@ FAULTS |= {
         "digits-1step", GUIDED, lambda: made_otherwise(untrained_null, "make_roles"), "digits-guided-teacher"
     ),
     "adapter-twice": Case(
-        LORA, HEALTHY["lora-continued"].settings, lambda: made_otherwise(merge_student, "initialize")
+        LORA, HEALTHY["digits-4step-lora-continued"].settings, lambda: made_otherwise(merge_student, "initialize")
     ),
 }
 CASES = HEALTHY | FAULTS
@@ -198,8 +200,10 @@ READ = {  # columns of the table: medians of the windows that the rules have
     name: partial(Curves.level, name=name)
     for name in ("gap", "gan_to_dm", "gan_critic_loss", "logit_gap", "logit_std", "brightness", "contrast")
 }
+READ["null_error"] = lambda curves: curves.level("null_error")
 READ["critic_lag"] = lambda curves: curves.level("critic_lag", 0.25)
 READ["x0_std / real_std"] = lambda curves: curves.ratio("x0_std", "real_std")
+READ["at first"] = lambda curves: median(curves.numbers("x0_std", 0)[:4]) / median(curves.numbers("real_std", 0)[:4])
 
 
 def table() -> None:

@@ -6,17 +6,15 @@ before what follows from them, so the first finding is the one to act on. The cr
 sharpens: nothing is said of it.
 """
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from statistics import median
 from typing import Any, Literal
 
-Lines = Sequence[Mapping[str, float]]
+from fewstep.evaluation.windows import Curves, Lines
+
 Level = Literal["ill", "watch", "well"]
 
 FEWEST_UPDATES = 40  # of the student: behind them the runs made to fail differed from the others
-FEWEST_LINES = 4  # in a window, or its median is one line's
 
 
 @dataclass(frozen=True)
@@ -31,36 +29,6 @@ class Finding:
     value: float
     limit: float
     step: int
-
-
-class Curves:
-    """A run's signals in windows of its lines, and its settings; a window with too few numbers has none."""
-
-    def __init__(self, lines: Lines, evaluations: Lines, recipe: Mapping[str, Any]):
-        self.lines, self.evaluations, self.recipe = lines, evaluations, recipe
-        self.step = int(lines[-1].get("step", 0)) if lines else 0
-
-    def numbers(self, name: str, start: float = 0.5, end: float = 1.0) -> list[float]:
-        """The finite numbers of a signal in a part of the lines that have it."""
-        found = [line[name] for line in self.lines if math.isfinite(line.get(name, math.nan))]
-        return found[int(start * len(found)) : math.ceil(end * len(found))]
-
-    def level(self, name: str, start: float = 0.5, end: float = 1.0) -> float | None:
-        """The median, by default of the last half: a fault that lasts is told, a spike is not."""
-        found = self.numbers(name, start, end)
-        return median(found) if len(found) >= FEWEST_LINES else None
-
-    def ratio(self, name: str, other: str) -> float | None:
-        """Of two signals' medians in the last half."""
-        over, under = self.level(name), self.level(other)
-        return over / under if over is not None and under else None
-
-    def setting(self, key: str) -> Any:
-        """A dotted key of the recipe; None where it has none."""
-        at: Any = self.recipe
-        for part in key.split("."):
-            at = at.get(part) if isinstance(at, Mapping) else None
-        return at
 
 
 @dataclass(frozen=True)
@@ -94,79 +62,6 @@ def _size(name: str) -> Callable[[Curves], float | None]:
     return lambda curves: None if (found := curves.level(name)) is None else abs(found)
 
 
-# --- how a signal is read --------------------------------------------------------------------------------------------
-
-
-def _skipped(curves: Curves) -> float | None:
-    """Share of the updates that were left out."""
-    counts = [line.get("skipped_updates", 0.0) for line in curves.lines]
-    every = curves.setting("student_every")
-    return sum(counts) / (curves.step * (1 + 1 / every if every else 1)) if curves.step else None
-
-
-def _dm_lines(curves: Curves) -> float | None:
-    """How many lines tell of distribution matching; None where none tells of a GAN on the student."""
-    return float(len(curves.numbers("dm_loss", 0))) if curves.numbers("gan_loss", 0) else None
-
-
-def _gap_of_runaway(curves: Curves) -> float | None:
-    """The gap; None where the samples' mean is near enough to the real ones' that guidance alone may make it."""
-    shift = curves.ratio("x0_mean_shift", "real_std")
-    return curves.level("gap") if shift is None or shift > 0.5 else None
-
-
-def _balance(curves: Curves) -> float | None:
-    """GAN over DM; None where critic and teacher are still all but the same, so that anything is above DM's nothing."""
-    return curves.level("gan_to_dm") if (curves.level("gap") or 0) > SAME else None
-
-
-def _spread(curves: Curves, falling: bool | None = None) -> float | None:
-    """The deviation of the samples over that of real ones; with `falling` of runs alone where it falls, or does not."""
-    fell = (curves.level("x0_std") or 0) < (curves.level("x0_std", 0, 0.25) or 0)
-    return curves.ratio("x0_std", "real_std") if falling in (None, fell) else None
-
-
-def _gap_alone(curves: Curves) -> float | None:
-    """The gap where nothing better tells of the critic, and no guidance makes it larger."""
-    told = curves.level("critic_lag") is not None or curves.setting("guidance_scale") != 1
-    return None if told else curves.level("gap")
-
-
-def _updates(curves: Curves) -> float | None:
-    """Updates of the student."""
-    every = curves.setting("student_every")
-    return -(-curves.step // every) if every else None
-
-
-def _warm_up(curves: Curves) -> float | None:
-    """Share of the student's peak rate that its warm-up has reached; None behind it."""
-    settings, updates = curves.setting("student.optimizer") or {}, _updates(curves)
-    warmup = settings.get("warmup_steps", 0)
-    return updates / (warmup + 1) if updates is not None and updates <= warmup else None
-
-
-def _past_best(curves: Curves) -> float | None:
-    """FID at the last evaluation over its best, where that lies in the first two thirds of the run."""
-    fids = _of_evaluations(curves, "fid")
-    best = min(fids, key=fids.__getitem__, default=0)
-    early = len(fids) >= FEWEST_LINES and best <= max(fids) * 2 / 3
-    return fids[max(fids)] / fids[best] if early and fids[best] > 0 else None
-
-
-def _recall_lost(curves: Curves) -> float | None:
-    """How far recall is below its best at the last evaluation, where precision is above what it was then."""
-    recalls, precisions = (_of_evaluations(curves, name) for name in ("recall", "precision"))
-    if len(recalls) < FEWEST_LINES or recalls.keys() != precisions.keys():
-        return None
-    best, last = max(recalls, key=recalls.__getitem__), max(recalls)
-    return recalls[best] - recalls[last] if precisions[last] >= precisions[best] else None
-
-
-def _of_evaluations(curves: Curves, name: str) -> dict[int, float]:
-    """A metric by step, where it is a number."""
-    return {int(line["step"]): line[name] for line in curves.evaluations if math.isfinite(line.get(name, math.nan))}
-
-
 # --- what to change --------------------------------------------------------------------------------------------------
 
 
@@ -194,7 +89,7 @@ def _gan_advice(curves: Curves) -> str:
 
 
 def _best_advice(curves: Curves) -> str:
-    fids = _of_evaluations(curves, "fid")
+    fids = curves.of_evaluations("fid")
     best = min(fids, key=fids.__getitem__)
     return f"take RUN@best-fid, which is step {best:,}; a next run may be as short (num_steps)"
 
@@ -203,7 +98,6 @@ def _best_advice(curves: Curves) -> str:
 
 FEWEST_CRITIC_UPDATES = 4  # per update of the student
 RESTLESS = 0.17  # critic_error_share
-SAME = 0.05  # gap
 AT_ONCE = ("skipped_updates", "dm_loss", "null_error")  # what needs no time to show
 OF_REALS = "of that of real samples, in the last half of the run"
 
@@ -211,7 +105,7 @@ RULES = (
     Rule(
         "skipped_updates",
         0.01,
-        _skipped,
+        Curves.skipped,
         "Updates were skipped, for their losses or gradients were not finite.",
         "lower student.optimizer.lr and critic.optimizer.lr; not_finite_* in metrics.jsonl says whose samples broke",
         window="of all updates",
@@ -219,7 +113,7 @@ RULES = (
     Rule(
         "dm_loss",
         1,
-        _dm_lines,
+        Curves.dm_lines,
         "Nothing pulls the student to the teacher's distribution: the GAN trains it alone.",
         "set dm.weight to 1",
         below=True,
@@ -228,23 +122,35 @@ RULES = (
     Rule(
         "null_error",
         1.14,
-        _level("null_error"),
+        lambda curves: next(reversed(curves.numbers("null_error", 0)), None),
         "The guided teacher was never trained with its null condition: guidance pushes away from nonsense.",
         'where the null condition is made, encode "" (zeros only where the model was trained with them); else '
         "guidance_scale=1, or a teacher with model.null_class and class_dropout",
+        window="times the loss with a condition",
     ),
     Rule(
         "gap",
         0.75,
-        _gap_of_runaway,
+        Curves.gap_of_runaway,
         "The student runs away from the teacher: the critic, which follows it, sees other pictures than the teacher.",
         "either a loss of your own has its sign turned, or the teacher is read wrongly: look at its own samples "
         "(`fewstep sample`), teacher_prediction_type and guidance_scale",
     ),
-    Rule("gan_to_dm", 4, _balance, "The GAN pulls the student harder than distribution matching does.", _gan_advice),
+    Rule(
+        "x0_std",
+        1.1,
+        Curves.began_with,
+        "The student began over-baked: its samples spread wider than real ones before it had learned anything here.",
+        "either the teacher's weights hold the LoRA already that init_from adds again (take one without it), or "
+        "init_from was trained with a high guidance_scale",
+        window="of that of real samples, in the first four lines",
+    ),
+    Rule(
+        "gan_to_dm", 4, Curves.balance, "The GAN pulls the student harder than distribution matching does.", _gan_advice
+    ),
     Rule(
         "critic_lag",
-        1.3,
+        1.45,
         lambda curves: curves.level("critic_lag", 0.25),
         "The critic does not know the student's pictures as well as the teacher knows real ones.",
         _critic_advice,
@@ -267,7 +173,7 @@ RULES = (
     Rule(
         "x0_std",
         0.75,
-        lambda curves: _spread(curves, falling=True),
+        lambda curves: curves.spread(falling=True),
         "The student's samples become more alike than real ones: it collapses.",
         "raise student_every or lower student.optimizer.lr; go on from a checkpoint before it fell (init_from)",
         below=True,
@@ -276,7 +182,7 @@ RULES = (
     Rule(
         "x0_std",
         1.25,
-        _spread,
+        Curves.spread,
         "The student's samples spread wider than real ones: they are over-baked.",
         "lower guidance_scale, or student.optimizer.lr and critic.optimizer.lr",
         window=OF_REALS,
@@ -284,7 +190,7 @@ RULES = (
     Rule(
         "x0_std",
         0.75,
-        lambda curves: _spread(curves, falling=False),
+        lambda curves: curves.spread(falling=False),
         "The student's samples are still more alike than real ones, as one step of the teacher gives them.",
         "either wait (num_steps), or raise student.optimizer.lr and critic.optimizer.lr: it hardly moves",
         level="watch",
@@ -302,11 +208,11 @@ RULES = (
         )
         for name in ("brightness", "contrast", "saturation")
     ),
-    Rule("gap", 0.2, _gap_alone, "Critic and teacher are far apart.", _critic_advice, level="watch"),
+    Rule("gap", 0.2, Curves.gap_alone, "Critic and teacher are far apart.", _critic_advice, level="watch"),
     Rule(
         "fid",
         1.25,
-        _past_best,
+        Curves.past_best,
         "The best step lies well before the last one.",
         _best_advice,
         level="watch",
@@ -315,7 +221,7 @@ RULES = (
     Rule(
         "recall",
         0.1,
-        _recall_lost,
+        Curves.recall_lost,
         "Recall falls while precision rises: modes are lost.",
         "raise student_every, lower student.optimizer.lr, or take RUN@best-recall",
         level="watch",
@@ -334,7 +240,7 @@ RULES = (
     Rule(
         "learning_rate",
         1,
-        _warm_up,
+        Curves.warm_up,
         "The student's rate is still in its warm-up.",
         "wait, or lower student.optimizer.warmup_steps, which counts updates of the student",
         level="watch",
@@ -352,7 +258,7 @@ def find(lines: Lines, evaluations: Lines, recipe: Mapping[str, Any]) -> list[Fi
     """
     curves = Curves(lines, evaluations, recipe)
     found = [finding for rule in RULES if (finding := rule.apply(curves))]
-    updates = _updates(curves)
+    updates = curves.updates()
     if updates is not None and updates < FEWEST_UPDATES:
         told = f"{updates} updates of the student; before {FEWEST_UPDATES} no fault shows for certain"
         early = Finding(
