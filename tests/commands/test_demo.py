@@ -36,8 +36,8 @@ ROWS = {
     ],
 }
 KEYS = {
-    "": [*metrics_of("features", "classes"), "images_per_second"],
-    "--text": [*metrics_of("features", "scenes"), "images_per_second", "attributes"],
+    "": [*metrics_of("features", "classes", "colours", "prompts"), "images_per_second"],
+    "--text": [*metrics_of("features", "scenes", "colours", "prompts"), "images_per_second", "attributes"],
 }
 
 
@@ -72,9 +72,8 @@ def test_a_demo_runs_writes_what_it_says_and_overwrites_nothing(
     assert ("--prompt" in sampling) == (option == "--text")  # without which a model of text draws nothing
     assert exporting.startswith("export ")
     rows = json.loads((tmp_path / "demo" / "results.json").read_text())
-    assert [list(row) for row in rows] == [["model", "sampler", "nfe", *KEYS[option], "intervals"]] * (
-        1 + len(ROWS[option])
-    )
+    names = ["model", "sampler", "nfe", *KEYS[option], "intervals", "interval_kinds"]
+    assert [list(row) for row in rows] == [names] * (1 + len(ROWS[option]))
     assert all(row["intervals"]["fid"][0] < row["fid"] < row["intervals"]["fid"][1] for row in rows[1:])
     assert [(row["model"], row["sampler"], row["nfe"]) for row in rows] == [("real", None, None), *ROWS[option]]
     page = (tmp_path / "demo" / "report.html").read_text()

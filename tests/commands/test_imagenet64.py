@@ -119,7 +119,7 @@ def test_import_pairs_two_stages_and_export(command: Command, place: Path, stage
     assert read_metrics(stage_a / "metrics.jsonl")[-1]["regression_loss"] > 0
     lines = read_metrics(stage_a / "evaluations.jsonl")
     assert [(line["step"], line.keys() - {"step"}) for line in lines] == [
-        (step, {*metrics_of("features")}) for step in (2, 4, 6)
+        (step, {*metrics_of("features", "colours", "prompts")}) for step in (2, 4, 6)
     ]
     assert len({line["fid"] for line in lines}) == 3
     assert all("gan_loss" not in line for line in read_metrics(stage_a / "metrics.jsonl"))

@@ -64,7 +64,7 @@ def test_the_numbers_are_those_of_evaluate(runs: Path, tmp_path: Path) -> None:
         assert [line.pop("step") for line in lines] == [2, 4]
         assert lines[0] != lines[1]
         assert lines[-1] == pytest.approx({metric: rows[name][metric] for metric in lines[-1]}, rel=1e-6)
-        assert lines[-1].keys() == {*metrics_of("features", "classes")}
+        assert lines[-1].keys() == {*metrics_of("features", "classes", "colours", "prompts")}
 
 
 def test_model_folders_and_folders_of_images_are_judged_as_runs_are(
@@ -97,7 +97,7 @@ def test_what_can_not_be_judged_is_one_line_and_nothing_is_overwritten(runs: Pat
     model = next((runs / "student" / "checkpoints").glob("*4")) / "model"
     (tmp_path / "out").mkdir()
     for names, told in {
-        (f"{tmp_path}/few",): "few: is a folder of images; name the model",
+        (f"{tmp_path}/few",): "few: images, and no run that would say what they are compared with; give --data",
         ("student", f"{tmp_path}/few"): "few: has 1 images; judging needs at least 40",
         (str(model),): "model: is no run, which would say what it is compared with; name images with --data",
         ("student", "nowhere"): "nowhere: no such run folder",

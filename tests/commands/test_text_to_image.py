@@ -91,7 +91,7 @@ def test_distil_sample_and_open_in_diffusers(tell: Tell, workplace: Path) -> Non
         "gan.student_weight=0 --set gan.critic_weight=0",
         "student.num_timesteps=1 --set student.timesteps=[399]",
         "student.backward_simulation=false --set gan.student_weight=0 --set gan.critic_weight=0",
-        "precision=bfloat16 --set evaluation.every=2 --set evaluation.num_samples=12",
+        "precision=bfloat16 --set evaluation.every=2 --set evaluation.num_samples=64",
     ],
 )
 def test_other_recipes_run(tell: Tell, settings: str, tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_prompts_of_grids_that_can_not_be_read_are_told_before_anything_is_done(
 def test_the_packaged_recipes_run_on_any_folder(
     tell: Tell, workplace: Path, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    quick = partial(images_per_second, batch_size=1, min_seconds=0)
+    quick = partial(images_per_second, min_seconds=0)
     monkeypatch.setattr("fewstep.commands.evaluate.images_per_second", quick)
     assert tell(f"fewstep distill {name} --out {tmp_path}/run {SIZES} --set init_from=null") == (0, "")
     assert tell(f"fewstep sample {tmp_path}/run --prompt cat --num 2 --out {tmp_path}/cat.png") == (0, "")
@@ -164,9 +164,10 @@ def test_the_two_stages_of_sd_with_judging_on_the_way(tell: Tell, workplace: Pat
     assert tell(f"fewstep distill sd15-1step --out {first} {long} --set student.optimizer.lr=1e-2") == (0, "")
     lines = [json.loads(line) for line in (first / "evaluations.jsonl").read_text().splitlines()]
     steps = [(line["step"], line.keys() - {"step"}) for line in lines]
-    assert steps == [(step, {*metrics_of("features")}) for step in (2, 4, 6)]
+    names = metrics_of("features", "colours", "prompts")
+    assert steps == [(step, {*names}) for step in (2, 4, 6)]
     assert len({line["fid"] for line in lines}) == 3
-    kept = {line["step"] for name in metrics_of("features") for line in [best(lines, name)]} | {4, 6}
+    kept = {line["step"] for name in names for line in [best(lines, name)]} | {4, 6}
     assert {int(path.name) for path in (first / "checkpoints").iterdir()} == kept
     teacher = load(workplace / "teacher").denoiser.state_dict()
     slow = "--set student.optimizer.lr=1e-12 --set student.optimizer.weight_decay=0"

@@ -12,7 +12,7 @@ from torchmetrics.image.kid import KernelInceptionDistance
 from fewstep.evaluation import metrics
 from fewstep.evaluation.gathering import Gathered, Sums
 from fewstep.evaluation.intervals import wilson_interval
-from fewstep.evaluation.judge import floor_row
+from fewstep.evaluation.judge import Judge
 from fewstep.evaluation.metrics import FUNCTIONS, measure
 from fewstep.evaluation.report import Row, columns
 from fewstep.metric_table import METRICS, Metric, cost, metrics_of
@@ -168,11 +168,17 @@ def test_fid_of_axis_aligned_gaussians_is_the_closed_form() -> None:
 def test_the_floor_compares_two_halves_that_share_no_image(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Tensor] = []
     monkeypatch.setitem(FUNCTIONS, "fid", lambda *halves: seen.extend(half.features for half in halves) or 0.5)
-    row = floor_row(pictured(points(101, 1)), frozenset())
-    assert (row.model, row.sampler, row.nfe, row.values["fid"], row.intervals) == ("real", None, None, 0.5, {})
+    row = floor_row(pictured(points(101, 1)))
+    assert (row.model, row.sampler, row.nfe, row.intervals) == ("real", None, None, {})
+    assert row.values["fid"] == pytest.approx(0.5 * (2 / 101) / (1 / 50 + 1 / 51))
     assert abs(len(seen[0]) - len(seen[1])) <= 1
     assert torch.equal(torch.cat(seen).sort(dim=0).values, points(101, 1).sort(dim=0).values)
     assert not torch.equal(torch.cat(seen), points(101, 1))
+
+
+def floor_row(real: Gathered) -> Row:
+    """The line of real images in a table of as many fakes."""
+    return Judge(None, real, (), (), list, 4, real.count).floor
 
 
 def pictured(features: Tensor, **more: object) -> Gathered:
@@ -181,7 +187,7 @@ def pictured(features: Tensor, **more: object) -> Gathered:
 
 def test_the_floor_is_a_function_of_its_seed_low_but_not_zero() -> None:
     real = pictured(whitened(400, 3))
-    first, again, other = (floor_row(real, frozenset(), seed).values for seed in (0, 0, 1))
+    first, again, other = (metrics.floor(real, 400, seed) for seed in (0, 0, 1))
     assert first == again
     assert first["fid"] != other["fid"]
     assert 0 < first["fid"] < 0.5
@@ -191,8 +197,7 @@ def test_the_floor_is_a_function_of_its_seed_low_but_not_zero() -> None:
 def test_what_is_checked_in_real_images_is_of_all_of_them_with_its_interval() -> None:
     right = torch.tensor([1.0] * 9 + [0, torch.nan])[:, None]
     numbers = {"features": points(20, 1), "prompt_accuracy": right, "prompt_accuracy.shape": torch.ones(10, 1)}
-    needs = frozenset({"features", "scenes", "prompts"})
-    row = floor_row(pictured(points(20, 1), numbers=numbers, prompts="abcd"), needs, labels="abcd")
+    row = floor_row(pictured(points(20, 1), numbers=numbers, prompts="abcd"))
     assert row.values["prompt_accuracy"] == 0.9
     assert row.values["diversity"] == diversity(points(20, 1), 4)
     assert row.intervals.keys() == {"prompt_accuracy", "diversity"}

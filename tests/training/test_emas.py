@@ -81,7 +81,8 @@ def test_every_average_is_saved_as_a_model_of_its_own(place: Path) -> None:
 
 def test_every_average_is_judged_under_its_name_and_its_best_is_kept(place: Path) -> None:
     lines = read_metrics(place / "whole" / "evaluations.jsonl")
-    names = {f"{prefix}{name}" for prefix in ("", "ema0.05_", "ema0_") for name in metrics_of("features")}
+    judged = metrics_of("features", "colours")
+    names = {f"{prefix}{name}" for prefix in ("", "ema0.05_", "ema0_") for name in judged}
     assert [(line["step"], line.keys() - {"step"}) for line in lines] == [(step, names) for step in (4, 8, 12)]
     assert all(len({line["fid"], line["ema0.05_fid"], line["ema0_fid"]}) == 3 for line in lines)
     kept = {int(path.name) for path in checkpoints(place / "whole")}

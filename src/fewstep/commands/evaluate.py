@@ -1,13 +1,15 @@
 """`fewstep evaluate`: judges models side by side, on the same noise, and writes the table and the page."""
 
 import re
+import shutil
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from shlex import join, quote
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -16,15 +18,17 @@ from torch import Tensor
 import fewstep
 from fewstep.commands.options import Evaluate
 from fewstep.commands.places import check_writable, free_place, tell_done
-from fewstep.commands.runs import check_alike, pick_device
-from fewstep.data.images import load_images
-from fewstep.data.listing import is_image, list_files
+from fewstep.commands.runs import check_alike, pick_device, place_of_rank
 from fewstep.data.settings import DataSettings
+from fewstep.data.texts import load_prompts
+from fewstep.embedded.sources import Pictures, origin
 from fewstep.errors import UserError
 from fewstep.evaluation import report
-from fewstep.evaluation.gathering import GRID_IMAGES, MAX_BATCH, gather
 from fewstep.evaluation.judge import NUM_GROUPS, Judge, Means, describe, make_judge
+from fewstep.evaluation.others import Others, check_pictures, is_images, open_others, pictures_at
 from fewstep.evaluation.report import Curves, Row
+from fewstep.evaluation.rows import Entry, RowFiles, wait_for
+from fewstep.evaluation.statistics import SUFFIX, is_statistics, write_statistics
 from fewstep.export.card import last_part
 from fewstep.models.image_model import Asked, ImageModel
 from fewstep.models.loading.hub import is_hub_id
@@ -35,66 +39,94 @@ from fewstep.recipes.loading import read_run_recipe
 from fewstep.runtime.checkpoint import EVALUATIONS, METRICS, RECIPE, check_run
 from fewstep.runtime.runs import find, is_run, run_folder, short_name
 from fewstep.runtime.tracking import progress_bar, read_metrics
+from fewstep.stopping import advising
 
 RESULTS, PAGE = "results.json", "report.html"
+PATIENCE = 600.0  # seconds in which a file of another rank must come
+
+
+class Job(NamedTuple):
+    """A model and the rows that it draws, or rows of images without one."""
+
+    model: ImageModel | None
+    rows: list[RowFiles]
 
 
 def evaluate(given: Evaluate) -> None:
-    """Judges models and folders of images against the first run's data, or --data; writes results.json and report.html.
+    """Judges models and images against the first run's data, or --data; writes results.json and report.html.
 
-    Every average of a run has a row.
+    Every average of a run has a row. Goes on with what a stopped command has made. Of several ranks each makes its
+    share of the files, and the first the table.
     """
     given = replace(given, out=free_place(given.out, Path("evaluation"), holds_results, given.overwrite))
     check_writable(given.out)
     use_family(given.family)
-    asked, device = [parse_sampler(text) for text in given.samplers], pick_device(given.device)
-    folders = [text for text in given.runs if _is_image_folder(text)]
-    sources = [text for text in given.runs if text not in folders]
+    of_images = [text for text in given.runs if _is_images(text)]
+    sources = [text for text in given.runs if text not in of_images]
+    _check(given, sources, of_images)
+    rank, num_ranks, device = place_of_rank(pick_device(given.device))
     data, keep = _reference(given, sources)
     averages = [open_averages(each, given.config if each in configured(sources) else None) for each in sources]
     firsts = [of[""] for of in averages]
     check_alike(sources, firsts)
-    firsts[0].to(device)  # where the judge's network goes, too
-    try:
-        judge = make_judge(data, firsts[0], Means(given.features), keep, given.num_samples, given.num_real)
-    except UserError as error:
-        of_run = [] if given.data else [run_folder(source) / RECIPE for source in sources if is_run(source)][:1]
-        raise UserError(": ".join(map(str, (*of_run, error)))) from error
+    judge, opened = _judge(given, data, keep, sources, firsts, of_images, device)
+    if given.statistics and rank == 0:
+        write_statistics(given.statistics, judge.real, judge.extractor, judge.size, last_part(str(data.source)))
     short = [text if is_hub_id(text) else short_name(text) for text in given.runs]
     names = dict(zip(given.runs, short if len({*short}) == len(short) else given.runs, strict=True))
-    rows = [judge.floor]
+    asked = [parse_sampler(text) for text in given.samplers]
+    jobs = list[Job]()
     for source, of in zip(sources, averages, strict=True):
         step = f", step {find(source).step}" if is_run(source) else ""
         for ema, model in of.items():
-            model.to(device)
-            for sampler in [default_sampler(model)] if model.timesteps or not asked else asked:
-                rows.append(_row(judge, f"{names[source]}{ema}", step, model, sampler, given))
-            model.to(torch.device("cpu"))  # networks of several models need not fit at once
-    rows += [_row_of_images(judge, names[folder], folder, firsts[0], given.num_samples) for folder in folders]
+            entries = (_drawn(given, judge, f"{names[source]}{ema}", step, model, each) for each in _of(model, asked))
+            jobs.append(Job(model, [RowFiles(each, given.out, given.keep_images) for each in entries]))
+    jobs += [Job(None, [RowFiles(_made(judge, names[each.source], each), given.out)]) for each in opened]
+    with advising(f"the same command goes on with {given.out}"):
+        fill(jobs, device, rank, num_ranks)
+        if rank:
+            print(f"{given.out}: rank {rank} of {num_ranks} has made its share")
+            return
+        if lacking := wait_for([rows for job in jobs for rows in job.rows], PATIENCE):
+            told = f"{lacking} files of other ranks are not there yet; the same command goes on with those that are"
+            raise UserError(f"{given.out}: {told}")
+        rows = [judge.floor, *table_rows(jobs, judge, device, given.batch_size)]
     runs = {names[source]: run_folder(source) for source in sources if is_run(source)}
     curves = {name: read_metrics(run / METRICS) + read_metrics(run / EVALUATIONS) for name, run in runs.items()}
-    facts = {"data": last_part(str(data.source)), "seed": given.seed, "images of a model": given.num_samples}
     students = [source for source, first in zip(sources, firsts, strict=True) if first.timesteps and is_run(source)]
     then = [f"export {quote(source)} {quote(run_folder(source).name)}" for source in students[:1]]
-    title = f"fewstep: {', '.join(names.values())}"
-    publish(rows, curves, given.out, title, judge, facts, then or [f"sample {quote(sources[0])}"])
+    then = then or [f"sample {quote(source)}" for source in sources[:1]]
+    publish(rows, curves, given.out, f"fewstep: {', '.join(names.values())}", judge, _facts(given, data, judge), then)
+    shutil.rmtree(given.out / "rows", ignore_errors=True)
 
 
 def holds_results(folder: Path) -> bool:
     return any((folder / name).exists() for name in (RESULTS, PAGE))
 
 
-def _is_image_folder(text: str) -> bool:
-    folder = Path(text)
-    if not folder.is_dir() or is_loadable(text) or is_run(text) or (folder / "checkpoints").exists():
+def _is_images(text: str) -> bool:
+    if is_loadable(text) or is_run(text) or (Path(text) / "checkpoints").exists():
         return False
-    return any(map(is_image, list_files(folder)))
+    return is_images(text)
+
+
+def _check(given: Evaluate, sources: Sequence[str], of_images: Sequence[str]) -> None:
+    """Raises UserError for options that do not go together."""
+    if given.clip_prefix and not given.clip:
+        raise UserError("--clip-prefix: goes before prompts in CLIP; name its folder with --clip, or leave it out")
+    if given.lpips and not sources:
+        told = "is of several images of one prompt or class, which are drawn for it; no model is here that could"
+        raise UserError(f"--lpips: {told}; leave it out")
+    if given.resize not in ("legacy", "clean"):
+        raise UserError(f"--resize {given.resize!r}: write legacy or clean")
+    if given.statistics and (given.statistics.suffix != SUFFIX or is_statistics(given.data)):
+        raise UserError(f"--statistics {given.statistics}: is a {SUFFIX} file that is made of images (--data)")
+    if not sources and not given.data:
+        raise UserError(f"{of_images[0]}: images, and no run that would say what they are compared with; give --data")
 
 
 def _reference(given: Evaluate, sources: Sequence[str]) -> tuple[DataSettings, Path]:
     """The real images, and the folder in which what is made of them is kept; raises UserError where none are named."""
-    if not sources:
-        raise UserError(f"{given.runs[0]}: is a folder of images; name the model beside which it is to be judged, too")
     for source in sources:
         if not is_loadable(source):
             check_run(run_folder(source))
@@ -105,29 +137,115 @@ def _reference(given: Evaluate, sources: Sequence[str]) -> tuple[DataSettings, P
     return data, runs[0].parent if runs else Path("runs")
 
 
-def _row(judge: Judge, name: str, step: str, model: ImageModel, sampler: Sampler, given: Evaluate) -> Row:
-    """`step` is for errors."""
+def _judge(
+    given: Evaluate,
+    data: DataSettings,
+    keep: Path,
+    sources: Sequence[str],
+    firsts: Sequence[ImageModel],
+    of_images: Sequence[str],
+    device: torch.device,
+) -> tuple[Judge, list[Others]]:
+    """The judge, and the images that something else made; raises UserError for what is not alike."""
+    model: Any = firsts[0] if firsts else pictures_at(of_images[0], given.size)
+    whose = sources[0] if sources else of_images[0]
+    pictures = Pictures(model.image_size, model.channels)
+    runs = [source for source in sources if is_run(source)]
+    own = [read_run_recipe(run_folder(source) / RECIPE).data.source for source in runs]
+    foreign = given.data and not is_statistics(given.data) and origin(given.data) not in map(origin, filter(None, own))
+    for each in [*([given.data] if foreign else []), *of_images]:
+        check_pictures(str(each), pictures, given.size, whose)
+    text = getattr(model, "kind", "") == "text"
+    prompts = load_prompts(given.prompts, field="--prompts") if given.prompts else []
+    brought = replace(pictures, image_size=given.size or pictures.image_size)
+    opened = [open_others(each, brought, given.num_samples, prompts) for each in of_images]
+    if prompts and not text and not opened:
+        raise UserError("--prompts: the model takes no text; leave it out")
+    if given.clip and not text and not any(each.prompts for each in opened):
+        raise UserError("--clip: compares pictures with prompts, and there are none here; name them with --prompts")
+    means = Means(**{name: getattr(given, name) for name in Means.__dataclass_fields__})
+    if firsts:
+        firsts[0].to(device)  # where the judge's network goes, too
+    try:
+        asked = replace(means, prompts=given.prompts if text else None)
+        return make_judge(data, model, asked, keep, given.num_samples, given.num_real), opened
+    except UserError as error:
+        of_run = [] if given.data else [run_folder(source) / RECIPE for source in runs][:1]
+        raise UserError(": ".join(map(str, (*of_run, error)))) from error
+
+
+def _of(model: ImageModel, asked: list[Sampler]) -> list[Sampler]:
+    return [default_sampler(model)] if model.timesteps or not asked else asked
+
+
+def _drawn(given: Evaluate, judge: Judge, name: str, step: str, model: ImageModel, sampler: Sampler) -> Entry:
+    """A row of a model's; `step` is for errors."""
     if sampler.guidance_scale != 1 and model.null_condition is None:
         raise UserError(f"--sampler: {name} has no null class to guide with; leave out the @ and its scale")
-    num, speed = given.num_samples, images_per_second(model, sampler)
-    with progress_bar(f"{name} {describe(sampler)}", num) as show:
+    batch = given.batch_size or model.sampling_batch
 
-        def draw(numbers: range, asked: Asked) -> Iterable[Tensor]:
-            report = (lambda done: show(done, {})) if numbers.start == 0 else lambda done: None
-            told: Any = {"name": f"{name}{step}", "report": report}
-            return generate_batches(model, sampler, numbers, given.seed, asked, **told)
+    def draw(numbers: range, asked: Asked) -> Iterable[Tensor]:
+        return generate_batches(model, sampler, numbers, given.seed, asked, batch, name=f"{name}{step}")
 
-        return judge.row(name, sampler, draw, num, speed)
+    weights = [model.fingerprint, model.latent_space, model.timesteps]
+    plan = {"model": weights, "seed": given.seed, "device": given.device, "version": fewstep.__version__}
+    probes, size = judge.probes(judge.prompts, drawn=True), model.channels * model.image_size**2
+    made = (draw, given.num_samples, plan, probes, judge.size, batch, size, judge.width)
+    return Entry(name, sampler, *made, judge.prompts, judge.within)
 
 
-def _row_of_images(judge: Judge, name: str, folder: str, model: ImageModel, num: int) -> Row:
-    """The first images of a folder, at most `num`, in the size and colours of the model's."""
-    images = load_images(DataSettings(source=folder), model.image_size, model.channels)
-    num = min(num, images.length)
-    if num < GRID_IMAGES:
-        raise UserError(f"{folder}: has {num} images; judging needs at least {GRID_IMAGES}")
-    batches = (images.fetch(part) for part in torch.arange(num).split(MAX_BATCH))
-    return judge.row_of(name, None, gather(batches, judge.of_images, num, name, NUM_GROUPS), {})
+def _made(judge: Judge, name: str, images: Others) -> Entry:
+    """A row of images that something else made."""
+    plan, probes = (
+        {"images": images.identity, "version": fewstep.__version__},
+        judge.probes(images.prompts, drawn=False),
+    )
+    made = (images.draw, len(images.order), plan, probes, judge.size, 1, 3 * judge.size**2, judge.width)
+    return Entry(name, None, *made, images.prompts)
+
+
+def fill(jobs: Sequence[Job], device: torch.device, rank: int, num_ranks: int) -> None:
+    """Makes what lacks of a rank's share, a model after the other: networks of several need not fit at once."""
+    for model, files in jobs:
+        with on(model, device):
+            for rows in files:
+                entry, total = rows.entry, rows.share(rank, num_ranks)
+                told = f"{entry.name} {describe(entry.sampler) if entry.sampler else 'images'}"
+                with progress_bar(told, total, None if rank == 0 else lambda done, metrics: None) as show:
+                    rows.fill(lambda done: show(done, {}), rank, num_ranks)
+
+
+@contextmanager
+def on(model: ImageModel | None, device: torch.device) -> Iterator[None]:
+    """Inside, the model is there; then on the CPU again."""
+    if model:
+        model.to(device)
+    yield
+    if model:
+        model.to(torch.device("cpu"))
+
+
+def table_rows(jobs: Sequence[Job], judge: Judge, device: torch.device, batch_size: int | None) -> Iterator[Row]:
+    """The rows of the table, with the clock that is read now, when nothing else is drawn."""
+    for model, files in jobs:
+        with on(model, device):
+            for rows in files:
+                name, sampler, clock = rows.entry.name, rows.entry.sampler, dict[str, float]()
+                if model and sampler:
+                    clock["images_per_second"] = images_per_second(model, sampler, batch_size or 0)
+                    clock["latency"] = 1 / images_per_second(model, sampler, 1)
+                labels = rows.entry.prompts or (judge.class_names if model else ())
+                yield judge.row_of(name, sampler, rows.gathered(NUM_GROUPS), clock, labels)
+
+
+def _facts(given: Evaluate, data: DataSettings, judge: Judge) -> dict[str, object]:
+    """What was judged, and how, for the page."""
+    count = f"{judge.real.count:,}" if judge.real.count else "unknown"
+    facts = {"data": last_part(str(data.source)), "real images": count, "seed": given.seed}
+    facts |= {"images of a model": given.num_samples, "pixels": judge.size}
+    told = f"{len(judge.prompts):,} of {last_part(given.prompts)}" if given.prompts else "captions of the real images"
+    facts |= {"prompts": told} if judge.prompts else {}
+    return facts | ({"before every prompt in CLIP": repr(given.clip_prefix)} if given.clip_prefix else {})
 
 
 def publish(

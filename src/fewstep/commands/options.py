@@ -199,22 +199,24 @@ class Sample(Order):
 
 @verb("evaluate", "evaluate.evaluate", "runs/digits-teacher runs/digits-1step")
 class Evaluate(Order):
-    """Judge models side by side: FID with its noise floor, precision, recall, accuracy, speed."""
+    """Judge models side by side: FID with its noise floor, precision, recall, accuracy, speed. Goes on after a stop."""
 
-    runs: Annotated[
-        Places,
-        Argument(
-            help="Runs, RUN@STEP, RUN@best-fid, all that `sample` opens, folders of images; the first run's data is "
-            "the reference."
-        ),
-    ]
-    data: PlaceIfAny = option("Real images instead, as data.source has them.", metavar="SOURCE")
+    runs: Annotated[Places, Argument(help="Runs, RUN@STEP, RUN@best-fid, all that `sample` opens, folders of images.")]
+    data: PlaceIfAny = option("As data.source, or .npz.", metavar="REF", show_default="real images of the first run")
     out: Path = option("Folder for results.json and report.html.", show_default="evaluation, or evaluation-2 and so on")
     overwrite: Overwrite = False
     features: PlaceIfAny = option(
-        "TorchScript file, `classifier` (a small one trained on the labels) or `autoencoder` (the model's).",
+        "TorchScript file, folder of CLIP or DINOv2, `classifier` (a small one trained on the labels) or `autoencoder` "
+        "(the model's).",
         show_default="classifier; autoencoder for text-to-image",
     )
+    resize: str = option("For the network: clean (antialiased, as clean-fid) or legacy (its own).", "legacy")
+    size: int | None = option("Pixels that all images are brought to.", metavar="N", min=1, max=2**13)
+    clip: PlaceIfAny = option("CLIPModel of transformers, for the CLIP score.", metavar="FOLDER")
+    clip_prefix: str = option("Before every prompt: 'A photo depicts '.", "", metavar="TEXT", show_default=False)
+    lpips: PlaceIfAny = option("TorchScript file, or `lpips`, for diversity as eyes judge it.", metavar="FILE")
+    scorers: list[str] = option("Plug-in; repeatable.", [], "--scorer", metavar="MODULE:CLASS", show_default=False)
+    prompts: Texts = None
     num_samples: int = option("Images per row.", 5000, min=100, max=MOST)
     num_real: int = option("Real images to compare with, at most.", 50_000, min=100, max=MOST)
     samplers: list[str] = option(
@@ -223,6 +225,9 @@ class Evaluate(Order):
         "--sampler",
         show_default="heun:18; ddim:50 for text-to-image",
     )
+    batch_size: int | None = option("Images drawn at once.", metavar="N", min=1, max=10_000, show_default="by size")
+    keep_images: bool = option("Leave all images in OUT/images.", False, "--keep-images")
+    statistics: Path | None = option("Write mean and covariance of the reference's features.", metavar="NPZ")
     seed: Seed = 0
     device: Device = "auto"
     config: PlaceIfAny = option("Of a file: diffusers folder of its family.", metavar="DIR")

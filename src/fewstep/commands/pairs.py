@@ -1,6 +1,5 @@
 """`fewstep data pairs`: noise and what a teacher's ODE makes of it."""
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from fewstep.commands.options import Pairs
 from fewstep.commands.places import check_writable, tell_done
-from fewstep.commands.runs import pick_device
+from fewstep.commands.runs import pick_device, place_of_rank
 from fewstep.data.pairs import Given, write_pairs
 from fewstep.data.texts import load_prompts
 from fewstep.errors import UserError
@@ -29,7 +28,7 @@ def pairs(given: Pairs) -> None:
     """Draws this rank's share of pairs into a folder, or goes on with it; prints what is there."""
     out, num = given.out, given.num
     check_writable(out)
-    sampler, rank, num_ranks = parse_sampler(given.sampler), _environment("RANK", 0), _environment("WORLD_SIZE", 1)
+    sampler = parse_sampler(given.sampler)
     if given.precision not in INFERENCE_DTYPES:
         raise UserError(f"--precision {given.precision!r}: write {', '.join(INFERENCE_DTYPES)}")
     use_family(given.family)
@@ -39,9 +38,8 @@ def pairs(given: Pairs) -> None:
     schedule = type(model.denoiser.schedule).__name__
     plan: dict[str, Any] = {"teacher": model.fingerprint, "sampler": str(sampler), "schedule": schedule}
     plan |= {"precision": given.precision, "shape": list(model.shape), "seed": given.seed, "num_pairs": num}
-    device, dtype = pick_device(given.device), INFERENCE_DTYPES[given.precision]
-    if device.type == "cuda":  # every rank of one machine takes a GPU of its own
-        device = torch.device("cuda", _environment("LOCAL_RANK", 0) % torch.cuda.device_count())
+    rank, num_ranks, device = place_of_rank(pick_device(given.device))
+    dtype = INFERENCE_DTYPES[given.precision]
     model.encode_in(dtype)
     model.denoiser.to(dtype)
     model.to(device)
@@ -95,11 +93,3 @@ def _check(model: ImageModel, teacher: str, sampler: Sampler) -> None:
         raise UserError(f"--sampler {sampler}: is for text-to-image teachers; take heun, euler or ddim")
     if sampler.guidance_scale != 1 and model.null_condition is None:
         raise UserError(f"--sampler {sampler}: the teacher has no null class to guide with; leave out the @")
-
-
-def _environment(name: str, default: int) -> int:
-    """A number that torchrun sets."""
-    text = os.environ.get(name, str(default))
-    if not text.isdecimal():
-        raise UserError(f"{name}={text}: must be a number, as torchrun sets it")
-    return int(text)

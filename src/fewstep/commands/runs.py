@@ -1,6 +1,7 @@
 """What the verbs share: devices, folders that can be written to, and runs, which are started, resumed or finished."""
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -52,6 +53,24 @@ def pick_device(device: str) -> torch.device:
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device: no CUDA GPU here; use device=cpu")
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def place_of_rank(device: torch.device) -> tuple[int, int, torch.device]:
+    """The number of this process and how many there are, as torchrun sets them, and the GPU of its own machine's."""
+    rank, num_ranks = _environment("RANK", 0), _environment("WORLD_SIZE", 1)
+    if rank >= num_ranks:
+        raise UserError(f"RANK={rank}: must be below WORLD_SIZE={num_ranks}, as torchrun sets them")
+    if device.type == "cuda":
+        device = torch.device("cuda", _environment("LOCAL_RANK", 0) % torch.cuda.device_count())
+    return rank, num_ranks, device
+
+
+def _environment(name: str, default: int) -> int:
+    """A number that torchrun sets."""
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise UserError(f"{name}={text}: must be a number, as torchrun sets it")
+    return int(text)
 
 
 FREE = {  # keys, or the first parts of them, that change no number of a run but by rounding

@@ -108,3 +108,9 @@ def _done(sizes: Counter[tuple[int, int]], num_grey: int, size: int, channels: i
     coloured = {1: "made grey" if num_grey < sizes.total() else "", 3: "made RGB" if num_grey else ""}[channels]
     parts = [f"{fitted} to {size}x{size}" if fitted else "", coloured]
     return ", ".join(part for part in parts if part) or "taken as they are"
+
+
+def colours_and_size(stored: Stored) -> tuple[list[tuple[int, int]], bool]:
+    """The sizes (width, height) among the images that are looked at, and whether all of these are grey."""
+    sizes, num_grey, _ = _headers(stored)
+    return list(sizes), num_grey == sizes.total()

@@ -170,11 +170,11 @@ class Gathered:
 class Gathering:
     """Takes in what was read of at most `num` images, part by part in their order: what `Gathered` is made of.
 
-    What is kept is laid out once, so that no second copy of it ever stands in memory.
+    What is kept is laid out once, so that no second copy of it ever stands in memory. Without groups there are no sums.
     """
 
     def __init__(self, num: int, num_groups: int = 1):
-        self.num, self.per_group, self.seen = num, -(-num // num_groups), 0
+        self.num, self.per_group, self.seen = num, -(-num // num_groups) if num_groups else 0, 0
         self.groups: dict[str, dict[int, Sums]] = {}
         self.kept: dict[str, Tensor] = {}
         self.pictures: list[Tensor] = []
@@ -183,7 +183,7 @@ class Gathering:
         """What was read of the next `count` images, and the first of them, if any."""
         numbers = torch.arange(self.seen, self.seen + count)
         for name, columns in found.items():
-            if name in SUMMED:
+            if name in SUMMED and self.per_group:
                 of, group = self.groups.setdefault(name, {}), numbers // self.per_group
                 for index in group.unique().tolist():
                     part = Sums.of(columns[group == index])

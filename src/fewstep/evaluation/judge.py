@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +16,8 @@ from fewstep.data.texts import load_prompts
 from fewstep.embedded import shape_checker, shapes
 from fewstep.errors import UserError
 from fewstep.evaluation import reference
-from fewstep.evaluation.extractors import AutoencoderExtractor, Extractor, TorchScriptExtractor, open_classifier
+from fewstep.evaluation.clip import Clip
+from fewstep.evaluation.extractors import AutoencoderExtractor, Extractor, Resize, open_classifier, open_extractor
 from fewstep.evaluation.gathering import (
     GRID_IMAGES,
     Check,
@@ -27,9 +29,13 @@ from fewstep.evaluation.gathering import (
     fitted,
     gather,
 )
-from fewstep.evaluation.metrics import measure
+from fewstep.evaluation.lpips import pair_distance
+from fewstep.evaluation.metrics import enough, floor, measure
+from fewstep.evaluation.probes import ClipProbe, ColourProbe, PatchProbe, ScorerProbe
 from fewstep.evaluation.reference import Reals, evaluation_prompts
 from fewstep.evaluation.report import Row
+from fewstep.evaluation.scorers import open_scorer
+from fewstep.evaluation.statistics import is_statistics, read_statistics
 from fewstep.evaluation.within import MOST, Draw, Within
 from fewstep.files import folder_lock
 from fewstep.models.sampler import Sampler
@@ -40,6 +46,7 @@ MIN_CAPTIONED = 10  # images, for halves with the neighbours that precision look
 MAX_CLASSES = 100  # that the small classifier can learn to tell apart in its 600 steps of 128 images
 GRID_COLUMNS, GRID_WIDTH = 5, 1300  # on the page, which a telephone shows, too; pixels
 NUM_GROUPS = 10  # of a jackknife
+OF_IMAGES = ("clip", "lpips", "prompts", "scenes", "scorers")  # what metrics need that tell of single images
 Asking = Callable[[Sequence[str]], list[Probe]]
 """From prompts, in turn, to what reads in an image whether it is as its own says."""
 
@@ -50,7 +57,7 @@ class Means:
 
     features: str | None = None
     """A TorchScript file, a folder of transformers, `classifier` or `autoencoder`; None: what there is of the last."""
-    resize: Literal["legacy", "clean"] = "legacy"
+    resize: Resize = "legacy"
     """How images are brought to the size that the network takes."""
     clip: str | None = None
     """A folder of a CLIP model of transformers, for the CLIP score."""
@@ -75,28 +82,39 @@ class Judge:
     of_images: Sequence[Probe]  # read in any images
     of_drawn: Sequence[Probe]  # read in those of models, whose classes come in turn
     of_asked: Asking  # read in those whose prompts are known
-    needs: frozenset[str]  # of the metrics: what there is here
-    floor: Row  # the line of the real images: half against half
     size: int  # pixels that images are brought to
+    num_samples: int  # of a row, for the noise floor
     prompts: Sequence[str] = ()  # of text-to-image models: what images number 0, 1, 2, ... are drawn for, in turn
     class_names: Sequence[str] = ()  # of other models, in turn
     within: Within | None = None  # of prompts or classes, where there are some
+    accuracy: float | None = None  # of the classifier, on images that it was not trained on
+
+    @cached_property
+    def floor(self) -> Row:
+        """The line of the real images: of sets some of them against others; what is told of single ones is of all."""
+        values, found = measure(self.real, self.real, OF_IMAGES)
+        values |= {} if self.accuracy is None else {"accuracy": self.accuracy}
+        known = floor(self.real, self.num_samples) | values
+        return Row("real", None, None, known, found, *kept_of(self.real, self.class_names or self.real.prompts))
 
     def row(self, name: str, sampler: Sampler, draw: Draw, num: int, speed: float = 0, intervals: bool = True) -> Row:
         """The line of the table for images number 0 .. num-1 that `draw` draws, and some of each prompt or class.
 
         `speed` is in images per second, 0 if it was not measured; `intervals` take ten more FIDs.
         """
-        fake = self.gather(name, draw, num, NUM_GROUPS if intervals else 1)
+        batches = (fitted(batch, self.size) for batch in draw(range(num), self.prompts or None))
+        num_groups = NUM_GROUPS if intervals else 1
+        fake = gather(batches, self.probes(self.prompts, drawn=True), num, name, num_groups, self.prompts)
+        if self.within:
+            groups = self.within.draw(draw, num, range(len(self.within.subjects)))
+            fake = replace(fake, pairs=self.within.read(groups))
         clock = {"images_per_second": speed} if speed else {}
         return self.row_of(name, sampler, fake, clock, self.prompts or self.class_names, intervals)
 
-    def gather(self, name: str, draw: Draw, num: int, num_groups: int = 1) -> Gathered:
-        """What `row` is made of."""
-        batches = (fitted(batch, self.size) for batch in draw(range(num), self.prompts or None))
-        fake = gather(batches, self.probes(self.prompts, drawn=True), num, name, num_groups, self.prompts)
-        whole = range(len(self.within.subjects)) if self.within else range(0)
-        return replace(fake, pairs=self.within.read(self.within.draw(draw, num, whole)) if self.within else {})
+    @property
+    def width(self) -> int:
+        """The number of features."""
+        return len(self.real.sums().mean)
 
     def probes(self, prompts: Sequence[str], drawn: bool) -> list[Probe]:
         """What reads in images, of these prompts in turn, or of a model's classes."""
@@ -111,11 +129,9 @@ class Judge:
         labels: Sequence[str] = (),
         intervals: bool = True,
     ) -> Row:
-        """The line for what was gathered; without a sampler, of images whose classes nobody knows."""
-        needs = self.needs if sampler else {"features", *(["prompts", "scenes"] if fake.prompts else [])}
-        values, found = measure(self.real, fake, needs, intervals)
-        nfe = sampler.nfe if sampler else None
-        told = describe(sampler) if sampler else "images"
+        """The line for what was gathered; without a sampler, of images that something else made."""
+        values, found = measure(self.real, fake, intervals=intervals)
+        nfe, told = (sampler.nfe, describe(sampler)) if sampler else (None, "images")
         return Row(name, told, nfe, {**values, **clock}, found, *kept_of(fake, labels))
 
 
@@ -126,23 +142,19 @@ def describe(sampler: Sampler) -> str:
 
 
 def kept_of(images: Gathered, labels: Sequence[str] = ()) -> tuple[dict[str, dict[str, float]], bytes]:
-    """What a row has beside its numbers: the attributes of scenes that are right, and a grid with `labels` in turn."""
+    """What a row has beside its numbers: the attributes of scenes that are right, and a grid with `labels` in turn.
+
+    There is no grid of statistics alone.
+    """
     attributes: dict[str, dict[str, float]] = {}
     for kind, name in product(SCENES.values(), shape_checker.ATTRIBUTES):
         if share := images.share(f"{kind}.{name}"):
             attributes.setdefault(kind, {})[name] = share.value
+    if not len(images.pictures):
+        return attributes, b""
     shown = [labels[index % len(labels)] for index in range(len(images.pictures))] if labels else ()
     columns = num_columns(len(images.pictures), len(labels), GRID_COLUMNS)
     return attributes, png_bytes(grid(images.pictures, columns, shown, max_width=GRID_WIDTH))
-
-
-def floor_row(real: Gathered, needs: frozenset[str], seed: int = 0, labels: Sequence[str] = ()) -> Row:
-    """The noise floor: one random half of the features against the other; the rest is of all real images."""
-    order = torch.randperm(len(real.features), generator=torch.Generator().manual_seed(seed))
-    first, second = (Gathered.of(half) for half in real.features[order].chunk(2))
-    values, _ = measure(first, second, {"features"}, intervals=False)
-    whole, found = measure(real, real, needs - {"features"})
-    return Row("real", None, None, values | whole, found, *kept_of(real, labels))
 
 
 class Basis(NamedTuple):
@@ -150,7 +162,6 @@ class Basis(NamedTuple):
 
     extractor: Extractor
     reals: Reals
-    needs: set[str]
     of_drawn: Sequence[Probe] = ()
     class_names: Sequence[str] = ()
     accuracy: float | None = None  # of the classifier, on images that it was not trained on
@@ -162,38 +173,61 @@ def make_judge(data: DataSettings, model: Any, means: Means, folder: Path, num_s
     `model` is an `ImageModel`, or `Pictures` where only images are judged. Raises UserError if there is too little to
     judge with, or nothing that tells the images' features.
     """
-    text = getattr(model, "kind", "") == "text"
+    text, device = getattr(model, "kind", "") == "text", getattr(model, "device", torch.device("cpu"))
     given = load_prompts(means.prompts, field="prompts:") if means.prompts else []
     if given and not text:
         raise UserError("prompts: the model takes no text; leave them out")
+    size, of_asked = means.size or model.image_size, asking(means, device)
+    perceptual = pair_distance(means.lpips, device, model.channels, size) if means.lpips else None
     with folder_lock(folder, ".judge.lock", wait=True):  # of several that judge by the same, one makes what all use
-        if text:
-            basis = _of_text(data, model, means, given, num_samples, num_real)
+        make: Any = _of_text if text else _of_classes
+        basis: Basis = make(data, model, means, folder, given, num_samples, num_real)
+        extractor = basis.extractor
+        patched = means.features not in (None, "classifier", "autoencoder")
+        of_images: list[Probe] = [FeatureProbe(extractor), *([PatchProbe(extractor)] if patched else []), ColourProbe()]
+        width = feature_width(extractor, model.channels, size)
+        if few := enough(num_samples, width):
+            raise UserError(f"num_samples: {few} (--features)")
+        if is_statistics(data.source):
+            real = read_statistics(Path(data.required), extractor, width, size)
         else:
-            basis = _of_classes(data, model, means, folder, num_real)
-        of_images: list[Probe] = [FeatureProbe(basis.extractor)]
-        real = _gathered(data, basis, means, folder, of_images)
-    prompts, size = given or real.prompts, means.size or model.image_size
-    needs = frozenset(basis.needs | {"scenes" for _ in range(all(map(shapes.parse, prompts)))})
-    floor = floor_row(real, needs - {"classes"}, labels=basis.class_names or real.prompts)
-    floor.values.update({} if basis.accuracy is None else {"accuracy": basis.accuracy})
+            real = _gathered(data, basis, means, folder, of_images, of_asked)
+    prompts = given or real.prompts
     subjects: Any = prompts[:MOST] or range(min(MOST, model.num_classes))
-    within = Within(subjects, basis.extractor, None, size) if subjects else None
-    made = (basis.extractor, real, of_images, basis.of_drawn, asking(means), needs, floor, size)
-    return Judge(*made, prompts, basis.class_names, within)
+    within = Within(subjects, extractor, perceptual, size, means.lpips) if subjects else None
+    made = (extractor, real, of_images, basis.of_drawn, of_asked, size, num_samples)
+    return Judge(*made, prompts, basis.class_names, within, basis.accuracy)
 
 
-def asking(means: Means) -> Asking:
-    """What reads in images whether they are as their prompts say."""
-    return lambda prompts: [CheckProbe(check_scenes(prompts), "scenes")] if prompts else []
+def asking(means: Means, device: torch.device) -> Asking:
+    """What reads in images whether they are as their prompts say; plug-ins are asked without prompts, too."""
+    clip = Clip(Path(means.clip), device) if means.clip else None
+    scorers = [open_scorer(each, device) for each in means.scorers]
+
+    def probes(prompts: Sequence[str]) -> list[Probe]:
+        found: list[Probe] = [ScorerProbe(each, prompts) for each in scorers]
+        if prompts and clip:
+            found.append(ClipProbe(clip, prompts, means.clip_prefix))
+        return [*found, *([CheckProbe(check_scenes(prompts), "scenes")] if prompts else [])]
+
+    return probes
 
 
-def _gathered(data: DataSettings, basis: Basis, means: Means, folder: Path, of_images: list[Probe]) -> Gathered:
+def feature_width(extractor: Extractor, channels: int, size: int) -> int:
+    """The number of features, told by two pictures of noise."""
+    draws = torch.Generator().manual_seed(0)
+    noise = torch.randint(0, 256, (2, channels, size, size), generator=draws, dtype=torch.uint8)
+    return extractor.features(noise).shape[1]
+
+
+def _gathered(
+    data: DataSettings, basis: Basis, means: Means, folder: Path, of_images: Sequence[Probe], of_asked: Asking
+) -> Gathered:
     """What real images leave behind, from the folder if it is there."""
-    reals, asked = basis.reals, asking(means)
-    identities = [each.identity for each in (*of_images, *asked([""]))]
+    reals = basis.reals
+    identities = [each.identity for each in (*of_images, *of_asked([""]))]
     path = reference.place(folder, "reference", data, reals.known, identities, means.size, reals.num)
-    probes = [*of_images, Answers(asked, reals.prompts)]
+    probes = [*of_images, Answers(of_asked, reals.prompts)]
     real = reference.kept(path, lambda: gather(reals.batches(), probes, reals.num, "data.source", 1, reals.prompts))
     if real.count < reals.least:
         raise UserError(f"data.source: has {real.count} images; judging needs at least {reals.least}")
@@ -214,29 +248,34 @@ class Answers:
         return {name: found for probe in probes for name, found in probe.read(images, here).items()}
 
 
-def _of_classes(data: DataSettings, model: Any, means: Means, folder: Path, num_real: int) -> Basis:
+def _of_classes(
+    data: DataSettings, model: Any, means: Means, folder: Path, given: list[str], num_samples: int, num_real: int
+) -> Basis:
     """With a classifier, trained once, where there are classes, but not too many."""
     named, own = 0 < model.num_classes <= MAX_CLASSES, means.features in (None, "classifier")
-    if own and not named:
+    advice = "a TorchScript file such as inception-2015-12-05.pt (--features, in a recipe evaluation.features)"
+    if own and (not named or is_statistics(data.source)):
         what = f"the classifier serves 1 to {MAX_CLASSES} classes, the model has {model.num_classes}"
-        advice = "a TorchScript file such as inception-2015-12-05.pt (--features, in a recipe evaluation.features)"
+        what = f"{data.source} has no images to train a classifier on" if named else what
         raise UserError(f"features: {what}; give {advice}")
+    network = None if own else open_extractor(str(means.features), getattr(model, "device", "cpu"), means.resize)
+    names: Sequence[str] = [model.class_name(number) for number in range(model.num_classes)]
+    if network and is_statistics(data.source):
+        return Basis(network, Reals(lambda: iter(()), 0, "", [], 0), class_names=names)
     size = means.size or model.image_size
     images = reference.open_at(data, model, size)
     if images.length < GRID_IMAGES:
         raise UserError(f"data.source: has {images.length} images; judging needs at least {GRID_IMAGES}")
-    network = None if own else TorchScriptExtractor(Path(str(means.features)), model.device)
     place = classifier_path(data, folder, *([size] if size != model.image_size else []))
     classifier = open_classifier(images, model, place) if named else None
     num, pictures = min(num_real, images.length), _grid_of_classes(images, model.num_classes)
-    known = reference.identity(images, data)
+    known, names = reference.identity(images, data), images.class_names or names
     reals = Reals(lambda: reference.labelled_batches(images, num), num, known, [], GRID_IMAGES, pictures)
-    names = images.class_names or [model.class_name(number) for number in range(model.num_classes)]
     extractor: Any = network or classifier
     if classifier is None:
-        return Basis(extractor, reals, {"features"}, class_names=names)
+        return Basis(extractor, reals, class_names=names)
     checks = [CheckProbe(classifier.check, classifier.identity)]
-    return Basis(extractor, reals, {"features", "classes"}, checks, names, classifier.held_out_accuracy.item())
+    return Basis(extractor, reals, checks, names, classifier.held_out_accuracy.item())
 
 
 def _grid_of_classes(images: ImageSet, num_classes: int) -> Tensor:
@@ -250,7 +289,9 @@ def _grid_of_classes(images: ImageSet, num_classes: int) -> Tensor:
     return pictures * (indices >= 0)[:, None, None, None]
 
 
-def _of_text(data: DataSettings, model: Any, means: Means, given: list[str], num_samples: int, num_real: int) -> Basis:
+def _of_text(
+    data: DataSettings, model: Any, means: Means, folder: Path, given: list[str], num_samples: int, num_real: int
+) -> Basis:
     """Of the embedded shapes the prompts are 240 of one object and 80 of two, in turn, and the real images are drawn.
 
     Else they are the captions of the real images.
@@ -258,14 +299,18 @@ def _of_text(data: DataSettings, model: Any, means: Means, given: list[str], num
     features, size = means.features, means.size or model.image_size
     if features == "classifier":
         raise UserError("features: captions are no classes to train a classifier on; give autoencoder or a file")
-    network = TorchScriptExtractor(Path(features), model.device) if features not in (None, "autoencoder") else None
-    extractor: Any = network or AutoencoderExtractor(model.autoencoder)
+    own = features in (None, "autoencoder")
+    extractor: Any = AutoencoderExtractor(model.autoencoder) if own else None
+    extractor = extractor or open_extractor(str(features), model.device, means.resize)
+    if is_statistics(data.source):
+        if not given:
+            raise UserError(f"{data.source}: holds no captions; say with --prompts what models are asked for")
+        return Basis(extractor, Reals(lambda: iter(()), 0, "", [], 0))
     images = reference.open_captioned_at(data, model.image_size, size, bool(given))
     if isinstance(images.captions, shapes.Captions):
         scenes = given if given and all(map(shapes.parse, given)) else evaluation_prompts()
         drawn = lambda: (fitted(each, size) for each in reference.drawn_batches(scenes, num_samples))  # noqa: E731
-        known = f"drawn {scenes}"
-        return Basis(extractor, Reals(drawn, num_samples, known, scenes, MIN_CAPTIONED), {"features", "prompts"})
+        return Basis(extractor, Reals(drawn, num_samples, f"drawn {scenes}", scenes, MIN_CAPTIONED))
     num, prompts, known = min(num_real, images.length), list[str](), reference.identity(images, data)
 
     def batches() -> Iterator[Tensor]:
@@ -273,7 +318,7 @@ def _of_text(data: DataSettings, model: Any, means: Means, given: list[str], num
             return reference.labelled_batches(images, num)
         return reference.captioned_batches(images, num, prompts)
 
-    return Basis(extractor, Reals(batches, num, known, prompts, MIN_CAPTIONED), {"features", "prompts"})
+    return Basis(extractor, Reals(batches, num, known, prompts, MIN_CAPTIONED))
 
 
 SCENES = {1: "prompt_accuracy", 2: "two_objects"}

@@ -7,6 +7,7 @@ from itertools import chain, islice
 import torch
 from torch import Tensor
 
+from fewstep.data.shards import digest
 from fewstep.evaluation.extractors import Extractor
 from fewstep.evaluation.gathering import FEATURES, Numbers, fitted
 from fewstep.models.image_model import Asked
@@ -27,6 +28,13 @@ class Within:
     """LPIPS, from uint8 images (R, C, H, W) to (R (R - 1) / 2,)."""
     size: int
     """Pixels that images are brought to."""
+    named: str | None = None
+    """What LPIPS was opened from."""
+
+    @property
+    def identity(self) -> str:
+        """A hash of what its numbers are a function of, beside the images."""
+        return f"{self.extractor.identity} {self.named} {self.size} {digest([*self.subjects])}"
 
     def draw(self, draw: Draw, num: int, rows: range) -> Iterator[Tensor]:
         """The images of these subjects, (EACH, C, H, W) of each; their numbers follow on those of `num` images."""
