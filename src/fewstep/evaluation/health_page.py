@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 from fnmatch import fnmatch
 from html import escape
 from io import BytesIO
+from itertools import chain
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,7 +29,6 @@ MOST_PIXELS = 64e6  # of a picture that is opened
 GRID, PANEL = (510, 765), (1600, 2400)  # pixels, at most
 LEVELS = {"ill": "ill", "watch": "to watch", "well": "well"}  # the worst first
 SIGNS = {"ill": "✗ Ill", "watch": "! To watch", "well": "✓ Well"}  # for those who see no colours
-NOT_DRAWN = {"step"}
 
 
 @dataclass(frozen=True)
@@ -198,20 +198,15 @@ def _list(run: Health) -> str:
 
 def _groups(runs: Sequence[Health]) -> Iterator[str]:
     """The groups of curves that any run has something for; what no group names comes last."""
-    lines = {run.name: run.lines for run in runs}
-    evaluations = {run.name: run.evaluations for run in runs}
+    sources = [{run.name: run.lines for run in runs}, {run.name: run.evaluations for run in runs}]
+    names = [dict.fromkeys(chain.from_iterable(chain(*source.values()))) for source in sources]
+    drawn = [{"step"}, {"step"}]
     every = [line["step"] for run in runs for line in (*run.lines, *run.evaluations)]
     steps = (min(every, default=0), max(every, default=1))  # the same below all curves
-    drawn = set(NOT_DRAWN)
     for group in CURVES["groups"]:
         judged = bool(group.get("judged"))
-        of = evaluations if judged else lines
-        there = dict.fromkeys(name for each in of.values() for line in each for name in line)
-        figures = [
-            _curve(runs, of, name, judged, steps, **group["curves"][key]) for name, key in _named(group, there, drawn)
-        ]
-        if judged:
-            drawn = set(NOT_DRAWN)
+        named = _named(group, names[judged], drawn[judged])
+        figures = [_curve(runs, sources[judged], each, judged, steps, **group["curves"][key]) for each, key in named]
         if any(figures):
             yield f'<h2>{escape(group["title"])}</h2><p class="note">{escape(group["read"])}</p>'
             yield '<div class="figures">' + "\n".join(figures) + "</div>"
