@@ -6,8 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import BitImageProcessorPil, CLIPImageProcessorPil, CLIPModel, CLIPTextConfig, CLIPTextModel
@@ -70,13 +72,13 @@ NETWORKS: dict[str, Callable[[Path], Any]] = {"clip": save_clip, "vision": save_
 @pytest.mark.parametrize("name", NETWORKS)
 def test_features_are_those_of_transformers_as_published(name: str, channels: int, place: Path, tmp_path: Path) -> None:
     network, processor = NETWORKS[name](tmp_path / "other"), dinos() if name == "dino" else clips()
-    extractor = open_extractor(str(place / name), "cpu", "clean")
+    extractor = open_extractor(str(place / name), "cpu")
     for height, width in SIZES[: 1 if name == "dino" else 3]:
         images = pixels(3, channels, height, width)
         found = extractor.features(images)
         torch.testing.assert_close(found, expected(name, network, processed(processor, images)), rtol=0, atol=1e-5)
         assert (found - found.mean(0)).abs().max() > 1e-2  # pictures are told apart
-    assert extractor.name == f"{name}, resized for {'DINOv2' if name == 'dino' else 'CLIP'}"
+    assert extractor.name == f"{name}, resized by its processor"
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -98,6 +100,24 @@ def test_features_are_those_of_the_folders_own_processor(name: str, tmp_path: Pa
         images = pixels(3, 3, height, width)
         wanted = expected(name, network, processed(processor, images))
         torch.testing.assert_close(extractor.features(images), wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_resized_clean_the_whole_picture_is_seen_in_floats(name: str, place: Path, tmp_path: Path) -> None:
+    """By PIL, channel by channel: the steps of clean-fid, then mean and deviation of the processor."""
+    network, side = NETWORKS[name](tmp_path / "other"), 224 if name == "dino" else 24
+    means = dinos() if name == "dino" else clips()
+    images, mean, std = pixels(2, 3, 50, 30), torch.tensor(means.image_mean), torch.tensor(means.image_std)
+    planes = [
+        Image.fromarray(each.float().numpy()).resize((side, side), Image.BICUBIC) for each in images.flatten(0, 1)
+    ]
+    resized = torch.tensor(np.stack(planes)).clamp(0, 255).reshape(2, 3, side, side).permute(0, 2, 3, 1)
+    wanted = expected(name, network, ((resized / 255 - mean) / std).permute(0, 3, 1, 2))
+    extractor, other = (open_extractor(str(place / name), "cpu", each) for each in ("clean", "legacy"))
+    torch.testing.assert_close(extractor.features(images), wanted, rtol=0, atol=1e-5)
+    assert (other.features(images) - wanted).abs().max() > 1e-2
+    assert (extractor.name, other.name) == (f"{name}, resized clean", f"{name}, resized by its processor")
+    assert extractor.identity != other.identity
 
 
 def test_the_largest_dinov2_has_gates(tmp_path: Path) -> None:
@@ -244,6 +264,7 @@ WRONG: dict[str, tuple[str, Callable[[Path], object], str]] = {
         r"gives .*30, 30.*takes \(24, 24\) alone",
     ),
     "no-crop": ("vision", lambda it: processor(it, size=24, do_center_crop=False), "gives pictures of any size"),
+    "no-size": ("dino", lambda it: processor(it, size=28, do_center_crop=False), "gives pictures of any size"),
     "a-link": (
         "clip",
         lambda it: (it / "notes").symlink_to("/etc/hostname"),

@@ -1,7 +1,7 @@
 """Feature networks in folders of transformers: the vision tower of CLIP, and DINOv2."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fewstep.errors import UserError
-from fewstep.evaluation.resizing import CLIP_MEAN, CLIP_STD, Preprocessing, read_preprocessing
+from fewstep.evaluation.resizing import CLIP_MEAN, CLIP_STD, Preprocessing, Resize, read_preprocessing
 from fewstep.models.loading.files import check_files, part_tensors, read_config, whole
 from fewstep.models.loading.pipeline import library_class, outline
 from fewstep.models.loading.weights import check_finite, check_names
@@ -81,30 +81,32 @@ def _load(kind: Any, folder: Path) -> Any:
 class Encoder:
     """A network of `KINDS` on `device`: uint8 (B, C, H, W) -> features (B, D); grey pictures are repeated to RGB.
 
-    CLIP's are its projected embeddings, DINOv2's its class token behind the last layer norm. Pictures are made ready as
-    the folder's processor says, where it has one (`read_preprocessing`), else as published. Weights are read from
-    safetensors alone, and no code of the folder is run. Raises UserError for a folder of anything else, or a damaged
-    one.
+    CLIP's are its projected embeddings, DINOv2's its class token behind the last layer norm. Resized "legacy", pictures
+    are made ready as the folder's processor says, where it has one (`read_preprocessing`), else as published; resized
+    "clean" they lose no border, as where Frechet distances of DINOv2 come from (arXiv 2306.04675). Weights are read
+    from safetensors alone, and no code of the folder is run. Raises UserError for a folder of anything else, or a
+    damaged one.
     """
 
     option, takes = "--features", tuple(KINDS)
     drops: tuple[str, ...] = ("text_model", "text_projection")  # parts of the network that see nothing
 
-    def __init__(self, folder: Path, device: torch.device | str):
+    def __init__(self, folder: Path, device: torch.device | str, resize: Resize = "legacy"):
         if not (folder / NETWORK).is_file():
             what = " or ".join(dict.fromkeys(KINDS[each].title for each in self.takes))
             raise UserError(
                 f"{self.option} {folder}: no folder of a {what} model of transformers (it has no {NETWORK})"
             )
         try:
-            self.kind, self.network, self.preprocessing = self._open(folder)
+            self.kind, self.network, preprocessing = self._open(folder)
         except UserError as error:
             raise UserError(f"{self.option} {error}") from error
         for part in self.drops:
             if hasattr(self.network, part):
                 delattr(self.network, part)
         self.network.eval().to(device)
-        self.device, self.name = device, f"{folder.resolve().name}, resized for {self.kind.title}"
+        self.device, self.preprocessing = device, replace(preprocessing, resize=resize)
+        self.name = f"{folder.resolve().name}, resized {'clean' if resize == 'clean' else 'by its processor'}"
 
     def _open(self, folder: Path) -> tuple[Kind, Any, Preprocessing]:
         check_files(folder, [path.name for path in folder.iterdir()])
@@ -122,7 +124,7 @@ class Encoder:
                 f"{folder}: is for pictures of {size} pixels in {channels} channels, not square ones in RGB"
             )
         preprocessing = read_preprocessing(folder) or kind.preprocessing(size)
-        if not kind.any_size and preprocessing.given != (size, size):
+        if preprocessing.given != (size, size) and not (kind.any_size and preprocessing.given):
             what = f"gives pictures of {preprocessing.given or 'any size'}, its network takes {(size, size)} alone"
             raise UserError(f"{folder}: its processor {what}")
         return kind, network, preprocessing

@@ -4,7 +4,7 @@ import hashlib
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,7 +14,7 @@ from torch.nn.functional import adaptive_avg_pool2d, cross_entropy
 from fewstep.data.images import ImageSet, batch_indices
 from fewstep.errors import UserError, out_of_memory
 from fewstep.evaluation.encoders import AT_ONCE, Encoder
-from fewstep.evaluation.resizing import INCEPTION, clean
+from fewstep.evaluation.resizing import INCEPTION, Resize, clean
 from fewstep.files import written_whole
 from fewstep.models.image_model import ImageModel
 from fewstep.models.loading.weights import check_finite
@@ -26,10 +26,9 @@ from fewstep.seeding import generator
 
 CLASSIFIER_STEPS = 600
 MAX_FEATURES = 4096  # of a covariance that a Fréchet distance can be taken of
-MAX_VALUES = 2**19  # of images that an autoencoder gets at once; its activations are some 700 bytes of each
+MAX_VALUES = 2**19  # of images that an autoencoder gets at once; its activations are some 850 bytes of each
 THUMBNAIL = 16  # pixels
 RETURN_FEATURES = "return_features"
-Resize = Literal["legacy", "clean"]
 FAILURES = (RuntimeError, torch.jit.Error)  # of a network that takes no such images: the second is of its assertions
 
 
@@ -120,12 +119,9 @@ class TorchScriptExtractor:
 
 
 def open_extractor(source: str, device: torch.device | str, resize: Resize = "legacy") -> Extractor:
-    """A TorchScript file, for which pictures are resized as said, or a folder of transformers, which says it itself.
-
-    Raises UserError if it is neither.
-    """
+    """A TorchScript file, or a folder of transformers (`KINDS`); raises UserError if it is neither."""
     path = Path(source)
-    return Encoder(path, device) if path.is_dir() else TorchScriptExtractor(path, device, resize)
+    return (Encoder if path.is_dir() else TorchScriptExtractor)(path, device, resize)
 
 
 class AutoencoderExtractor:

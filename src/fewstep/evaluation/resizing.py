@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,21 +16,22 @@ from fewstep.models.loading.files import read_config
 from fewstep.pictures import to_picture
 
 INCEPTION = 299  # pixels a side, of all Inceptions that FIDs are published with
+Resize = Literal["legacy", "clean"]
 BICUBIC = Image.Resampling.BICUBIC
 Means = tuple[float, float, float]
 
 
-def clean(images: Tensor, size: int = INCEPTION) -> Tensor:
-    """uint8 (B, C, H, W) -> float32 (B, C, size, size) in 0..255 on the CPU, as clean-fid does it (arXiv 2104.11222).
+def clean(images: Tensor, size: tuple[int, int] = (INCEPTION, INCEPTION)) -> Tensor:
+    """uint8 (B, C, H, W) -> float32 (B, C, h, w) in 0..255 on the CPU, as clean-fid does it (arXiv 2104.11222).
 
     Each channel by itself in floats, bicubic with antialiasing by PIL, not rounded, and cut to 0..255. Pictures of that
     size are only made floats.
     """
-    if images.shape[2:] == (size, size):
+    if images.shape[2:] == size:
         return images.float()
     planes = images.cpu().float().flatten(0, 1).numpy()  # (B C, H, W)
-    resized = _in_threads(lambda plane: Image.fromarray(plane).resize((size, size), BICUBIC), planes)
-    return resized.clamp(0, 255).reshape(*images.shape[:2], size, size)
+    resized = _in_threads(lambda plane: Image.fromarray(plane).resize(size[::-1], BICUBIC), planes)
+    return resized.clamp(0, 255).reshape(*images.shape[:2], *size)
 
 
 def _in_threads(resize: Callable[[Any], Image.Image], pictures: Iterable[Any]) -> Tensor:
@@ -43,7 +44,8 @@ def _in_threads(resize: Callable[[Any], Image.Image], pictures: Iterable[Any]) -
 class Preprocessing:
     """uint8 (B, C, H, W) -> float32 (B, 3, h, w): resized and rounded by PIL, cropped, (scale x - mean) / std.
 
-    As processors of transformers do it where torchvision is not installed, whether it is or not.
+    As processors of transformers do it where torchvision is not installed, whether it is or not. Resized "clean", the
+    whole picture is made as large as what is left of it else, in floats and without a crop.
     """
 
     size: int | tuple[int, int]  # of the shorter side, or height and width
@@ -52,17 +54,22 @@ class Preprocessing:
     std: Means
     resample: int = BICUBIC
     scale: float = 1 / 255
+    resize: Resize = "legacy"
 
     def __call__(self, images: Tensor, device: torch.device | str) -> Tensor:
+        whole = self.given if self.resize == "clean" else None
+        pixels = (clean(images, whole) if whole else self._cropped(images)).to(device).float()
+        mean, std = (torch.tensor(each, device=device).reshape(3, 1, 1) for each in (self.mean, self.std))
+        return (pixels * self.scale - mean) / std
+
+    def _cropped(self, images: Tensor) -> Tensor:
         height, width = self.resized(*images.shape[2:])
         if images.shape[2:] != (height, width):
             resized = _in_threads(lambda each: to_picture(each).resize((width, height), self.resample), images.cpu())
             images = resized[:, None] if resized.dim() == 3 else resized.permute(0, 3, 1, 2)  # (B, C, h, w)
         wanted = self.crop or (height, width)
         top, left = (height - wanted[0]) // 2, (width - wanted[1]) // 2
-        cropped = images[:, :, top : top + wanted[0], left : left + wanted[1]].to(device).float()
-        mean, std = (torch.tensor(each, device=device).reshape(3, 1, 1) for each in (self.mean, self.std))
-        return (cropped * self.scale - mean) / std
+        return images[:, :, top : top + wanted[0], left : left + wanted[1]]
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
         """Height and width before the crop; of the longer side a fraction of a pixel is left out."""
