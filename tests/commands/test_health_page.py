@@ -127,6 +127,7 @@ def test_several_runs_lie_over_each_other_with_what_differs() -> None:
     assert "<title>a/run, b/run@40, teacher</title>" in page
     assert all(f"a/run {value} · b/run@40 {other} · teacher {value}" in text for value, other in (("0.11", "0.125"),))
     assert "student.optimizer.lr 0.001 0.002 –" in text
+    assert text.count("1 well. The critic lags") == 3  # above what is folded
     assert "class_dropout – – 0.0" in text
     assert '<span class="first">2.000<small>@20</small></span>' in page
     assert "4.000 @20 –" in text

@@ -69,7 +69,8 @@ def picture(curves: Sequence[Curve], label: str, level: float | None = None, ste
     given = steps or (min(points[0][0] for points in finite if points), max(p[-1][0] for p in finite if p))
     x = Axis(given[0], given[1] if given[1] > given[0] else given[0] + 1, LEFT, WIDTH - RIGHT)
     buckets = BUCKETS if len(curves) < 3 else BUCKETS // 2
-    lines = [_drawn(curve, points, x, y, buckets) for curve, points in zip(curves, finite, strict=True)]
+    drawn = [_drawn(curve, points, x, y, buckets) for curve, points in zip(curves, finite, strict=True)]
+    lines = [*(below for below, _ in drawn), *(above for _, above in drawn)]
     told = f'<text x="{LEFT + 4}" y="{TOP + 8}">{escape(beyond)}</text>' if beyond else ""
     near = [y.at(level)] if level is not None and y.low <= level <= y.high else []
     across = [f'<path class="level" d="M{LEFT} {at}H{WIDTH - RIGHT}"/>' for at in near]
@@ -104,21 +105,24 @@ def _frame(x: Axis, y: Axis) -> Iterable[str]:
         yield f'<text x="{x.at(step)}" y="{HEIGHT - 5}" text-anchor="middle">{_short(step)}</text>'
 
 
-def _drawn(curve: Curve, points: list[Point], x: Axis, y: Axis, buckets: int) -> str:
-    """The line, thin below its running median where it is noisy; single points as dots; what is not finite, below."""
+def _drawn(curve: Curve, points: list[Point], x: Axis, y: Axis, buckets: int) -> tuple[str, str]:
+    """The noisy line of a running median, which lies below the medians of all curves, and what lies above.
+
+    Few points are dots, too, and what is not finite is marked at the lower axis.
+    """
     colour = f"c{curve.colour % MAX_COLOURS}"
     dashed = " dashed" if curve.dashed else ""
     middle = medians(points) if noisy(points, y.log) else []
-    parts = [f'<path class="line {colour}{" raw" if middle else dashed}" d="{_path(thinned(points, buckets), x, y)}"/>']
-    if middle:
-        parts.append(f'<path class="line {colour}{dashed}" d="{_path(middle, x, y)}"/>')
+    whole = _path(thinned(points, buckets), x, y)
+    below = f'<path class="line {colour} raw" d="{whole}"/>' if middle else ""
+    parts = [f'<path class="line {colour}{dashed}" d="{_path(middle, x, y) if middle else whole}"/>']
     if len(points) <= 30:
         dots = "".join(f"M{x.at(step)} {y.at(value)}h0" for step, value in points)
         parts.append(f'<path class="dots {colour}" d="{dots}"/>')
     parts += [f'<circle class="{colour}" cx="{x.at(s)}" cy="{y.at(v)}" r="5"/>' for s, v in points if s == curve.best]
     if broken := sorted({round(x.at(step)) for step, value in curve.points if not math.isfinite(value)}):
         parts.append(f'<path class="broken" d="{"".join(f"M{at} {HEIGHT - BOTTOM}v-6" for at in broken)}"/>')
-    return "".join(parts)
+    return below, "".join(parts)
 
 
 def _path(points: Sequence[Point], x: Axis, y: Axis) -> str:

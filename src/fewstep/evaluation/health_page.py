@@ -177,8 +177,12 @@ def _findings(runs: Sequence[Health]) -> str:
     if len(runs) == 1:
         return f'<p class="note">{_counts(runs[0])}</p>{_list(runs[0])}'
     unfolded = " open" if len(runs) < 3 else ""
-    heads = [f"<summary>{_name(runs, run)}: {_counts(run)}</summary>" for run in runs]
-    return "\n".join(f"<details{unfolded}>{h}{_list(run)}</details>" for h, run in zip(heads, runs, strict=True))
+    parts = []
+    for run in runs:
+        first = f". {escape(_sorted(run)[0].what)}" if run.findings else ""
+        summary = f"<summary>{_name(runs, run)}: {_counts(run)}{first}</summary>"
+        parts.append(f"<details{unfolded}>{summary}{_list(run)}</details>")
+    return "\n".join(parts)
 
 
 def _counts(run: Health) -> str:
@@ -186,9 +190,14 @@ def _counts(run: Health) -> str:
     return ", ".join(told) if run.findings else f"no rule had enough of the run's {len(run.lines)} lines"
 
 
+def _sorted(run: Health) -> list[Finding]:
+    """The worst first, and in the order of the rules, in which causes are before what follows from them."""
+    return sorted(run.findings, key=lambda found: list(LEVELS).index(found.level))
+
+
 def _list(run: Health) -> str:
-    levels, lines = list(LEVELS), list[str]()
-    for found in sorted(run.findings, key=lambda found: levels.index(found.level)):
+    lines = list[str]()
+    for found in _sorted(run):
         parts = (found.what, f"{found.why} (step {found.step:,})", found.advice)
         what, why, advice = map(escape, parts)
         told = f"{what}<small>{why}</small>" + ("" if found.level == "well" else f"<small>{advice}</small>")
