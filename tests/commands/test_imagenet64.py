@@ -106,7 +106,10 @@ def command(tell: Tell) -> Command:
 
 
 SIZES = "--set num_steps=6 --set batch_size=8 --set student_every=2 --set grid_images=4"
-JUDGING = "--set evaluation.every=2 --set evaluation.num_samples=60 --set evaluation.features=features.pt"
+JUDGING = (
+    "--set evaluation.every=2 --set evaluation.time_share=1 --set evaluation.num_samples=60"
+    " --set evaluation.features=features.pt"
+)
 FAST = "--set student.optimizer.lr=1e-4 --set student.optimizer.warmup_steps=0"
 SLOW = "--set student.optimizer.lr=1e-12 --set student.optimizer.weight_decay=0"
 

@@ -29,7 +29,7 @@ from fewstep.recipes.loading import load_recipe
 from steps import SMALL, curves
 
 STEPS = ["batch_size=8", "sample_every=100", "num_steps=4", "device=cpu", "checkpoint_every=100"]
-JUDGING = ["evaluation.every=2", "evaluation.num_samples=100"]
+JUDGING = ["evaluation.every=2", "evaluation.time_share=1", "evaluation.num_samples=100"]
 
 
 def quiet(step: int, metrics: dict[str, float]) -> None:

@@ -1,5 +1,6 @@
 """Runs can be stopped, killed and resumed, and the result is the same bit for bit."""
 
+import copy
 import json
 import multiprocessing
 import os
@@ -9,6 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,10 +26,13 @@ from fewstep.recipes.loading import load_recipe
 from fewstep.recipes.schema import DistillRecipe, TeachRecipe
 from fewstep.runtime.checkpoint import checkpoints
 from fewstep.runtime.manifest import write_manifest
-from fewstep.runtime.tracking import read_metrics
+from fewstep.runtime.tracking import Allowance, read_metrics
+from fewstep.training.loop import train
 from fewstep.training.method import Method
-from steps import SHORT, SMALL, curves, flat, interrupt_at, last_state, quiet, same
+from fewstep.training.settings import LoopSettings
+from steps import SHORT, SMALL, curves, flat, interrupt_at, last_state, make_dmd2, quiet, same
 
+NO_GAN = {"student_weight": 0, "critic_weight": 0}
 TINY = [*SHORT, "log_every=2", "checkpoint_every=4"]
 LORA = ["lora={rank: 4, alpha: 4}", "precision=bfloat16"]
 
@@ -234,7 +239,7 @@ SCORES = {3: 5.0, 6: 1.0, 9: 3.0, 12: 4.0}  # step -> FID; recall grows with the
 @pytest.fixture(scope="module")
 def judged(teacher_run: Path) -> Iterator[Callable[..., list[float]]]:
     """Distils with a judge that knows the FIDs beforehand; gives the sums of the weights that it was shown."""
-    recipe = distill_recipe(teacher_run, "evaluation.every=3", "checkpoint_every=100")
+    recipe = distill_recipe(teacher_run, "evaluation.every=3", "evaluation.time_share=1", "checkpoint_every=100")
     sums: list[float] = []
 
     def evaluate(method: Method, step: int) -> dict[str, float]:
@@ -281,6 +286,79 @@ def test_a_judged_run_resumes_exactly(whole: tuple, judged: Callable, tmp_path: 
     assert_same_end(run, tmp_path)
     assert (run / "evaluations.jsonl").read_text() == (tmp_path / "evaluations.jsonl").read_text()
     assert (tmp_path / "checkpoints" / "00000006").is_dir()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Time as the test has it."""
+    now = [1000.0]
+    monkeypatch.setattr("fewstep.runtime.tracking.time.perf_counter", lambda: now[0])
+    return now
+
+
+@pytest.mark.parametrize(
+    ("seconds", "share", "judged"),
+    [  # between them 1 s each
+        (1, 1.0, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]),
+        (100, 1.0, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]),
+        (1, 0.5, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]),
+        (1, 0.25, [1, 6, 9, 12]),  # at 6 + 1 s, for (1 + 1) / (6 + 1 + 1) is a quarter
+        (4, 0.5, [1, 8, 12]),  # at 8 + 4 s, for (4 + 4) / (8 + 4 + 4) is a half
+        (100, 0.05, [1]),
+    ],
+)
+def test_what_comes_again_takes_no_more_than_its_share(
+    clock: list[float], seconds: float, share: float, judged: list[int]
+) -> None:
+    allowance, found, began = Allowance(share), [], clock[0]
+    for step in range(1, 13):
+        clock[0] += 1
+        if allowance.allows():
+            with allowance.spending():
+                clock[0] += seconds
+            found.append(step)
+            assert len(found) == 1 or seconds * len(found) <= share * (clock[0] - began)
+    assert found == judged
+
+
+def test_a_run_leaves_out_evaluations_that_exceed_their_share_and_judges_the_last_step_also_resumed(
+    tiny_model: PixelModel, tmp_path: Path, clock: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A step takes 1 s, an evaluation 4; behind a stop it is counted anew. The best of those there were is kept."""
+    costs = {1: 5.0, 8: 1.0, 9: 3.0, 12: 4.0}  # by step, and of no others
+    settings = LoopSettings(
+        num_steps=12, batch_size=2, checkpoint_every=100, evaluation={"every": 1, "time_share": 0.5}, grid_images=2
+    )
+
+    def evaluate(method: Method, step: int) -> dict[str, float]:
+        clock[0] += 4
+        return {"fid": costs[step]}
+
+    def run(folder: Path, stop: int = 0) -> None:
+        folder.mkdir(exist_ok=True)
+        method = make_dmd2(copy.deepcopy(tiny_model), 2, student={"num_timesteps": 1}, gan=NO_GAN)
+        step_of = method.step
+
+        def step(*given: Any) -> Any:
+            clock[0] += 1
+            return step_of(*given)
+
+        method.step = step
+        train(method, lambda step, rows: {}, folder, settings, interrupt_at(stop), evaluate)
+
+    run(tmp_path / "whole")
+    with pytest.raises(Interrupted, match="stopped at step 8 of 12"):
+        run(tmp_path / "stopped", 7)
+    run(tmp_path / "stopped")
+    for name, judged in (("whole", [1, 8, 12]), ("stopped", [1, 8, 9, 12])):
+        lines = read_metrics(tmp_path / name / "evaluations.jsonl")
+        assert [line["step"] for line in lines] == judged
+        assert [int(path.name) for path in checkpoints(tmp_path / name)] == judged[1:]  # of which 8 is the best
+    told = capsys.readouterr().err.splitlines()
+    share = "not judged, for that would take more than evaluation.time_share=0.5 of the run's time"
+    assert [line.partition(share)[::2] for line in told] == [
+        (f"step {step}: ", ", here and further on; the last step is judged in any case") for step in (2, 2, 10)
+    ]
 
 
 def test_an_evaluation_without_its_checkpoint_is_made_again(whole: tuple, judged: Callable, tmp_path: Path) -> None:

@@ -10,15 +10,18 @@ from torch import Tensor
 
 from fewstep.diffusion.denoiser import Guided, unguided
 from fewstep.diffusion.losses import denoising_loss
+from fewstep.diffusion.sampling import rollout
 from fewstep.models.latent_model import LatentModel
 from fewstep.models.pixel_model import PixelModel
+from fewstep.networks.codec import to_images
 from fewstep.runtime.tracking import Metrics
 from fewstep.seeding import Draws, generator
+from fewstep.training import panels
 from fewstep.training.dmd2 import DMD2
 from fewstep.training.settings import LoopSettings
 from fewstep.training.signals import Signals, sums_of_errors, sums_of_logits, sums_of_samples, sums_of_update
 from fewstep.training.teacher_errors import TeacherErrors, null_error, teacher_errors
-from steps import GAN, LR, in_parts, make_dmd2, recorded_calls, same, whole
+from steps import GAN, LR, in_parts, make_dmd2, recorded_calls, same, spy, weights, whole
 from tiny_pipelines import TINY
 
 BATCH = 6
@@ -357,3 +360,64 @@ def test_parts_have_the_same_table_and_the_same_lag(tiny_model: PixelModel) -> N
     assert found[0].keys() == ALL - {"saturation"}
     for other in found[1:]:
         assert other == pytest.approx(found[0], rel=1e-4, abs=1e-6)
+
+
+# --- panels ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, dict]]:
+    """The pictures of all grids, as they are laid out."""
+    found: list[tuple[Tensor, dict]] = []
+    spy(monkeypatch, panels, "grid", lambda images, columns, **named: found.append((images, columns, named)))
+    return found
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_a_panel_is_the_trained_student_and_what_teacher_and_critic_make_of_it(
+    tiny_model: PixelModel, shown: list, told: bool
+) -> None:
+    """Pixel by pixel, for samples of the weights in training, noised alike at each level."""
+    method = moved(make(tiny_model, guidance_scale=3.0, critic=LR | {"condition_on_stop": told}))
+    for step in range(3):  # the average stays behind
+        method.step(whole(images(step), BATCH), step)
+    noise, before = (
+        torch.randn(3, 5, *tiny_model.shape, generator=torch.Generator().manual_seed(2)),
+        weights(method.critic),
+    )
+    method.panel(noise)
+    ((pictures, columns, named),) = shown
+    assert pictures.shape == (5 * 9, 1, 8, 8)
+    assert (columns, named["heads"]) == (9, 3 * ("student", "teacher", "critic"))
+    assert [side.split("\n")[0] for side in named["sides"]] == [f"level {n}" for n in (50, 250, 500, 750, 950)]
+    condition = {"label": torch.tensor([0, 1, 2])}
+    with torch.no_grad():
+        x0 = rollout(method.student, noise[:, :3], method.timesteps, condition, 2)
+        eps = torch.randn(x0.shape, generator=generator(0, "panel"))
+        stop = {"stop": torch.tensor([2, 2, 2])} if told else {}
+        rows = []
+        for level in (50, 250, 500, 750, 950):
+            t = method.schedule.levels[level].repeat(3)
+            x_t = x0 + t.float().view(-1, 1, 1, 1) * eps  # EDM
+            rows.append([x0, method.teacher(x_t, t, condition), method.critic(x_t, t, condition | stop)])
+    for row, three in enumerate(rows):
+        for column in range(9):
+            expected = to_images(three[column % 3][column // 3])
+            assert (pictures[9 * row + column].int() - expected.int()).abs().max() <= 1
+    assert same(before, method.critic)
+    assert all(p.grad is None or not p.grad.any() for p in method.critic.parameters())
+
+
+def test_latents_in_bfloat16_have_panels_of_their_prompts(tmp_path: Path, shown: list) -> None:
+    model = latent_model(tmp_path)
+    model.encode_in(torch.bfloat16)
+    method = make_dmd2(model, 3, 8.0, torch.bfloat16)
+    noise = torch.randn(3, 2, *model.shape)
+    picture = method.panel(noise, ["a cat", "a mat"])
+    ((pictures, columns, _),) = shown
+    assert (pictures.shape, pictures.dtype, columns) == ((5 * 6, 3, 16, 16), torch.uint8, 6)
+    assert picture.mode == "RGB"
+    with torch.no_grad():
+        x0 = rollout(method.student, noise, method.timesteps, model.conditions(range(2), ["a cat", "a mat"]), 2)
+    assert (pictures[[0, 3]].int() - model.decode(x0).int()).abs().max() <= 1
+    assert all(torch.equal(pictures[6 * row], pictures[0]) for row in range(5))

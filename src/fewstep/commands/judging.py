@@ -23,8 +23,9 @@ def make_evaluation(
     """
     if not recipe.evaluation.every:
         return None
-    num = recipe.evaluation.num_samples
-    judge = make_judge(recipe.data, model, Means(recipe.evaluation.features), run.parent, num, MAX_REAL)
+    asked, num = recipe.evaluation, recipe.evaluation.num_samples
+    means = Means(asked.features, asked.resize, asked.clip, asked.clip_prefix, asked.lpips, asked.scorers)
+    judge = make_judge(recipe.data, model, means, run.parent, num, MAX_REAL)
 
     def evaluate(method: Method, step: int) -> dict[str, float]:
         scores: dict[str, float] = {}

@@ -104,6 +104,7 @@ def check_past(run: Path, old: AnyRecipe, new: AnyRecipe) -> None:
         "num_steps": done <= new.num_steps and same_rates(old, new, done),
         "evaluation": not read_metrics(run / EVALUATIONS),  # else the best would be one of incomparable numbers
         "evaluation.every": True,
+        "evaluation.time_share": True,
     }
     changed = []
     for change in differences(old, new):

@@ -1,6 +1,6 @@
 """A run is a folder; everything in it is written under a temporary name and then renamed.
 
-recipe.yaml  facts.json  metrics.jsonl  evaluations.jsonl  samples/00000500.png  frozen/
+recipe.yaml  facts.json  metrics.jsonl  evaluations.jsonl  samples/00000500.png  panels/00000500.png  frozen/
 checkpoints/00000500/{model/, state.pt, manifest.json}
 
 A student with several averages has the first in model/ and the others beside it, as model-ema0.99995/.

@@ -88,6 +88,30 @@ class StepClock:
         return {"seconds_per_step": round(seconds, 6), "peak_memory_gb": round(peak / 1e9, 3)}
 
 
+class Allowance:
+    """Keeps a job that comes again and again within a share of the time that has passed since this was made.
+
+    It counts on the next one taking as long as the last; of the first nothing is known, and it is allowed.
+    """
+
+    def __init__(self, share: float):
+        self.share, self.began = share, time.perf_counter()
+        self.spent, self.last, self.refused = 0.0, 0.0, 0
+
+    def allows(self) -> bool:
+        """Whether behind the next one no more than the share would have gone to them; a share of 1 allows all."""
+        behind = time.perf_counter() - self.began + self.last
+        return self.spent + self.last <= self.share * behind
+
+    @contextmanager
+    def spending(self) -> Iterator[None]:
+        """One of them."""
+        before = time.perf_counter()
+        yield
+        self.last = time.perf_counter() - before
+        self.spent += self.last
+
+
 def is_count(name: str) -> bool:
     """Whether a metric is a count, of skipped updates or of samples that were not finite: summed, and told if not 0."""
     return name.startswith(("skipped_", "not_finite_"))

@@ -6,19 +6,21 @@ from itertools import chain
 from typing import Any
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from fewstep.diffusion import losses
 from fewstep.diffusion.denoiser import Condition, Guided
 from fewstep.diffusion.losses import finite_samples, without_samples
-from fewstep.diffusion.sampling import whole_rollout
-from fewstep.models.image_model import ImageModel
+from fewstep.diffusion.sampling import rollout, whole_rollout
+from fewstep.models.image_model import Asked, ImageModel
 from fewstep.networks.blocks import checkpointed
 from fewstep.networks.features import features, x0_and_features
 from fewstep.seeding import Draws, generator
 from fewstep.training.method import Batch, Metrics, Part, StudentMethod, Term, can_learn, count_broken, of_parts
 from fewstep.training.noise_levels import NoiseLevelSampler, level_sampler
 from fewstep.training.optimization import Optimizer
+from fewstep.training.panels import num_samples, panel
 from fewstep.training.pool import Pool, Samples, rows_of
 from fewstep.training.regression import PairLoss
 from fewstep.training.roles import Roles
@@ -185,6 +187,15 @@ class DMD2(StudentMethod):
         """The index of the timestep that this step trains: one for the whole batch (spec, 1.5)."""
         # Drawn on the CPU: it decides what is run, and the host must not wait for the device to know it.
         return int(torch.randint(len(self.timesteps), (), generator=generator(self.seed, "stop", step)))
+
+    def panel(self, noise: Tensor, asked: Asked = None) -> Image:
+        """Samples of the student as it is trained, not averaged: those that the critic tracks, at the last timestep."""
+        num, last = min(num_samples(self.model), noise.shape[1]), len(self.timesteps) - 1
+        condition = self.model.conditions(range(num), asked)
+        x0 = rollout(self.student, noise[:, :num], self.timesteps, condition, last)
+        stops = torch.full((num,), last, device=x0.device)
+        told = {"stop": stops} if self.settings.critic.condition_on_stop else {}
+        return panel(self.model, self.teacher, self.critic, x0, condition | told, self.seed)
 
     # --- the student -------------------------------------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 """The only training loop."""
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from fewstep.pictures import grid, num_columns, save_png
 from fewstep.runtime import checkpoint
 from fewstep.runtime.runs import best_steps
 from fewstep.runtime.tensorboard import open_board
-from fewstep.runtime.tracking import Metrics, Report, StepClock, read_metrics, rewind, write_line
+from fewstep.runtime.tracking import Allowance, Metrics, Report, StepClock, read_metrics, rewind, write_line
 from fewstep.seeding import generator
 from fewstep.stopping import stop_request
 from fewstep.training.batches import BatchAt, parts_ahead
@@ -38,14 +39,15 @@ def train(
     """Runs `method` from the run's newest checkpoint, or from the start, to `num_steps`.
 
     `batch_at(step, rows)` gives rows of the batch of a step; `evaluate`, if there is one, judges every
-    `evaluation.every` steps and at the end, and every judged step gets a checkpoint. `asked` is what grids show. Raises
-    Interrupted, behind a checkpoint, if the user stops it, and UserError if too many updates are skipped.
+    `evaluation.every` steps, as far as the time allows, and at the end, and every judged step gets a checkpoint.
+    `asked` is what grids show. Raises Interrupted, behind a checkpoint, if the user stops it, and UserError if too many
+    updates are skipped.
     """
     metrics, guard = Metrics(run / checkpoint.METRICS), Guard(settings.max_skipped)
+    judging = Allowance(settings.evaluation.time_share)
     start, num_steps = _resume(method, metrics, run), settings.num_steps
     shape = (method.num_noises, settings.grid_images, *method.model.shape)
     noise = torch.randn(shape, generator=generator(settings.seed, "grid"))  # the same in every grid: (K, N, C, H, W)
-    (run / "samples").mkdir(exist_ok=True)
     if start == num_steps and (run / f"{checkpoint.FROZEN}.damaged").exists():
         _save(method, metrics, run, start)  # for no later one will have what was set aside
     every, clock = settings.evaluation.every or num_steps, StepClock(method.model.device)
@@ -55,14 +57,14 @@ def train(
             metrics.add(guard.add(method.step(part, done - 1)))  # stays on the device
             clock.steps += 1
             last = done == num_steps
-            judged = evaluate is not None and (done % every == 0 or last)
+            judged = evaluate is not None and (last or (done % every == 0 and _allowed(judging, done)))
             logged = done % settings.log_every == 0 or last
             if logged or judged or done % settings.max_skipped == 0:  # else the host does not wait for the device
                 guard.check(done)
             shown = metrics.write(done, method.learning_rates | clock.read()) if logged else {}
             board.numbers("training", done, shown)
             if evaluate is not None and judged:
-                with clock.aside():
+                with clock.aside(), judging.spending():
                     scores = evaluate(method, done)
                 # Before the checkpoint: a kill in between makes it judge again, and no step is kept without its scores.
                 write_line(run / checkpoint.EVALUATIONS, done, scores)
@@ -72,16 +74,36 @@ def train(
             report(done, shown)
             if done % settings.sample_every == 0 or last:
                 with clock.aside():
-                    picture = sample_grid(method, noise, asked)
-                save_png(picture, run / "samples" / f"{checkpoint.step_name(done)}.png")
-                board.picture(done, picture)
-                method.model.release()  # autoencoder and text encoders, which only grids use
+                    board.picture(done, _draw(method, noise, asked, run, done))
             if done % settings.checkpoint_every == 0 or last or stopped or judged:
                 guard.check(done)
                 with clock.aside():
                     _save(method, metrics, run, done)
             if stopped and not last:
                 raise Interrupted(f"stopped at step {done} of {num_steps}; continue with --resume --out {run}", stopped)
+
+
+def _allowed(judging: Allowance, step: int) -> bool:
+    """Whether an evaluation is within its share of the time; the first that is not is told."""
+    if judging.allows():
+        return True
+    if not judging.refused:
+        told = f"step {step}: not judged, for that would take more than evaluation.time_share={judging.share:g} of the"
+        print(f"{told} run's time, here and further on; the last step is judged in any case", file=sys.stderr)
+    judging.refused += 1
+    return False
+
+
+def _draw(method: Method, noise: Tensor, asked: Asked, run: Path, step: int) -> Image:
+    """Writes the pictures of a step; gives the sample grid."""
+    grid = sample_grid(method, noise, asked)
+    pictures = {"samples": grid, "panels": method.panel(noise.to(method.model.device), asked)}
+    method.model.release()  # autoencoder and text encoders, which only pictures use
+    for folder, picture in pictures.items():
+        if picture is not None:
+            (run / folder).mkdir(exist_ok=True)
+            save_png(picture, run / folder / f"{checkpoint.step_name(step)}.png")
+    return grid
 
 
 def _save(method: Method, metrics: Metrics, run: Path, step: int) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL.Image import Image
 from torch import Tensor, nn
 
 from fewstep.diffusion.denoiser import Denoiser
@@ -86,6 +87,10 @@ class Method(ABC):
 
         `asked` are their prompts or classes, in turn.
         """
+
+    def panel(self, noise: Tensor, asked: Asked = None) -> Image | None:
+        """A picture of the first of what `sample` draws beside what others make of it; None where there are none."""
+        return None
 
     def label(self, index: int, asked: Asked = None) -> str:
         """What image `index` of `sample` is of."""

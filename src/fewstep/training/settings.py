@@ -78,13 +78,32 @@ class EvaluationSettings(Settings):
     num_samples: int = Field(1000, ge=10, le=10**7)
     """Images per evaluation, always of the same noise and conditions."""
     features: UserPath | None = None
-    """The network in whose features FID is taken: a TorchScript file, `classifier`, trained on the data's labels, or
-    `autoencoder`, the text-to-image model's; by default the one of the two that the model has."""
+    """The network in whose features FID is taken: a TorchScript file, a folder of CLIP or DINOv2, `classifier`, trained
+    on the data's labels, or `autoencoder`, the text-to-image model's; by default the one of the two that the model
+    has."""
+    resize: Literal["legacy", "clean"] = "legacy"
+    """How images are brought to that network's size: `clean` as clean-fid does it, antialiased by Pillow, `legacy` by
+    the network itself or as it was published with."""
+    clip: UserPath | None = None
+    """A folder of CLIP, for the CLIP score of pictures and their prompts; by default there is none."""
+    clip_prefix: str = ""
+    """In front of every prompt in the CLIP score; the paper's is "A photo depicts "."""
+    lpips: UserPath | None = None
+    """LPIPS, for the diversity within a prompt or class: a TorchScript file, or `lpips` for the package."""
+    scorers: list[str] = []
+    """Further scores of pictures, as MODULE:CLASS of classes of your own."""
+    time_share: float = Field(0.05, gt=0, le=1)
+    """Share of the run's time, up to any moment, that evaluations may take: one that is due is left out if as long a
+    one as the last would exceed it, but never the first and that of the last step. 1 leaves out none. The time is that
+    since the run began, or was resumed."""
 
     def idle(self) -> dict[str, str]:
         """How what is not judged is judged; whoever says `every: null` has switched it off knowingly."""
-        judged = self.every or "every" in self.model_fields_set
-        return {} if judged else dict.fromkeys(("num_samples", "features"), "evaluation.every is null")
+        if not self.every and "every" not in self.model_fields_set:
+            return dict.fromkeys(
+                (name for name in type(self).model_fields if name != "every"), "evaluation.every is null"
+            )
+        return {} if self.clip else {"clip_prefix": "evaluation.clip is null"}
 
 
 class SampleSettings(Settings):
