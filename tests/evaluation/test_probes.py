@@ -16,7 +16,7 @@ from fewstep.evaluation.extractors import open_extractor
 from fewstep.evaluation.gathering import FeatureProbe, Gathered, Probe, gather
 from fewstep.evaluation.probes import ClipProbe, ColourProbe, PatchProbe, ScorerProbe
 from fewstep.evaluation.resizing import clean
-from fewstep.evaluation.scorers import open_scorer
+from fewstep.evaluation.scorers import open_scorer, open_scorers
 from tiny_encoders import save_clip, save_dino
 
 
@@ -205,6 +205,15 @@ def test_a_plug_in_that_is_not_there_or_none_is_one_line(plugins: str, name: str
     reference = name.replace("PLUGINS", plugins)
     with pytest.raises(UserError, match=rf"^scorer {reference}: {told}.* \(--scorer, .* evaluation\.scorers\)$"):
         open_scorer(reference, "cpu")
+
+
+def test_two_plug_ins_of_one_name_are_refused(plugins: str) -> None:
+    (Path.cwd() / "others.py").write_text(f"class Redness:\n{PLUGINS.split('class Redness:')[1].split('class Fid')[0]}")
+    scorers = open_scorers([f"{plugins}:Redness", f"{plugins}:Given"], "cpu")
+    assert [each.name for each in scorers] == ["redness", "given"]
+    for twice in ("others:Redness", f"{plugins}:Redness"):
+        with pytest.raises(UserError, match=rf"^scorer {twice}: has the same column `redness` as {plugins}:Redness; "):
+            open_scorers([f"{plugins}:Redness", f"{plugins}:Given", twice], "cpu")
 
 
 @pytest.mark.parametrize(

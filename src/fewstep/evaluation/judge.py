@@ -17,7 +17,7 @@ from fewstep.embedded import shape_checker, shapes
 from fewstep.errors import UserError
 from fewstep.evaluation import reference
 from fewstep.evaluation.clip import Clip
-from fewstep.evaluation.extractors import AutoencoderExtractor, Extractor, Resize, open_classifier, open_extractor
+from fewstep.evaluation.extractors import AutoencoderExtractor, Extractor, open_classifier, open_extractor
 from fewstep.evaluation.gathering import (
     GRID_IMAGES,
     Check,
@@ -34,7 +34,8 @@ from fewstep.evaluation.metrics import enough, floor, measure
 from fewstep.evaluation.probes import ClipProbe, ColourProbe, PatchProbe, ScorerProbe
 from fewstep.evaluation.reference import Reals, evaluation_prompts
 from fewstep.evaluation.report import Row
-from fewstep.evaluation.scorers import open_scorer
+from fewstep.evaluation.resizing import Resize
+from fewstep.evaluation.scorers import open_scorers
 from fewstep.evaluation.statistics import is_statistics, read_statistics
 from fewstep.evaluation.within import MOST, Draw, Within
 from fewstep.files import folder_lock
@@ -202,7 +203,7 @@ def make_judge(data: DataSettings, model: Any, means: Means, folder: Path, num_s
 def asking(means: Means, device: torch.device) -> Asking:
     """What reads in images whether they are as their prompts say; plug-ins are asked without prompts, too."""
     clip = Clip(Path(means.clip), device) if means.clip else None
-    scorers = [open_scorer(each, device) for each in means.scorers]
+    scorers = open_scorers(means.scorers, device)
 
     def probes(prompts: Sequence[str]) -> list[Probe]:
         found: list[Probe] = [ScorerProbe(each, prompts) for each in scorers]

@@ -6,6 +6,7 @@ many texts to numbers (B,), of which higher is better.
 
 import hashlib
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,17 @@ class Scorer:
         if not found.isfinite().all():
             raise UserError(f"scorer {self.reference}: gives NaN or infinity {SETTING}")
         return found
+
+
+def open_scorers(references: Sequence[str], device: torch.device | str) -> list[Scorer]:
+    """All of them; raises UserError, too, if two have the same name."""
+    found: dict[str, Scorer] = {}
+    for reference in references:
+        scorer = open_scorer(reference, device)
+        if (other := found.setdefault(scorer.name, scorer)) is not scorer:
+            told = f"has the same column `{scorer.name}` as {other.reference}; rename one of the classes"
+            raise UserError(f"scorer {reference}: {told} {SETTING}")
+    return list(found.values())
 
 
 def open_scorer(reference: str, device: torch.device | str) -> Scorer:
