@@ -39,6 +39,7 @@ TEACHERS = {
     "digits-teacher": [],
     "digits-guided-teacher": ["model.null_class=true", "class_dropout=0.1"],
 }
+MOST_LINES = 40
 LEFT_OUT = ("seconds_per_step", "peak_memory_gb", "learning_rate", "critic_learning_rate", "critic_grad_norm")
 LEFT_OUT += ("dm_image_grad_norm", "gan_image_grad_norm", "magnitude")
 
@@ -57,7 +58,7 @@ def sign_flipped() -> Iterator[None]:
 
 
 @contextmanager
-def made_otherwise(change: Callable[[Roles], None], name: str) -> Iterator[None]:
+def changed(change: Callable[[Roles], None], name: str) -> Iterator[None]:
     """Roles that are changed once `name`, a function of the verb's that gives or takes them, is done."""
     real = getattr(verb, name)
 
@@ -97,69 +98,42 @@ class Case:
     """One run: a recipe, what is set otherwise, and a fault that is planted while it goes on."""
 
     recipe: str
-    settings: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ("num_steps=400",)
     fault: Callable[[], AbstractContextManager[None]] = nullcontext
     teacher: str = "digits-teacher"
+    behind: str | None = None  # the run that it starts from
 
 
-RATES = {"digits-1step": (1e-3, 2e-3), "digits-4step": (3e-4, 2e-3), "digits-4step-lora": (9e-4, 6e-3)}
+def case(recipe: str, *settings: str, **more: Any) -> Case:
+    return Case(recipe, ("num_steps=400", *settings), **more)
 
 
-def settings_of(fault: str, recipe: str) -> tuple[str, ...]:
-    student, critic = RATES[recipe]
-    return {
-        "critic-1to1": ("student_every=1",),
-        "critic-slow": (f"critic.optimizer.lr={critic / 30}",),
-        "critic-slowish": (f"critic.optimizer.lr={critic / 8}",),
-        "gan-30": (f"gan.student_weight={0.15 * 30}",),
-        "gan-10": (f"gan.student_weight={0.15 * 10}",),
-        "rate-30": (f"student.optimizer.lr={student * 30}", f"critic.optimizer.lr={critic * 30}"),
-        "rate-10": (f"student.optimizer.lr={student * 10}", f"critic.optimizer.lr={critic * 10}"),
-        "rate-low": (f"student.optimizer.lr={student / 300}", f"critic.optimizer.lr={critic / 300}"),
-        "no-dm": ("dm.weight=0",),
-    }[fault]
-
-
-ROLES = ("student", "critic")
-SHORT = ("num_steps=400",)
-GUIDED = (*SHORT, "guidance_scale=2")
-LORA = "digits-4step-lora"
-HEALTHY = {
-    f"{recipe}-{seed}": Case(recipe, (*SHORT, f"seed={seed}"))
-    for seed in range(3)
-    for recipe in ("digits-1step", "digits-4step", LORA)
-}
-HEALTHY |= {
-    "digits-1step-guided": Case("digits-1step", GUIDED, teacher="digits-guided-teacher"),
-    "digits-1step-constant": Case("digits-1step", (*SHORT, *(f"{role}.optimizer.decay=constant" for role in ROLES))),
-    "digits-1step-whole": Case("digits-1step"),
-    "digits-4step-lora-continued": Case(LORA, (*SHORT, "init_from=RUNS/digits-4step-lora-0")),
+ONE, FOUR, LORA, GUIDED = "digits-1step", "digits-4step", "digits-4step-lora", "digits-guided-teacher"
+CONTINUED = "init_from=RUNS/digits-4step-lora-0", {"behind": "digits-4step-lora-0"}
+HEALTHY = {f"{recipe}-{seed}": case(recipe, f"seed={seed}") for seed in range(3) for recipe in (ONE, FOUR, LORA)} | {
+    "digits-1step-guided": case(ONE, "guidance_scale=2", teacher=GUIDED),
+    "digits-1step-constant": case(ONE, "student.optimizer.decay=constant", "critic.optimizer.decay=constant"),
+    "digits-1step-whole": Case(ONE, ()),
+    "digits-4step-lora-continued": case(LORA, CONTINUED[0], **CONTINUED[1]),
 }
 FAULTS = {
-    f"{fault}-{recipe.removeprefix('digits-')}": Case(recipe, SHORT + settings_of(fault, recipe))
-    for recipe in ("digits-1step", "digits-4step")
-    for fault in (
-        "critic-1to1",
-        "critic-slow",
-        "gan-30",
-        "rate-30",
-        "no-dm",
-        "rate-low",
-        "critic-slowish",
-        "gan-10",
-        "rate-10",
-    )
-}
-FAULTS |= {
-    "sign-flipped-1step": Case("digits-1step", SHORT, sign_flipped),
-    "sign-flipped-4step": Case("digits-4step", SHORT, sign_flipped),
-    "zero-null": Case("digits-1step", GUIDED, lambda: made_otherwise(zero_null, "make_roles"), "digits-guided-teacher"),
-    "untrained-null": Case(
-        "digits-1step", GUIDED, lambda: made_otherwise(untrained_null, "make_roles"), "digits-guided-teacher"
+    "critic-1to1-1step": case(ONE, "student_every=1"),
+    "critic-1to1-4step": case(FOUR, "student_every=1"),
+    "critic-slow-1step": case(ONE, f"critic.optimizer.lr={2e-3 / 30}"),
+    "critic-slow-4step": case(FOUR, f"critic.optimizer.lr={2e-3 / 30}"),
+    "gan-30-1step": case(ONE, "gan.student_weight=4.5"),
+    "gan-10-1step": case(ONE, "gan.student_weight=1.5"),
+    "rate-30-1step": case(ONE, "student.optimizer.lr=0.03", "critic.optimizer.lr=0.06"),
+    "rate-10-1step": case(ONE, "student.optimizer.lr=0.01", "critic.optimizer.lr=0.02"),
+    "rate-low-1step": case(ONE, f"student.optimizer.lr={1e-3 / 300}", f"critic.optimizer.lr={2e-3 / 300}"),
+    "no-dm-1step": case(ONE, "dm.weight=0"),
+    "sign-flipped-1step": case(ONE, fault=sign_flipped),
+    "sign-flipped-4step": case(FOUR, fault=sign_flipped),
+    "zero-null": case(ONE, "guidance_scale=2", fault=partial(changed, zero_null, "make_roles"), teacher=GUIDED),
+    "untrained-null": case(
+        ONE, "guidance_scale=2", fault=partial(changed, untrained_null, "make_roles"), teacher=GUIDED
     ),
-    "adapter-twice": Case(
-        LORA, HEALTHY["digits-4step-lora-continued"].settings, lambda: made_otherwise(merge_student, "initialize")
-    ),
+    "adapter-twice": case(LORA, CONTINUED[0], fault=partial(changed, merge_student, "initialize"), **CONTINUED[1]),
 }
 CASES = HEALTHY | FAULTS
 
@@ -171,8 +145,10 @@ def recipe_of(case: Case, folder: Path) -> Any:
 
 
 def run(name: str, folder: Path) -> Path:
-    """The run of a case in the folder, with its teacher beside it, made if it is not there."""
+    """The run of a case in the folder, with its teacher and what it starts from beside it, made if not there."""
     case, out = CASES[name], folder / name
+    if case.behind:
+        run(case.behind, folder)
     if not (folder / case.teacher / "checkpoints").exists():
         recipe = load_recipe("digits-teacher", [*TEACHERS[case.teacher], *QUIET])
         teach(recipe, folder / case.teacher, report=lambda *_: None)
@@ -189,10 +165,10 @@ def thinned(values: dict[str, float]) -> dict[str, float]:
 
 
 def record(name: str, folder: Path) -> None:
-    """Writes tests/health/NAME.jsonl: the recipe, then the lines of metrics.jsonl."""
+    """Writes tests/health/NAME.jsonl: the recipe, then the lines of metrics.jsonl, of a long run some in between."""
     out = run(name, folder)
-    recipe = recipe_of(CASES[name], Path("runs")).model_dump(mode="json")
-    lines = [recipe, *map(thinned, read_metrics(out / METRICS))]
+    recipe, metrics = recipe_of(CASES[name], Path("runs")).model_dump(mode="json"), read_metrics(out / METRICS)
+    lines = [recipe, *map(thinned, metrics[:: -(-len(metrics) // MOST_LINES)])]
     (RECORDS / f"{name}.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
 
 

@@ -18,6 +18,7 @@ RECORDS = Path(__file__).parent
 HEALTHY = sorted(path.stem for path in RECORDS.glob("digits-*.jsonl"))
 FIRST = {  # what the advice of the first finding must name: a setting, or the cause
     "critic-1to1-1step": "student_every",
+    "critic-1to1-4step": "student_every",
     "critic-slow-1step": "raise critic.optimizer.lr",
     "critic-slow-4step": "raise critic.optimizer.lr",
     "gan-30-1step": "gan.student_weight",
@@ -48,12 +49,6 @@ def test_the_first_finding_names_the_fault(name: str) -> None:
     assert FIRST[name] in first.advice
 
 
-def test_too_many_updates_that_no_curve_tells_of_are_told_by_the_recipe() -> None:
-    """The critic's rate is seven times the student's: it follows even one to one, with a lag of 1.24 for 1.12."""
-    told = found("critic-1to1-4step")
-    assert [(each.level, each.signal) for each in told] == [("watch", "student_every")]
-
-
 def test_what_needs_no_time_is_told_at_the_first_line() -> None:
     for name, signal in (("zero-null", "null_error"), ("no-dm-1step", "dm_loss")):
         recipe, lines = recorded(name)
@@ -67,6 +62,19 @@ def test_nothing_is_ill_at_any_moment_of_a_run_that_is_well(name: str) -> None:
     for end in range(1, len(lines) + 1):
         assert "ill" not in {each.level for each in find(lines[:end], [], recipe)}, lines[end - 1]["step"]
     assert [each.level for each in find(lines, [], recipe)] == ["well"]
+
+
+def test_half_a_fault_is_told_alike_or_watched() -> None:
+    """GAN weight and rates tenfold, rates a three hundredth, at which a student hardly moves, and another embedding."""
+    for name, level, words in (
+        ("gan-10-1step", "ill", "gan.student_weight"),
+        ("rate-10-1step", "watch", "lower student.optimizer.lr"),
+        ("rate-low-1step", "watch", "raise student.optimizer.lr"),
+        ("untrained-null", "ill", "null condition"),
+    ):
+        first = found(name)[0]
+        assert first.level == level
+        assert words in first.advice
 
 
 @pytest.mark.parametrize("name", FIRST)
@@ -123,10 +131,11 @@ def judged(**metrics: list[float]) -> list[Finding]:
 
 
 def test_a_best_step_well_before_the_last() -> None:
-    (told,) = judged(fid=[3.0, 1.0, 1.2, 1.5])
-    assert (told.level, told.signal, told.value) == ("watch", "fid", pytest.approx(1.5))
+    (told,) = judged(fid=[3.0, 1.0, 1.2, 2.0])
+    assert (told.level, told.signal, told.value) == ("watch", "fid", pytest.approx(2))
     assert "step 200" in told.advice
-    for fine in ([3, 1, 1.2, 1.2], [3, 2, 1, 1.5], [3, 2, 1.5, 1], [1, 2, 3], [math.nan, 1, 1.1, 1.0]):
+    assert judged(fid=[1.17, 2.34])[0].value == pytest.approx(2)  # four steps on 300 emoji, after 160 and 320 (LOG.md)
+    for fine in ([3, 1, 1.2, 1.4], [3, 2, 1, 2], [3, 2, 1.5, 1], [2], [math.nan, 1, 1.1, 1.0]):
         assert judged(fid=fine)[0].level == "well"
 
 

@@ -73,7 +73,7 @@ def _critic_advice(curves: Curves) -> str:
     every, share = curves.setting("student_every"), curves.level("critic_error_share")
     student, critic = (curves.setting(f"{role}.optimizer.lr") or 0.0 for role in ("student", "critic"))
     if every is not None and every < FEWEST_CRITIC_UPDATES:
-        return f"set student_every to 5: it is {every}, and the critic needs several updates for one of the student's"
+        return _every_advice(every)
     if share is not None and share > RESTLESS:
         told = f"the critic is restless, not slow, for {share:.2f} of the update is its own error (critic_error_share)"
         return f"lower student.optimizer.lr ({student:g}) and critic.optimizer.lr ({critic:g}) tenfold: {told}"
@@ -81,6 +81,15 @@ def _critic_advice(curves: Curves) -> str:
         return f"raise critic.optimizer.lr: it is {critic:g}, below the student's {student:g}"
     either = f"either raise critic.optimizer.lr ({critic:g}), or lower student.optimizer.lr ({student:g})"
     return f"{either}, or raise student_every ({every})"
+
+
+def _every_advice(every: int) -> str:
+    return f"set student_every to 5: it is {every}, and the critic needs several updates for one of the student's"
+
+
+def _head_advice(curves: Curves) -> str:
+    every = curves.setting("student_every")
+    return _every_advice(every) if every and every < FEWEST_CRITIC_UPDATES else "raise gan.critic_weight"
 
 
 def _gan_advice(curves: Curves) -> str:
@@ -164,6 +173,14 @@ RULES = (
         _critic_advice,
     ),
     Rule(
+        "logit_std",
+        0.085,
+        Curves.blind,
+        "The discriminator is blind: its logits are alike, and the GAN pulls less than a tenth as hard as the DM.",
+        _head_advice,
+        below=True,
+    ),
+    Rule(
         "logit_gap",
         5,
         _level("logit_gap"),
@@ -208,10 +225,17 @@ RULES = (
         )
         for name in ("brightness", "contrast", "saturation")
     ),
-    Rule("gap", 0.2, Curves.gap_alone, "Critic and teacher are far apart.", _critic_advice, level="watch"),
+    Rule(
+        "dm_loss",
+        0.31,
+        Curves.unguided_dm,
+        "Critic and teacher differ by much of what the student differs from the teacher.",
+        _critic_advice,
+        level="watch",
+    ),
     Rule(
         "fid",
-        1.25,
+        1.5,
         Curves.past_best,
         "The best step lies well before the last one.",
         _best_advice,

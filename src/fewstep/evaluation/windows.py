@@ -9,6 +9,7 @@ Lines = Sequence[Mapping[str, float]]
 
 FEWEST_LINES = 4  # in a window, or its median is one line's
 SAME = 0.05  # gap
+WEAK = 0.1  # gan_to_dm
 
 
 class Curves:
@@ -59,6 +60,10 @@ class Curves:
         """GAN over DM; None where critic and teacher are all but the same, so that anything is above DM's nothing."""
         return self.level("gan_to_dm") if (self.level("gap") or 0) > SAME else None
 
+    def blind(self) -> float | None:
+        """The logits' deviation where the GAN pulls less than a tenth of DM: with a blind head both fall."""
+        return self.level("logit_std") if (self.level("gan_to_dm") or 1) < WEAK else None
+
     def spread(self, falling: bool | None = None) -> float | None:
         """The samples' deviation over real ones'; with `falling` only of runs where it falls, or does not."""
         fell = (self.level("x0_std") or 0) < (self.level("x0_std", 0, 0.25) or 0)
@@ -72,10 +77,9 @@ class Curves:
         known = len(fake) == len(real) == FEWEST_LINES and median(real) > 0
         return median(fake) / median(real) if known else None
 
-    def gap_alone(self) -> float | None:
-        """The gap where nothing better tells of the critic, and no guidance makes it larger."""
-        told = self.level("critic_lag") is not None or self.setting("guidance_scale") != 1
-        return None if told else self.level("gap")
+    def unguided_dm(self) -> float | None:
+        """The loss of distribution matching, half the square of |f - r| by |x - r|; guidance makes r another's."""
+        return self.level("dm_loss") if self.setting("guidance_scale") == 1 else None
 
     def updates(self) -> float | None:
         """Updates of the student."""
@@ -92,7 +96,7 @@ class Curves:
         """FID at the last evaluation over its best, where that lies in the first two thirds of the run."""
         fids = self.of_evaluations("fid")
         best = min(fids, key=fids.__getitem__, default=0)
-        early = len(fids) >= FEWEST_LINES and best <= max(fids) * 2 / 3
+        early = len(fids) > 1 and best <= max(fids) * 2 / 3
         return fids[max(fids)] / fids[best] if early and fids[best] > 0 else None
 
     def recall_lost(self) -> float | None:
