@@ -146,6 +146,20 @@ def test_recall_that_falls_while_precision_rises() -> None:
     assert judged(recall=[0.5, 0.8, 0.78, 0.75], precision=[0.5, 0.8, 0.85, 0.9])[0].level == "well"
 
 
+def test_colours_that_drift_are_told_of_latents_by_evaluations() -> None:
+    recipe, lines = recorded("digits-4step-0")
+    latents = [{key: value for key, value in line.items() if key not in ("brightness", "contrast")} for line in lines]
+    for values, drift in (
+        ([0.04, 0.05, 0.09], 0.05),
+        ([0.04, 0.05, 0.06], None),
+        ([0.2], None),
+        ([0.0, math.nan], None),
+    ):
+        rows = [{"step": 100.0 * (index + 1), "saturation": value} for index, value in enumerate(values)]
+        told = [each for each in find(latents, rows, recipe) if each.level != "well"]
+        assert [(each.signal, each.value) for each in told] == ([("saturation", pytest.approx(drift))] if drift else [])
+
+
 # --- the rest of the table -------------------------------------------------------------------------------------------
 
 

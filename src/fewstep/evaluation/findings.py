@@ -8,6 +8,7 @@ sharpens: nothing is said of it.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from fewstep.evaluation.windows import Curves, Lines
@@ -56,10 +57,6 @@ class Rule:
 
 def _level(name: str) -> Callable[[Curves], float | None]:
     return lambda curves: curves.level(name)
-
-
-def _size(name: str) -> Callable[[Curves], float | None]:
-    return lambda curves: None if (found := curves.level(name)) is None else abs(found)
 
 
 # --- what to change --------------------------------------------------------------------------------------------------
@@ -218,8 +215,8 @@ RULES = (
         Rule(
             name,
             0.03,
-            _size(name),
-            f"The student's {name} is not that of the real images.",
+            partial(Curves.drift, name=name),
+            f"The student's {name} drifts from that of the real images.",
             "watch whether it grows; if so lower student.optimizer.lr, or guidance_scale where it is above 1",
             level="watch",
         )

@@ -107,6 +107,13 @@ class Curves:
         best, last = max(recalls, key=recalls.__getitem__), max(recalls)
         return recalls[best] - recalls[last] if precisions[last] >= precisions[best] else None
 
+    def drift(self, name: str) -> float | None:
+        """How far a colour is off the real ones' in the lines; else how far evaluations saw it move."""
+        level, judged = self.level(name), [*self.of_evaluations(name).values()]
+        if level is not None:
+            return abs(level)
+        return abs(judged[-1] - judged[0]) if len(judged) > 1 else None
+
     def of_evaluations(self, name: str) -> dict[int, float]:
         """A metric by step, where it is a number."""
         return {int(line["step"]): line[name] for line in self.evaluations if math.isfinite(line.get(name, math.nan))}
