@@ -66,6 +66,7 @@ def test_what_is_noisy(values: list[float], is_noisy: bool) -> None:
     [
         (Axis(0, 1, 0, 100), [0, 0.2, 0.4, 0.6, 0.8, 1.0]),
         (Axis(-3, 7, 0, 100), [-2, 0, 2, 4, 6]),
+        (Axis(1.0, 1.1, 0, 100), [1, 1.02, 1.04, 1.06, 1.08, 1.1]),
         (Axis(3e-4, 2.0, 0, 100, log=True), [1e-3, 1e-2, 1e-1, 1]),
         (Axis(1e-12, 1.0, 0, 100, log=True), [1e-12, 1e-9, 1e-6, 1e-3, 1]),
         (Axis(1.0, 1000.0, 0, 100), [200, 400, 600, 800, 1000]),
@@ -73,6 +74,22 @@ def test_what_is_noisy(values: list[float], is_noisy: bool) -> None:
 )
 def test_ticks_are_round_and_few(axis: Axis, ticks: list[float]) -> None:
     assert axis.ticks == pytest.approx(ticks, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(1.0, 1.1), (0.0, 3e-4), (-5e-7, 5e-7), (1e6, 1.001e6), (999.0, 1000.4), (-3e4, 5e4), (0.1, 0.7)]
+)
+def test_numbers_at_an_axis_are_those_of_its_lines(low: float, high: float) -> None:
+    """Read back, they are apart by one round number and lie where they say."""
+    svg = picture([Curve([(0.0, low), (1.0, high)])], "x")
+    told = re.findall('y="([0-9.]+)" text-anchor="end">([^<]*)<', svg)
+    values, places = [float(text.replace(",", "")) for _, text in told], [float(y) - 3.5 for y, _ in told]
+    (line,) = paths(svg, "line")
+    per_pixel = (high - low) / (line[0][1] - line[1][1])
+    assert len(values) >= 3
+    for value, place in zip(values, places, strict=True):
+        assert value == pytest.approx(low + per_pixel * (line[0][1] - place), abs=0.2 * per_pixel)
+    assert max(len(text) for _, text in told) <= 9
 
 
 def test_a_point_lies_where_the_ticks_say() -> None:

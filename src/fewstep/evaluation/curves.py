@@ -50,7 +50,7 @@ class Axis(NamedTuple):
             return [10.0**power for power in range(first, last + 1, -(-(last - first + 1) // 6))]
         rough = (self.high - self.low) / 5
         size = 10 ** math.floor(math.log10(rough))
-        step = next(size * each for each in (1, 2, 2.5, 5, 10) if size * each >= rough)
+        step = next(size * each for each in (1, 2, 5, 10) if size * each >= rough * (1 - 1e-9))
         first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
         return [step * number for number in range(first, last + 1)]
 
@@ -98,9 +98,11 @@ def _value_axis(values: list[float], level: float | None) -> tuple[Axis, str]:
 
 def _frame(x: Axis, y: Axis) -> Iterable[str]:
     """Grid and numbers."""
-    for value in y.ticks:
+    values = y.ticks
+    between = 0.0 if y.log or len(values) < 2 else values[1] - values[0]
+    for value in values:
         yield f'<path class="grid" d="M{LEFT} {y.at(value)}H{WIDTH - RIGHT}"/>'
-        yield f'<text x="{LEFT - 4}" y="{y.at(value) + 3.5}" text-anchor="end">{number(value)}</text>'
+        yield f'<text x="{LEFT - 4}" y="{y.at(value) + 3.5}" text-anchor="end">{_told(value, between)}</text>'
     for step in x.ticks:
         yield f'<text x="{x.at(step)}" y="{HEIGHT - 5}" text-anchor="middle">{_short(step)}</text>'
 
@@ -158,6 +160,16 @@ def number(value: float) -> str:
     if not math.isfinite(value):
         return "–"
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e5 else f"{value:.3g}".replace("e-0", "e-").replace("e+0", "e")
+
+
+def _told(value: float, between: float) -> str:
+    """A tick, with the digits that tell it from the next."""
+    if not between:
+        return number(value)
+    if between >= 1 and abs(value) < 1e5:
+        return f"{value:,.0f}"
+    digits = math.floor(math.log10(max(abs(value), between)) + 1e-9) - math.floor(math.log10(between) + 1e-9) + 1
+    return f"{value:.{digits}g}".replace("e-0", "e-").replace("e+0", "e")
 
 
 def _short(step: float) -> str:
