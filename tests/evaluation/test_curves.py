@@ -122,6 +122,7 @@ def test_what_is_not_finite_is_marked_and_not_drawn() -> None:
     assert not re.search("nan|inf", svg)
     assert picture([Curve([(1.0, math.nan)])], "x") == ""
     assert picture([], "x") == ""
+    assert len(paths(picture([Curve([(1.0, 1e308), (2.0, -1e308), (3.0, 5e-324), (4.0, 1e299)])], "x"), "line")[0]) == 2
 
 
 def test_one_point_a_level_line_and_a_best_one_can_be_seen() -> None:

@@ -16,6 +16,7 @@ MAX_COLOURS = 8
 BUCKETS = 300  # of a line, each with its lowest and its highest point
 MEDIANS = 100  # points of a running median
 DECADES = 2  # beyond so many, of numbers above 0, the axis is logarithmic
+MOST = 1e300  # beyond it the ends of an axis have no difference that is a number
 Point = tuple[float, float]
 
 
@@ -61,7 +62,7 @@ def picture(curves: Sequence[Curve], label: str, level: float | None = None, ste
     Where the values span more than two decades, all above 0, the axis is logarithmic. Where they are noisy a running
     median stands over them.
     """
-    finite = [[point for point in curve.points if math.isfinite(point[1])] for curve in curves]
+    finite = [[point for point in curve.points if abs(point[1]) < MOST] for curve in curves]
     values = [value for points in finite for _, value in points]
     if not values:
         return ""
@@ -122,7 +123,7 @@ def _drawn(curve: Curve, points: list[Point], x: Axis, y: Axis, buckets: int) ->
         dots = "".join(f"M{x.at(step)} {y.at(value)}h0" for step, value in points)
         parts.append(f'<path class="dots {colour}" d="{dots}"/>')
     parts += [f'<circle class="{colour}" cx="{x.at(s)}" cy="{y.at(v)}" r="5"/>' for s, v in points if s == curve.best]
-    if broken := sorted({round(x.at(step)) for step, value in curve.points if not math.isfinite(value)}):
+    if broken := sorted({round(x.at(step)) for step, value in curve.points if not abs(value) < MOST}):
         parts.append(f'<path class="broken" d="{"".join(f"M{at} {HEIGHT - BOTTOM}v-6" for at in broken)}"/>')
     return below, "".join(parts)
 
