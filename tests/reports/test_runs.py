@@ -284,7 +284,7 @@ def test_tensorboard_shows_the_lines_of_a_run_that_was_resumed() -> None:
     for name in names:
         points = {each.step: each.value for each in board.Scalars(f"training/{name}")}
         assert points == pytest.approx({each["step"]: each[name] for each in lines if name in each})
-    assert [each.step for each in board.Images("samples")] == [2, 4]
+    assert [[each.step for each in board.Images(name)] for name in ("samples", "panels")] == [[2, 4]] * 2
 
 
 def test_a_missing_tensorboard_is_told_before_anything_is_made(monkeypatch: pytest.MonkeyPatch) -> None:

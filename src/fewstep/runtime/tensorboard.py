@@ -33,9 +33,9 @@ class Board:
                 self.writer.add_scalar(f"{group}/{name}", value, step)
             self.writer.flush()  # so that a kill loses nothing
 
-    def picture(self, step: int, picture: Image) -> None:
+    def picture(self, name: str, step: int, picture: Image) -> None:
         if self.writer:
-            self.writer.add_image("samples", numpy.asarray(picture.convert("RGB")), step, dataformats="HWC")
+            self.writer.add_image(name, numpy.asarray(picture.convert("RGB")), step, dataformats="HWC")
 
 
 @contextmanager

@@ -74,7 +74,8 @@ def train(
             report(done, shown)
             if done % settings.sample_every == 0 or last:
                 with clock.aside():
-                    board.picture(done, _draw(method, noise, asked, run, done))
+                    for name, picture in _draw(method, noise, asked, run, done).items():
+                        board.picture(name, done, picture)
             if done % settings.checkpoint_every == 0 or last or stopped or judged:
                 guard.check(done)
                 with clock.aside():
@@ -94,16 +95,16 @@ def _allowed(judging: Allowance, step: int) -> bool:
     return False
 
 
-def _draw(method: Method, noise: Tensor, asked: Asked, run: Path, step: int) -> Image:
-    """Writes the pictures of a step; gives the sample grid."""
-    grid = sample_grid(method, noise, asked)
-    pictures = {"samples": grid, "panels": method.panel(noise.to(method.model.device), asked)}
+def _draw(method: Method, noise: Tensor, asked: Asked, run: Path, step: int) -> dict[str, Image]:
+    """Writes the pictures of a step; gives them by the folder of the run that they are in."""
+    pictures = {"samples": sample_grid(method, noise, asked)}
+    if panel := method.panel(noise.to(method.model.device), asked):
+        pictures["panels"] = panel
     method.model.release()  # autoencoder and text encoders, which only pictures use
     for folder, picture in pictures.items():
-        if picture is not None:
-            (run / folder).mkdir(exist_ok=True)
-            save_png(picture, run / folder / f"{checkpoint.step_name(step)}.png")
-    return grid
+        (run / folder).mkdir(exist_ok=True)
+        save_png(picture, run / folder / f"{checkpoint.step_name(step)}.png")
+    return pictures
 
 
 def _save(method: Method, metrics: Metrics, run: Path, step: int) -> None:
