@@ -119,13 +119,14 @@ def _frechet(ours: Sums, theirs: Sums) -> float:
 def kid(real: Gathered, fake: Gathered) -> Estimate | None:
     """The unbiased squared MMD of the kernel (x y / D + 1)^3, the mean over disjoint blocks (arXiv 1801.01401, 4).
 
-    Blocks have about `KID_BLOCK` of the smaller set, so that its cost grows as the number of images, and at most twice
-    as many of the larger. Its deviation is a jackknife's, which leaves out one fake at a time.
+    Blocks have about `KID_BLOCK` of the smaller set and at most twice as many of the larger, of which the first
+    `MAX_COMPARED` are taken. Its deviation is a jackknife's, which leaves out one fake at a time.
     """
     if FEATURES not in real.numbers or FEATURES not in fake.numbers:
         return None
-    num_blocks = max(1, min(len(real.features), len(fake.features)) // KID_BLOCK)
-    taken = (each.features[: 2 * KID_BLOCK * num_blocks].tensor_split(num_blocks) for each in (real, fake))
+    both = [each.features[:MAX_COMPARED] for each in (real, fake)]
+    num_blocks = max(1, min(map(len, both)) // KID_BLOCK)
+    taken = (each[: 2 * KID_BLOCK * num_blocks].tensor_split(num_blocks) for each in both)
     blocks = [_mmd(x.double(), y.double()) for x, y in zip(*taken, strict=True)]
     values, variances = zip(*blocks, strict=True)
     return Estimate(sum(values) / num_blocks, sum(variances) ** 0.5 / num_blocks)

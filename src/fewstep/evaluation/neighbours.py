@@ -54,7 +54,7 @@ def compared(real: Gathered, fake: Gathered) -> Compared | None:
     if known is None or known[0] is not real:
         if "balls" not in real.memo:
             points = real.features[:MAX_COMPARED]
-            real.memo["balls"] = Balls.around(points, points.mean(0, dtype=torch.float64))
+            real.memo["balls"] = Balls.around(points, points.mean(0).double())
         balls: Balls = real.memo["balls"]
         known = real, compare(balls, Balls.around(fake.features[:MAX_COMPARED], balls.origin))
         fake.memo["compared"] = known
