@@ -27,6 +27,10 @@ class Metric:
     digits: int | None = 3  # behind the point; None: three that count, for numbers of any size
     about: str = ""  # a line for those who read the table
 
+    def cases(self, num_fakes: int) -> int:
+        """How many of the generated images a share is of where it is `per_fake`."""
+        return min(num_fakes, MAX_COMPARED) if self.needs == "features" else num_fakes
+
     def text(self, value: float) -> str:
         """A value as tables show it."""
         if self.better == "zero":

@@ -20,7 +20,7 @@ def test_the_interval_of_a_share_is_wilsons(share: float, num: int) -> None:
     reference = binomtest(round(share * num), num).proportion_ci(0.95, "wilson")
     low, high = wilson_interval(share, num)
     assert (low, high) == pytest.approx((reference.low, reference.high), abs=1e-9)
-    assert 0 <= low < high <= 1
+    assert 0 <= low <= share <= high <= 1
 
 
 def test_the_interval_of_fid_is_as_wide_as_its_spread_over_draws() -> None:

@@ -88,7 +88,7 @@ def test_a_copy_of_a_real_image_is_memorised_and_one_of_two_that_are_the_same_is
 
 
 def test_as_many_perfect_fakes_have_a_density_of_one_and_a_coverage_of_all_but_one_in_thirty_two() -> None:
-    """arXiv 2002.09797, Lemmas 1 and 2."""
+    """As arXiv 2002.09797 derives it."""
     both = [paired(points(400, seed, 8), points(400, seed + 50, 8)) for seed in range(5)]
     density, coverage = (sum(each[name] for each in both) / 5 for name in ("density", "coverage"))
     assert density == pytest.approx(1, abs=0.05)

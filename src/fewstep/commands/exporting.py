@@ -185,7 +185,7 @@ def trace(found: Found, stored: StoredModel, recipe: StudentRecipe, given: Expor
         base_model=base,
         license=given.license,
         scores={
-            name: (value, wilson_interval(value, num) if name in METRICS and METRICS[name].per_fake else None)
+            name: (value, wilson_interval(value, of.cases(num)) if (of := METRICS.get(name)) and of.per_fake else None)
             for name, value in read_scores(judged, found.step, found.ema).items()
         },
         table=read_table(results, run.name) if results and not best else [],

@@ -42,7 +42,7 @@ def wilson_interval(share: float, cases: int) -> Interval:
     middle = share + Z**2 / (2 * cases)
     reach = Z * (share * (1 - share) / cases + Z**2 / (4 * cases**2)) ** 0.5
     low, high = (middle - reach) / (1 + Z**2 / cases), (middle + reach) / (1 + Z**2 / cases)
-    return max(0.0, low), min(1.0, high)  # of no case and of all of them rounding would leave the interval of shares
+    return max(0.0, min(low, share)), min(1.0, max(high, share))  # of no case and of all of them rounding is beside it
 
 
 def jackknife_deviation(without: Tensor) -> float:

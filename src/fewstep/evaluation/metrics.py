@@ -97,7 +97,7 @@ def fid(real: Gathered, fake: Gathered) -> float | None:
 
 @metric
 def patch_fid(real: Gathered, fake: Gathered) -> float | None:
-    """FID of pieces of larger images at their own size, which sees what resizing hides (arXiv 2405.14867, 5.2)."""
+    """FID of pieces of larger images at their own size, which sees what resizing hides (arXiv 2402.13929)."""
     return _frechet_of(PATCHES, real, fake)
 
 
@@ -160,7 +160,7 @@ def recall(real: Gathered, fake: Gathered) -> Share | None:
 
 @metric
 def density(real: Gathered, fake: Gathered) -> Mean | None:
-    """Mean over fakes of the real balls that one is in, over k, the neighbour they reach to (arXiv 2002.09797, eq. 4).
+    """Mean over fakes of the real balls that one is in, over k, the neighbour they reach to (arXiv 2002.09797).
 
     About 1 of perfect fakes, and more of those in the middle of the reals; k is 5.
     """
@@ -169,7 +169,7 @@ def density(real: Gathered, fake: Gathered) -> Mean | None:
 
 @metric
 def coverage(real: Gathered, fake: Gathered) -> Share | None:
-    """Of the reals, those with a fake in their ball (arXiv 2002.09797, eq. 5); 1 - 2^-k of as many perfect fakes."""
+    """Of the reals, those with a fake in their ball (arXiv 2002.09797); 1 - 2^-k of as many perfect fakes."""
     return found.coverage if (found := compared(real, fake)) else None
 
 
@@ -240,6 +240,10 @@ def floor(real: Gathered, num_samples: int, seed: int = 0) -> dict[str, float]:
     Gaussians of D dimensions that is within 5 % of the mean FID of perfect generators where M' is D or more, and down
     to 13 % too low at D/2 if M' is not M (`tests/evaluation/test_floor.py`). All else is as it is, of M' images against
     n - M', or as many as `MAX_COMPARED`: see `split_counts`. Empty where no numbers were kept.
+
+    It is the score of independent draws. Images of all classes in equal shares, or of the very prompts of the reals,
+    vary less from set to set, so that a model that is asked for these can come out below it: at a third of it, of
+    perfect digits of classes in turn.
     """
     values, draws = dict[str, float](), generator(seed, "floor")
     for name, of in (("fid", FEATURES), ("patch_fid", PATCHES)):
