@@ -264,11 +264,11 @@ def _of_classes(
     if network and is_statistics(data.source):
         return Basis(network, Reals(lambda: iter(()), 0, "", [], 0), class_names=names)
     size = means.size or model.image_size
-    images = reference.open_at(data, model, size)
+    images = reference.open_at(data, model, size, labelled=own)
     if images.length < GRID_IMAGES:
         raise UserError(f"data.source: has {images.length} images; judging needs at least {GRID_IMAGES}")
     place = classifier_path(data, folder, *([size] if size != model.image_size else []))
-    classifier = open_classifier(images, model, place) if named else None
+    classifier = open_classifier(images, model, place) if named and images.labels is not None else None
     num, pictures = min(num_real, images.length), _grid_of_classes(images, model.num_classes)
     known, names = reference.identity(images, data), images.class_names or names
     reals = Reals(lambda: reference.labelled_batches(images, num), num, known, [], GRID_IMAGES, pictures)

@@ -14,11 +14,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fewstep.data.columns import LABELS
 from fewstep.data.decoding import Unusable
 from fewstep.data.images import ImageSet, load_images
 from fewstep.data.latents import is_latents
 from fewstep.data.listing import list_files
 from fewstep.data.settings import DataSettings
+from fewstep.data.tables import open_stored
 from fewstep.embedded import shapes
 from fewstep.embedded.sources import Pictures, open_captioned_images, open_images, origin
 from fewstep.evaluation.gathering import Gathered, Sums, fitted
@@ -42,10 +44,15 @@ class Reals(NamedTuple):
     pictures: Tensor | None = None  # to show in the place of the first
 
 
-def open_at(data: DataSettings, model: Any, size: int) -> ImageSet:
-    """The images that a model was taught on, or others of its classes, at another size than its own."""
-    own = model.image_size if data.source == "digits" else size
-    pictures = Pictures(own, model.channels, model.num_classes, model.class_names)
+def open_at(data: DataSettings, model: Any, size: int, labelled: bool) -> ImageSet:
+    """The images that a model was taught on, or others, at another size than its own; its classes where they are known.
+
+    Raises UserError if they must be `labelled` and are not.
+    """
+    embedded = data.source == "digits"
+    known = embedded or labelled or open_stored(data).has(LABELS)
+    classes = (model.num_classes, model.class_names) if known else ()
+    pictures = Pictures(model.image_size if embedded else size, model.channels, *classes)
     return _fitted(open_images(data, pictures, in_memory=IN_MEMORY), size)
 
 

@@ -102,7 +102,7 @@ def write_page(
 
     `kind` is that of the models, label or text; `facts` say what was judged, and how.
     """
-    grids = (figure(row.title, image(row.grid, row.title)) for row in rows)
+    grids = (figure(row.title, image(row.grid, row.title)) for row in rows if row.grid)
     whole = page(
         "report.html",
         title,
