@@ -61,6 +61,7 @@ def evaluate(given: Evaluate) -> None:
     given = replace(given, out=free_place(given.out, Path("evaluation"), holds_results, given.overwrite))
     check_writable(given.out)
     use_family(given.family)
+    asked = [parse_sampler(text) for text in given.samplers]
     of_images = [text for text in given.runs if _is_images(text)]
     sources = [text for text in given.runs if text not in of_images]
     _check(given, sources, of_images)
@@ -70,11 +71,10 @@ def evaluate(given: Evaluate) -> None:
     firsts = [of[""] for of in averages]
     check_alike(sources, firsts)
     judge, opened = _judge(given, data, keep, sources, firsts, of_images, device)
-    if given.statistics and rank == 0:
-        write_statistics(given.statistics, judge.real, judge.extractor, judge.size, last_part(str(data.source)))
     short = [text if is_hub_id(text) else short_name(text) for text in given.runs]
     names = dict(zip(given.runs, short if len({*short}) == len(short) else given.runs, strict=True))
-    asked = [parse_sampler(text) for text in given.samplers]
+    runs = {names[source]: run_folder(source) for source in sources if is_run(source)}
+    curves = {name: read_metrics(run / METRICS) + read_metrics(run / EVALUATIONS) for name, run in runs.items()}
     jobs = list[Job]()
     for source, of in zip(sources, averages, strict=True):
         step = f", step {find(source).step}" if is_run(source) else ""
@@ -82,6 +82,8 @@ def evaluate(given: Evaluate) -> None:
             entries = (_drawn(given, judge, f"{names[source]}{ema}", step, model, each) for each in _of(model, asked))
             jobs.append(Job(model, [RowFiles(each, given.out, given.keep_images) for each in entries]))
     jobs += [Job(None, [RowFiles(_made(judge, names[each.source], each), given.out)]) for each in opened]
+    if given.statistics and rank == 0:
+        write_statistics(given.statistics, judge.real, judge.extractor, judge.size, last_part(str(data.source)))
     with advising(f"the same command goes on with {given.out}"):
         fill(jobs, device, rank, num_ranks)
         if rank:
@@ -91,8 +93,6 @@ def evaluate(given: Evaluate) -> None:
             told = f"{lacking} files of other ranks are not there yet; the same command goes on with those that are"
             raise UserError(f"{given.out}: {told}")
         rows = [judge.floor, *table_rows(jobs, judge, device, given.batch_size)]
-    runs = {names[source]: run_folder(source) for source in sources if is_run(source)}
-    curves = {name: read_metrics(run / METRICS) + read_metrics(run / EVALUATIONS) for name, run in runs.items()}
     students = [source for source, first in zip(sources, firsts, strict=True) if first.timesteps and is_run(source)]
     then = [f"export {quote(source)} {quote(run_folder(source).name)}" for source in students[:1]]
     then = then or [f"sample {quote(source)}" for source in sources[:1]]
