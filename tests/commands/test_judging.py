@@ -192,6 +192,27 @@ def test_sources_of_the_same_name_or_of_other_content_are_told_apart(tmp_path: P
     assert reference.identity(images, data) != before
 
 
+def test_a_run_is_judged_by_all_that_its_recipe_names(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `fewstep evaluate` is by its options; a share of the time leaves out all between the first and the last."""
+    monkeypatch.syspath_prepend(tmp_path)
+    scorer = "def score(self, images, prompts): return images.float().mean((1, 2, 3))"
+    (tmp_path / "own_scorers.py").write_text(f"class Grey:\n    def __init__(self, device): pass\n    {scorer}\n")
+    (tmp_path / "runs").mkdir()
+    for classifier in runs.glob("classifier-*"):  # which takes longer than all else
+        shutil.copy(classifier, tmp_path / "runs")
+    asked = ["evaluation.scorers=[own_scorers:Grey]", "evaluation.every=1", "evaluation.num_samples=60"]
+    settings = [*STEPS, *asked, "evaluation.time_share=1e-9", f"teacher={runs / 'teacher'}"]
+    distill(load_recipe("digits-4step", settings), tmp_path / "runs" / "student", report=quiet)
+    lines = [json.loads(line) for line in (tmp_path / "runs/student/evaluations.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 4]
+    judged(tmp_path / "runs", tmp_path / "out", "student", num_samples=60, scorers=["own_scorers:Grey"])
+    row = json.loads((tmp_path / "out" / "results.json").read_text())[1]
+    assert lines[-1]["grey"] == pytest.approx(row["grey"], rel=1e-6)
+    assert 0 < row["grey"] < 255
+
+
 def test_judging_changes_nothing_in_the_training(runs: Path, tmp_path: Path) -> None:
     settings = [*STEPS, f"teacher={runs / 'teacher'}", "student_every=2"]
     distill(load_recipe("digits-4step", settings), tmp_path / "student", report=quiet)

@@ -192,11 +192,13 @@ def test_metrics_are_means_over_the_steps_since_the_last_line(teacher_run: Path,
     assert pairs == pytest.approx([(a + b) / 2 for a, b in zip(each[::2], each[1::2], strict=True)], rel=1e-5)
 
 
-def test_a_run_folder_holds_what_the_readme_says(teacher_run: Path) -> None:
+def test_a_run_folder_holds_what_the_readme_says(teacher_run: Path, student_run: Path) -> None:
     names = {"recipe.yaml", "facts.json", "metrics.jsonl", "samples", "checkpoints"}
     assert {path.name for path in teacher_run.iterdir()} == names
     assert [path.name for path in checkpoints(teacher_run)] == ["00000008", "00000012"]
     assert [path.name for path in (teacher_run / "samples").iterdir()] == ["00000012.png"]
+    assert {path.name for path in student_run.iterdir()} == names | {"panels"}
+    assert [path.name for path in (student_run / "panels").iterdir()] == ["00000012.png"]
 
 
 def test_a_checkpoint_of_something_else_is_refused(teacher_run: Path, tmp_path: Path) -> None:

@@ -52,8 +52,8 @@ def teacher_errors(denoiser: Denoiser, model: ImageModel, batch_at: BatchAt, set
     """A table from images of the run's first batches, which a resumed run makes again, bit for bit.
 
     `denoiser` is the teacher without guidance, which is no denoiser of any data. Each image is noised to one of 16
-    levels, in turn, and each level has the mean over its images (8 of 128); between levels the table is linear in their
-    index. So it has an error of its own, some per cent, which is the same in the whole run.
+    levels, in turn, and each level has the mean over its images (8 of 128, and more of small ones); between levels the
+    table is linear in their index. So it has an error of its own, some per cent, which is the same in the whole run.
     """
     known = denoiser.schedule.levels.to(model.device)
     num = _at_most(min(max(NUM_NUMBERS // prod(model.shape), NUM_IMAGES), MOST_IMAGES), settings)
