@@ -27,6 +27,12 @@ GRIDS = 6  # of a run, evenly spaced, with the first and the last
 PICTURE_BYTES = 2_400_000  # of all pictures of a page, before base64 makes them a third longer
 MOST_PIXELS = 64e6  # of a picture that is opened
 GRID, PANEL = (510, 765), (1600, 2400)  # pixels, at most
+GRIDS_TOLD = ("Samples as it went", "All of the same noise. Well: they get sharper, and stay unlike each other.")
+PANELS_TOLD = (
+    "The student's sample, and what teacher and critic make of it at several noise levels",
+    "Well: the critic's pictures are like the student's, and what the teacher's have and they lack is what the student "
+    "is pulled to. Ill: a critic that sees other pictures than the student's, or a teacher that sees none.",
+)
 LEVELS = {"ill": "ill", "watch": "to watch", "well": "well"}  # the worst first
 SIGNS = {"ill": "✗ Ill", "watch": "! To watch", "well": "✓ Well"}  # for those who see no colours
 
@@ -86,15 +92,12 @@ def health_page(runs: Sequence[Health], refresh: int | None = None) -> str:
         best=_bests(runs),
         findings=_findings(runs),
         curves="\n".join(_groups(runs)),
-        grids="\n".join(_pictures(runs, "Samples as it went", "grids", GRIDS, GRID, budget)),
-        panels="\n".join(_pictures(runs, PANELS, "panels", 1, PANEL, 2 * budget)),
+        grids="\n".join(_pictures(runs, GRIDS_TOLD, "grids", GRIDS, GRID, budget)),
+        panels="\n".join(_pictures(runs, PANELS_TOLD, "panels", 1, PANEL, 2 * budget)),
         settings=_settings(runs),
         written=_when(time.time()),
         version=fewstep.__version__,
     )
-
-
-PANELS = "The student's sample, and what teacher and critic make of it at several noise levels"
 
 
 def _when(seconds: float) -> str:
@@ -242,9 +245,9 @@ def _curve(
 
 
 def _pictures(
-    runs: Sequence[Health], title: str, what: str, most: int, side: tuple[int, int], budget: int
+    runs: Sequence[Health], told: tuple[str, str], what: str, most: int, side: tuple[int, int], budget: int
 ) -> Iterator[str]:
-    """Evenly spaced pictures of each run; what can't be shown is said."""
+    """Evenly spaced pictures of each run, with title and how to read them; what can't be shown is said."""
     for run in runs:
         chosen, broken = evenly(getattr(run, what), most), list[str]()
         figures = []
@@ -255,7 +258,8 @@ def _pictures(
             except Exception as error:  # decoders raise whatever they like on damaged files
                 broken.append(f"{path.name} ({type(error).__name__})")
         if chosen:
-            yield f"<h2>{escape(title)}{f': {escape(run.name)}' if len(runs) > 1 else ''}</h2>"
+            yield f"<h2>{escape(told[0])}{f': {escape(run.name)}' if len(runs) > 1 else ''}</h2>"
+            yield f'<p class="note">{escape(told[1])}</p>'
             yield '<div class="figures">' + "\n".join(figures) + "</div>"
         if broken:
             yield f'<p class="told">Left out, for it can\'t be read: {escape(", ".join(broken))}</p>'
