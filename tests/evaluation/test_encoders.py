@@ -261,10 +261,12 @@ WRONG: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "another-size": (
         "clip",
         lambda it: processor(it, size=30, crop_size=30),
-        r"gives .*30, 30.*takes \(24, 24\) alone",
+        r"gives .*30, 30.*takes those of \(24, 24\)",
     ),
     "no-crop": ("vision", lambda it: processor(it, size=24, do_center_crop=False), "gives pictures of any size"),
     "no-size": ("dino", lambda it: processor(it, size=28, do_center_crop=False), "gives pictures of any size"),
+    "less-than-a-patch": ("dino", lambda it: processor(it, size=20, crop_size=9), r"gives pictures of \(9, 9\)"),
+    "its-own-processor": ("dino", lambda it: processor(it, auto_map={"AutoImageProcessor": "own.P"}), "auto_map is {"),
     "a-link": (
         "clip",
         lambda it: (it / "notes").symlink_to("/etc/hostname"),
@@ -280,6 +282,14 @@ def test_what_is_no_feature_network_is_refused_in_one_line(name: str, place: Pat
     spoil(folder)
     with pytest.raises(UserError, match=rf"^--features {folder}[^\n]*{told}[^\n]*$"):
         open_extractor(str(folder), "cpu")
+
+
+def test_no_code_of_a_folder_is_run(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "dino", folder := tmp_path / "folder")
+    change(folder, auto_map={"AutoModel": "own.Network", "AutoConfig": "own.Config"}, architectures=["own.Network"])
+    (folder / "own.py").write_text("raise SystemExit('was run')\n")
+    images = pixels(1)
+    assert torch.equal(Encoder(folder, "cpu").features(images), Encoder(place / "dino", "cpu").features(images))
 
 
 def without_tokenizer(folder: Path) -> None:

@@ -118,14 +118,15 @@ class Encoder:
         kind = KINDS[str(name)]
         network = _load(library_class(kind.name), folder)
         config = kind.vision(network.config)
-        size, channels = config.image_size, config.num_channels
-        if type(size) is not int or channels != 3:
+        size, patch, channels = config.image_size, config.patch_size, config.num_channels
+        if type(size) is not int or type(patch) is not int or channels != 3:
             raise UserError(
                 f"{folder}: is for pictures of {size} pixels in {channels} channels, not square ones in RGB"
             )
         preprocessing = read_preprocessing(folder) or kind.preprocessing(size)
-        if preprocessing.given != (size, size) and not (kind.any_size and preprocessing.given):
-            what = f"gives pictures of {preprocessing.given or 'any size'}, its network takes {(size, size)} alone"
+        given = preprocessing.given
+        if given != (size, size) and not (kind.any_size and given and min(given) >= patch):
+            what = f"gives pictures of {given or 'any size'}, its network takes those of {(size, size)}"
             raise UserError(f"{folder}: its processor {what}")
         return kind, network, preprocessing
 
