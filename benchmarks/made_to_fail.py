@@ -35,9 +35,11 @@ from fewstep.training.roles import Roles
 
 RECORDS = Path(__file__).parent.parent / "tests" / "health"
 QUIET = ["device=cpu", "log_every=20", "sample_every=100000", "checkpoint_every=100000"]
-TEACHERS = {
-    "digits-teacher": [],
-    "digits-guided-teacher": ["model.null_class=true", "class_dropout=0.1"],
+SHAPES = "shapes-autoencoder", "shapes-teacher"
+TEACHERS = {  # runs in this order: (recipe, what is set otherwise)
+    "digits-teacher": [("digits-teacher", ())],
+    "digits-guided-teacher": [("digits-teacher", ("model.null_class=true", "class_dropout=0.1"))],
+    "shapes-teacher": [(SHAPES[0], ("num_steps=500",)), (SHAPES[1], ("num_steps=500", "batch_size=48"))],
 }
 MOST_LINES = 40
 LEFT_OUT = ("seconds_per_step", "peak_memory_gb", "learning_rate", "critic_learning_rate", "critic_grad_norm")
@@ -114,6 +116,7 @@ HEALTHY = {f"{recipe}-{seed}": case(recipe, f"seed={seed}") for seed in range(3)
     "digits-1step-guided": case(ONE, "guidance_scale=2", teacher=GUIDED),
     "digits-1step-constant": case(ONE, "student.optimizer.decay=constant", "critic.optimizer.decay=constant"),
     "digits-1step-whole": Case(ONE, ()),
+    "shapes-1step": case("shapes-1step", "batch_size=32", teacher="shapes-teacher"),
     "digits-4step-lora-continued": case(LORA, CONTINUED[0], **CONTINUED[1]),
 }
 FAULTS = {
@@ -150,8 +153,9 @@ def run(name: str, folder: Path) -> Path:
     if case.behind:
         run(case.behind, folder)
     if not (folder / case.teacher / "checkpoints").exists():
-        recipe = load_recipe("digits-teacher", [*TEACHERS[case.teacher], *QUIET])
-        teach(recipe, folder / case.teacher, report=lambda *_: None)
+        for recipe, settings in TEACHERS[case.teacher]:
+            place = case.teacher if recipe.endswith("-teacher") else recipe
+            teach(load_recipe(recipe, [*QUIET, *settings]), folder / place, report=lambda *_: None)
     if not (out / "checkpoints").exists():
         shutil.rmtree(out, ignore_errors=True)
         with case.fault():

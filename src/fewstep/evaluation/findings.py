@@ -175,6 +175,7 @@ RULES = (
         Curves.blind,
         "The discriminator is blind: its logits are alike, and the GAN pulls less than a tenth as hard as the DM.",
         _head_advice,
+        level="watch",
         below=True,
     ),
     Rule(
