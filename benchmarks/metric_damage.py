@@ -207,7 +207,8 @@ def of_shapes(clip: Clip, perceptual: Callable[[Tensor], Tensor] | None, num_rea
 def in_turn(images: ImageSet, num_classes: int, first: int, num: int) -> Tensor:
     """`num` images of the classes in turn, after the `first` of each."""
     order = torch.randperm(images.length, generator=generator(0, "in turn"))
-    of_class = [order[images.labels[order] == label] for label in range(num_classes)]
+    labels: Any = images.labels
+    of_class = [order[labels[order] == label] for label in range(num_classes)]
     return images.fetch(torch.stack([of_class[k % num_classes][first + k // num_classes] for k in range(num)]))
 
 
@@ -217,7 +218,8 @@ def of_classes(
     """Of ten classes five are dropped; None as the network takes the features of the classifier of the classes."""
     reals, others = in_turn(images, 10, 0, num_real), in_turn(images, 10, num_real // 10 + 1, num)
     classifier = train_classifier(images, reals.shape[1], 10, steps)
-    probes = [FeatureProbe(Cached(network) if network else classifier), ColourProbe(), CheckProbe(classifier.check, "")]
+    features: Any = Cached(network) if network else classifier
+    probes: list[Probe] = [FeatureProbe(features), ColourProbe(), CheckProbe(classifier.check, "")]
     return Case(reals, others, [label < 5 for label in range(10)], probes, perceptual)
 
 

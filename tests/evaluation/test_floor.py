@@ -1,12 +1,14 @@
 """The noise floor against perfect generators: sets drawn from the distribution that the real images are of."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from fewstep.evaluation import metrics
 from fewstep.evaluation.gathering import Gathered, Sums
-from fewstep.evaluation.metrics import enough, floor, split_counts
+from fewstep.evaluation.metrics import enough, floor, split
 
 DIM = 16
 SPECTRA = {"of one variance": torch.ones(DIM), "of falling variance": 1 / torch.arange(1, DIM + 1.0)}
@@ -37,13 +39,33 @@ def test_the_floor_of_pairs_is_as_many_images_against_the_rest(monkeypatch: pyte
     monkeypatch.setitem(metrics.FUNCTIONS, "precision", lambda *both: seen.append(both) or 0.5)
     assert [floor(real, num)["precision"] for num in (40, 500)] == [0.5, 0.5]
     counts = [(len(some.features), len(others.features)) for others, some in seen]
-    assert counts == [split_counts(300, 40), split_counts(300, 500)] == [(40, 260), (150, 150)]
+    assert counts == [(40, 260), (150, 150)]
     for others, some in seen:
         both = torch.cat([some.features, others.features])
         assert torch.equal(both.sort(dim=0).values, real.features.sort(dim=0).values)  # and no image is in both
     monkeypatch.setattr(metrics, "MAX_COMPARED", 100)
     floor(real, 500)
     assert [len(each.features) for each in seen[-1]] == [100, 100]
+
+
+def test_sets_of_prompts_in_turn_have_whole_rounds_of_them() -> None:
+    """The mean FID of perfect generators that are asked for the same: independent draws have three times as much."""
+    middles = 4 * torch.randn(8, DIM, generator=torch.Generator().manual_seed(0))
+
+    def asked(num: int, seed: int) -> Gathered:
+        draws = torch.Generator().manual_seed(seed)
+        features = middles[torch.arange(num) % 8] + torch.randn(num, DIM, generator=draws)
+        return Gathered(num, {"features": [Sums.of(features)]}, {"features": features}, prompts="abcdefgh")
+
+    reals = [asked(403, seed) for seed in range(10)]
+    floors = [floor(real, 200)["fid"] for real in reals]
+    fids = [metrics.fid(real, asked(200, 100 + 4 * k + each)) for k, real in enumerate(reals) for each in range(4)]
+    assert sum(floors) / len(floors) == pytest.approx(sum(fids) / len(fids), rel=0.07)
+    assert sum(floor(replace(real, prompts=()), 200)["fid"] for real in reals) > 3 * sum(floors)
+    some, others = split(403, 100, 8, torch.Generator().manual_seed(0))
+    assert sorted([*some.tolist(), *others.tolist()]) == [*range(403)]
+    assert torch.equal(some.reshape(12, 8) % 8, torch.arange(8).expand(12, 8))
+    assert [len(split(20, 10, turn, torch.Generator())[0]) for turn in (0, 1, 8, 11)] == [10, 10, 8, 10]
 
 
 def test_a_floor_has_what_compares_two_sets_and_follows_from_its_seed() -> None:

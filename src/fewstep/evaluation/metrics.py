@@ -239,44 +239,45 @@ def floor(real: Gathered, num_samples: int, seed: int = 0) -> dict[str, float]:
     times (1/M + 1/N) / (1/M' + 1/(N - M')): with many images their bias is in proportion to 1/M + 1/N. On simulated
     Gaussians of D dimensions that is within 5 % of the mean FID of perfect generators where M' is D or more, and down
     to 13 % too low at D/2 if M' is not M (`tests/evaluation/test_floor.py`). All else is as it is, of M' images against
-    n - M', or as many as `MAX_COMPARED`: see `split_counts`. Empty where no numbers were kept.
+    n - M', or as many as `MAX_COMPARED`. Empty where no numbers were kept.
 
-    It is the score of independent draws. Images of all classes in equal shares, or of the very prompts of the reals,
-    vary less from set to set, so that a model that is asked for these can come out below it: at a third of it, of
-    perfect digits of classes in turn.
+    Where the reals were drawn for prompts in turn, as the fakes are, both sets have whole rounds of them, which vary
+    less from set to set than independent draws. The reals of classes are in no such order: a model that is asked for
+    classes in equal shares can come out below the floor, at a third of it for digits.
     """
     values, draws = dict[str, float](), generator(seed, "floor")
     for name, of in (("fid", FEATURES), ("patch_fid", PATCHES)):
         if of in real.numbers and of in real.groups:
-            found = [_floor_fid(real.numbers[of], real.sums(of), num_samples, draws) for _ in range(SPLITS)]
+            found = [_floor_fid(real, of, num_samples, draws) for _ in range(SPLITS)]
             values[name] = sum(found) / SPLITS
-    some, others = (_half(real, num_samples, seed, first) for first in (True, False))
-    return measure(others, some, BETWEEN_SETS, intervals=False)[0] | values
+    some, others = dict[str, Tensor](), dict[str, Tensor]()
+    for name in {FEATURES, "colours"} & real.numbers.keys():
+        halves = split(len(real.numbers[name]), num_samples, len(real.prompts), generator(seed, "half"))
+        some[name], others[name] = (real.numbers[name][half[:MAX_COMPARED]] for half in halves)
+    first, second = (Gathered(max(map(len, each.values()), default=0), {}, each) for each in (others, some))
+    return measure(first, second, BETWEEN_SETS, intervals=False)[0] | values
 
 
-def _floor_fid(kept: Tensor, whole: Sums, num_samples: int, draws: torch.Generator) -> float:
-    num, _ = split_counts(len(kept), num_samples)
-    parts = torch.randperm(len(kept), generator=draws)[:num].split(SUMMED_AT_ONCE)
+def _floor_fid(real: Gathered, name: str, num_samples: int, draws: torch.Generator) -> float:
+    kept, whole = real.numbers[name], real.sums(name)
+    rows, _ = split(len(kept), num_samples, len(real.prompts), draws)
+    parts = rows.split(SUMMED_AT_ONCE)
     some = sum((Sums.of(kept[part]) for part in parts), start=Sums.of(kept[:0]))
     others = whole - some
-    return _frechet(others, some) * (1 / num_samples + 1 / whole.count) / (1 / num + 1 / others.count)
+    return _frechet(others, some) * (1 / num_samples + 1 / whole.count) / (1 / len(rows) + 1 / others.count)
 
 
-def _half(real: Gathered, num_samples: int, seed: int, first: bool) -> Gathered:
-    """Some of the numbers, at random, or of the rest, at most `MAX_COMPARED`."""
-    numbers = {}
-    for name in {FEATURES, "colours"} & real.numbers.keys():
-        of = real.numbers[name]
-        order = torch.randperm(len(of), generator=generator(seed, "half"))
-        num, _ = split_counts(len(of), num_samples)
-        numbers[name] = of[(order[:num] if first else order[num:])[:MAX_COMPARED]]
-    return Gathered(max(map(len, numbers.values()), default=0), {}, numbers)
+def split(kept: int, num_samples: int, turn: int, draws: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The numbers of `num_samples` random images of `kept`, but half of them at most, and of the rest.
 
-
-def split_counts(num_kept: int, num_samples: int) -> tuple[int, int]:
-    """How many real images a floor compares with how many others."""
-    num = min(num_samples, num_kept // 2)
-    return num, num_kept - num
+    Of whole rounds of `turn` prompts, if both are to have one or more.
+    """
+    num = min(num_samples, kept // 2)
+    turn = turn if 0 < turn <= num else 1
+    rounds = torch.randperm(kept // turn, generator=draws)
+    rows = (rounds[:, None] * turn + torch.arange(turn)).flatten()
+    num = num // turn * turn
+    return rows[:num], torch.cat([rows[num:], torch.arange(len(rows), kept)])
 
 
 def enough(count: int, width: int, share: float = LEAST_SHARE) -> str | None:
