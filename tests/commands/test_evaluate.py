@@ -1,22 +1,33 @@
 """`fewstep evaluate`: the same numbers however the work is cut, of models and of images, against any reference."""
 
 import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from torch import Tensor
 
 import fewstep.commands.evaluate as module
 from command_line import Run, refused
 from fewstep.evaluation import rows as row_files
+from fewstep.evaluation.extractors import train_classifier
 from fewstep.models.pixel_model import PixelModel
 from fewstep.networks.families.edm import build_unet
 from fewstep.networks.settings import PixelModelConfig
-from image_sets import encoded, write_files, write_tar
+from image_sets import encoded, write_captioned, write_files, write_tar
+from tiny_encoders import save_clip
+from tiny_pipelines import TINY
 
 SIDE, NUM = 8, 130
 LINE = f"fewstep evaluate student --data real --features net.pt --num-samples {NUM} --batch-size 25 --device cpu"
@@ -222,15 +233,7 @@ def test_statistics_are_those_of_numpy_and_give_the_same_fid(run: Run, place: Pa
         assert student["fid"] == pytest.approx(whole[1]["fid"], rel=1e-9)
         assert student["diversity"] == whole[1]["diversity"]
         assert "kid" not in student  # of which a mean and a covariance know nothing
-        assert {name for name, value in real.items() if value} == {"model"}
-
-
-def other_network(place: Path) -> None:
-    class Other(torch.nn.Module):
-        def forward(self, images: Tensor) -> Tensor:
-            return images.float()[:, 0, :1].flatten(1)[:, :7]
-
-    torch.jit.script(Other()).save("other.pt")
+        assert {name for name, value in real.items() if isinstance(value, float)} == set()
 
 
 @pytest.mark.parametrize(
@@ -334,3 +337,116 @@ def test_what_can_not_be_judged_is_one_line_before_anything_is_drawn(
     monkeypatch.setattr(module, "generate_batches", None)
     refused(run(f"{line} --out out"), *fragments)
     assert not Path("out").exists()
+
+
+# --- prompts, plug-ins, runs ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def text(place: Path) -> Path:
+    """With sd/, a text-to-image model of 16 pixels, clip/, a distance.pt, a plug-in, and six prompts."""
+    TINY["sd"](place / "scratch").save_pretrained(place / "sd")
+    save_clip(place / "clip")
+    torch.jit.script(Squares()).save(place / "distance.pt")
+    (place / "scoring.py").write_text(
+        "class Redness:\n    def __init__(self, device): pass\n"
+        "    def score(self, images, prompts): return images[:, 0].float().mean((1, 2)) + len(prompts[0])\n"
+    )
+    (place / "six.txt").write_text("\n".join(f"{number} cat" for number in range(6)))
+    pictures = [each.convert("RGB") for each in noise_pictures(60, 8, 16)]
+    write_captioned(place / "pictures", pictures, [f"picture {number}" for number in range(60)])
+    return place
+
+
+class Squares(torch.nn.Module):
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        return (first - second).square().mean(dim=(1, 2, 3))
+
+
+def test_pictures_of_prompts_are_scored_alike_by_whom_they_were_made(
+    run: Run, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kept ones, with what they were drawn for beside them, and the same with the prompts in their order."""
+    monkeypatch.syspath_prepend(text)
+    means = "--data pictures --features net.pt --clip clip --clip-prefix 'A photo depicts ' --scorer scoring:Redness"
+    line = f"fewstep evaluate sd --sampler ddim:1 --num-samples 102 --device cpu --keep-images {means}"
+    real, drawn = judged(run, f"{line} --prompts six.txt --lpips distance.pt", "out")
+    assert {"clip", "redness", "lpips_diversity", "diversity"} <= drawn.keys()
+    assert "redness" in real
+    kept = Path("out/images/sd-ddim-1")
+    captions = kept.joinpath("metadata.csv").read_text().splitlines()
+    assert (len(captions), captions[8]) == (103, "00007.png,1 cat")
+    again = f"fewstep evaluate {kept} --num-samples 102 --device cpu {means}"
+    beside = judged(run, again, "beside")[1]
+    kept.joinpath("metadata.csv").unlink()
+    given = judged(run, f"{again} --prompts six.txt", "given")[1]
+    assert beside == given
+    for name in ("clip", "redness", "fid"):
+        assert beside[name] == pytest.approx(drawn[name], rel=1e-6), name
+    shuffled = text / "shuffled.txt"
+    shuffled.write_text("\n".join(reversed((text / "six.txt").read_text().splitlines())))
+    assert judged(run, f"{again} --prompts shuffled.txt", "shuffled")[1]["clip"] != given["clip"]
+    page = Path("out/report.html").read_text()
+    assert "prompts: 6 of six.txt<br>" in page
+    assert "before every prompt in CLIP: &#x27;A photo depicts &#x27;<br>" in page
+    own = judged(run, line.replace("--keep-images", ""), "own")
+    assert "clip" in own[0]  # of the real pictures with their own captions
+    refused(run(f"{line.replace('pictures', 'pictures.npz')} --out no"), "pictures.npz: ")
+
+
+def test_a_low_rank_student_of_several_averages_goes_on_after_a_stop(
+    run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fewstep.evaluation.extractors.train_classifier", partial(train_classifier, num_steps=10))
+    loop = {"num_steps": 2, "batch_size": 4, "student_every": 1, "checkpoint_every": 9, "lora": {"rank": 2}}
+    student = {"num_timesteps": 2, "ema_decay": [0.3, 0.1], "optimizer": {"lr": 0.1}}
+    model = {"num_classes": 10, "block_out_channels": [8, 8], "norm_num_groups": 4}
+    teach = {"kind": "teach", "model": model, "num_steps": 1, "batch_size": 4, "device": "cpu"}
+    distil = {"kind": "distill", "teacher": "digits", "student": student, "device": "cpu", **loop}
+    for name, recipe in {"teach": teach, "distil": distil}.items():
+        Path(f"{name}.yaml").write_text(yaml.safe_dump(recipe))
+    assert run("fewstep teach teach.yaml --out digits")[0] == 0
+    code, _, error = run("fewstep distill distil.yaml --out few")
+    assert code == 0, error
+    line = "fewstep evaluate few digits@1 --sampler heun:2 --num-samples 100 --batch-size 25 --device cpu"
+    whole = judged(run, line, "whole")
+    assert [row["model"] for row in whole] == ["real", "few", "few ema0.1", "digits@1"]
+    assert whole[1]["fid"] != whole[2]["fid"]
+    assert {"accuracy", "diversity", "latency"} <= whole[1].keys()
+    with monkeypatch.context() as patch:
+        stopping_at(1, patch)
+        assert run(f"{line} --out parts")[0] == 130
+    assert judged(run, line, "parts") == whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_command_loses_one_file_at_most(run: Run, place: Path, number: int) -> None:
+    """And several processes at the same time find the table of one."""
+    line = LINE.replace(f"--num-samples {NUM} --batch-size 25", "--num-samples 4000 --batch-size 50")
+    command = [sys.executable, "-c", "from fewstep.cli import main; main()", *shlex.split(f"{line} --out parts")[1:]]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as running:
+        while len(before := [*Path("parts").glob("rows/*/0*.safetensors")]) < 2:
+            assert running.poll() is None
+            time.sleep(0.02)
+        running.send_signal(number)
+        running.wait()
+    kept = {path: path.stat().st_mtime_ns for path in before}
+    told = "clock: images_per_second latency"
+    whole, parts, ranks = (
+        [{k: v for k, v in row.items() if k not in told} for row in found] for found in _three(run, line, command)
+    )
+    assert whole == parts == ranks
+    assert kept
+
+
+def _three(run: Run, line: str, command: list[str]) -> list[list[dict]]:
+    at_once = []
+    for rank in range(2):
+        more = {"RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+        words = [*command[:-1], "ranks"]
+        at_once.append(subprocess.Popen(words, env=os.environ | more, stdout=subprocess.DEVNULL))
+    assert [each.wait() for each in at_once] == [0, 0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(row_files, "FILE_ROWS", 500)
+        return [judged(run, line, "whole"), judged(run, line, "parts"), table("ranks")]

@@ -234,6 +234,7 @@ def table_rows(jobs: Sequence[Job], judge: Judge, device: torch.device, batch_si
                 if model and sampler:
                     clock["images_per_second"] = images_per_second(model, sampler, batch_size or 0)
                     clock["latency"] = 1 / images_per_second(model, sampler, 1)
+                rows.write_captions()
                 labels = rows.entry.prompts or (judge.class_names if model else ())
                 yield judge.row_of(name, sampler, rows.gathered(NUM_GROUPS), clock, labels)
 

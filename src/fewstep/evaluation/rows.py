@@ -1,5 +1,6 @@
 """The rows of a table in the making: files of what was read of some hundred images each, which a stop does not lose."""
 
+import csv
 import json
 import re
 import time
@@ -7,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +144,14 @@ class RowFiles:
         for path, rows in self.folder.files.items():
             if path.exists() and not all(self._image(number).exists() for number in rows):
                 path.unlink(missing_ok=True)
+
+    def write_captions(self) -> None:
+        """What the kept images were drawn for, as a folder of images has its captions."""
+        if self.keep_images and self.entry.prompts:
+            file, prompts = StringIO(), self.entry.prompts
+            lines = ((self._image(number).name, prompts[number % len(prompts)]) for number in range(self.entry.num))
+            csv.writer(file).writerows([("file_name", "text"), *lines])
+            write_text(self.images / "metadata.csv", file.getvalue())
 
     def _image(self, number: int) -> Path:
         return self.images / f"{number:05d}.png"

@@ -47,7 +47,8 @@ def read_statistics(path: Path, extractor: Extractor, width: int, size: int) -> 
         told = f"statistics of {len(mean)} features, but {extractor.name} gives {width}"
         raise UserError(f"{path}: {told}; name the network that they are of with --features")
     count = int(arrays["count"]) if "count" in arrays else 0
-    mean, covariance, n = torch.from_numpy(mean), torch.from_numpy(covariance), max(2, count)
+    mean, covariance = torch.from_numpy(mean), torch.from_numpy(covariance)
+    n = count or MAX_FEATURES + 1  # of an unknown number that it is more than the features, as it must be for a FID
     sums = Sums(n, n * mean, (n - 1) * covariance + n * mean.outer(mean))
     return Gathered(count, {FEATURES: [sums]})
 
