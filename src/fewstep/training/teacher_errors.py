@@ -18,9 +18,10 @@ from fewstep.training.batches import BatchAt
 from fewstep.training.settings import LoopSettings
 
 NUM_IMAGES = 128  # 32 passes of SDXL's
-MOST_IMAGES = 2048  # of 8x8 pixels tables of 128 images differ by a tenth, of these by one per cent
+MOST_IMAGES = 2048  # of 8x8 pixels tables of 128 images differ by a tenth, of 512 by three per cent, of these by one
 NUM_NUMBERS = 2**21  # of all images together, where that lies between the two: small ones average less noise
 NUM_LEVELS = 16
+MOST_BATCHES = 8
 LITTLE_NOISE = 0.1, 0.25  # shares of the schedule's levels
 
 
@@ -88,7 +89,8 @@ def null_error(teacher: Guided, model: ImageModel, batch_at: BatchAt, settings: 
 
 
 def _at_most(num: int, settings: LoopSettings) -> int:
-    return min(num, settings.num_steps * settings.batch_size)  # a short run has no use for more
+    """Of a few batches, however many the run has: one that is made longer goes on with the same numbers."""
+    return min(num, MOST_BATCHES * settings.batch_size)
 
 
 def _noised(model: ImageModel, batch_at: BatchAt, settings: LoopSettings, levels: Tensor, num: int) -> Iterator[Noised]:
