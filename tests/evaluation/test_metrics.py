@@ -304,3 +304,29 @@ def test_diversity_is_of_the_pairs_where_they_were_drawn() -> None:
     values, intervals = measure(fake, fake, {"prompts", "lpips"})
     assert values == {"diversity": 3.5, "lpips_diversity": 0.5}
     assert intervals == {"diversity": (2, 5), "lpips_diversity": (0.5, 0.5)}  # over prompts
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),  # from the best to the worst
+    [
+        ("fid", (-0.1, 0.2, 3)),
+        ("ema0.9999_patch_fid", (0.2, 3)),
+        ("ema0.9_recall", (0.9, 0.1)),
+        ("brightness", (0.01, -0.02, 0.03)),
+        ("ema0_saturation", (0.0, -0.02)),
+        ("memorised", (0.0, 0.5)),
+        ("latency", (0.1, 2)),
+        ("lpips_diversity", (0.5, 0.1)),
+        ("a_scorer", (7, -2)),
+    ],
+)
+def test_less_cost_is_better(name: str, values: tuple[float, ...]) -> None:
+    costs = [cost(name, value) for value in values]
+    assert costs == sorted(costs)
+    assert len({*costs}) == len(costs)
+
+
+def test_a_share_of_pairs_is_of_no_more_fakes_than_are_compared() -> None:
+    counts = {name: each.cases(50_000) for name, each in METRICS.items() if each.per_fake}
+    assert counts == {"precision": 10_000, "accuracy": 50_000, "memorised": 10_000}
+    assert METRICS["precision"].cases(300) == 300
