@@ -29,7 +29,7 @@ from fewstep.runtime.manifest import write_manifest
 from fewstep.runtime.tracking import Allowance, read_metrics
 from fewstep.training.loop import train
 from fewstep.training.method import Method
-from fewstep.training.settings import LoopSettings
+from fewstep.training.settings import EvaluationSettings, LoopSettings
 from steps import SHORT, SMALL, curves, flat, interrupt_at, last_state, make_dmd2, quiet, same
 
 NO_GAN = {"student_weight": 0, "critic_weight": 0}
@@ -361,6 +361,14 @@ def test_a_run_leaves_out_evaluations_that_exceed_their_share_and_judges_the_las
     assert [line.partition(share)[::2] for line in told] == [
         (f"step {step}: ", ", here and further on; the last step is judged in any case") for step in (2, 2, 10)
     ]
+
+
+def test_the_best_of_each_average_is_kept_by_the_metrics_that_are_named() -> None:
+    asked = EvaluationSettings(keep=["fid", "grey"], scorers=["own:Grey"])
+    names = ["fid", "ema0.99995_fid", "ema0.9_grey", "kid", "patch_fid", "ema0.9_patch_fid", "brightness"]
+    assert [name for name in names if asked.keeps(name)] == names[:3]
+    with pytest.raises(ValueError, match="keep: 'grey' is no metric; there are accuracy, brightness, "):
+        EvaluationSettings(keep=["grey"])
 
 
 def test_an_evaluation_without_its_checkpoint_is_made_again(whole: tuple, judged: Callable, tmp_path: Path) -> None:

@@ -105,6 +105,7 @@ def check_past(run: Path, old: AnyRecipe, new: AnyRecipe) -> None:
         "evaluation": not read_metrics(run / EVALUATIONS),  # else the best would be one of incomparable numbers
         "evaluation.every": True,
         "evaluation.time_share": True,
+        "evaluation.keep": True,
     }
     changed = []
     for change in differences(old, new):

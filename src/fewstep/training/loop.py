@@ -21,7 +21,7 @@ from fewstep.stopping import stop_request
 from fewstep.training.batches import BatchAt, parts_ahead
 from fewstep.training.guard import Guard, check_finite
 from fewstep.training.method import Method
-from fewstep.training.settings import LoopSettings
+from fewstep.training.settings import EvaluationSettings, LoopSettings
 
 Evaluate = Callable[[Method, int], dict[str, float]]
 """Judges the averaged weights of a method: numbers by name, a function of the weights alone; the step is for errors."""
@@ -49,7 +49,7 @@ def train(
     shape = (method.num_noises, settings.grid_images, *method.model.shape)
     noise = torch.randn(shape, generator=generator(settings.seed, "grid"))  # the same in every grid: (K, N, C, H, W)
     if start == num_steps and (run / f"{checkpoint.FROZEN}.damaged").exists():
-        _save(method, metrics, run, start)  # for no later one will have what was set aside
+        _save(method, metrics, run, start, settings.evaluation)  # for no later one will have what was set aside
     every, clock = settings.evaluation.every or num_steps, StepClock(method.model.device)
     ahead = parts_ahead(batch_at, settings, start, method.model.device)
     with stop_request() as stop_requested, ahead as parts, open_board(run, start, settings.tensorboard) as board:
@@ -79,7 +79,7 @@ def train(
             if done % settings.checkpoint_every == 0 or last or stopped or judged:
                 guard.check(done)
                 with clock.aside():
-                    _save(method, metrics, run, done)
+                    _save(method, metrics, run, done, settings.evaluation)
             if stopped and not last:
                 raise Interrupted(f"stopped at step {done} of {num_steps}; continue with --resume --out {run}", stopped)
 
@@ -107,13 +107,14 @@ def _draw(method: Method, noise: Tensor, asked: Asked, run: Path, step: int) -> 
     return pictures
 
 
-def _save(method: Method, metrics: Metrics, run: Path, step: int) -> None:
+def _save(method: Method, metrics: Metrics, run: Path, step: int, judging: EvaluationSettings) -> None:
     """A checkpoint of finite numbers."""
     state = method.state_dict()
     check_finite(state, step)
-    best = best_steps(read_metrics(run / checkpoint.EVALUATIONS)).values()  # these are kept beside the newest
+    best = best_steps(read_metrics(run / checkpoint.EVALUATIONS))
+    kept = [at for name, at in best.items() if judging.keeps(name)]  # beside the newest
     save_model = partial(method.save_model, frozen=run / checkpoint.FROZEN)
-    checkpoint.save_checkpoint(run, step, {"method": state, "metrics": metrics.state_dict()}, save_model, best)
+    checkpoint.save_checkpoint(run, step, {"method": state, "metrics": metrics.state_dict()}, save_model, kept)
 
 
 def sample_grid(method: Method, noise: Tensor, asked: Asked = None) -> Image:

@@ -1,10 +1,12 @@
 """Settings that teacher training and distillation share."""
 
+import re
 from contextlib import suppress
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from fewstep.metric_table import METRICS
 from fewstep.settings import Count, Settings, UserPath
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -92,10 +94,24 @@ class EvaluationSettings(Settings):
     """LPIPS, for the diversity within a prompt or class: a TorchScript file, or `lpips` for the package."""
     scorers: list[str] = []
     """Further scores of pictures, as MODULE:CLASS of classes of your own."""
+    keep: list[str] = ["fid", "kid", "precision", "recall", "clip", "accuracy", "prompt_accuracy", "two_objects"]
+    """The metrics, and scorers by the name of their class in lower case, of each of which the best checkpoint is kept
+    beside the newest two; of several averages, of each."""
     time_share: float = Field(0.05, gt=0, le=1)
     """Share of the run's time, up to any moment, that evaluations may take: one that is due is left out if as long a
     one as the last would exceed it, but never the first and that of the last step. 1 leaves out none. The time is that
     since the run began, or was resumed."""
+
+    def keeps(self, name: str) -> bool:
+        """Whether the best by this metric, or by `ema0.99995_NAME`, is kept."""
+        return re.sub("^ema[^_]+_", "", name) in self.keep
+
+    @model_validator(mode="after")
+    def _what_is_kept_is_judged(self) -> Self:
+        known = {*METRICS, *(scorer.rpartition(":")[2].lower() for scorer in self.scorers)}
+        if unknown := [name for name in self.keep if name not in known]:
+            raise ValueError(f"keep: {unknown[0]!r} is no metric; there are {', '.join(sorted(known))}")
+        return self
 
     def idle(self) -> dict[str, str]:
         """How what is not judged is judged; whoever says `every: null` has switched it off knowingly."""
@@ -138,7 +154,7 @@ class LoopSettings(Settings):
     tensorboard: bool = False
     """Writes metrics, evaluations and sample grids to RUN/tensorboard, too (`pip install fewstep[tensorboard]`)."""
     checkpoint_every: Count = 1000
-    """Steps per checkpoint; the newest two are kept, and those that are the best by a metric of `evaluation`."""
+    """Steps per checkpoint; the newest two are kept, and those that `evaluation.keep` means."""
     evaluation: EvaluationSettings = EvaluationSettings()
     """Judging on the way; `init_from: RUN@best-fid` starts from what it found best."""
 
