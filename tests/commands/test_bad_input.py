@@ -313,8 +313,9 @@ ASKED: list[Case] = [
     (None, "teach t.yaml --out x --set device=cuda", NO_GPU),
     *(
         (None, f"evaluate student --features {features}", f"{features}: {TORCHSCRIPT}")
-        for features in ("nothing.pt", "t.yaml", "student", "classifyer")
+        for features in ("nothing.pt", "t.yaml", "classifyer")
     ),
+    (None, "evaluate student --features student", "--features student: no folder of a CLIP or DINOv2 model"),
     (
         lambda: CLASSIFIER.write_bytes(b"garbage"),
         "evaluate student",
