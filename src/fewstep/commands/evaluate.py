@@ -147,7 +147,7 @@ def _judge(
     device: torch.device,
 ) -> tuple[Judge, list[Others]]:
     """The judge, and the images that something else made; raises UserError for what is not alike."""
-    model: Any = firsts[0] if firsts else pictures_at(of_images[0], given.size)
+    model: Any = firsts[0] if firsts else replace(pictures_at(of_images[0], given.size), device=device)
     whose = sources[0] if sources else of_images[0]
     pictures = Pictures(model.image_size, model.channels)
     runs = [source for source in sources if is_run(source)]

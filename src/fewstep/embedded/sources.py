@@ -35,6 +35,8 @@ class Pictures:
     channels: int
     num_classes: int = 0
     class_names: Sequence[str] | None = None
+    device: torch.device | str = "cpu"
+    """Of what judges them."""
 
 
 def open_images(

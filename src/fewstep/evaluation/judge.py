@@ -174,7 +174,7 @@ def make_judge(data: DataSettings, model: Any, means: Means, folder: Path, num_s
     `model` is an `ImageModel`, or `Pictures` where only images are judged. Raises UserError if there is too little to
     judge with, or nothing that tells the images' features.
     """
-    text, device = getattr(model, "kind", "") == "text", getattr(model, "device", torch.device("cpu"))
+    text, device = getattr(model, "kind", "") == "text", torch.device(model.device)
     given = load_prompts(means.prompts, field="prompts:") if means.prompts else []
     if given and not text:
         raise UserError("prompts: the model takes no text; leave them out")
@@ -259,7 +259,7 @@ def _of_classes(
         what = f"the classifier serves 1 to {MAX_CLASSES} classes, the model has {model.num_classes}"
         what = f"{data.source} has no images to train a classifier on" if named else what
         raise UserError(f"features: {what}; give {advice}")
-    network = None if own else open_extractor(str(means.features), getattr(model, "device", "cpu"), means.resize)
+    network = None if own else open_extractor(str(means.features), model.device, means.resize)
     names: Sequence[str] = [model.class_name(number) for number in range(model.num_classes)]
     if network and is_statistics(data.source):
         return Basis(network, Reals(lambda: iter(()), 0, "", [], 0), class_names=names)
