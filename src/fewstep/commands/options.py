@@ -28,14 +28,18 @@ Resume = Annotated[bool, Option("--resume", help="Continue the run in that folde
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace what the last one wrote there.")]
 
 
-def _seed(typed: str | int) -> int:
-    """What torch takes, in words of ours: typer would show the range in every help."""
-    if str(typed).isdecimal() and int(typed) < 2**63:
-        return int(typed)
-    raise ValueError("write a whole number from 0 to 2^63 - 1")
+def bounded(least: int, most: int) -> Callable[[str | int], int]:
+    """A parser of whole numbers that tells the bounds in words of ours: typer would in every help, in a wide column."""
+
+    def parse(typed: str | int) -> int:
+        if str(typed).isdecimal() and least <= int(typed) <= most:
+            return int(typed)
+        raise ValueError(f"write a whole number from {least:,} to {most:,}")
+
+    return parse
 
 
-Seed = Annotated[int, Option(metavar="N", parser=_seed, help="Image i is a function of it and i.")]
+Seed = Annotated[int, Option(metavar="N", parser=bounded(0, 2**63 - 1), help="Image i is a function of it and i.")]
 Device = Annotated[str, Option(help="auto, cpu or cuda.")]
 Family = Annotated[
     str | None, Option(metavar="MODULE:NAME", help="Of models of a family of your own, which it imports.")
@@ -206,26 +210,27 @@ class Evaluate(Order):
     out: Path = option("Folder for results.json and report.html.", show_default="evaluation, or evaluation-2 and so on")
     overwrite: Overwrite = False
     features: PlaceIfAny = option(
-        "TorchScript file, folder of CLIP or DINOv2, `classifier` (a small one trained on the labels) or `autoencoder` "
-        "(the model's).",
+        "TorchScript file, folder of CLIP or DINOv2, `classifier` (trained on the labels), `autoencoder` (the model's).",
         show_default="classifier; autoencoder for text-to-image",
     )
     resize: str = option("For the network: clean (antialiased, as clean-fid) or legacy (its own).", "legacy")
-    size: int | None = option("Pixels that all images are brought to.", metavar="N", min=1, max=2**13)
+    size: int | None = option("Pixels that all images are brought to.", metavar="N", parser=bounded(1, 2**13))
     clip: PlaceIfAny = option("CLIPModel of transformers, for the CLIP score.", metavar="FOLDER")
     clip_prefix: str = option("Before every prompt: 'A photo depicts '.", "", metavar="TEXT", show_default=False)
     lpips: PlaceIfAny = option("TorchScript file, or `lpips`, for diversity as eyes judge it.", metavar="FILE")
     scorers: list[str] = option("Plug-in; repeatable.", [], "--scorer", metavar="MODULE:CLASS", show_default=False)
     prompts: Texts = None
-    num_samples: int = option("Images per row.", 5000, min=100, max=MOST)
-    num_real: int = option("Real images to compare with, at most.", 50_000, min=100, max=MOST)
+    num_samples: int = option("Images per row.", 5000, metavar="N", parser=bounded(100, MOST))
+    num_real: int = option("Real images to compare with, at most.", 50_000, metavar="N", parser=bounded(100, MOST))
     samplers: list[str] = option(
         "Of teachers, repeatable: heun:18, ddim:50@3 (guided), dpm++:4, unipc:4.",
         [],
         "--sampler",
         show_default="heun:18; ddim:50 for text-to-image",
     )
-    batch_size: int | None = option("Images drawn at once.", metavar="N", min=1, max=10_000, show_default="by size")
+    batch_size: int | None = option(
+        "Images drawn at once.", metavar="N", parser=bounded(1, 10_000), show_default="by size"
+    )
     keep_images: bool = option("Leave all images in OUT/images.", False, "--keep-images")
     statistics: Path | None = option("Write mean and covariance of the reference's features.", metavar="NPZ")
     seed: Seed = 0
