@@ -3,6 +3,7 @@
 A new one is a row here and a function of its name in `evaluation/metrics.py`.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -101,7 +102,7 @@ def cost(name: str, value: float) -> float:
 
     The value, its size where zero is best, and its negative where more is better, as of all that is not in the table.
     """
-    known = METRICS.get(name) or next((each for key, each in METRICS.items() if name.endswith(f"_{key}")), None)
+    known = METRICS.get(re.sub("^ema[^_]+_", "", name))  # no ending alone: a plug-in may be called My_FID
     better = known.better if known else "higher"
     return {"lower": value, "zero": abs(value), "higher": -value}[better]
 

@@ -22,6 +22,7 @@ import fewstep.commands.evaluate as module
 from command_line import Run, refused
 from fewstep.evaluation import rows as row_files
 from fewstep.evaluation.extractors import train_classifier
+from fewstep.files import folder_lock
 from fewstep.models.pixel_model import PixelModel
 from fewstep.networks.families.edm import build_unet
 from fewstep.networks.settings import PixelModelConfig
@@ -130,6 +131,28 @@ def test_ranks_make_their_shares_and_the_first_the_table(
     assert judged(run, LINE, "ranks") == whole
     monkeypatch.setenv("RANK", "2")
     refused(run(f"{LINE} --out ranks --overwrite"), "RANK=2: must be below WORLD_SIZE=2")
+
+
+def test_two_commands_do_not_write_to_one_place(run: Run, place: Path) -> None:
+    """The first would remove what the second reads; ranks of one command share it."""
+    for name, code in ((".0.lock", 2), (".1.lock", 0)):
+        with folder_lock(Path("out"), name):
+            answer = run(f"{LINE} --out out")
+            assert answer[0] == code, answer[2]
+            assert code == 0 or "out: process" in answer[2]
+
+
+@pytest.mark.parametrize("name", ["rows/precious", "rows/mine/precious.safetensors", "images/precious", "precious"])
+def test_what_else_is_in_the_place_stays(run: Run, place: Path, name: str) -> None:
+    write_files(Path("out"), {name: b"mine"})
+    judged(run, f"{LINE} --keep-images", "out")
+    assert Path("out", name).read_bytes() == b"mine"
+    assert {path.name for path in Path("out").iterdir()} == {
+        "results.json",
+        "report.html",
+        "images",
+        name.split("/")[0],
+    }
 
 
 @pytest.mark.parametrize("batch_size", [1, 7])

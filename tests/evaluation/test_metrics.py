@@ -318,6 +318,8 @@ def test_diversity_is_of_the_pairs_where_they_were_drawn() -> None:
         ("latency", (0.1, 2)),
         ("lpips_diversity", (0.5, 0.1)),
         ("a_scorer", (7, -2)),
+        ("my_fid", (7, 2)),
+        ("image_contrast", (7, -2)),
     ],
 )
 def test_less_cost_is_better(name: str, values: tuple[float, ...]) -> None:

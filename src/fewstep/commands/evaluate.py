@@ -1,7 +1,6 @@
 """`fewstep evaluate`: judges models side by side, on the same noise, and writes the table and the page."""
 
 import re
-import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,9 +26,10 @@ from fewstep.evaluation import report
 from fewstep.evaluation.judge import NUM_GROUPS, Judge, Means, describe, make_judge
 from fewstep.evaluation.others import Others, check_pictures, is_images, open_others, pictures_at
 from fewstep.evaluation.report import Curves, Row
-from fewstep.evaluation.rows import Entry, RowFiles, wait_for
+from fewstep.evaluation.rows import Entry, RowFiles, clear, wait_for
 from fewstep.evaluation.statistics import SUFFIX, is_statistics, write_statistics
 from fewstep.export.card import last_part
+from fewstep.files import folder_lock
 from fewstep.models.image_model import Asked, ImageModel
 from fewstep.models.loading.hub import is_hub_id
 from fewstep.models.loading.pretrained import configured, is_loadable, open_averages
@@ -84,7 +84,10 @@ def evaluate(given: Evaluate) -> None:
     jobs += [Job(None, [RowFiles(_made(judge, names[each.source], each), given.out)]) for each in opened]
     if given.statistics and rank == 0:
         write_statistics(given.statistics, judge.real, judge.extractor, judge.size, last_part(str(data.source)))
-    with advising(f"the same command goes on with {given.out}"):
+    students = [source for source, first in zip(sources, firsts, strict=True) if first.timesteps and is_run(source)]
+    then = [f"export {quote(source)} {quote(run_folder(source).name)}" for source in students[:1]]
+    then = then or [f"sample {quote(source)}" for source in sources[:1]]
+    with folder_lock(given.out, f".{rank}.lock"), advising(f"the same command goes on with {given.out}"):
         fill(jobs, device, rank, num_ranks)
         if rank:
             print(f"{given.out}: rank {rank} of {num_ranks} has made its share")
@@ -93,11 +96,9 @@ def evaluate(given: Evaluate) -> None:
             told = f"{lacking} files of other ranks are not there yet; the same command goes on with those that are"
             raise UserError(f"{given.out}: {told}")
         rows = [judge.floor, *table_rows(jobs, judge, device, given.batch_size)]
-    students = [source for source, first in zip(sources, firsts, strict=True) if first.timesteps and is_run(source)]
-    then = [f"export {quote(source)} {quote(run_folder(source).name)}" for source in students[:1]]
-    then = then or [f"sample {quote(source)}" for source in sources[:1]]
-    publish(rows, curves, given.out, f"fewstep: {', '.join(names.values())}", judge, _facts(given, data, judge), then)
-    shutil.rmtree(given.out / "rows", ignore_errors=True)
+        title, facts = f"fewstep: {', '.join(names.values())}", _facts(given, data, judge)
+        publish(rows, curves, given.out, title, judge, facts, then)
+        clear(given.out)
 
 
 def holds_results(folder: Path) -> bool:

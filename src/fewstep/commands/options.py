@@ -210,7 +210,7 @@ class Evaluate(Order):
     out: Path = option("Folder for results.json and report.html.", show_default="evaluation, or evaluation-2 and so on")
     overwrite: Overwrite = False
     features: PlaceIfAny = option(
-        "TorchScript file, folder of CLIP or DINOv2, `classifier` (trained on the labels), `autoencoder` (the model's).",
+        "TorchScript, folder of CLIP or DINOv2, `classifier` (trained on the labels), `autoencoder` (the model's).",
         show_default="classifier; autoencoder for text-to-image",
     )
     resize: str = option("For the network: clean (antialiased, as clean-fid) or legacy (its own).", "legacy")

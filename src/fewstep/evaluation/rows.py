@@ -27,6 +27,7 @@ from fewstep.stopping import remove
 FILE_ROWS, FILE_BYTES = 500, 2**28  # images of a file, and their bytes: what a stop may lose
 SUBJECTS = 8  # of a file of distances
 NUMBERS = "numbers."
+ROW = "row"  # as folders of shards are called
 PLAN = ".plan.json"  # beside the images that are kept; hidden, so that it is no part of them
 
 
@@ -83,7 +84,7 @@ class RowFiles:
     @cached_property
     def folder(self) -> ShardFolder:
         path = self.out / "rows" / f"{self.entry.title}-{digest(self.plan)}"
-        return ShardFolder(path, "row", self.plan, self.entry.num, self.plan["rows_per_file"])
+        return ShardFolder(path, ROW, self.plan, self.entry.num, self.plan["rows_per_file"])
 
     @cached_property
     def pairs(self) -> ShardFolder | None:
@@ -191,6 +192,14 @@ class RowFiles:
         parts = [open_shard(path)[0] for path in self.pairs.files] if self.pairs else []
         pairs: Numbers = {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else ())}
         return taken.whole(self.entry.name, self.entry.prompts, pairs)
+
+
+def clear(out: Path) -> None:
+    """Removes the files of rows from OUT, whose table stands; a folder of that name may hold what is not ours."""
+    for plan in (out / "rows").glob(f"*/{ROW}.json"):
+        remove(plan.parent)
+    with suppress(OSError):
+        (out / "rows").rmdir()
 
 
 def wait_for(rows: Sequence[RowFiles], patience: float) -> int:
