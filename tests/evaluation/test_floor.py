@@ -1,7 +1,5 @@
 """The noise floor against perfect generators: sets drawn from the distribution that the real images are of."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import Tensor
@@ -48,24 +46,37 @@ def test_the_floor_of_pairs_is_as_many_images_against_the_rest(monkeypatch: pyte
     assert [len(each.features) for each in seen[-1]] == [100, 100]
 
 
-def test_sets_of_prompts_in_turn_have_whole_rounds_of_them() -> None:
+@pytest.mark.parametrize("labelled", [False, True], ids=["prompts in turn", "classes in any order"])
+def test_sets_of_prompts_or_classes_in_turn_have_whole_rounds_of_them(labelled: bool) -> None:
     """The mean FID of perfect generators that are asked for the same: independent draws have three times as much."""
     middles = 4 * torch.randn(8, DIM, generator=torch.Generator().manual_seed(0))
 
     def asked(num: int, seed: int) -> Gathered:
         draws = torch.Generator().manual_seed(seed)
-        features = middles[torch.arange(num) % 8] + torch.randn(num, DIM, generator=draws)
-        return Gathered(num, {"features": [Sums.of(features)]}, {"features": features}, prompts="abcdefgh")
+        kinds = torch.arange(num) % 8
+        features = middles[kinds] + torch.randn(num, DIM, generator=draws)
+        if not labelled:
+            return Gathered(num, {"features": [Sums.of(features)]}, {"features": features}, prompts="abcdefgh")
+        order = torch.randperm(num, generator=draws)
+        numbers = {"features": features[order], "kind": kinds[order, None].float()}
+        return Gathered(num, {"features": [Sums.of(features)]}, numbers)
 
     reals = [asked(403, seed) for seed in range(10)]
     floors = [floor(real, 200)["fid"] for real in reals]
     fids = [metrics.fid(real, asked(200, 100 + 4 * k + each)) for k, real in enumerate(reals) for each in range(4)]
     assert sum(floors) / len(floors) == pytest.approx(sum(fids) / len(fids), rel=0.07)
-    assert sum(floor(replace(real, prompts=()), 200)["fid"] for real in reals) > 3 * sum(floors)
-    some, others = split(403, 100, 8, torch.Generator().manual_seed(0))
+    alone = [Gathered.of(real.features) for real in reals]
+    assert sum(floor(real, 200)["fid"] for real in alone) > 3 * sum(floors)
+
+
+def test_a_split_takes_some_of_each_kind_in_turn() -> None:
+    kinds = torch.randint(0, 8, (403,), generator=torch.Generator().manual_seed(1))
+    some, others = split(kinds, 100, torch.Generator().manual_seed(0))
     assert sorted([*some.tolist(), *others.tolist()]) == [*range(403)]
-    assert torch.equal(some.reshape(12, 8) % 8, torch.arange(8).expand(12, 8))
-    assert [len(split(20, 10, turn, torch.Generator())[0]) for turn in (0, 1, 8, 11)] == [10, 10, 8, 10]
+    assert torch.equal(kinds[some].bincount(minlength=8), torch.full((8,), 12))
+    again, _ = split(kinds, 100, torch.Generator().manual_seed(1))
+    assert {*some.tolist()} != {*again.tolist()}
+    assert [len(split(torch.arange(20) % n, 10, torch.Generator())[0]) for n in (1, 8, 11, 20)] == [10, 8, 10, 10]
 
 
 def test_a_floor_has_what_compares_two_sets_and_follows_from_its_seed() -> None:

@@ -16,7 +16,7 @@ from fewstep.pictures import to_picture
 GRID_IMAGES = 40
 MAX_KEPT = 20_000  # images whose features are kept: 160 MB of Inception's 2048 in float32; sums are of all
 MAX_BATCH, MAX_BYTES = 250, 2**25  # images that go through a network at once, and their bytes
-FEATURES, PATCHES = "features", "patches"
+FEATURES, PATCHES, KIND = "features", "patches", "kind"
 SUMMED = (FEATURES, PATCHES)  # what a Fréchet distance is taken of
 Numbers = Mapping[str, Tensor]
 """By name (N, D) float32 on the CPU: a row per image, NaN where it is no case of what is counted."""

@@ -20,6 +20,7 @@ from fewstep.evaluation.clip import Clip
 from fewstep.evaluation.extractors import AutoencoderExtractor, Extractor, open_classifier, open_extractor
 from fewstep.evaluation.gathering import (
     GRID_IMAGES,
+    KIND,
     Check,
     CheckProbe,
     FeatureProbe,
@@ -228,11 +229,23 @@ def _gathered(
     reals = basis.reals
     identities = [each.identity for each in (*of_images, *of_asked([""]))]
     path = reference.place(folder, "reference", data, reals.known, identities, means.size, reals.num)
-    probes = [*of_images, Answers(of_asked, reals.prompts)]
+    kinds = [] if reals.labels is None else [Kinds(reals.labels)]
+    probes = [*of_images, Answers(of_asked, reals.prompts), *kinds]
     real = reference.kept(path, lambda: gather(reals.batches(), probes, reals.num, "data.source", 1, reals.prompts))
     if real.count < reals.least:
         raise UserError(f"data.source: has {real.count} images; judging needs at least {reals.least}")
     return real if reals.pictures is None else replace(real, pictures=reals.pictures)
+
+
+@dataclass(frozen=True)
+class Kinds:
+    """The classes of the images, for whoever takes some of each."""
+
+    labels: Tensor  # (N,)
+    identity = ""
+
+    def read(self, images: Tensor, numbers: range) -> Numbers:
+        return {KIND: self.labels[numbers.start : numbers.stop, None].float()}
 
 
 @dataclass(frozen=True)
@@ -271,7 +284,8 @@ def _of_classes(
     classifier = open_classifier(images, model, place) if named and images.labels is not None else None
     num, pictures = min(num_real, images.length), _grid_of_classes(images, model.num_classes)
     known, names = reference.identity(images, data), images.class_names or names
-    reals = Reals(lambda: reference.labelled_batches(images, num), num, known, [], GRID_IMAGES, pictures)
+    labels = None if images.labels is None else images.labels[reference.random_order(images)[:num]]
+    reals = Reals(lambda: reference.labelled_batches(images, num), num, known, [], GRID_IMAGES, pictures, labels)
     extractor: Any = network or classifier
     if classifier is None:
         return Basis(extractor, reals, class_names=names)

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fewstep.evaluation.gathering import FEATURES, PATCHES, Gathered, Share, Sums
+from fewstep.evaluation.gathering import FEATURES, KIND, PATCHES, Gathered, Share, Sums
 from fewstep.evaluation.intervals import (
     Estimate,
     Mean,
@@ -79,7 +79,7 @@ def interval_of(found: Found, function: Function, real: Gathered, fake: Gathered
 
 def scorers(images: Gathered) -> list[str]:
     """The columns of one number per image that no row of the table knows, nor an attribute of one (`scene.shape`)."""
-    known = {*METRICS, *COLOURS, FEATURES, PATCHES}
+    known = {*METRICS, *COLOURS, FEATURES, PATCHES, KIND}
     return [name for name, of in images.numbers.items() if of.shape[1] == 1 and name not in known and "." not in name]
 
 
@@ -241,9 +241,8 @@ def floor(real: Gathered, num_samples: int, seed: int = 0) -> dict[str, float]:
     to 13 % too low at D/2 if M' is not M (`tests/evaluation/test_floor.py`). All else is as it is, of M' images against
     n - M', or as many as `MAX_COMPARED`. Empty where no numbers were kept.
 
-    Where the reals were drawn for prompts in turn, as the fakes are, both sets have whole rounds of them, which vary
-    less from set to set than independent draws. The reals of classes are in no such order: a model that is asked for
-    classes in equal shares can come out below the floor, at a third of it for digits.
+    As the fakes are of classes or prompts in turn, so are the M': whole rounds of them, which vary less from set to set
+    than independent draws.
     """
     values, draws = dict[str, float](), generator(seed, "floor")
     for name, of in (("fid", FEATURES), ("patch_fid", PATCHES)):
@@ -252,7 +251,7 @@ def floor(real: Gathered, num_samples: int, seed: int = 0) -> dict[str, float]:
             values[name] = sum(found) / SPLITS
     some, others = dict[str, Tensor](), dict[str, Tensor]()
     for name in {FEATURES, "colours"} & real.numbers.keys():
-        halves = split(len(real.numbers[name]), num_samples, len(real.prompts), generator(seed, "half"))
+        halves = split(_kinds(real, len(real.numbers[name])), num_samples, generator(seed, "half"))
         some[name], others[name] = (real.numbers[name][half[:MAX_COMPARED]] for half in halves)
     first, second = (Gathered(max(map(len, each.values()), default=0), {}, each) for each in (others, some))
     return measure(first, second, BETWEEN_SETS, intervals=False)[0] | values
@@ -260,24 +259,33 @@ def floor(real: Gathered, num_samples: int, seed: int = 0) -> dict[str, float]:
 
 def _floor_fid(real: Gathered, name: str, num_samples: int, draws: torch.Generator) -> float:
     kept, whole = real.numbers[name], real.sums(name)
-    rows, _ = split(len(kept), num_samples, len(real.prompts), draws)
+    rows, _ = split(_kinds(real, len(kept)), num_samples, draws)
     parts = rows.split(SUMMED_AT_ONCE)
     some = sum((Sums.of(kept[part]) for part in parts), start=Sums.of(kept[:0]))
     others = whole - some
     return _frechet(others, some) * (1 / num_samples + 1 / whole.count) / (1 / len(rows) + 1 / others.count)
 
 
-def split(kept: int, num_samples: int, turn: int, draws: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The numbers of `num_samples` random images of `kept`, but half of them at most, and of the rest.
+def _kinds(real: Gathered, kept: int) -> Tensor:
+    """What the kept images are of: class, or prompt in turn (kept,)."""
+    if KIND in real.numbers:
+        return real.numbers[KIND][:kept, 0]
+    return torch.arange(kept) % max(1, len(real.prompts))
 
-    Of whole rounds of `turn` prompts, if both are to have one or more.
+
+def split(kinds: Tensor, num_samples: int, draws: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The numbers of `num_samples` random images, but half of them at most, and of the rest; kinds (N,).
+
+    Of all kinds in turn, in whole rounds if there is one or more.
     """
-    num = min(num_samples, kept // 2)
-    turn = turn if 0 < turn <= num else 1
-    rounds = torch.randperm(kept // turn, generator=draws)
-    rows = (rounds[:, None] * turn + torch.arange(turn)).flatten()
-    num = num // turn * turn
-    return rows[:num], torch.cat([rows[num:], torch.arange(len(rows), kept)])
+    order = torch.randperm(len(kinds), generator=draws)
+    by_kind = kinds[order].argsort(stable=True)
+    first = torch.searchsorted(kinds[order[by_kind]], kinds[order[by_kind]])  # of the same kind
+    turns = torch.empty_like(order).index_put((by_kind,), torch.arange(len(order)) - first)
+    order = order[turns.argsort(stable=True)]
+    num, several = min(num_samples, len(kinds) // 2), len(kinds.unique())
+    num -= num % several if several <= num else 0
+    return order[:num], order[num:]
 
 
 def enough(count: int, width: int, share: float = LEAST_SHARE) -> str | None:

@@ -42,6 +42,7 @@ class Reals(NamedTuple):
     prompts: list[str]  # of each, in turn: as long as the images that came
     least: int  # images, for a judgement
     pictures: Tensor | None = None  # to show in the place of the first
+    labels: Tensor | None = None  # (num,), where the images have classes
 
 
 def open_at(data: DataSettings, model: Any, size: int, labelled: bool) -> ImageSet:

@@ -19,7 +19,7 @@ from fewstep.metric_table import METRICS
 from fewstep.networks.families import imported
 
 SETTING = "(--scorer, in a recipe evaluation.scorers)"
-TAKEN = {*METRICS, "features", "patches", "colours", "clip", "lpips"}
+TAKEN = {*METRICS, "features", "patches", "colours", "clip", "lpips", "kind"}
 
 
 @dataclass(frozen=True)
