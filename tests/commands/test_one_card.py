@@ -173,4 +173,5 @@ def test_a_grid_is_decoded_without_text_encoders_on_the_device(place: Path, monk
     spy(monkeypatch, LatentModel, "release", lambda model: there.clear())
     spy(monkeypatch, LatentModel, "decode", lambda model, x0: decoded.append([*there]))
     assert fewstep(command("sample_every=2"))[0] == 0
-    assert decoded == [[], []]
+    assert len(decoded) == 2 * (1 + 11)  # a grid, and a panel: the samples, and at five levels two predictions of them
+    assert {name for names in decoded for name in names} == {"AutoencoderKL"}

@@ -80,6 +80,9 @@ class Counting:
     def label(self, index, asked=None) -> str:
         return ""
 
+    def panel(self, noise, asked=None) -> None:
+        return None
+
     def save_model(self, folder: Path, frozen: Path | None = None) -> None:
         (folder / "weights").touch()
 

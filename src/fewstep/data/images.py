@@ -58,14 +58,14 @@ def load_images(
     shrink: bool | None = None,
     model_names: Names = None,
     whole: bool = True,
-    in_memory: int = MAX_BYTES_IN_MEMORY,
+    in_memory: int | None = None,
 ) -> ImageSet:
     """The images of files: an image folder, an EDM zip, a parquet file, a tar, or a folder of these.
 
     Images become grey (`channels` 1) or RGB (3), resized by their shorter side and centre-cropped to `size` pixels.
     Labels are read only when `num_classes` > 0, by name where the model has `model_names`; unless the set must be
     `whole`, some classes will do. With `shrink`, the set says what was found; False refuses images that are larger than
-    `size`. A set of up to `in_memory` bytes is decoded once. Raises UserError for whatever is wrong with the files.
+    `size`. A set of up to `in_memory` bytes (2 GiB) is decoded once. Raises UserError for what is wrong with the files.
     """
     stored = open_stored(data)
     unused = next((stored.names[name] for name in LABELS if name in stored.names), None)
@@ -105,9 +105,7 @@ def labels_of_classes(
     return labels, names or model_names
 
 
-def load_captioned(
-    data: DataSettings, size: int, shrink: bool | None = None, in_memory: int = MAX_BYTES_IN_MEMORY
-) -> ImageSet:
+def load_captioned(data: DataSettings, size: int, shrink: bool | None = None, in_memory: int | None = None) -> ImageSet:
     """RGB images with a caption each, from the files that `load_images` reads; `shrink` and `in_memory` as there.
 
     Raises UserError for whatever is wrong with the files, and where captions are missing.
@@ -127,12 +125,12 @@ def _opened(
     channels: int,
     shrink: bool | None,
     num_classes: int = 0,
-    in_memory: int = MAX_BYTES_IN_MEMORY,
+    in_memory: int | None = None,
 ) -> ImageSet:
     """The images, decoded once if they fit into memory; what is refused is told before that takes its time."""
     found = None if shrink is None else describe(stored, data, size, channels, shrink, num_classes)
     images = replace(decoded(stored, data, size, channels), found=found)
-    if images.length * channels * size**2 > in_memory:
+    if images.length * channels * size**2 > (MAX_BYTES_IN_MEMORY if in_memory is None else in_memory):
         return images
     whole, quiet = torch.empty(images.length, channels, size, size, dtype=torch.uint8), not sys.stderr.isatty()
     told, console = f"reading {Path(data.required).name}", Console(stderr=True, quiet=quiet)

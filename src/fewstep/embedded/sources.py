@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from fewstep.data.filters import Filter, load_filtered
-from fewstep.data.images import MAX_BYTES_IN_MEMORY, ImageSet, labels_of_classes, load_captioned, load_images
+from fewstep.data.images import ImageSet, labels_of_classes, load_captioned, load_images
 from fewstep.data.latents import LatentSet, is_latents, load_latents, read_description
 from fewstep.data.settings import DataSettings
 from fewstep.embedded import shapes
@@ -43,7 +43,7 @@ def open_images(
     data: DataSettings,
     model: PixelModelConfig | ImageModel | Pictures,
     shrink: bool | None = None,
-    in_memory: int = MAX_BYTES_IN_MEMORY,
+    in_memory: int | None = None,
 ) -> ImageSet:
     """The recipe's images, in the model's size, colours and classes; `shrink` and `in_memory` as for `load_images`.
 
@@ -69,7 +69,7 @@ def open_captioned(
 
 
 def open_captioned_images(
-    data: DataSettings, size: int, shrink: bool | None = None, in_memory: int = MAX_BYTES_IN_MEMORY
+    data: DataSettings, size: int, shrink: bool | None = None, in_memory: int | None = None
 ) -> ImageSet:
     """The recipe's images with captions; where it names latents, the images that those were made of.
 
