@@ -55,10 +55,6 @@ class Rule:
         return Finding(self.level, self.what, why, advice, self.signal, value, self.limit, curves.step)
 
 
-def _level(name: str) -> Callable[[Curves], float | None]:
-    return lambda curves: curves.level(name)
-
-
 # --- what to change --------------------------------------------------------------------------------------------------
 
 
@@ -165,7 +161,7 @@ RULES = (
     Rule(
         "gan_critic_loss",
         1.392,
-        _level("gan_critic_loss"),
+        lambda curves: curves.level("gan_critic_loss"),
         "The discriminator does worse than chance (2 ln 2): what it knows of the student is out of date.",
         _critic_advice,
     ),
@@ -181,7 +177,7 @@ RULES = (
     Rule(
         "logit_gap",
         5,
-        _level("logit_gap"),
+        lambda curves: curves.level("logit_gap"),
         "The discriminator has won: it tells every sample from a real one.",
         "lower gan.critic_weight, or both rates",
     ),
@@ -283,16 +279,8 @@ def find(lines: Lines, evaluations: Lines, recipe: Mapping[str, Any]) -> list[Fi
     updates = curves.updates()
     if updates is not None and updates < FEWEST_UPDATES:
         told = f"{updates} updates of the student; before {FEWEST_UPDATES} no fault shows for certain"
-        early = Finding(
-            "watch",
-            "It is too early for a verdict.",
-            told,
-            "wait, or raise num_steps",
-            "step",
-            updates,
-            FEWEST_UPDATES,
-            curves.step,
-        )
+        of_run = ("step", updates, FEWEST_UPDATES, curves.step)
+        early = Finding("watch", "It is too early for a verdict.", told, "wait, or raise num_steps", *of_run)
         found = [early, *(each for each in found if each.level == "watch" or each.signal in AT_ONCE)]
     order = ("ill", "watch")
     return sorted(found, key=lambda each: order.index(each.level)) or [_well(curves)]
@@ -304,13 +292,5 @@ def _well(curves: Curves) -> Finding:
     names = dict.fromkeys(rule.signal for rule in RULES)
     seen = [name for name in names if name in judged or curves.level(name) is not None]
     told = f"in order: {', '.join(seen)}" if seen else "no signal that tells of it is there yet"
-    return Finding(
-        "well",
-        "Nothing is wrong as far as the curves tell.",
-        told,
-        "nothing",
-        "step",
-        curves.step,
-        curves.step,
-        curves.step,
-    )
+    of_run = ("step", curves.step, curves.step, curves.step)
+    return Finding("well", "Nothing is wrong as far as the curves tell.", told, "nothing", *of_run)

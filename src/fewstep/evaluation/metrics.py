@@ -16,7 +16,8 @@ from fewstep.evaluation.intervals import (
     normal_interval,
     wilson_interval,
 )
-from fewstep.evaluation.neighbours import compared
+from fewstep.evaluation.neighbours import Compared, compared
+from fewstep.evaluation.scorers import TAKEN
 from fewstep.metric_table import MAX_COMPARED, METRICS, Interval, metrics_of
 from fewstep.seeding import generator
 
@@ -79,8 +80,8 @@ def interval_of(found: Found, function: Function, real: Gathered, fake: Gathered
 
 def scorers(images: Gathered) -> list[str]:
     """The columns of one number per image that no row of the table knows, nor an attribute of one (`scene.shape`)."""
-    known = {*METRICS, *COLOURS, FEATURES, PATCHES, KIND}
-    return [name for name, of in images.numbers.items() if of.shape[1] == 1 and name not in known and "." not in name]
+    numbers = images.numbers.items()
+    return [name for name, of in numbers if of.shape[1] == 1 and name not in TAKEN and "." not in name]
 
 
 # --- distances between two sets --------------------------------------------------------------------------------------
@@ -107,9 +108,7 @@ def _frechet_of(name: str, real: Gathered, fake: Gathered) -> float | None:
 
 def _frechet(ours: Sums, theirs: Sums) -> float:
     values = torch.linalg.eigvalsh(ours.root @ theirs.covariance @ ours.root)  # ascending
-    rank = (
-        min(ours.count, theirs.count) - 1
-    )  # at most: of few images the other values are rounding, which roots blow up
+    rank = min(ours.count, theirs.count) - 1  # at most: of few images the rest is rounding, which roots blow up
     shared = values[-rank:].clamp_min(0).sqrt().sum()
     trace = ours.covariance.trace() + theirs.covariance.trace() - 2 * shared
     return float((ours.mean - theirs.mean).square().sum() + trace)
@@ -143,40 +142,10 @@ def _mmd(x: Tensor, y: Tensor) -> tuple[float, float]:
     return whole.item(), jackknife_deviation(without) ** 2
 
 
-@metric
-def precision(real: Gathered, fake: Gathered) -> Share | None:
-    """Of the fakes, inside the real manifold (arXiv 1904.06991, equations 1 and 2).
-
-    A manifold is the union of balls around its points that reach to the third nearest neighbour.
-    """
-    return found.precision if (found := compared(real, fake)) else None
-
-
-@metric
-def recall(real: Gathered, fake: Gathered) -> Share | None:
-    """Of the reals, inside the fake manifold."""
-    return found.recall if (found := compared(real, fake)) else None
-
-
-@metric
-def density(real: Gathered, fake: Gathered) -> Mean | None:
-    """Mean over fakes of the real balls that one is in, over k, the neighbour they reach to (arXiv 2002.09797).
-
-    About 1 of perfect fakes, and more of those in the middle of the reals; k is 5.
-    """
-    return found.density if (found := compared(real, fake)) else None
-
-
-@metric
-def coverage(real: Gathered, fake: Gathered) -> Share | None:
-    """Of the reals, those with a fake in their ball (arXiv 2002.09797); 1 - 2^-k of as many perfect fakes."""
-    return found.coverage if (found := compared(real, fake)) else None
-
-
-@metric
-def memorised(real: Gathered, fake: Gathered) -> Share | None:
-    """Of the fakes, those that are a copy of one real rather than like several: see `neighbours.compare`."""
-    return found.memorised if (found := compared(real, fake)) else None
+def among(name: str, real: Gathered, fake: Gathered) -> Share | Mean | None:
+    """Who is near whom: a field of `Compared`, which says what each is."""
+    found: Share | Mean | None = getattr(compared(real, fake), name, None)
+    return found
 
 
 def drift(column: int, real: Gathered, fake: Gathered) -> Mean | None:
@@ -186,6 +155,7 @@ def drift(column: int, real: Gathered, fake: Gathered) -> Mean | None:
     return Mean(fake.numbers["colours"][:, column], real.numbers["colours"][:, column])
 
 
+FUNCTIONS |= {name: partial(among, name) for name in Compared.__dataclass_fields__}
 FUNCTIONS |= {name: partial(drift, column) for column, name in enumerate(COLOURS)}
 
 
