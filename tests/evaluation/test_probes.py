@@ -207,6 +207,15 @@ def test_a_plug_in_that_is_not_there_or_none_is_one_line(plugins: str, name: str
         open_scorer(reference, "cpu")
 
 
+def test_a_plug_in_that_works_in_place_changes_nothing_for_others(plugins: str) -> None:
+    """Other probes read the same images behind it, and the grid shows them."""
+    scorer, images = open_scorer(f"{plugins}:Given", "cpu"), pixels(4)
+    type(scorer.plugin).given = staticmethod(lambda images: images.zero_()[:, 0, 0, 0].float())
+    found = gather([images.clone()], [ScorerProbe(scorer, []), ColourProbe()], 4, "photos")
+    assert torch.equal(found.pictures, images)
+    assert torch.equal(found.numbers["colours"], ColourProbe().read(images, range(4))["colours"])
+
+
 def test_two_plug_ins_of_one_name_are_refused(plugins: str) -> None:
     (Path.cwd() / "others.py").write_text(f"class Redness:\n{PLUGINS.split('class Redness:')[1].split('class Fid')[0]}")
     scorers = open_scorers([f"{plugins}:Redness", f"{plugins}:Given"], "cpu")

@@ -67,10 +67,17 @@ def test_an_average_is_found_by_name_or_by_the_metric_that_judged_it(run: Path) 
         find(run, "0.9")
 
 
-def test_the_best_is_the_best_of_those_that_are_there(run: Path) -> None:
+def test_the_best_is_the_best_of_those_that_are_there_and_that_another_was_better_is_told_once(
+    run: Path, capsys: pytest.CaptureFixture
+) -> None:
     shutil.rmtree(run / "checkpoints" / "00000020")
-    assert find(f"{run}@best-fid").step == 30
-    assert find(f"{run}@best-recall").step == 30
+    assert [find(f"{run}@best-{name}").step for name in ("fid", "recall", "recall", "accuracy", "ema0.5_fid")] == [
+        *(30, 30, 30),
+        *(30, 10),
+    ]
+    find(run), find(f"{run}@30")
+    told = "step 20 was the best, but was not kept (evaluation.keep); 30 is taken"
+    assert capsys.readouterr().err.splitlines() == [f"fewstep: {run}: by {name} {told}" for name in ("fid", "recall")]
 
 
 def test_a_run_whose_name_holds_the_sign_is_found(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ class Scorer:
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         """(B,) float32 on the CPU; raises UserError if it fails, or gives anything else than as many finite numbers."""
         try:
-            given = self.plugin.score(images, prompts)
+            given = self.plugin.score(images.clone(), prompts)  # others read the images behind it
         except Exception as error:  # whatever the class itself raises
             raise UserError(f"scorer {self.reference}: fails ({brief(error)}) {SETTING}") from error
         what = f"numbers {tuple(given.shape)}" if isinstance(given, Tensor) else f"a {type(given).__name__}"

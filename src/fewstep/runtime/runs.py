@@ -2,8 +2,10 @@
 
 import math
 import re
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 from fewstep.errors import UserError
@@ -86,11 +88,17 @@ def find(text: str | Path, ema: str | None = None) -> Found:
     steps = checkpoint_steps(run)
     if not steps:
         raise UserError(f"{run}: the run has no checkpoint yet; continue it with --resume")
-    best = best_steps(line for line in read_metrics(run / EVALUATIONS) if line["step"] in steps)
+    judged_steps = read_metrics(run / EVALUATIONS)
+    best = best_steps(line for line in judged_steps if line["step"] in steps)
     choices = {str(step): step for step in steps} | {f"best-{name}": step for name, step in sorted(best.items())}
     if choice and choice not in choices:
         there = ", ".join(f"@{each}" for each in choices) + ("" if best else ", and was not evaluated as it ran")
         raise UserError(f"{run}: has no checkpoint @{choice}; it has {there}")
+    metric = choice.removeprefix("best-")
+    if metric in best and (lost := best_steps(judged_steps)[metric]) != best[metric]:
+        _tell(
+            f"{run}: by {metric} step {lost} was the best, but was not kept (evaluation.keep); {best[metric]} is taken"
+        )
     judged = re.match("best-ema([^_]+)_", choice)
     found = Found(run, choices[choice] if choice else steps[-1], ema or (judged[1] if judged else None))
     if found not in found.averages:
@@ -99,6 +107,12 @@ def find(text: str | Path, ema: str | None = None) -> Found:
         raise UserError(f"{found.checkpoint}: {what}; it has {there}")
     found.check(digests=False)
     return found
+
+
+@cache
+def _tell(line: str) -> None:
+    """On standard error, once, for a command finds the same run several times."""
+    print(f"fewstep: {line}", file=sys.stderr)
 
 
 def up_to(text: str | Path) -> tuple[Path, int | None]:
