@@ -97,12 +97,17 @@ def metrics_of(*needs: str) -> list[str]:
     return [name for name, metric in METRICS.items() if metric.needs in needs]
 
 
+def base(name: str) -> str:
+    """A metric's name without the average in front (`ema0.9999_fid`): no ending, for a plug-in may be called My_FID."""
+    return re.sub("^ema[^_]+_", "", name)
+
+
 def cost(name: str, value: float) -> float:
     """What is less where the value of a metric, or of one average's (`ema0.9999_fid`), is better.
 
     The value, its size where zero is best, and its negative where more is better, as of all that is not in the table.
     """
-    known = METRICS.get(re.sub("^ema[^_]+_", "", name))  # no ending alone: a plug-in may be called My_FID
+    known = METRICS.get(base(name))
     better = known.better if known else "higher"
     return {"lower": value, "zero": abs(value), "higher": -value}[better]
 

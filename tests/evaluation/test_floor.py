@@ -108,8 +108,6 @@ def test_too_few_images_for_the_features_are_told_with_how_many_it_takes_and_a_s
 
 
 def test_a_covariance_is_singular_of_as_many_images_as_features() -> None:
-    assert "it takes 65 or more" in str(enough(64, 64, share=1))
-    assert enough(65, 64, share=1) is None
     few, many = (Sums.of(torch.randn(num, 64).double()).covariance for num in (64, 65))
     assert torch.linalg.matrix_rank(few) == 63
     assert torch.linalg.matrix_rank(many) == 64

@@ -197,10 +197,7 @@ def _drawn(given: Evaluate, judge: Judge, name: str, step: str, model: ImageMode
 
 def _made(judge: Judge, name: str, images: Others) -> Entry:
     """A row of images that something else made."""
-    plan, probes = (
-        {"images": images.identity, "version": fewstep.__version__},
-        judge.probes(images.prompts, drawn=False),
-    )
+    plan, probes = {"images": images.identity, "version": fewstep.__version__}, judge.probes(images.prompts, False)
     made = (images.draw, len(images.order), plan, probes, judge.size, 1, 3 * judge.size**2, judge.width)
     return Entry(name, None, *made, images.prompts)
 
@@ -211,8 +208,9 @@ def fill(jobs: Sequence[Job], device: torch.device, rank: int, num_ranks: int) -
         with on(model, device):
             for rows in files:
                 entry, total = rows.entry, rows.share(rank, num_ranks)
-                told = f"{entry.name} {describe(entry.sampler) if entry.sampler else 'images'}"
-                with progress_bar(told, total, None if rank == 0 else lambda done, metrics: None) as show:
+                with progress_bar(
+                    f"{entry.name} {describe(entry.sampler)}", total, None if rank == 0 else lambda done, metrics: None
+                ) as show:
                     rows.fill(lambda done: show(done, {}), rank, num_ranks)
 
 

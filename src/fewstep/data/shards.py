@@ -142,6 +142,11 @@ def open_shard(path: Path) -> tuple[dict[str, Tensor], Any]:
         return tensors, json.loads(file.metadata()["facts"])
 
 
+def below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Those whose names begin so, by the rest of them."""
+    return {name.removeprefix(prefix): each for name, each in tensors.items() if name.startswith(prefix)}
+
+
 @contextmanager
 def naming_damage(path: Path) -> Iterator[None]:
     """Names the file that can't be read, and what helps."""

@@ -33,7 +33,7 @@ from fewstep.evaluation.gathering import (
 from fewstep.evaluation.lpips import pair_distance
 from fewstep.evaluation.metrics import enough, floor, measure
 from fewstep.evaluation.probes import ClipProbe, ColourProbe, PatchProbe, ScorerProbe
-from fewstep.evaluation.reference import Reals, evaluation_prompts
+from fewstep.evaluation.reference import NO_REALS, Reals, evaluation_prompts
 from fewstep.evaluation.report import Row
 from fewstep.evaluation.resizing import Resize
 from fewstep.evaluation.scorers import open_scorers
@@ -133,12 +133,14 @@ class Judge:
     ) -> Row:
         """The line for what was gathered; without a sampler, of images that something else made."""
         values, found = measure(self.real, fake, intervals=intervals)
-        nfe, told = (sampler.nfe, describe(sampler)) if sampler else (None, "images")
-        return Row(name, told, nfe, {**values, **clock}, found, *kept_of(fake, labels))
+        nfe = sampler.nfe if sampler else None
+        return Row(name, describe(sampler), nfe, {**values, **clock}, found, *kept_of(fake, labels))
 
 
-def describe(sampler: Sampler) -> str:
-    """How the table names a sampler."""
+def describe(sampler: Sampler | None) -> str:
+    """How the table names a sampler, or what something else made."""
+    if sampler is None:
+        return "images"
     guided = f" @{sampler.guidance_scale:g}" if sampler.guidance_scale != 1 else ""
     return sampler.kind if sampler.kind == "student" else f"{sampler.kind} {sampler.num_steps}{guided}"
 
@@ -163,7 +165,7 @@ class Basis(NamedTuple):
     """What models of a kind are judged by."""
 
     extractor: Extractor
-    reals: Reals
+    reals: Reals = NO_REALS
     of_drawn: Sequence[Probe] = ()
     class_names: Sequence[str] = ()
     accuracy: float | None = None  # of the classifier, on images that it was not trained on
@@ -275,7 +277,7 @@ def _of_classes(
     network = None if own else open_extractor(str(means.features), model.device, means.resize)
     names: Sequence[str] = [model.class_name(number) for number in range(model.num_classes)]
     if network and is_statistics(data.source):
-        return Basis(network, Reals(lambda: iter(()), 0, "", [], 0), class_names=names)
+        return Basis(network, class_names=names)
     size = means.size or model.image_size
     images = reference.open_at(data, model, size, labelled=own)
     if images.length < GRID_IMAGES:
@@ -320,7 +322,7 @@ def _of_text(
     if is_statistics(data.source):
         if not given:
             raise UserError(f"{data.source}: holds no captions; say with --prompts what models are asked for")
-        return Basis(extractor, Reals(lambda: iter(()), 0, "", [], 0))
+        return Basis(extractor)
     images = reference.open_captioned_at(data, model.image_size, size, bool(given))
     if isinstance(images.captions, shapes.Captions):
         scenes = given if given and all(map(shapes.parse, given)) else evaluation_prompts()

@@ -258,17 +258,15 @@ def split(kinds: Tensor, num_samples: int, draws: torch.Generator) -> tuple[Tens
     return order[:num], order[num:]
 
 
-def enough(count: int, width: int, share: float = LEAST_SHARE) -> str | None:
+def enough(count: int, width: int) -> str | None:
     """A line that says how many images are needed where `count` are too few for features of that width, else None.
 
     Below a quarter of the width: there a perfect generator, of independent features of one variance, is farther from
-    the reals by FID (1.1 times their total variance) than one that always gives their mean (1.0). With a `share` of 1
-    the line is a warning: at most as many images as features, so that their covariance is singular and a perfect
-    generator has a FID of up to a third of the variance.
+    the reals by FID (1.1 times their total variance) than one that always gives their mean (1.0).
     """
-    needed = math.ceil(share * width) if share < 1 else width + 1
+    needed = math.ceil(LEAST_SHARE * width)
     if count >= needed:
         return None
-    smaller = [layer for layer in LAYERS if layer < width and count >= share * layer]
+    smaller = [layer for layer in LAYERS if layer < width and count >= LEAST_SHARE * layer]
     layer = f"a layer of {smaller[0]}" if smaller else "a narrower layer"
     return f"{count} images are too few for a FID of {width} features; it takes {needed} or more, or {layer}"

@@ -1,7 +1,6 @@
 """The real images that a judge compares with: gathered once, and what was gathered kept beside the runs."""
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -10,8 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fewstep.data.columns import LABELS
@@ -20,11 +17,12 @@ from fewstep.data.images import ImageSet, load_images
 from fewstep.data.latents import is_latents
 from fewstep.data.listing import list_files
 from fewstep.data.settings import DataSettings
+from fewstep.data.shards import below, open_shard, save_shard
 from fewstep.data.tables import open_stored
 from fewstep.embedded import shapes
 from fewstep.embedded.sources import Pictures, open_captioned_images, open_images, origin
+from fewstep.errors import UserError
 from fewstep.evaluation.gathering import Gathered, Sums, fitted
-from fewstep.files import written_whole
 from fewstep.networks.fingerprint import fingerprint
 from fewstep.seeding import generator
 
@@ -43,6 +41,10 @@ class Reals(NamedTuple):
     least: int  # images, for a judgement
     pictures: Tensor | None = None  # to show in the place of the first
     labels: Tensor | None = None  # (num,), where the images have classes
+
+
+NO_REALS = Reals(lambda: iter(()), 0, "", [], 0)
+"""Of which others have told what they are: a file of statistics."""
 
 
 def open_at(data: DataSettings, model: Any, size: int, labelled: bool) -> ImageSet:
@@ -73,28 +75,23 @@ def _fitted(images: ImageSet, size: int) -> ImageSet:
 def kept(path: Path, make: Callable[[], Gathered]) -> Gathered:
     """What the file holds, or what `make` gathers, which is kept there; a file that can't be read is made again."""
     if path.exists():
-        with suppress(OSError, SafetensorError, ValueError, KeyError, TypeError):
+        with suppress(UserError, ValueError, KeyError, TypeError):
             return _load(path)
     made = make()
     sums = {name: made.sums(name) for name in made.groups}
-    facts = {"count": made.count, "sums": list(sums), "prompts": list(made.prompts), "name": path.name}
     tensors = {f"numbers.{name}": found for name, found in made.numbers.items()} | {"pictures": made.pictures}
     tensors |= {f"total.{name}": each.total for name, each in sums.items()}
     tensors |= {f"products.{name}": each.products for name, each in sums.items()}
-    with written_whole(path) as temporary:
-        save_file(tensors, temporary, metadata={"fewstep": json.dumps(facts)})
+    save_shard(path, tensors, {"count": made.count, "prompts": list(made.prompts), "name": path.name})
     return made
 
 
 def _load(path: Path) -> Gathered:
-    with safe_open(path, "pt") as file:
-        facts = json.loads(file.metadata()["fewstep"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, for it is no dict
-    numbers = {name.removeprefix("numbers."): each for name, each in tensors.items() if name.startswith("numbers.")}
+    tensors, facts = open_shard(path)
+    numbers, totals, products = (below(tensors, kind) for kind in ("numbers.", "total.", "products."))
     groups: dict[str, list[Sums]] = {}
-    for name in facts["sums"]:
-        sums = Sums(facts["count"], tensors[f"total.{name}"], tensors[f"products.{name}"])
-        width = numbers[name].shape[1]
+    for name, total in totals.items():
+        sums, width = Sums(facts["count"], total, products[name]), numbers[name].shape[1]
         if sums.products.shape != (width, width) or not (sums.products + sums.total).isfinite().all():
             raise ValueError("damaged")
         groups[name] = [sums]

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from fewstep.data.shards import Report, ShardFolder, digest, naming_damage, open_shard, save_shard
+from fewstep.data.shards import Report, ShardFolder, below, digest, naming_damage, open_shard, save_shard
 from fewstep.errors import UserError
 from fewstep.evaluation.gathering import GRID_IMAGES, Gathered, Gathering, Numbers, Probe, fitted, read, split
 from fewstep.evaluation.within import Draw, Within
@@ -179,12 +179,12 @@ class RowFiles:
         if within := self.entry.within:
             save_shard(path, dict(within.read(within.draw(self.entry.draw, self.entry.num, rows))))
 
-    def gathered(self, num_groups: int = 1) -> Gathered:
+    def gathered(self, num_groups: int) -> Gathered:
         """What all files hold; raises UserError if one is damaged or missing."""
         taken = Gathering(self.entry.num, num_groups)
         for path, rows in self.folder.files.items():
             tensors, _ = open_shard(path)
-            found = {name.removeprefix(NUMBERS): each for name, each in tensors.items() if name.startswith(NUMBERS)}
+            found = below(tensors, NUMBERS)
             with naming_damage(path):
                 if any(len(each) != len(rows) for each in found.values()):
                     raise ValueError("it has other rows")

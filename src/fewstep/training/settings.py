@@ -1,12 +1,11 @@
 """Settings that teacher training and distillation share."""
 
-import re
 from contextlib import suppress
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from fewstep.metric_table import METRICS
+from fewstep.metric_table import METRICS, base
 from fewstep.settings import Count, Settings, UserPath
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -104,7 +103,7 @@ class EvaluationSettings(Settings):
 
     def keeps(self, name: str) -> bool:
         """Whether the best by this metric, or by `ema0.99995_NAME`, is kept."""
-        return re.sub("^ema[^_]+_", "", name) in self.keep
+        return base(name) in self.keep
 
     @model_validator(mode="after")
     def _what_is_kept_is_judged(self) -> Self:
