@@ -94,9 +94,8 @@ class Encoder:
     def __init__(self, folder: Path, device: torch.device | str, resize: Resize = "legacy"):
         if not (folder / NETWORK).is_file():
             what = " or ".join(dict.fromkeys(KINDS[each].title for each in self.takes))
-            raise UserError(
-                f"{self.option} {folder}: no folder of a {what} model of transformers (it has no {NETWORK})"
-            )
+            told = f"no folder of a {what} model of transformers (it has no {NETWORK})"
+            raise UserError(f"{self.option} {folder}: {told}")
         try:
             self.kind, self.network, preprocessing = self._open(folder)
         except UserError as error:
@@ -112,17 +111,15 @@ class Encoder:
         check_files(folder, [path.name for path in folder.iterdir()])
         name = read_config(folder / NETWORK).get("model_type")
         if name not in self.takes:
-            raise UserError(
-                f"{folder}: is a {name or 'network without a model_type'}; known are {', '.join(self.takes)}"
-            )
+            told = name or "network without a model_type"
+            raise UserError(f"{folder}: is a {told}; known are {', '.join(self.takes)}")
         kind = KINDS[str(name)]
         network = _load(library_class(kind.name), folder)
         config = kind.vision(network.config)
         size, patch, channels = config.image_size, config.patch_size, config.num_channels
         if type(size) is not int or type(patch) is not int or channels != 3:
-            raise UserError(
-                f"{folder}: is for pictures of {size} pixels in {channels} channels, not square ones in RGB"
-            )
+            told = f"is for pictures of {size} pixels in {channels} channels, not square ones in RGB"
+            raise UserError(f"{folder}: {told}")
         preprocessing = read_preprocessing(folder) or kind.preprocessing(size)
         given = preprocessing.given
         if given != (size, size) and not (kind.any_size and given and min(given) >= patch):

@@ -65,7 +65,7 @@ class TorchScriptExtractor:
         self.options = {RETURN_FEATURES: True} if RETURN_FEATURES in [argument.name for argument in arguments] else {}
         if len({*required} - {RETURN_FEATURES}) != 1:
             told = f"wants {', '.join(required) or 'nothing'}; must be called with images alone, uint8 (B, 3, H, W)"
-            raise UserError(f"{path}: {told}, and give features (B, D) (--features)")
+            raise self._refusal(f"{told}, and give features (B, D)")
 
     @cached_property
     def identity(self) -> str:
@@ -85,10 +85,8 @@ class TorchScriptExtractor:
         except FAILURES as error:
             if out_of_memory(error):
                 raise
-            told = (
-                f"must take uint8 images {(len(images), 3, *resized.shape[2:])} and give features (B, D) (--features)"
-            )
-            raise UserError(f"{self.path}: {told}") from error
+            taken = (len(images), 3, *resized.shape[2:])
+            raise self._refusal(f"must take uint8 images {taken} and give features (B, D)") from error
 
     @cached_property
     def _takes_floats(self) -> bool:
@@ -102,20 +100,21 @@ class TorchScriptExtractor:
     def _checked(self, images: Tensor, given: Any) -> Tensor:
         """Raises UserError for anything but features (B, D)."""
         what = f"numbers {tuple(given.shape)}" if isinstance(given, Tensor) else f"a {type(given).__name__}"
-        told = f"{self.path}: gives {what} for {len(images)} images"
+        told = f"gives {what} for {len(images)} images"
         if not (isinstance(given, Tensor) and given.dim() > 1 and given[0].numel() == given.shape[1] <= MAX_FEATURES):
-            raise UserError(f"{told}, not features (B, D) with D up to {MAX_FEATURES} (--features)")
+            raise self._refusal(f"{told}, not features (B, D) with D up to {MAX_FEATURES}")
         found, width = given.flatten(1), given.shape[1]
         if len(found) != len(images) or width != (self.width or width):
-            raise UserError(f"{told}: it must give as many for every image, whatever images are beside it (--features)")
+            raise self._refusal(f"{told}: it must give as many for every image, whatever images are beside it")
         self.width, positive = width, bool((found >= 0).all())
         sums = found.sum(1) if positive else found.exp().sum(1)  # of probabilities, or of their logarithms
         if width > 1 and ((sums - 1).abs() < 1e-3).all():
             what = f"gives class probabilities, {width} numbers that sum to 1; a FID is of features"
-            raise UserError(
-                f"{self.path}: {what}: give a network that ends in the layer before its classes (--features)"
-            )
+            raise self._refusal(f"{what}: give a network that ends in the layer before its classes")
         return found
+
+    def _refusal(self, told: str) -> UserError:
+        return UserError(f"{self.path}: {told} (--features)")
 
 
 def open_extractor(source: str, device: torch.device | str, resize: Resize = "legacy") -> Extractor:

@@ -17,7 +17,8 @@ from PIL import Image
 import fewstep
 from fewstep.evaluation.curves import MAX_COLOURS, Point, number
 from fewstep.evaluation.findings import Finding
-from fewstep.evaluation.page import CURVES, Lines, curve_figure, figure, image, page, table
+from fewstep.evaluation.page import CURVES, curve_figure, figure, image, page, table
+from fewstep.evaluation.windows import Lines
 from fewstep.files import size
 from fewstep.metric_table import METRICS, cost
 from fewstep.runtime.runs import best_steps
@@ -304,13 +305,8 @@ def _settings(runs: Sequence[Health]) -> str:
     columns = [run.settings for run in runs] + ([runs[0].defaults] if one else [])
     differing = [key for key in keys if len({column.get(key, "–") for column in columns}) > 1]
     about = {key: text for run in runs for key, text in run.about.items()}
-    rows = [
-        [
-            f'<code title="{escape(about.get(key, ""))}">{escape(key)}</code>',
-            *(escape(each.get(key, "–")) for each in columns),
-        ]
-        for key in differing
-    ]
+    names = {key: f'<code title="{escape(about.get(key, ""))}">{escape(key)}</code>' for key in differing}
+    rows = [[name, *(escape(each.get(key, "–")) for each in columns)] for key, name in names.items()]
     title = "Settings that are not the defaults" if one else "Settings that differ"
     head = ["setting", *(_name(runs, run) if not one else "here" for run in runs), *(["default"] if one else [])]
     return f"<h2>{title}</h2>{table(head, rows) if rows else '<p class=note>None.</p>'}"

@@ -1,7 +1,7 @@
 """What pages share: the frame with its style, figures, pictures, and curves of runs below their names."""
 
 from base64 import b64encode
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from html import escape
 from pathlib import Path
 from string import Template
@@ -10,11 +10,10 @@ from typing import Any
 import yaml
 
 from fewstep.evaluation.curves import MAX_COLOURS, Curve, Point, number, picture
+from fewstep.evaluation.windows import Lines
 
 CURVES: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("curves.yaml").read_text("utf-8"))
 """Which numbers of runs are drawn: groups with how to read them, and what stands beside a table."""
-Lines = Sequence[Mapping[str, float]]
-"""Of a run's metrics or evaluations, each with its step."""
 
 
 def page(template: str, title: str, kind: str = "", head: str = "", **parts: str) -> str:

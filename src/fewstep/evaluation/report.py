@@ -10,7 +10,8 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from fewstep.evaluation.page import CURVES, Lines, curve_figure, figure, image, page
+from fewstep.evaluation.page import CURVES, curve_figure, figure, image, page
+from fewstep.evaluation.windows import Lines
 from fewstep.files import write_text
 from fewstep.metric_table import MAX_COMPARED, METRICS, Interval, cost, interval_kind
 

@@ -18,8 +18,11 @@ from fewstep.errors import UserError, brief
 from fewstep.metric_table import METRICS
 from fewstep.networks.families import imported
 
-SETTING = "(--scorer, in a recipe evaluation.scorers)"
 TAKEN = {*METRICS, "features", "patches", "colours", "clip", "lpips", "kind"}
+
+
+def refusal(reference: str, told: str) -> UserError:
+    return UserError(f"scorer {reference}: {told} (--scorer, in a recipe evaluation.scorers)")
 
 
 @dataclass(frozen=True)
@@ -43,14 +46,14 @@ class Scorer:
         try:
             given = self.plugin.score(images.clone(), prompts)  # others read the images behind it
         except Exception as error:  # whatever the class itself raises
-            raise UserError(f"scorer {self.reference}: fails ({brief(error)}) {SETTING}") from error
+            raise refusal(self.reference, f"fails ({brief(error)})") from error
         what = f"numbers {tuple(given.shape)}" if isinstance(given, Tensor) else f"a {type(given).__name__}"
         if not isinstance(given, Tensor) or given.shape != images.shape[:1]:
             told = f"gives {what} for {len(images)} images; it must give a tensor ({len(images)},)"
-            raise UserError(f"scorer {self.reference}: {told} {SETTING}")
+            raise refusal(self.reference, told)
         found = given.detach().float().cpu()
         if not found.isfinite().all():
-            raise UserError(f"scorer {self.reference}: gives NaN or infinity {SETTING}")
+            raise refusal(self.reference, "gives NaN or infinity")
         return found
 
 
@@ -61,7 +64,7 @@ def open_scorers(references: Sequence[str], device: torch.device | str) -> list[
         scorer = open_scorer(reference, device)
         if (other := found.setdefault(scorer.name, scorer)) is not scorer:
             told = f"has the same column `{scorer.name}` as {other.reference}; rename one of the classes"
-            raise UserError(f"scorer {reference}: {told} {SETTING}")
+            raise refusal(reference, told)
     return list(found.values())
 
 
@@ -73,16 +76,12 @@ def open_scorer(reference: str, device: torch.device | str) -> Scorer:
     try:
         kind = imported(reference)
     except Exception as error:  # whatever the module itself raises
-        raise UserError(
-            f"scorer {reference}: can't be imported ({brief(error)}); write MODULE:CLASS {SETTING}"
-        ) from error
+        raise refusal(reference, f"can't be imported ({brief(error)}); write MODULE:CLASS") from error
     if not isinstance(kind, type) or not callable(getattr(kind, "score", None)):
-        raise UserError(f"scorer {reference}: is no class with a method `score(images, prompts)` {SETTING}")
+        raise refusal(reference, "is no class with a method `score(images, prompts)`")
     if (name := kind.__name__.lower()) in TAKEN:
-        raise UserError(f"scorer {reference}: its column would be `{name}`, which there is; rename the class {SETTING}")
+        raise refusal(reference, f"its column would be `{name}`, which there is; rename the class")
     try:
         return Scorer(reference, name, kind(device))
     except Exception as error:
-        raise UserError(
-            f"scorer {reference}: can't be made by {kind.__name__}(device) ({brief(error)}) {SETTING}"
-        ) from error
+        raise refusal(reference, f"can't be made by {kind.__name__}(device) ({brief(error)})") from error

@@ -6,6 +6,7 @@ from statistics import median
 from typing import Any
 
 Lines = Sequence[Mapping[str, float]]
+"""Of a run's metrics or evaluations, each with its step."""
 
 FEWEST_LINES = 4  # in a window, or its median is one line's
 SAME = 0.05  # gap

@@ -98,7 +98,8 @@ def _noised(model: ImageModel, batch_at: BatchAt, settings: LoopSettings, levels
     size = min(settings.batch_size, model.sampling_batch)
     with progress_bar("teacher's errors", num) as show:
         for step in range(-(-num // size)):
-            batch, draws = batch_at(step, range(size)), Draws(_generator(settings, step, model), range(size), size)
+            random = generator(settings.seed, "teacher's errors", step, model.device)
+            batch, draws = batch_at(step, range(size)), Draws(random, range(size), size)
             x0, condition = model.encode_x0(batch, draws), model.encode_condition(batch)
             turn = (torch.arange(size, device=model.device) + step * size) % len(levels)
             t = levels[turn]  # (B,)
@@ -109,7 +110,3 @@ def _noised(model: ImageModel, batch_at: BatchAt, settings: LoopSettings, levels
 
 def _losses(denoiser: Denoiser, noised: Noised, condition: Condition) -> Tensor:
     return denoising_loss(denoiser(noised.x_t, noised.t, condition), noised.x0, denoiser.coefficients(noised.t)[1])
-
-
-def _generator(settings: LoopSettings, step: int, model: ImageModel) -> torch.Generator:
-    return generator(settings.seed, "teacher's errors", step, model.device)
