@@ -3,7 +3,6 @@
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -66,26 +65,25 @@ def evaluate(given: Evaluate) -> None:
     sources = [text for text in given.runs if text not in of_images]
     _check(given, sources, of_images)
     rank, num_ranks, device = place_of_rank(pick_device(given.device))
-    data, keep = _reference(given, sources)
+    data, runs = _reference(given, sources)
     averages = [open_averages(each, given.config if each in configured(sources) else None) for each in sources]
     firsts = [of[""] for of in averages]
     check_alike(sources, firsts)
-    judge, opened = _judge(given, data, keep, sources, firsts, of_images, device)
+    judge, opened = _judge(given, data, runs, sources, firsts, of_images, device)
     short = [text if is_hub_id(text) else short_name(text) for text in given.runs]
     names = dict(zip(given.runs, short if len({*short}) == len(short) else given.runs, strict=True))
-    runs = {names[source]: run_folder(source) for source in sources if is_run(source)}
-    curves = {name: read_metrics(run / METRICS) + read_metrics(run / EVALUATIONS) for name, run in runs.items()}
+    curves = {names[each]: read_metrics(run / METRICS) + read_metrics(run / EVALUATIONS) for each, run in runs.items()}
     jobs = list[Job]()
     for source, of in zip(sources, averages, strict=True):
-        step = f", step {find(source).step}" if is_run(source) else ""
+        step = f", step {find(source).step}" if source in runs else ""
         for ema, model in of.items():
             entries = (_drawn(given, judge, f"{names[source]}{ema}", step, model, each) for each in _of(model, asked))
             jobs.append(Job(model, [RowFiles(each, given.out, given.keep_images) for each in entries]))
     jobs += [Job(None, [RowFiles(_made(judge, names[each.source], each), given.out)]) for each in opened]
     if given.statistics and rank == 0:
         write_statistics(given.statistics, judge.real, judge.extractor, judge.size, last_part(str(data.source)))
-    students = [source for source, first in zip(sources, firsts, strict=True) if first.timesteps and is_run(source)]
-    then = [f"export {quote(source)} {quote(run_folder(source).name)}" for source in students[:1]]
+    students = [source for source, first in zip(sources, firsts, strict=True) if first.timesteps and source in runs]
+    then = [f"export {quote(source)} {quote(runs[source].name)}" for source in students[:1]]
     then = then or [f"sample {quote(source)}" for source in sources[:1]]
     with folder_lock(given.out, f".{rank}.lock"), advising(f"the same command goes on with {given.out}"):
         fill(jobs, device, rank, num_ranks)
@@ -126,22 +124,23 @@ def _check(given: Evaluate, sources: Sequence[str], of_images: Sequence[str]) ->
         raise UserError(f"{of_images[0]}: images, and no run that would say what they are compared with; give --data")
 
 
-def _reference(given: Evaluate, sources: Sequence[str]) -> tuple[DataSettings, Path]:
-    """The real images, and the folder in which what is made of them is kept; raises UserError where none are named."""
+def _reference(given: Evaluate, sources: Sequence[str]) -> tuple[DataSettings, dict[str, Path]]:
+    """The real images, and the folders of those that are runs; raises UserError where no images are named."""
     for source in sources:
         if not is_loadable(source):
             check_run(run_folder(source))
-    runs = [run_folder(source) for source in sources if is_run(source)]
+    runs = {source: run_folder(source) for source in sources if is_run(source)}
     if not runs and not given.data:
         raise UserError(f"{sources[0]}: is no run, which would say what it is compared with; name images with --data")
-    data = DataSettings(source=given.data) if given.data else read_run_recipe(runs[0] / RECIPE).data
-    return data, runs[0].parent if runs else Path("runs")
+    if given.data:
+        return DataSettings(source=given.data), runs
+    return read_run_recipe(next(iter(runs.values())) / RECIPE).data, runs
 
 
 def _judge(
     given: Evaluate,
     data: DataSettings,
-    keep: Path,
+    runs: Mapping[str, Path],
     sources: Sequence[str],
     firsts: Sequence[ImageModel],
     of_images: Sequence[str],
@@ -151,8 +150,8 @@ def _judge(
     model: Any = firsts[0] if firsts else replace(pictures_at(of_images[0], given.size), device=device)
     whose = sources[0] if sources else of_images[0]
     pictures = Pictures(model.image_size, model.channels)
-    runs = [source for source in sources if is_run(source)]
-    own = [read_run_recipe(run_folder(source) / RECIPE).data.source for source in runs]
+    recipes = [run / RECIPE for run in runs.values()]
+    own = [read_run_recipe(recipe).data.source for recipe in recipes]
     foreign = given.data and not is_statistics(given.data) and origin(given.data) not in map(origin, filter(None, own))
     for each in [*([given.data] if foreign else []), *of_images]:
         check_pictures(str(each), pictures, given.size, whose)
@@ -169,9 +168,10 @@ def _judge(
         firsts[0].to(device)  # where the judge's network goes, too
     try:
         asked = replace(means, prompts=given.prompts if text else None)
+        keep = recipes[0].parent.parent if recipes else Path("runs")  # beside the first run
         return make_judge(data, model, asked, keep, given.num_samples, given.num_real), opened
     except UserError as error:
-        of_run = [] if given.data else [run_folder(source) / RECIPE for source in runs][:1]
+        of_run = [] if given.data else recipes[:1]
         raise UserError(": ".join(map(str, (*of_run, error)))) from error
 
 
@@ -203,39 +203,34 @@ def _made(judge: Judge, name: str, images: Others) -> Entry:
 
 
 def fill(jobs: Sequence[Job], device: torch.device, rank: int, num_ranks: int) -> None:
-    """Makes what lacks of a rank's share, a model after the other: networks of several need not fit at once."""
+    """Makes what lacks of a rank's share."""
+    silent = None if rank == 0 else lambda done, metrics: None
+    for _, rows in on_device(jobs, device):
+        told, total = f"{rows.entry.name} {describe(rows.entry.sampler)}", rows.share(rank, num_ranks)
+        with progress_bar(told, total, silent) as show:
+            rows.fill(lambda done: show(done, {}), rank, num_ranks)
+
+
+def on_device(jobs: Sequence[Job], device: torch.device) -> Iterator[tuple[ImageModel | None, RowFiles]]:
+    """All rows, each while its model is there; then that is on the CPU again: several need not fit at once."""
     for model, files in jobs:
-        with on(model, device):
-            for rows in files:
-                entry, total = rows.entry, rows.share(rank, num_ranks)
-                with progress_bar(
-                    f"{entry.name} {describe(entry.sampler)}", total, None if rank == 0 else lambda done, metrics: None
-                ) as show:
-                    rows.fill(lambda done: show(done, {}), rank, num_ranks)
-
-
-@contextmanager
-def on(model: ImageModel | None, device: torch.device) -> Iterator[None]:
-    """Inside, the model is there; then on the CPU again."""
-    if model:
-        model.to(device)
-    yield
-    if model:
-        model.to(torch.device("cpu"))
+        if model:
+            model.to(device)
+        yield from ((model, rows) for rows in files)
+        if model:
+            model.to(torch.device("cpu"))
 
 
 def table_rows(jobs: Sequence[Job], judge: Judge, device: torch.device, batch_size: int | None) -> Iterator[Row]:
     """The rows of the table, with the clock that is read now, when nothing else is drawn."""
-    for model, files in jobs:
-        with on(model, device):
-            for rows in files:
-                name, sampler, clock = rows.entry.name, rows.entry.sampler, dict[str, float]()
-                if model and sampler:
-                    clock["images_per_second"] = images_per_second(model, sampler, batch_size or 0)
-                    clock["latency"] = 1 / images_per_second(model, sampler, 1)
-                rows.write_captions()
-                labels = rows.entry.prompts or (judge.class_names if model else ())
-                yield judge.row_of(name, sampler, rows.gathered(NUM_GROUPS), clock, labels)
+    for model, rows in on_device(jobs, device):
+        name, sampler, clock = rows.entry.name, rows.entry.sampler, dict[str, float]()
+        if model and sampler:
+            clock["images_per_second"] = images_per_second(model, sampler, batch_size or 0)
+            clock["latency"] = 1 / images_per_second(model, sampler, 1)
+        rows.write_captions()
+        labels = rows.entry.prompts or (judge.class_names if model else ())
+        yield judge.row_of(name, sampler, rows.gathered(NUM_GROUPS), clock, labels)
 
 
 def _facts(given: Evaluate, data: DataSettings, judge: Judge) -> dict[str, object]:

@@ -1,12 +1,12 @@
 """What is read off images beside the features of the whole: patches, colours, CLIP scores, and plug-ins' scores."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from fewstep.data.shards import digest
 from fewstep.evaluation.clip import Clip
 from fewstep.evaluation.extractors import Extractor
 from fewstep.evaluation.gathering import PATCHES, FeatureProbe, Numbers
@@ -78,7 +78,7 @@ class ClipProbe:
 
     @property
     def identity(self) -> str:
-        return digest(self.clip.identity, self.prefix, *self.prompts)
+        return digest([self.clip.identity, self.prefix, *self.prompts])
 
     def read(self, images: Tensor, numbers: range) -> Numbers:
         start = f"{self.prefix.rstrip()} " if self.prefix.strip() else ""
@@ -97,13 +97,8 @@ class ScorerProbe:
 
     @property
     def identity(self) -> str:
-        return digest(self.scorer.identity, *self.prompts)
+        return digest([self.scorer.identity, *self.prompts])
 
     def read(self, images: Tensor, numbers: range) -> Numbers:
         asked = [self.prompts[number % len(self.prompts)] for number in numbers] if self.prompts else [""] * len(images)
         return {self.scorer.name: self.scorer.score(images, asked)[:, None]}
-
-
-def digest(*facts: str) -> str:
-    """16 hex digits of texts."""
-    return hashlib.blake2b("\0".join(facts).encode(errors="surrogatepass"), digest_size=8).hexdigest()
