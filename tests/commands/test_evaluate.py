@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -206,6 +207,17 @@ def test_kept_images_are_judged_to_the_same_and_made_again_where_some_lack(
     assert len([*Path("later/images/student").glob("*.png")]) == 100
     write_files(Path("mixed/images/student"), {"mine.txt": b"precious"})
     refused(run(f"{line} --out mixed"), "mixed/images/student: holds other files")
+
+
+def test_images_of_two_rows_are_not_kept_in_one_folder(run: Run, place: Path) -> None:
+    """Of two that are called s their paths are the names, one of which is as that of a third where files have it."""
+    for folder in ("a/s", "b/s", "a-s"):
+        shutil.copytree("student", folder)
+    told = Path("a-s/fewstep.json")
+    told.write_text(told.read_text().replace("2.0", "1.0"))  # another second timestep
+    line = LINE.replace("student", "a/s b/s a-s") + " --keep-images"
+    refused(run(f"{line} --out out"), "--keep-images: two rows would go to out/images/a-s; rename one of them")
+    assert not Path("out").exists()
 
 
 def test_images_in_a_tar_a_parquet_file_and_a_folder_are_the_same_images(run: Run, place: Path) -> None:

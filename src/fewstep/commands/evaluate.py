@@ -80,6 +80,7 @@ def evaluate(given: Evaluate) -> None:
             entries = (_drawn(given, judge, f"{names[source]}{ema}", step, model, each) for each in _of(model, asked))
             jobs.append(Job(model, [RowFiles(each, given.out, given.keep_images) for each in entries]))
     jobs += [Job(None, [RowFiles(_made(judge, names[each.source], each), given.out)]) for each in opened]
+    _check_places(jobs)
     if given.statistics and rank == 0:
         write_statistics(given.statistics, judge.real, judge.extractor, judge.size, last_part(str(data.source)))
     students = [source for source, first in zip(sources, firsts, strict=True) if first.timesteps and source in runs]
@@ -122,6 +123,16 @@ def _check(given: Evaluate, sources: Sequence[str], of_images: Sequence[str]) ->
         raise UserError(f"--statistics {given.statistics}: is a {SUFFIX} file that is made of images (--data)")
     if not sources and not given.data:
         raise UserError(f"{of_images[0]}: images, and no run that would say what they are compared with; give --data")
+
+
+def _check_places(jobs: Sequence[Job]) -> None:
+    """Raises UserError where two rows would leave their images in one folder."""
+    plans: dict[Path, Mapping[str, Any]] = {}
+    for rows in (rows for job in jobs for rows in job.rows if rows.keep_images):
+        if plans.setdefault(rows.images, rows.plan) != rows.plan:
+            raise UserError(
+                f"--keep-images: two rows would go to {rows.images}; rename one of them, or judge them apart"
+            )
 
 
 def _reference(given: Evaluate, sources: Sequence[str]) -> tuple[DataSettings, dict[str, Path]]:
