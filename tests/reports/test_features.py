@@ -179,7 +179,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "cut": lambda path: path.write_bytes(path.read_bytes()[:-50]),
     "another file": lambda path: path.write_text("notes"),
     "no facts": lambda path: save_file({"total": torch.zeros(3)}, path),
-    "facts of another kind": lambda path: save_file({"total": torch.zeros(3)}, path, {"fewstep": json.dumps([1])}),
+    "facts of another kind": lambda path: save_file({"total": torch.zeros(3)}, path, {"facts": json.dumps([1])}),
     "of another network": lambda path: rewritten(path, **{"numbers.features": torch.zeros(50, 5)}),
     "NaN": lambda path: rewritten(path, **{"total.features": torch.full((3,), torch.nan, dtype=torch.float64)}),
     "another's": lambda path: kept(path.with_name("b.safetensors"))[0] and path.with_name("b.safetensors").rename(path),
