@@ -55,7 +55,7 @@ class ShardFolder:
             num_rows = int(plan["num_pairs" if name == "pairs" else "num_images"])
             rows_per_file = int(plan["rows_per_file"])
         except (OSError, ValueError, TypeError, KeyError) as error:
-            told = f"remove the folder and run `fewstep data {name}` again"
+            told = "remove its folder and run the command that wrote it again"
             raise UserError(f"{description}: can't be read; {told}") from error
         for key, (what, value) in wanted.items():
             if plan.get(key) != value:
