@@ -216,7 +216,7 @@ def test_the_links_lead_somewhere_and_to_every_page() -> None:
 
 
 def test_the_files_named_exist() -> None:
-    files = {str(path) for folder in ("src/fewstep", "tests") for path in (ROOT / folder).rglob("*.py")}
+    files = {str(path) for folder in ("src/fewstep", "tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")}
     for name in re.findall(r"[\w/]+\.py\b", "\n".join(PAGES)):
         assert any(path.endswith(f"/{name}") for path in files), name
 
