@@ -209,6 +209,13 @@ def test_kept_images_are_judged_to_the_same_and_made_again_where_some_lack(
     refused(run(f"{line} --out mixed"), "mixed/images/student: holds other files")
 
 
+def test_a_folder_of_runs_is_no_folder_of_images(run: Run, place: Path) -> None:
+    """Though it holds some: the grids that runs have drawn."""
+    write_files(Path("runs/first/samples"), {"00000010.png": encoded(noise_pictures(1, 0)[0])})
+    Path("runs/first/recipe.yaml").touch()
+    refused(run(LINE.replace("student", "runs")), "runs: not a run folder", "name one that")
+
+
 def test_images_of_two_rows_are_not_kept_in_one_folder(run: Run, place: Path) -> None:
     """Of two that are called s their paths are the names, one of which is as that of a third where files have it."""
     for folder in ("a/s", "b/s", "a-s"):

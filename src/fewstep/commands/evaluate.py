@@ -105,9 +105,10 @@ def holds_results(folder: Path) -> bool:
 
 
 def _is_images(text: str) -> bool:
+    """Not a run's folder, nor one of runs, whose images are its grids."""
     if is_loadable(text) or is_run(text) or (Path(text) / "checkpoints").exists():
         return False
-    return is_images(text)
+    return is_images(text) and not any(Path(text).glob(f"*/{RECIPE}"))
 
 
 def _check(given: Evaluate, sources: Sequence[str], of_images: Sequence[str]) -> None:
