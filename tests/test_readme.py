@@ -16,7 +16,7 @@ from PIL import Image
 
 from command_line import fewstep
 from edm_files import small_network, write_checkpoint
-from fewstep.commands.options import VERBS
+from fewstep.cli.verbs import VERBS
 from fewstep.evaluation import extractors
 from image_sets import encoded, write_edm_zip, write_files, write_tar
 from single_files import original_weights, write_single_file

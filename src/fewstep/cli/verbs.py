@@ -14,6 +14,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 
 import fewstep
+import fewstep.commands.options_files  # whose verbs stand behind the others
 from fewstep.commands.options import VERBS, Verb
 from fewstep.errors import UserError, brief, out_of_memory
 

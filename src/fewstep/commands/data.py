@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from fewstep.commands.options import Latents
+from fewstep.commands.options_files import Latents
 from fewstep.commands.places import check_writable, tell_done
 from fewstep.commands.runs import pick_device
 from fewstep.data.filters import Filter, load_filtered

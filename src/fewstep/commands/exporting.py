@@ -12,7 +12,7 @@ import torch
 import yaml
 from pydantic import BaseModel
 
-from fewstep.commands.options import Export
+from fewstep.commands.options_files import Export
 from fewstep.commands.places import check_writable, tell_done
 from fewstep.commands.runs import check_file
 from fewstep.errors import UserError

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fewstep.commands.options import Extract
+from fewstep.commands.options_files import Extract
 from fewstep.commands.places import check_writable, tell_done
 from fewstep.commands.runs import check_alike, check_asked, check_file, pick_device
 from fewstep.data.texts import load_prompts

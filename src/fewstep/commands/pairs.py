@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.commands.options import Pairs
+from fewstep.commands.options_files import Pairs
 from fewstep.commands.places import check_writable, tell_done
 from fewstep.commands.runs import pick_device, place_of_rank
 from fewstep.data.pairs import Given, write_pairs
