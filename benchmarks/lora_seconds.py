@@ -20,8 +20,8 @@ from fewstep.embedded.small_models import build_pipeline
 from fewstep.models.latent_model import LatentModel
 from fewstep.networks.settings import LoRASettings
 from fewstep.training.dmd2 import DMD2
+from fewstep.training.dmd2_settings import DMD2Settings
 from fewstep.training.roles import make_roles
-from fewstep.training.settings import DMD2Settings
 
 SMALL = {"block_out_channels": [96, 192, 384], "layers_per_block": 2, "transformer_layers": 1}  # latents of 32x32
 SMALL |= {"text_width": 64, "num_tokens": 77}

@@ -15,9 +15,9 @@ from fewstep.runtime.checkpoint import checkpoints, load_state
 from fewstep.runtime.tracking import read_metrics
 from fewstep.seeding import Draws
 from fewstep.training.dmd2 import DMD2
+from fewstep.training.dmd2_settings import DMD2Settings
 from fewstep.training.regression import PairLoss
 from fewstep.training.roles import make_roles
-from fewstep.training.settings import DMD2Settings
 
 SHORT = ["batch_size=8", "log_every=50", "sample_every=100", "num_steps=12", "device=cpu"]
 SMALL = ["model.block_out_channels=[8, 8]", "model.norm_num_groups=4"]

@@ -25,8 +25,8 @@ from fewstep.networks.families import FAMILIES
 from fewstep.networks.family import Family
 from fewstep.networks.text import TextConditioner, tokenize
 from fewstep.training.dmd2 import DMD2
+from fewstep.training.dmd2_settings import DMD2Settings
 from fewstep.training.roles import make_roles
-from fewstep.training.settings import DMD2Settings
 from steps import whole
 from tiny_pipelines import autoencoder, text_encoder, tokenizer
 

@@ -15,8 +15,8 @@ from fewstep.networks.blocks import blocks, checkpoint_blocks
 from fewstep.networks.features import features, x0_and_features
 from fewstep.networks.settings import LoRASettings
 from fewstep.training.dmd2 import DMD2
+from fewstep.training.dmd2_settings import DMD2Settings
 from fewstep.training.roles import make_roles
-from fewstep.training.settings import DMD2Settings
 from steps import in_parts
 from tiny_pipelines import TINY
 

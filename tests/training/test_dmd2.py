@@ -202,7 +202,8 @@ def test_logged_gradient_norms_are_those_at_the_image(tiny_model: PixelModel) ->
     method = make(tiny_model, gan={"student_weight": 0.3, "critic_weight": 0.1})
     numbers, ((_, batch),) = Draws(generator(0, "dmd2", 0), range(BATCH), BATCH), real_batch()
     given = method.model.encode_condition(batch)
-    fake, condition, _ = method.simulated_fake(given, method.draw_stop(0), numbers, grad=True)
+    made = method.fakes.simulated(given, 0, method.draw_stop(0), numbers, grad=True)
+    fake, condition = made.x0, made.condition
     expected = {
         f"{name}_image_grad_norm": torch.autograd.grad(term.loss.mean(), fake, retain_graph=True)[0].norm()
         for name, term in method.student_losses(fake, condition, numbers).items()

@@ -21,8 +21,8 @@ from fewstep.runtime.checkpoint import checkpoints, load_state
 from fewstep.runtime.runs import best_steps, find
 from fewstep.runtime.tracking import read_metrics
 from fewstep.training.dmd2 import DMD2
+from fewstep.training.dmd2_settings import DMD2Settings
 from fewstep.training.roles import make_roles
-from fewstep.training.settings import DMD2Settings
 from steps import SHORT, SMALL, curves, flat, interrupt_at, last_state, quiet, same
 from tiny_pipelines import TINY as TINY_PIPELINES
 

@@ -15,8 +15,8 @@ from fewstep.diffusion.schedules import EDM
 from fewstep.diffusion.timesteps import lognormal_sigma
 from fewstep.seeding import Draws
 from fewstep.training.dmd2 import DMD2
+from fewstep.training.dmd2_settings import DMD2Settings
 from fewstep.training.roles import Roles
-from fewstep.training.settings import DMD2Settings
 from steps import draws, whole
 
 NUM_MODES, MODE_STD, SIGMA_MAX, BATCH = 8, 0.1, 20.0, 256

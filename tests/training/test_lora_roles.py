@@ -17,8 +17,8 @@ from fewstep.networks.settings import LoRASettings, PixelModelConfig
 from fewstep.networks.stop_embedding import condition_on_stop
 from fewstep.runtime.ema import trainable_state
 from fewstep.training.dmd2 import DMD2
+from fewstep.training.dmd2_settings import DMD2Settings
 from fewstep.training.roles import Roles, make_roles
-from fewstep.training.settings import DMD2Settings
 from low_rank import written_out
 from steps import GAN, LR, whole
 

@@ -20,8 +20,9 @@ from fewstep.models.loading.pretrained import load
 from fewstep.models.pixel_model import PixelModel
 from fewstep.networks.precision import trainable
 from fewstep.training.dmd2 import DMD2
+from fewstep.training.dmd2_settings import DMD2Settings
 from fewstep.training.regression import PairLoss, Regression
-from fewstep.training.settings import DMD2Settings, RegressSettings
+from fewstep.training.settings import RegressSettings
 from steps import PAIRS, make_dmd2, received, same, whole
 from tiny_pipelines import TINY
 

@@ -4,6 +4,7 @@
 times.
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -48,6 +49,56 @@ def whole_rollout(
         x_t = schedule.add_noise(found[-1].detach(), eps, times[k]) if k else schedule.pure_noise(eps)
         with torch.set_grad_enabled(k == grad_at):
             found.append(student(x_t, times[k], condition))
+    return found
+
+
+def mixed_rollout(
+    student: AnyDenoiser,
+    noise: Tensor,
+    timesteps: Tensor,
+    condition: Condition,
+    stops: Sequence[int],
+    grad: bool = False,
+) -> Tensor:
+    """The student's x0 of each sample at its own stop, as `rollout` has it for one of all; (B, ...).
+
+    noise (K, B, ...); no sample is run beyond its stop, so the passes of a batch are those of a mean stop. Only the
+    last pass, in which all samples are, each at its own time, carries gradient, and only if `grad`.
+    """
+    schedule = student.schedule
+    states = [*schedule.pure_noise(noise[0]).unbind()]  # of each sample what its next pass is given
+    for k in range(max(stops)):
+        going = [row for row, stop in enumerate(stops) if stop > k]
+        t, next_t = (timesteps[i].expand(len(going)) for i in (k, k + 1))
+        given = {name: torch.stack([value[row] for row in going]) for name, value in condition.items()}
+        with torch.no_grad():
+            x0 = student(torch.stack([states[row] for row in going]), t, given)
+        x_t = schedule.add_noise(x0, torch.stack([noise[k + 1, row] for row in going]), next_t)
+        for row, state in zip(going, x_t, strict=True):
+            states[row] = state
+    times = torch.stack([timesteps[stop] for stop in stops])  # (B,); no index tensor, whose way to a GPU takes a wait
+    with torch.set_grad_enabled(grad):
+        x0_at_stops: Tensor = student(torch.stack(states), times, condition)
+    return x0_at_stops
+
+
+@torch.no_grad()
+def first_x0(teacher: AnyDenoiser, noise: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+    """The x0* from which one deterministic step leads from pure noise to where the teacher's N lead; (B, ...).
+
+    With (x, s) at the first and (x', s') at the last of timesteps (N+1,), and s, a their sigma and alpha:
+    x' = a' x0* + s' (x - a x0*) / s, so x0* = (x' - x s'/s) / (a' - a s'/s); on flow schedules the noise less the mean
+    velocity (DP-DMD, arXiv 2602.03139, section 3).
+    """
+    schedule, x = teacher.schedule, teacher.schedule.pure_noise(noise)
+    times = timesteps[:, None].expand(-1, len(noise))
+    x_t = x
+    for t, next_t in pairwise(times):
+        x0 = teacher(x_t, t, condition)
+        x_t = schedule.add_noise(x0, implied_noise(schedule, x_t, x0, t), next_t)
+    (alpha, sigma), (alpha_last, sigma_last) = schedule.alpha_sigma(times[0]), schedule.alpha_sigma(times[-1])
+    ratio = sigma_last / sigma  # (B,)
+    found: Tensor = (x_t - broadcast(ratio, x) * x) / broadcast(alpha_last - alpha * ratio, x)
     return found
 
 

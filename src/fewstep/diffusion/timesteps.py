@@ -1,9 +1,11 @@
 """Where to train (random native times) and where to step (decreasing grids of native times)."""
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from fewstep.seeding import Draws
+
+LOWEST, HIGHEST = 0.1, 0.95  # of the levels that random times are drawn from, as shares
 
 
 def lognormal_sigma(draws: Draws, mean: float = -1.2, std: float = 1.2) -> Tensor:
@@ -53,6 +55,18 @@ def index_grid(num: int, num_timesteps: int = 1000) -> Tensor:
     Also right where `num` does not divide T, for which the reference's list has too many entries (spec, 1.5).
     """
     return num_timesteps - 1 - torch.arange(num) * num_timesteps // num
+
+
+def random_grid(num: int, levels: Tensor, generator: Generator) -> Tensor:
+    """The noisiest of `levels`, and num - 1 random ones from 10 to 95 % of them, decreasing; (num,).
+
+    As CDM draws the times of a student of any number of steps, in [.25, .95] of a flow's (arXiv 2605.06376). `levels`
+    lie on the generator's device.
+    """
+    low, high = LOWEST * len(levels), HIGHEST * len(levels)
+    inner = torch.rand(num - 1, generator=generator, device=levels.device).sort(descending=True).values
+    indices = (low + (high - low) * inner).long()
+    return torch.cat([levels[-1:], levels[indices]])
 
 
 def trailing_grid(num: int, num_timesteps: int = 1000) -> Tensor:

@@ -8,7 +8,8 @@ from fewstep.data.settings import DataSettings, EmbeddingSettings, PromptSetting
 from fewstep.embedded.settings import AutoencoderConfig, TextModelConfig
 from fewstep.networks.settings import LoRASettings, PixelModelConfig
 from fewstep.settings import UserPath
-from fewstep.training.settings import AutoencoderSettings, DMD2Settings, LoopSettings, RegressSettings, TeacherSettings
+from fewstep.training.dmd2_settings import DMD2Settings
+from fewstep.training.settings import AutoencoderSettings, LoopSettings, RegressSettings, TeacherSettings
 
 
 class RunSettings(LoopSettings):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -12,19 +13,23 @@ from torch import Tensor
 from fewstep.diffusion import losses
 from fewstep.diffusion.denoiser import Condition, Guided
 from fewstep.diffusion.losses import finite_samples, without_samples
-from fewstep.diffusion.sampling import rollout, whole_rollout
+from fewstep.diffusion.sampling import first_x0, rollout
+from fewstep.diffusion.schedules import broadcast
 from fewstep.models.image_model import Asked, ImageModel
 from fewstep.networks.blocks import checkpointed
 from fewstep.networks.features import features, x0_and_features
+from fewstep.runtime.ema import trainable_state
 from fewstep.seeding import Draws, generator
+from fewstep.training.dmd2_settings import DMD2Settings
+from fewstep.training.fakes import Fakes
 from fewstep.training.method import Batch, Metrics, Part, StudentMethod, Term, can_learn, count_broken, of_parts
 from fewstep.training.noise_levels import NoiseLevelSampler, level_sampler
 from fewstep.training.optimization import Optimizer
 from fewstep.training.panels import num_samples, panel
-from fewstep.training.pool import Pool, Samples, rows_of
+from fewstep.training.pool import Samples, rows_of
+from fewstep.training.ratios import Ratios
 from fewstep.training.regression import PairLoss
 from fewstep.training.roles import Roles
-from fewstep.training.settings import DMD2Settings
 from fewstep.training.signals import (
     Signals,
     Sums,
@@ -60,13 +65,19 @@ class DMD2(StudentMethod):
         self.gan = settings.gan.student_weight > 0
         self.shared = self.gan and not settings.gan.independent_noise
         self.num_reals = round(batch_size * settings.gan.real_share)  # a step, spread over its rows
-        self.pool = Pool(model.device) if settings.critic.samples == "cycle" else None
+        self.fakes = Fakes(settings, model, self.student, self.timesteps, seed)
+        self.pool = self.fakes.pool
         if not self.gan:  # of earlier versions states have a head that nothing trained or read
             self.STATE = tuple(name for name in self.STATE if name != "discriminator")
         if self.pool:
             self.STATE = (*self.STATE, "pool")
+        reweighted = settings.dm.weight > 0 and settings.dm.divergence != "rkl"
+        self.ratios = Ratios(settings.dm.divergence, self.schedule, model.device) if reweighted else None
+        if self.ratios:
+            self.STATE = (*self.STATE, "ratios")
         critic_parameters = chain(self.critic.parameters(), self.discriminator.parameters() if self.gan else ())
         self.critic_optimizer = Optimizer(critic_parameters, settings.critic.optimizer, num_steps)
+        self.levels = self.schedule.levels.to(model.device)
         self.student_levels = level_sampler(settings.dm.noise, self.schedule, model.device)
         self.critic_levels = level_sampler(settings.critic.noise, self.schedule, model.device)
         self.signals: Signals | None = None
@@ -91,6 +102,7 @@ class DMD2(StudentMethod):
         if students_turn:
             norms = {name: value.sqrt() for name, value in metrics.items() if name.endswith(SQUARED)}
             metrics = self.update_student(can_learn(metrics, parts)) | metrics | norms | self._balance(norms)
+            self._follow_student()
         critics = of_parts([self.critic_gradients(fake, real, weight) for fake, real, _ in found])
         norm, skipped = self.critic_optimizer.step(can_learn(critics, parts, not_finite_data=self.num_reals))
         # Behind what decides on an update: a signal that is not finite is in no line, and no reason to skip one.
@@ -123,24 +135,22 @@ class DMD2(StudentMethod):
         # The order of draws is part of what a seed means: condition, noise, student, real data, critic.
         real, given, metrics = None, None, Metrics()
         if self.pool and not students_turn:
-            update, num_stops = step % self.settings.student_every, len(self.timesteps)
-            fake, condition, stop = self.pool.take(update, rows, num_stops)
-            stops = torch.full((len(rows),), stop, device=draws.device)
+            fake = self.fakes.again(step % self.settings.student_every, draws)
         elif self.settings.student.backward_simulation:
             # prompts of their own, or the captions of the reals
             given = self.model.encode_condition(batch.get("prompt", batch))
-            fake, condition, stops = self.simulated_fake(given, self.draw_stop(step), draws, students_turn)
+            fake = self.fakes.simulated(given, step, self.draw_stop(step), draws, students_turn)
         else:
             real, condition = self.model.encode_x0(batch, draws), self.model.encode_condition(batch)
             # A broken image must not reach the student: its x0 would be one, too, and with it all gradients.
             usable = without_samples(real, finite_samples(real))
-            given, (fake, stops) = condition, self.fake_of_real(usable, condition, draws, students_turn)
-        told = {"stop": stops} if self.settings.critic.condition_on_stop else {}
+            given, fake = condition, self.fakes.of_real(usable, condition, draws, students_turn)
+        told = {"stop": fake.stops} if self.settings.critic.condition_on_stop else {}
         # Here, not in a loop of its own: the graph of this part is freed before the next one is built.
         if students_turn:
-            metrics = self.student_gradients(fake, condition | told, draws, batch, weight)
+            metrics = self.student_gradients(fake.x0, fake.condition | told, draws, batch, weight, fake.noise)
         reals = self._reals(draws, batch, real, None if "prompt" in batch else given, told, step)
-        return Samples(draws, fake.detach(), condition | told), reals, metrics
+        return Samples(draws, fake.x0.detach(), fake.condition | told), reals, metrics
 
     def _reals(
         self, draws: Draws, batch: Batch, x0: Tensor | None, condition: Condition | None, told: Condition, step: int
@@ -159,34 +169,9 @@ class DMD2(StudentMethod):
         condition = self.model.encode_condition(batch) if condition is None else condition
         return Samples(draws, x0, condition | told)
 
-    def simulated_fake(self, given: Condition, stop: int, draws: Draws, grad: bool) -> tuple[Tensor, Condition, Tensor]:
-        """The student's x0 behind its own rollout up to `stop`, its condition, and the stop of each sample (B,).
-
-        Where one rollout serves a cycle it goes on to the last stop that one of its updates takes.
-        """
-        uses = self.settings.student_every if self.pool else 1
-        last = min(stop + uses, len(self.timesteps)) - 1
-        noise = draws.randn(*self.model.shape, before=(last + 1,))  # (last + 1, B, C, H, W)
-        condition = self.model.draw_condition(given, draws)  # fakes have conditions of their own: (B, ...)
-        x0s = whole_rollout(self.student, noise, self.timesteps, condition, stop if grad else None)
-        if self.pool:
-            self.pool.add(x0s, condition)
-        return x0s[stop], condition, torch.full((len(draws),), stop, device=draws.device)
-
-    def fake_of_real(self, real: Tensor, condition: Condition, draws: Draws, grad: bool) -> tuple[Tensor, Tensor]:
-        """The student's x0 of noised real data, each at a random one of its timesteps, and which one (B,)."""
-        stops = draws.randint(0, len(self.timesteps))  # (B,), for here the input of every sample is real data
-        eps, t = draws.randn(*real.shape[1:]), self.timesteps[stops]
-        # At the first timestep inference starts from pure noise, so training does.
-        noised, pure = self.schedule.add_noise(real, eps, t), self.schedule.pure_noise(eps)
-        x_t = torch.where(stops.reshape(-1, *(1,) * (real.ndim - 1)) == 0, pure, noised)
-        with torch.set_grad_enabled(grad):
-            return self.student(x_t, t, condition), stops
-
     def draw_stop(self, step: int) -> int:
-        """The index of the timestep that this step trains: one for the whole batch (spec, 1.5)."""
-        # Drawn on the CPU: it decides what is run, and the host must not wait for the device to know it.
-        return int(torch.randint(len(self.timesteps), (), generator=generator(self.seed, "stop", step)))
+        """The index of the timestep that this step trains: one for the whole batch (spec, 1.5), or of its row 0."""
+        return self.fakes.draw_stop(step)
 
     def panel(self, noise: Tensor, asked: Asked = None) -> Image:
         """Samples of the student as it is trained, not averaged: those that the critic tracks, at the last timestep."""
@@ -200,12 +185,18 @@ class DMD2(StudentMethod):
     # --- the student -------------------------------------------------------------------------------------------------
 
     def student_gradients(
-        self, fake: Tensor, condition: Condition, draws: Draws, batch: Batch, weight: float = 1.0
+        self,
+        fake: Tensor,
+        condition: Condition,
+        draws: Draws,
+        batch: Batch,
+        weight: float = 1.0,
+        noise: Tensor | None = None,
     ) -> Metrics:
         """Adds the gradients of the student's losses at `fake`, which carries its graph, and of its other terms.
 
         Gradients are asked for at the image and nowhere else, so critic, discriminator and teacher get none. The norms
-        at the image are given as their squares' share of the whole batch's.
+        at the image are given as their squares' share of the whole batch's. `noise` is what the rollout began with.
         """
         recomputed = self.settings.checkpointing == "gan"  # of the teacher nothing is kept, and the student is not run
         with checkpointed(self.critic.network) if recomputed else nullcontext():
@@ -214,7 +205,7 @@ class DMD2(StudentMethod):
         # One backward pass of the student for all terms at the image.
         pull = sum((weight * term.weight * gradients[name] for name, term in terms.items()), torch.zeros_like(fake))
         torch.autograd.backward(fake, pull)
-        extra = self.extra_terms(batch)  # behind the others, whose graphs are gone
+        extra = self.extra_terms(batch, noise, condition)  # behind the others, whose graphs are gone
         for term in extra.values():
             torch.autograd.backward(weight * term.weight * term.loss.mean())
         metrics: Metrics = {}
@@ -239,13 +230,35 @@ class DMD2(StudentMethod):
                 with torch.no_grad():
                     critic_x0 = self.critic(x_t, t, condition)  # without guidance, which it is never trained with
             self._watch(sums_of_update, fake, teacher_x0, critic_x0, conditional)
-            terms["dm"] = Term(losses.dmd_loss(fake, teacher_x0, critic_x0), dm, count_broken(teacher=teacher_x0))
+            switches = self.settings.dm.floor, self.settings.dm.project
+            loss = losses.dmd_loss(fake, teacher_x0, critic_x0, *switches)  # (B,)
+            terms["dm"] = Term(loss, dm, count_broken(teacher=teacher_x0))
         if self.gan:
             if not shared:
-                fake_features = self.noised_features(fake, condition, draws)
-            loss = losses.gan_student_loss(self.discriminator(fake_features))  # (B,)
-            terms["gan"] = Term(loss, self.settings.gan.student_weight)
+                fake_features, t = self.noised_features(fake, condition, draws)
+            logits = self.discriminator(fake_features)  # (B,)
+            terms["gan"] = Term(
+                self._at_low_noise(losses.gan_student_loss(logits), t), self.settings.gan.student_weight
+            )
+            if self.ratios:
+                weighted = terms["dm"].loss * self.ratios.weights(logits.detach(), t)
+                terms["dm"] = replace(terms["dm"], loss=weighted)
         return terms
+
+    def _at_low_noise(self, loss: Tensor, t: Tensor) -> Tensor:
+        """A GAN's loss (B,), without that of samples above the noisiest level that has one; t (B,)."""
+        index = self.settings.gan.max_index
+        return loss if index == len(self.levels) - 1 else torch.where(t <= self.levels[index], loss, 0)
+
+    @torch.no_grad()
+    def _follow_student(self) -> None:
+        """critic <- (1 - s) critic + s student (IDA, arXiv 2506.00523), and takes the step's ratios in."""
+        if self.ratios:
+            self.ratios.end_step()
+        if share := self.settings.critic.student_share:
+            ours, theirs = trainable_state(self.critic), trainable_state(self.student)  # of one architecture,
+            names = [name for name in ours if name in theirs]  # but for what tells the critic the stop
+            torch._foreach_lerp_([ours[name] for name in names], [theirs[name] for name in names], share)
 
     def _teacher_x0(self, x_t: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor | None]:
         """The teacher's x0, and that before guidance, if it is guided, of the same pass."""
@@ -254,12 +267,22 @@ class DMD2(StudentMethod):
         null, conditional = self.teacher.halves(x_t, t, condition)
         return self.teacher.guide(null, conditional), conditional
 
-    def extra_terms(self, batch: Batch) -> dict[str, Term]:
-        """Further losses of the student, which call it themselves: the distance from the teacher's images of pairs."""
-        if self.pair_loss is None or "pair" not in batch:
-            return {}
-        loss = self.pair_loss(self.student, self.timesteps, batch["pair"])
-        return {"regression": Term(loss, self.settings.regression_weight)}
+    def extra_terms(self, batch: Batch, noise: Tensor | None, condition: Condition) -> dict[str, Term]:
+        """Further losses of the student, which call it themselves.
+
+        The distance from the teacher's images of pairs, and that of the first x0 of `noise` from the teacher's way.
+        """
+        terms: dict[str, Term] = {}
+        if self.pair_loss and "pair" in batch:
+            loss = self.pair_loss(self.student, self.timesteps, batch["pair"])
+            terms["regression"] = Term(loss, self.settings.regression_weight)
+        if self.settings.diversity.weight and noise is not None:
+            grid = self.schedule.grid(self.settings.diversity.grid)[: self.settings.diversity.steps + 1]
+            target = first_x0(self.teacher, noise, grid.to(noise.device), condition)  # (B, ...)
+            x0 = rollout(self.student, noise[None], self.timesteps, condition, stop=0, grad=True)
+            squares: Tensor = (x0 - target).square()
+            terms["diversity"] = Term(squares.flatten(1).mean(1), self.settings.diversity.weight)
+        return terms
 
     # --- the critic --------------------------------------------------------------------------------------------------
 
@@ -279,9 +302,9 @@ class DMD2(StudentMethod):
         metrics = {"denoising_loss": loss.detach(), **count_broken(student=fake.x0, critic=x0_hat.detach())}
         if self.gan:
             if not self.shared:
-                features = self.noised_features(fake.x0, fake.condition, fake.draws)
+                features, t = self.noised_features(fake.x0, fake.condition, fake.draws)
             logits = self.discriminator(features)  # (B,)
-            gan_loss = losses.gan_fake_loss(logits).mean()
+            gan_loss = self._at_low_noise(losses.gan_fake_loss(logits), t).mean()
             loss = loss + self.settings.gan.critic_weight * gan_loss
             metrics |= {"gan_critic_loss": gan_loss.detach(), "logit_gap": -logits.detach().mean()}
             self._watch(sums_of_logits, "fake", logits)
@@ -301,20 +324,32 @@ class DMD2(StudentMethod):
         t_real = rows_of(t, [row - fake.draws.rows[0] for row in real.draws.rows]) if self.shared else None
         with torch.set_grad_enabled(self.settings.gan.features == "trained"):
             x0 = without_samples(real.x0, usable)
-            features = self.noised_features(x0, real.condition, real.draws, t_real)
-        logits = self.discriminator(features)  # (reals,)
+            x_t, t_real = self.noised(x0, self.critic_levels, real.draws, t_real)
+            found = features(self.critic, self.feature_layer, x_t, t_real, real.condition)
+        logits = self.discriminator(found)  # (reals,)
         logits = torch.where(usable, logits, logits.detach())  # nothing is learned from the others
         self._watch(sums_of_logits, "real", logits)
         self._watch(sums_of_samples, "real", real.x0, self.model.on_pixels)
-        loss = share * losses.gan_real_loss(logits).sum()
+        each = losses.gan_real_loss(logits)
+        if r1 := self.settings.gan.r1_weight:
+            each = each + r1 * self._r1_loss(logits, x_t, t_real, real)
+        loss = share * self._at_low_noise(each, t_real).sum()
         torch.autograd.backward(weight * self.settings.gan.critic_weight * loss)
         counts = count_broken(data=real.x0)
         return {"gan_critic_loss": loss.detach(), "logit_gap": share * logits.detach().sum(), **counts}
 
-    def noised_features(self, x0: Tensor, condition: Condition, draws: Draws, t: Tensor | None = None) -> Tensor:
-        """The discriminator's features of x0, freshly noised to t (by default random levels of the critic)."""
-        x_t, t = self.noised(x0, self.critic_levels, draws, t)
-        return features(self.critic, self.feature_layer, x_t, t, condition)
+    def _r1_loss(self, logits: Tensor, x_t: Tensor, t: Tensor, real: Samples) -> Tensor:
+        """How far the logits of reals move with noise on x0, at the same x_t else; (reals,). The head alone learns."""
+        std = self.settings.gan.r1_std * broadcast(self.schedule.alpha_sigma(t)[0], x_t)
+        with torch.no_grad():
+            moved = x_t + std * real.draws.randn(*x_t.shape[1:])
+            found = features(self.critic, self.feature_layer, moved, t, real.condition)
+        return losses.approximate_r1_loss(logits, self.discriminator(found))
+
+    def noised_features(self, x0: Tensor, condition: Condition, draws: Draws) -> tuple[Tensor, Tensor]:
+        """The discriminator's features of x0, freshly noised to random levels of the critic, and those levels."""
+        x_t, t = self.noised(x0, self.critic_levels, draws)
+        return features(self.critic, self.feature_layer, x_t, t, condition), t
 
     def noised(
         self, x0: Tensor, levels: NoiseLevelSampler, draws: Draws, t: Tensor | None = None

@@ -172,7 +172,7 @@ class StudentMethod(Method):
 def student_timesteps(settings: StudentSettings, student: Denoiser) -> Tensor:
     """The K native times of the recipe, or evenly spaced ones; raises UserError if the student can't step there."""
     timesteps = student.schedule.grid(settings.num_timesteps)
-    if settings.timesteps is not None:
+    if isinstance(settings.timesteps, list):
         timesteps = torch.tensor(settings.timesteps, dtype=torch.float64)  # EDM's are noise levels, not integers
         try:
             student.schedule.check_timesteps(timesteps)

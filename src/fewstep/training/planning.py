@@ -4,6 +4,7 @@ import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from statistics import mean
 from typing import Any
 
 import torch
@@ -74,10 +75,11 @@ def plan(recipe: Any, outline: Outline, granule: int = GRANULE) -> Plan:
         resting = meter.total
         call, forward = (_pass(meter, each, outline, size) for each in (method.student, unguided(method.teacher)))
     at = max(found.values(), key=lambda turn: turn.peak)
-    stops = range(method.num_noises)
+    first, most = method.fakes.first, method.num_noises
+    grids = range(first + 1, most + 1) if method.fakes.random else [most]
     operations = dict.fromkeys(TURNS, 0.0)
     for name, turn in found.items():
-        calls = sum(_calls(recipe, name, stop, len(stops)) for stop in stops) / len(stops)
+        calls = mean(mean(_calls(recipe, name, stop, num) for stop in range(first, num)) for num in grids)
         of_part = turn.operations.total() / parts + (calls - turn.calls["student"] / parts) * call
         operations[name] = of_part * recipe.accumulate
     return Plan(
@@ -107,20 +109,24 @@ def _method(recipe: Any, model: Outline, batch_size: int, on_cuda: AsOnCUDA) -> 
     for role in (roles.student, roles.critic):
         if isinstance(role, AutocastDenoiser):
             role.run = partial(on_cuda.run, role)  # type: ignore[method-assign]
-    method = DMD2(_with_plain_adam(recipe), model, roles, recipe.num_steps, batch_size, recipe.seed)
+    method = DMD2(_plain(recipe), model, roles, recipe.num_steps, batch_size, recipe.seed)
     method.draw_stop = lambda step: 0  # type: ignore[method-assign]
     if not method.gan:
         del method.discriminator  # which stays off the device
     return method
 
 
-def _with_plain_adam(recipe: Any) -> Any:
-    """The recipe without an optimizer whose package may not be here."""
+def _plain(recipe: Any) -> Any:
+    """The recipe without an optimizer whose package may not be here, and with one stop for all samples of a step.
+
+    Mixed stops take the passes of a mean stop, and no more memory.
+    """
     changes = {}
     for role in ("student", "critic"):
         settings = getattr(recipe, role)
         plain = settings.optimizer.model_copy(update={"kind": "adamw"})
         changes[role] = settings.model_copy(update={"optimizer": plain})
+    changes["student"] = changes["student"].model_copy(update={"stops": "shared"})
     return recipe.model_copy(update=changes)
 
 
@@ -189,7 +195,7 @@ def _calls(recipe: Any, turn: str, stop: int, num_stops: int) -> int:
         return 1
     if recipe.critic.samples == "cycle":  # the student's turn makes what the others take
         return min(stop + recipe.student_every, num_stops) if turn == TURNS[0] else 0
-    return stop + 1
+    return stop + 1 + (recipe.diversity.weight > 0 and turn == TURNS[0])
 
 
 def checkpoint_bytes(method: DMD2, recipe: Any) -> int:

@@ -193,8 +193,13 @@ class StudentSettings(Settings):
 
     num_timesteps: int = Field(1, ge=1, le=1000)
     """K, the number of calls that make an image."""
-    timesteps: list[float] | None = None
-    """The K native times, decreasing; by default evenly spaced levels of the schedule (999, 749, 499, 249 for SDXL)."""
+    timesteps: list[float] | Literal["random"] | None = None
+    """The K native times, decreasing; by default evenly spaced levels of the schedule (999, 749, 499, 249 for SDXL).
+    `random`: every step has a number of them from 1 to `num_timesteps`, the first where pure noise is and the others
+    at random levels (as in arXiv 2605.06376), for a student of any number of steps; it is drawn evenly spaced."""
+    stops: Literal["shared", "mixed"] = "shared"
+    """Which of the timesteps a step trains: one for the whole batch, as published, or for each sample its own, in
+    turn, at the same cost. On the drawn shapes mixed ones were better where all noise levels are compared."""
     backward_simulation: bool = True
     """Train on its own samples, as at inference. false is the paper's ablation "w/o backward simulation": its input is
     noised real images, each at a random one of the K times (pure noise at the first), with the real condition."""
@@ -219,9 +224,13 @@ class StudentSettings(Settings):
     @model_validator(mode="after")
     def _timesteps_fit(self) -> Self:
         times = self.timesteps
-        if times is not None and len(times) != self.num_timesteps:
+        if times == "random" and (self.num_timesteps == 1 or not self.backward_simulation):
+            raise ValueError("timesteps: random is for num_timesteps of 2 or more, with backward_simulation")
+        if not isinstance(times, list):
+            return self
+        if len(times) != self.num_timesteps:
             raise ValueError(f"timesteps has {len(times)} entries, but num_timesteps is {self.num_timesteps}")
-        if times is not None and sorted(set(times), reverse=True) != times:
+        if sorted(set(times), reverse=True) != times:
             raise ValueError(f"timesteps must decrease, which {times} does not")
         return self
 
@@ -262,103 +271,4 @@ class RegressSettings(Settings):
     def _one_step(self) -> Self:
         if self.student.num_timesteps != 1:
             raise ValueError("student.num_timesteps: regression trains one timestep, from pure noise; set 1")
-        return self
-
-
-class CriticSettings(Settings):
-    """The denoiser that tracks the student's distribution."""
-
-    optimizer: OptimizerSettings = OptimizerSettings()
-    """Of critic and discriminator together."""
-    noise: NoiseLevels = NoiseLevels()
-    """Noise levels of its denoising loss and of its GAN term."""
-    condition_on_stop: bool = False
-    """Tell it at which of the student's timesteps a sample was taken. As published it is not told, and only the mixture
-    over the timesteps is matched: with K > 1 the samples of one may drift as long as the others make up for it."""
-    samples: Literal["step", "cycle"] = "step"
-    """`step`, as published: a new rollout of the student for every critic update. `cycle`: one in the student's turn,
-    through all timesteps, serves all updates up to the next: update k takes the x0 of stop s + k mod K, with new noise.
-    A cycle of SDXL takes 31.0 forward passes for 39.5, and sees a fifth of the noises: FID on the digits is 0.177 for
-    0.140, and 0.145 with `gan.real_share: 0.5`, 27.7 passes (benchmarks/cycle_quality_cpu_2026-11-26.md)."""
-
-
-class DistributionMatchingSettings(Settings):
-    """The student's main loss."""
-
-    weight: float = Field(1.0, ge=0)
-    """0 leaves it out (the paper's ablation "w/o distribution matching")."""
-    noise: NoiseLevels = NoiseLevels(min_index=20, max_index=980)
-    """Noise levels at which teacher and critic are compared."""
-
-
-class GANSettings(Settings):
-    """The discriminator on the critic's features; both weights 0 leave it out."""
-
-    student_weight: float = Field(3e-3, ge=0)
-    """Of the student's GAN loss: ImageNet-64 3e-3, SD 1.5 1e-3, SDXL 5e-3; it scales with 1/(C H W), see losses.py."""
-    critic_weight: float = Field(1e-2, ge=0)
-    """Of the critic's GAN loss, beside its denoising loss of weight 1."""
-    feature_layer: str | None = None
-    """Dotted name of the critic's layer that is read; by default the network's bottleneck."""
-    independent_noise: bool = False
-    """As published: own noise and levels for the GAN terms. Otherwise they share noised samples, and so passes."""
-    real_share: float = Field(1.0, gt=0, le=1)
-    """Share of a batch's rows that bring a real image, spread evenly over them; published: 1. The gradient stays
-    unbiased, with more variance. 0.5 saves 3.3 forward passes in a cycle of SDXL, and cost no quality on the digits."""
-    features: Literal["trained", "frozen"] = "trained"
-    """`trained`, as published: reals train the critic's encoder, too. `frozen`: the head alone learns from them, which
-    saves 4.3 forward passes in a cycle of SDXL, and costs: FID on the digits 0.213 for 0.177, both under `cycle`."""
-
-    def idle(self) -> dict[str, str]:
-        """All else, where the weights leave it out."""
-        others = () if self.student_weight else ("feature_layer", "independent_noise", "real_share", "features")
-        return dict.fromkeys(others, "both weights are 0")
-
-    @model_validator(mode="after")
-    def _both_or_none(self) -> Self:
-        if bool(self.student_weight) != bool(self.critic_weight):
-            raise ValueError("student_weight and critic_weight: set both, or both to 0")
-        return self
-
-
-class DMD2Settings(Settings):
-    """How a student is distilled."""
-
-    checkpointing: Literal["none", "gan", "blocks"] = "none"
-    """What is not kept for the backward pass but computed again, with the same gradients. `blocks`: all inside the
-    blocks of student and critic, for about a third more arithmetic; `gan`: only the critic's blocks in the student's
-    turn, where the peak is, for the GAN's gradient: 3 GB less of SDXL at batch 1, for 1 % more."""
-    student_every: Count = 5
-    """Critic updates per student update, the two time-scale rule: 5, or 10 for SD 1.5."""
-    student: StudentSettings = StudentSettings()
-    critic: CriticSettings = CriticSettings()
-    dm: DistributionMatchingSettings = DistributionMatchingSettings()
-    gan: GANSettings = GANSettings()
-    regression_weight: float = Field(0.0, ge=0)
-    """Of a loss on pairs of the teacher's noise and image in the student's turn, at its first timestep; DMD2 has none,
-    the original DMD 0.25, with LPIPS."""
-    regression: RegressionSettings | None = None
-    """For `regression_weight` (keys pairs, sampler, lpips, lpips_size, decoder)."""
-
-    def idle(self) -> dict[str, str]:
-        """What belongs to several timesteps, to the main loss or to pairs, where there are none."""
-        found = {"critic.condition_on_stop": "the student has one timestep"} if self.student.num_timesteps == 1 else {}
-        found |= {} if self.dm.weight else dict.fromkeys(("dm.noise", "guidance_scale"), "dm.weight is 0")
-        found |= {"critic.samples": "student_every is 1"} if self.student_every == 1 else {}
-        if self.checkpointing == "gan" and not self.gan.student_weight:
-            found["checkpointing"] = "both weights of the GAN are 0"
-        return found | ({} if self.regression_weight else {"regression": "regression_weight is 0"})
-
-    @model_validator(mode="after")
-    def _something_trains_the_student(self) -> Self:
-        if self.regression_weight and self.regression is None:
-            raise ValueError("regression_weight: needs regression.pairs and regression.sampler")
-        if not self.dm.weight and not self.gan.student_weight:
-            raise ValueError("dm.weight and gan.student_weight are both 0: nothing would train the student")
-        return self
-
-    @model_validator(mode="after")
-    def _a_cycle_has_one_rollout(self) -> Self:
-        if self.critic.samples == "cycle" and not self.student.backward_simulation:
-            raise ValueError("critic.samples: cycle shares a rollout, but student.backward_simulation is off; set step")
         return self
