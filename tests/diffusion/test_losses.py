@@ -6,7 +6,15 @@ from stub_networks import SmoothNetwork, draw, relative_error, targets
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from fewstep.diffusion.denoiser import Denoiser
-from fewstep.diffusion.losses import denoising_loss, dmd_loss, gan_fake_loss, gan_real_loss, gan_student_loss
+from fewstep.diffusion.losses import (
+    approximate_r1_loss,
+    denoising_loss,
+    divergence_weight,
+    dmd_loss,
+    gan_fake_loss,
+    gan_real_loss,
+    gan_student_loss,
+)
 from fewstep.diffusion.parameterizations import edm
 from fewstep.diffusion.schedules import EDM
 
@@ -75,6 +83,65 @@ def test_the_dmd_gradient_is_bounded_where_fake_equals_the_teachers_prediction(d
     assert torch.isfinite(gradient).all()
     assert gradient.abs().max() <= 1.01e5 * (critic - teacher).abs().max() / gradient.numel()
     assert gradient.abs().max() > 0
+
+
+def test_a_floor_bounds_the_divisor_from_below_and_changes_no_other_sample():
+    fake = TEACHER + torch.tensor([0.01, 0.09, 0.11, 1.0], dtype=torch.float64).reshape(-1, 1, 1, 1)
+    g = (CRITIC - TEACHER) / torch.tensor([0.1, 0.1, 0.11, 1.0], dtype=torch.float64).reshape(-1, 1, 1, 1)
+    torch.testing.assert_close(dmd_loss(fake, TEACHER, CRITIC, floor=0.1), mean_square(g) / 2, rtol=1e-10, atol=0)
+
+
+def test_a_projected_direction_has_no_part_along_the_critics_error_and_the_old_divisor():
+    """Against Gram and Schmidt by a QR decomposition; what is taken out is the whole of the difference."""
+    fake = FAKE.clone().requires_grad_()
+    projected = torch.autograd.grad(dmd_loss(fake, TEACHER, CRITIC, project=True).mean(), fake)[0] * FAKE.numel()
+    distance = (FAKE - TEACHER).abs().mean(dim=(1, 2, 3), keepdim=True)
+    error, direction = (x.flatten(1) for x in (FAKE - CRITIC, (CRITIC - TEACHER) / distance))
+    for found, along, whole in zip(projected.flatten(1), error, direction, strict=True):
+        basis = torch.linalg.qr(torch.stack([along, whole], 1))[0]  # the second column: across the first
+        expected = (whole @ basis[:, 1]) * basis[:, 1]
+        assert (found @ along).abs() < 1e-9 * found.norm() * along.norm()
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9)
+
+
+F = {  # the convex functions f(r), r = real / fake, of D_f = E_fake f(r); their weight is r^2 f''(r)
+    "rkl": lambda r: -r.log(),
+    "kl": lambda r: r * r.log(),
+    "js": lambda r: r * r.log() - (r + 1) * ((r + 1) / 2).log(),
+    "sf": lambda r: r * (1 + 1 / r).log() + (1 + 1 / r).log(),
+    "sh": lambda r: -4 * r.sqrt(),
+    "neyman": lambda r: 1 / (2 * r),
+    "jf": lambda r: (r - 1) * r.log(),
+}
+
+
+@pytest.mark.parametrize("divergence", F)
+def test_a_divergences_weight_is_r_squared_times_the_second_derivative_of_its_function(divergence):
+    logits = torch.linspace(-6, 6, 25, dtype=torch.float64)
+    r = logits.exp().requires_grad_()
+    first = torch.autograd.grad(F[divergence](r).sum(), r, create_graph=True)[0]
+    second = torch.autograd.grad(first.sum(), r)[0]
+    expected = (r.square() * second).detach()
+    torch.testing.assert_close(divergence_weight(logits, divergence), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_the_softened_reverse_kl_is_what_js_leaves_of_it_and_ratios_are_clipped():
+    logits = torch.tensor([-1e4, -10, 0.3, 10, 1e4], dtype=torch.float64)
+    sf, js = (divergence_weight(logits, each) for each in ("sf", "js"))
+    torch.testing.assert_close(sf + js, torch.ones(5, dtype=torch.float64))
+    torch.testing.assert_close(js, torch.sigmoid(logits.clamp(-10, 10)))
+    assert divergence_weight(logits, "kl")[[0, -1]].tolist() == pytest.approx([4.54e-5, 22026.5], rel=1e-3)
+
+
+def test_approximate_r1_goes_to_the_squared_gradient():
+    """E (D(x + s e) - D(x))^2 / s^2 -> |grad D|^2 as s -> 0, by a function of known gradient."""
+    x, s = draw(4000, 3), 1e-3
+    known = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    logits = lambda points: (points @ known).tanh()  # noqa: E731
+    at = torch.full_like(x, 0.2)
+    slope = 1 - logits(at).square()
+    found = approximate_r1_loss(logits(at), logits(at + s * x)).mean() / s**2
+    assert found.item() == pytest.approx((slope[0].square() * known.square().sum()).item(), rel=0.1)
 
 
 def test_the_dmd_loss_teaches_neither_teacher_nor_critic():

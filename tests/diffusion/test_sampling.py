@@ -8,7 +8,7 @@ from stub_networks import KINDS, SD_BETAS, GaussianPosterior, SmoothNetwork, dra
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.parameterizations import edm, eps, flow, v
 from fewstep.diffusion.parameterizations import x0 as x0_prediction
-from fewstep.diffusion.sampling import ddim, heun, implied_noise, rollout, whole_rollout
+from fewstep.diffusion.sampling import ddim, first_x0, heun, implied_noise, mixed_rollout, rollout, whole_rollout
 from fewstep.diffusion.schedules import EDM, VP, Flow, broadcast
 from fewstep.diffusion.timesteps import index_grid, karras_grid
 
@@ -197,6 +197,51 @@ def test_only_the_last_call_carries_gradient(schedule, parameterization, timeste
     c_out = broadcast(student.coefficients(t)[1], x)
     expected = torch.autograd.grad((c_out * student.network(x, t, condition)).sum(), student.network.weight)[0]
     assert gradient.item() == pytest.approx(expected.item(), rel=1e-10)
+
+
+@students
+@pytest.mark.parametrize("stops", [[0, 1, 3], [3, 3, 3], [2, 0, 0], [0, 0, 0]])
+def test_a_mixed_rollout_gives_each_sample_what_a_rollout_to_its_stop_gives(
+    schedule, parameterization, timesteps, stops
+):
+    """With its own condition; no sample is in a pass behind its stop, and the last pass alone has a graph."""
+    student, _ = make_denoiser(schedule, parameterization)
+    noise, condition = draw(4, *SHAPE), {"label": draw(3)}
+    fake = mixed_rollout(student, noise, timesteps, condition, stops, grad=True)
+    calls, grads = [*student.network.calls], [*student.network.grad_modes]
+    for row, stop in enumerate(stops):
+        one = {name: value[row : row + 1] for name, value in condition.items()}
+        alone = rollout(student, noise[:, row : row + 1], timesteps, one, stop)
+        assert relative_error(fake[row : row + 1], alone) < 1e-10
+    assert [len(x) for x, _, _ in calls] == [sum(stop > k for stop in stops) for k in range(max(stops))] + [3]
+    assert grads == [False] * max(stops) + [True]
+    gradient = torch.autograd.grad(fake.sum(), student.network.weight)[0]
+    x, t, given = calls[-1]
+    assert t.tolist() == [timesteps[stop].item() for stop in stops]
+    c_out = broadcast(student.coefficients(t)[1], x)
+    expected = torch.autograd.grad((c_out * student.network(x, t, given)).sum(), student.network.weight)[0]
+    assert gradient.item() == pytest.approx(expected.item(), rel=1e-10)
+
+
+@students
+def test_the_first_x0_leads_in_one_deterministic_step_to_where_the_teachers_steps_lead(
+    schedule, parameterization, timesteps
+):
+    """By `ddim`, whose sixth call is there; on flow schedules it is eps - (eps - z) / (1 - s)."""
+    teacher, _ = make_denoiser(schedule, parameterization)
+    noise, grid = draw(*SHAPE), schedule.grid(30)[:6]
+    target = first_x0(teacher, noise, grid, CONDITION)
+    t, last = (grid[k].expand(len(noise)) for k in (0, -1))
+    ddim(teacher, noise, grid, CONDITION)
+    given = teacher.network.calls[-1][0]
+    there = given / broadcast(teacher.coefficients(last)[2], given)  # x_t, of which the network is given c_in x_t
+    x = schedule.pure_noise(noise)
+    landed = schedule.add_noise(target, implied_noise(schedule, x, target, t), last)
+    assert relative_error(landed, there) < 1e-9
+    if schedule.kind == "flow":
+        assert relative_error(target, noise - (noise - there) / (1 - grid[-1])) < 1e-9
+    assert not target.requires_grad
+    assert len(teacher.network.calls) == 5 + 6
 
 
 @pytest.mark.parametrize(("sampler", "num_calls"), [(ddim, 4), (heun, 7)], ids=["ddim", "heun"])

@@ -94,6 +94,18 @@ METHODS: dict[str, Callable] = {
         gan=GAN | {"independent_noise": True, "real_share": 1 / 3},
         checkpointing="gan",
     ),
+    "dmd2, mixed stops": dmd2(
+        student={"num_timesteps": 3, "optimizer": SLOW, "stops": "mixed"}, diversity={"weight": 0.5, "steps": 2}
+    ),
+    "dmd2, random times": dmd2(
+        student={"num_timesteps": 4, "optimizer": SLOW, "timesteps": "random", "stops": "mixed"},
+        critic={"optimizer": SLOW},
+    ),
+    "dmd2, weights of losses": dmd2(
+        critic={"optimizer": SLOW, "condition_on_stop": True, "student_share": 0.1},
+        dm={"floor": 0.5, "project": True, "divergence": "js"},
+        gan=GAN | {"r1_weight": 0.5, "max_index": 700},
+    ),
     "dmd2, pairs": dmd2(regression_weight=0.5, regression=PAIRS),
     "regression": regression,
     "teacher": teacher,
