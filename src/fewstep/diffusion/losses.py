@@ -8,8 +8,6 @@ that the gradient of `dmd_loss` at the image shrinks as 1/D and the GAN's does n
 over to D' as w * D / D' (3e-3 was tuned at D = 12,288).
 """
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
@@ -19,7 +17,6 @@ from fewstep.diffusion.schedules import broadcast
 # Below this mean distance (images are in [-1, 1]) the sample *is* the teacher's prediction: bounds |g| instead of inf.
 MIN_DISTANCE = 1e-5
 MAX_LOGIT = 10.0  # of the discriminator, in ratios of densities: beyond, one sample would outweigh all others
-Divergence = Literal["rkl", "kl", "js", "sf", "sh", "neyman", "jf"]
 
 
 def finite_samples(x: Tensor) -> Tensor:
@@ -61,7 +58,7 @@ def dmd_loss(fake: Tensor, teacher_x0: Tensor, critic_x0: Tensor, floor: float =
     return (fake - target).square().flatten(1).mean(1) / 2
 
 
-def divergence_weight(logits: Tensor, divergence: Divergence) -> Tensor:
+def divergence_weight(logits: Tensor, divergence: str) -> Tensor:
     """h(r) = r^2 f''(r), up to a factor, of the f-divergence that is minimised (arXiv 2502.15681); (B,).
 
     r = exp(logits), within e^10 and e^-10, is the ratio of real to fake by a discriminator of these logits (B,):

@@ -4,9 +4,10 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from fewstep.diffusion.losses import Divergence
 from fewstep.settings import Count, Few, Settings
 from fewstep.training.settings import NoiseLevels, OptimizerSettings, RegressionSettings, StudentSettings
+
+Divergence = Literal["rkl", "kl", "js", "sf", "sh", "neyman", "jf"]  # as `divergence_weight` has them
 
 
 class CriticSettings(Settings):

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from fewstep.diffusion.losses import Divergence, divergence_weight
+from fewstep.diffusion.losses import divergence_weight
 from fewstep.diffusion.schedules import NoiseSchedule
+from fewstep.training.dmd2_settings import Divergence
 
 NUM_BINS = 10  # of noise levels
 DECAY = 0.9  # of the running means, per update of the student
