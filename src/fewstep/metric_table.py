@@ -46,6 +46,13 @@ METRICS = {
     for metric in (
         Metric("fid", "lower", "jackknife", about="distance of the Gaussians that the features of both sets fit"),
         Metric(
+            "fid_mean",
+            "lower",
+            "jackknife",
+            head=None,
+            about="the part of FID between the means: what all are off alike",
+        ),
+        Metric(
             "patch_fid",
             "lower",
             "jackknife",

@@ -31,6 +31,17 @@ def test_the_floor_of_fid_is_the_mean_fid_of_perfect_generators(
     assert sum(floors) / len(floors) == pytest.approx(sum(fids) / len(fids), rel=noise)
 
 
+@pytest.mark.parametrize(("num_real", "num_samples"), [(400, 100), (120, 300)])
+def test_the_floor_of_the_part_in_the_mean_is_that_of_two_sets_of_independent_images(
+    num_real: int, num_samples: int
+) -> None:
+    """E |m - m'|^2 = tr S (1/M + 1/N)."""
+    reals = [drawn(num_real, seed, SPECTRA["of falling variance"]) for seed in range(100)]
+    floors = [floor(real, num_samples)["fid_mean"] for real in reals]
+    expected = SPECTRA["of falling variance"].sum().item() * (1 / num_samples + 1 / num_real)
+    assert sum(floors) / len(floors) == pytest.approx(expected, rel=0.06)
+
+
 def test_the_floor_of_pairs_is_as_many_images_against_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     real = drawn(300, 0, SPECTRA["of one variance"])
     seen = list[tuple[Gathered, Gathered]]()

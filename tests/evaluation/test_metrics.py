@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from scipy.linalg import sqrtm
@@ -129,6 +130,21 @@ def test_fid_is_that_of_scipys_root_and_of_singular_values(real: Tensor, fake: T
     assert fid(real, fake) == pytest.approx(outside - 2 * by_root, rel=1e-6)
 
 
+def test_fid_is_its_part_in_the_mean_and_a_trace() -> None:
+    """By scipy's root; and what is shifted alone, all images alike, differs in the mean alone."""
+    real, fake = points(300, 1, 20), points(200, 2, 20)
+    (values, intervals), shift = measure(Gathered.of(real), in_groups(fake)), torch.linspace(-1, 2, 20).double()
+    covariances = [torch.cov(each.T).numpy() for each in (real, fake)]
+    trace = sum(map(np.trace, covariances)) - 2 * sqrtm(covariances[0] @ covariances[1]).trace().real
+    means = ((real.numpy().mean(0) - fake.numpy().mean(0)) ** 2).sum()
+    assert values["fid_mean"] == pytest.approx(means, rel=1e-9)
+    assert values["fid"] == pytest.approx(means + trace, rel=1e-6)
+    assert intervals["fid_mean"][0] < means < intervals["fid_mean"][1]
+    shifted = measure(Gathered.of(real), Gathered.of(real + shift), {"features"}, intervals=False)[0]
+    assert shifted["fid_mean"] == pytest.approx(shift.square().sum().item(), rel=1e-9)
+    assert shifted["fid"] == pytest.approx(shifted["fid_mean"], rel=1e-6)
+
+
 def test_sums_of_parts_in_any_order_are_those_of_the_whole() -> None:
     """As of ranks and of batches; less a part they are those of the rest."""
     real, fake = points(103, 1, 12).float(), points(90, 2, 12).float()
@@ -252,7 +268,7 @@ def test_what_has_no_numbers_is_not_measured_and_no_row_of_metrics_is_needed_for
     """A reference of statistics alone has FIDs; the columns of scorers are means, attributes of scenes are not told."""
     statistics = Gathered(50, {name: [Sums.of(points(50, 1))] for name in ("features", "patches")})
     fake = replace(in_groups(points(55, 2)), numbers={"features": points(55, 2), "scene.shape": torch.ones(55, 1)})
-    assert list(measure(statistics, fake)[0]) == ["fid"]
+    assert list(measure(statistics, fake)[0]) == ["fid", "fid_mean"]
     patches = replace(fake, groups={"patches": fake.groups["features"]}, numbers={})
     values, intervals = measure(statistics, patches)
     assert values == {"patch_fid": metrics.fid(statistics, fake)}

@@ -97,6 +97,13 @@ def fid(real: Gathered, fake: Gathered) -> float | None:
 
 
 @metric
+def fid_mean(real: Gathered, fake: Gathered) -> float | None:
+    """|m - m'|^2 of FID's features, its first part: what all images have in common, such as a drift of the whole."""
+    there = FEATURES in real.groups and FEATURES in fake.groups
+    return _between_means(real.sums(), fake.sums()) if there else None
+
+
+@metric
 def patch_fid(real: Gathered, fake: Gathered) -> float | None:
     """FID of pieces of larger images at their own size, which sees what resizing hides (arXiv 2402.13929)."""
     return _frechet_of(PATCHES, real, fake)
@@ -106,12 +113,16 @@ def _frechet_of(name: str, real: Gathered, fake: Gathered) -> float | None:
     return _frechet(real.sums(name), fake.sums(name)) if name in real.groups and name in fake.groups else None
 
 
+def _between_means(ours: Sums, theirs: Sums) -> float:
+    return float((ours.mean - theirs.mean).square().sum())
+
+
 def _frechet(ours: Sums, theirs: Sums) -> float:
     values = torch.linalg.eigvalsh(ours.root @ theirs.covariance @ ours.root)  # ascending
     rank = min(ours.count, theirs.count) - 1  # at most: of few images the rest is rounding, which roots blow up
     shared = values[-rank:].clamp_min(0).sqrt().sum()
     trace = ours.covariance.trace() + theirs.covariance.trace() - 2 * shared
-    return float((ours.mean - theirs.mean).square().sum() + trace)
+    return _between_means(ours, theirs) + float(trace)
 
 
 @metric
@@ -215,10 +226,10 @@ def floor(real: Gathered, num_samples: int, seed: int = 0) -> dict[str, float]:
     than independent draws.
     """
     values, draws = dict[str, float](), generator(seed, "floor")
-    for name, of in (("fid", FEATURES), ("patch_fid", PATCHES)):
+    for names, of in ((("fid", "fid_mean"), FEATURES), (("patch_fid",), PATCHES)):
         if of in real.numbers and of in real.groups:
-            found = [_floor_fid(real, of, num_samples, draws) for _ in range(SPLITS)]
-            values[name] = sum(found) / SPLITS
+            found = [_floor_fids(real, of, num_samples, draws) for _ in range(SPLITS)]
+            values |= {name: sum(each) / SPLITS for name, each in zip(names, zip(*found, strict=True), strict=False)}
     some, others = dict[str, Tensor](), dict[str, Tensor]()
     for name in {FEATURES, "colours"} & real.numbers.keys():
         halves = split(_kinds(real, len(real.numbers[name])), num_samples, generator(seed, "half"))
@@ -227,13 +238,15 @@ def floor(real: Gathered, num_samples: int, seed: int = 0) -> dict[str, float]:
     return measure(first, second, BETWEEN_SETS, intervals=False)[0] | values
 
 
-def _floor_fid(real: Gathered, name: str, num_samples: int, draws: torch.Generator) -> float:
+def _floor_fids(real: Gathered, name: str, num_samples: int, draws: torch.Generator) -> tuple[float, float]:
+    """FID of one split, and the part of it that is in the mean."""
     kept, whole = real.numbers[name], real.sums(name)
     rows, _ = split(_kinds(real, len(kept)), num_samples, draws)
     parts = rows.split(SUMMED_AT_ONCE)
     some = sum((Sums.of(kept[part]) for part in parts), start=Sums.of(kept[:0]))
     others = whole - some
-    return _frechet(others, some) * (1 / num_samples + 1 / whole.count) / (1 / len(rows) + 1 / others.count)
+    scale = (1 / num_samples + 1 / whole.count) / (1 / len(rows) + 1 / others.count)
+    return _frechet(others, some) * scale, _between_means(others, some) * scale
 
 
 def _kinds(real: Gathered, kept: int) -> Tensor:
