@@ -21,6 +21,7 @@ from torch import Tensor
 
 import fewstep.commands.evaluate as module
 from command_line import Run, refused
+from fewstep.diffusion.denoiser import Denoiser
 from fewstep.evaluation import rows as row_files
 from fewstep.evaluation.extractors import train_classifier
 from fewstep.files import folder_lock
@@ -179,6 +180,69 @@ def test_noise_and_classes_do_not_depend_on_the_place_in_the_table(run: Run, pla
     assert by_name(one) == by_name(other)
     assert [row["sampler"] for row in one] == [None, "student", "heun 2", "euler 3"]
     assert (one[1]["latency"], one[1]["images_per_second"], one[1]["nfe"]) == (0.25, 8.0, 2)
+
+
+# --- the stops of a student -------------------------------------------------------------------------------------------
+
+STOPS = LINE.replace("student", "three --stops")
+
+
+@pytest.fixture
+def three(place: Path) -> None:
+    """A student of three steps, three/, and what is left of it with the later ones cut from its file, one/ and two/."""
+    pixel_model(5, [80.0, 2.0, 0.5]).save(Path("three"))
+    for name, timesteps in {"one": [80.0], "two": [80.0, 2.0]}.items():
+        shutil.copytree("three", name)
+        told = json.loads(Path(name, "fewstep.json").read_text())
+        Path(name, "fewstep.json").write_text(json.dumps(told | {"timesteps": timesteps}))
+
+
+@pytest.mark.usefixtures("three")
+def test_a_stop_has_the_numbers_of_the_student_cut_behind_it_and_one_rollout_has_all_stops(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut = judged(run, STOPS.replace("three --stops", "three one two teacher --sampler heun:1"), "cut")
+    calls, forward = [], Denoiser.forward
+    monkeypatch.setattr(Denoiser, "forward", lambda self, x, *more: calls.append(len(x)) or forward(self, x, *more))
+    rows = judged(run, f"{STOPS} teacher --sampler heun:1 --keep-images", "out")
+    assert sum(calls) == 3 * NUM + NUM + (1 + 2 + 3 + 1) * 12  # and four of each class for the distances within
+    assert [row["nfe"] for row in rows] == [None, 3, 1, 2, 1]
+    assert [row.pop("model") for row in rows] == ["real", "three", *STOP_NAMES, "teacher"]
+    assert [row.pop("model") for row in cut] == ["real", "three", "one", "two", "teacher"]
+    assert rows == cut
+    kept = "fewstep evaluate out/images/three-stop-2-of-3 --data real --features net.pt --num-samples"
+    assert judged(run, f"{kept} {NUM}", "again")[1]["fid"] == pytest.approx(rows[3]["fid"], rel=1e-9)
+
+
+STOP_NAMES = ["three, stop 1 of 3", "three, stop 2 of 3"]
+
+
+@pytest.mark.usefixtures("three")
+def test_stops_go_on_after_a_stop_of_the_command_and_in_ranks_to_the_same_table(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = judged(run, STOPS, "whole")
+    with monkeypatch.context() as patch:
+        stopping_at(1, patch)
+        assert run(f"{STOPS} --out parts")[0] == 130
+    made = {path.parent.name.rpartition("-")[0]: path for path in Path("parts/rows").glob("*/00000.safetensors")}
+    assert made.keys() == {"three", "three-stop-1-of-3", "three-stop-2-of-3"}
+    made["three-stop-1-of-3"].unlink()  # of which no other row has need
+    assert judged(run, STOPS, "parts") == whole
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in "10":
+        monkeypatch.setenv("RANK", rank)
+        code, _, error = run(f"{STOPS} --out ranks")
+        assert code == 0, error
+    assert table("ranks") == whole
+
+
+def test_a_student_whose_numbers_are_not_finite_leaves_no_stops_behind(run: Run, place: Path) -> None:
+    model = pixel_model(1, [80.0, 2.0])
+    next(model.denoiser.parameters()).data.fill_(1e38)
+    model.save(Path("three"))
+    refused(run(f"{STOPS} --out out"), "three: images 0 to 24 are not finite")
+    assert not Path("out").exists()
 
 
 # --- images that are kept, or that something else made ----------------------------------------------------------------
@@ -354,6 +418,7 @@ BAD: list[tuple[Callable[[Path], None] | None, str, list[str]]] = [
     (None, "fewstep evaluate real --data real --features net.pt --lpips l.pt", ["--lpips: is of several images"]),
     (captioned, f"{LINE} --prompts texts/five.txt", ["--prompts: the model takes no text"]),
     (captioned, f"{LINE} real --prompts texts/seven.txt", ["real: has 150 images, which 7 prompts (--prompts) do not"]),
+    (None, LINE.replace("student", "teacher --stops"), ["--stops: is of students of several steps, and there is none"]),
     (None, f"{LINE} --resize nicely", ["--resize 'nicely': write legacy or clean"]),
     (None, f"{LINE} --statistics mean.npy", ["--statistics mean.npy: is a .npz file"]),
     (None, f"{LINE} --scorer no_such:Thing", ["scorer no_such:Thing: can't be imported"]),
@@ -436,6 +501,18 @@ def test_pictures_of_prompts_are_scored_alike_by_whom_they_were_made(
     refused(run(f"{line.replace('pictures', 'pictures.npz')} --out no"), "pictures.npz: ")
 
 
+def test_stops_of_pictures_of_prompts_are_those_of_the_student_cut_behind_them(run: Run, text: Path) -> None:
+    names = {"sd": [999, 499], "cut": [999]}
+    shutil.copytree("sd", "cut")
+    for name, timesteps in names.items():
+        Path(name, "fewstep.json").write_text(json.dumps({"family": "latent", "timesteps": timesteps}))
+    means = "--num-samples 100 --device cpu --data pictures --features net.pt --prompts six.txt"
+    _, last, stop = judged(run, f"fewstep evaluate sd --stops {means}", "out")
+    cut = judged(run, f"fewstep evaluate cut {means}", "again")[1]
+    assert stop == cut | {"model": "sd, stop 1 of 2"}
+    assert last["fid"] != cut["fid"]
+
+
 def test_a_low_rank_student_of_several_averages_goes_on_after_a_stop(
     run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -450,10 +527,11 @@ def test_a_low_rank_student_of_several_averages_goes_on_after_a_stop(
     assert run("fewstep teach teach.yaml --out digits")[0] == 0
     code, _, error = run("fewstep distill distil.yaml --out few")
     assert code == 0, error
-    line = "fewstep evaluate few digits@1 --sampler heun:2 --num-samples 100 --batch-size 25 --device cpu"
+    line = "fewstep evaluate few digits@1 --stops --sampler heun:2 --num-samples 100 --batch-size 25 --device cpu"
     whole = judged(run, line, "whole")
-    assert [row["model"] for row in whole] == ["real", "few", "few ema0.1", "digits@1"]
-    assert whole[1]["fid"] != whole[2]["fid"]
+    few, other = "few, stop 1 of 2", "few ema0.1, stop 1 of 2"
+    assert [row["model"] for row in whole] == ["real", "few", few, "few ema0.1", other, "digits@1"]
+    assert len({row["fid"] for row in whole}) == 6
     assert {"accuracy", "diversity", "latency"} <= whole[1].keys()
     with monkeypatch.context() as patch:
         stopping_at(1, patch)

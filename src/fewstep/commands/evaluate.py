@@ -32,7 +32,14 @@ from fewstep.files import folder_lock
 from fewstep.models.image_model import Asked, ImageModel
 from fewstep.models.loading.hub import is_hub_id
 from fewstep.models.loading.pretrained import configured, is_loadable, open_averages
-from fewstep.models.sampler import Sampler, default_sampler, generate_batches, images_per_second, parse_sampler
+from fewstep.models.sampler import (
+    Sampler,
+    default_sampler,
+    generate_batches,
+    generate_stops,
+    images_per_second,
+    parse_sampler,
+)
 from fewstep.networks.families import use_family
 from fewstep.recipes.loading import read_run_recipe
 from fewstep.runtime.checkpoint import EVALUATIONS, METRICS, RECIPE, check_run
@@ -69,6 +76,8 @@ def evaluate(given: Evaluate) -> None:
     averages = [open_averages(each, given.config if each in configured(sources) else None) for each in sources]
     firsts = [of[""] for of in averages]
     check_alike(sources, firsts)
+    if given.stops and all(len(each.timesteps or ()) < 2 for each in firsts):
+        raise UserError("--stops: is of students of several steps, and there is none here; leave it out")
     judge, opened = _judge(given, data, runs, sources, firsts, of_images, device)
     short = [text if is_hub_id(text) else short_name(text) for text in given.runs]
     names = dict(zip(given.runs, short if len({*short}) == len(short) else given.runs, strict=True))
@@ -77,8 +86,7 @@ def evaluate(given: Evaluate) -> None:
     for source, of in zip(sources, averages, strict=True):
         step = f", step {find(source).step}" if source in runs else ""
         for ema, model in of.items():
-            entries = (_drawn(given, judge, f"{names[source]}{ema}", step, model, each) for each in _of(model, asked))
-            jobs.append(Job(model, [RowFiles(each, given.out, given.keep_images) for each in entries]))
+            jobs.append(Job(model, _rows_of(given, judge, f"{names[source]}{ema}", step, model, asked)))
     jobs += [Job(None, [RowFiles(_made(judge, names[each.source], each), given.out)]) for each in opened]
     _check_places(jobs)
     if given.statistics and rank == 0:
@@ -187,8 +195,24 @@ def _judge(
         raise UserError(": ".join(map(str, (*of_run, error)))) from error
 
 
-def _of(model: ImageModel, asked: list[Sampler]) -> list[Sampler]:
-    return [default_sampler(model)] if model.timesteps or not asked else asked
+def _rows_of(
+    given: Evaluate, judge: Judge, name: str, step: str, model: ImageModel, asked: list[Sampler]
+) -> list[RowFiles]:
+    """A row per sampler; of a student of several steps, where it is asked for, also one per earlier stop."""
+    num = len(model.timesteps or ())
+    samplers = [default_sampler(model)] if num or not asked else asked
+    entries = [_drawn(given, judge, name, step, model, each) for each in samplers]
+    if not given.stops or num < 2:
+        return [RowFiles(each, given.out, given.keep_images) for each in entries]
+    titles = {k: f"{name}, stop {k} of {num}" for k in range(1, num)}
+    stops = [_drawn(given, judge, title, step, model, Sampler("student", k)) for k, title in titles.items()]
+    earlier = [RowFiles(each, given.out, given.keep_images) for each in stops]
+
+    def draw_stops(numbers: range, asked: Asked) -> Iterable[list[Tensor]]:
+        return generate_stops(model, numbers, given.seed, asked, entries[0].batch, f"{name}{step}")
+
+    last = replace(entries[0], draw_stops=draw_stops)
+    return [RowFiles(last, given.out, given.keep_images, earlier), *earlier]
 
 
 def _drawn(given: Evaluate, judge: Judge, name: str, step: str, model: ImageModel, sampler: Sampler) -> Entry:

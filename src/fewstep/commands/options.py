@@ -228,6 +228,7 @@ class Evaluate(Order):
         "--sampler",
         show_default="heun:18; ddim:50 for text-to-image",
     )
+    stops: bool = option("Of students of several steps, also a row per earlier stop of theirs.", False, "--stops")
     batch_size: int | None = option(
         "Images drawn at once.", metavar="N", parser=bounded(1, 10_000), show_default="by size"
     )

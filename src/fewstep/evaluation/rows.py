@@ -4,7 +4,7 @@ import csv
 import json
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fewstep.data.shards import Report, ShardFolder, below, digest, naming_damage, open_shard, save_shard
 from fewstep.errors import UserError
@@ -29,6 +30,8 @@ SUBJECTS = 8  # of a file of distances
 NUMBERS = "numbers."
 ROW = "row"  # as folders of shards are called
 PLAN = ".plan.json"  # beside the images that are kept; hidden, so that it is no part of them
+DrawStops = Callable[[range, Asked], Iterable[Sequence[Tensor]]]
+"""As `Draw`, of every stop of a student's: as `generate_stops`."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ class Entry:
     width: int  # numbers that are read of an image, about
     prompts: Sequence[str] = ()
     within: Within | None = None
+    draw_stops: DrawStops | None = None
+    """Of a row whose rollouts pass through the stops of other rows: the batches of these, and its own as the last."""
 
     @property
     def title(self) -> str:
@@ -60,12 +65,14 @@ class RowFiles:
     """The files of an entry in OUT/rows, and where asked its images in OUT/images.
 
     Numbers are a function of the plan alone, bit for bit: whoever goes on with it, in how many processes, finds those
-    of one that went through.
+    of one that went through. The files of earlier `stops`, rows of their own, are written along with these; what lacks
+    of them afterwards is theirs to make.
     """
 
     entry: Entry
     out: Path
     keep_images: bool = False
+    stops: Sequence["RowFiles"] = ()
 
     @cached_property
     def plan(self) -> dict[str, Any]:
@@ -109,18 +116,21 @@ class RowFiles:
         Raises UserError if the disk has no room, if somebody makes the share already, or if images can't be judged;
         where nothing was made, nothing is left behind.
         """
+        together = [*self.stops, self]
         try:
-            self.folder.start()
-            if self.keep_images:
-                self._start_images()
+            for each in together:
+                each.folder.start()
+                if self.keep_images:
+                    each._start_images()
             room = 4 * self.entry.width + (self.entry.image_bytes if self.keep_images else 0)
-            self.folder.fill(self._make, room, report, rank, num_ranks)
+            self.folder.fill(self._make, room * len(together), report, rank, num_ranks)
             if self.pairs:
                 self.pairs.start()
                 self.pairs.fill(self._make_pairs, 100, lambda done: None, rank, num_ranks)
         except UserError:
-            if num_ranks == 1 and not any(path.exists() for path in self.folder.files):
-                self._remove_nothing()
+            for each in together:
+                if num_ranks == 1 and not any(path.exists() for path in each.folder.files):
+                    each._remove_nothing()
             raise
 
     def _remove_nothing(self) -> None:
@@ -158,9 +168,20 @@ class RowFiles:
         return self.images / f"{number:05d}.png"
 
     def _make(self, path: Path, rows: range, told: Report) -> None:
-        entry, taken = self.entry, Gathering(len(rows), 0)
-        asked: Asked = entry.prompts or None
-        for images in split(entry.draw(rows, asked)):
+        entry, together = self.entry, [*self.stops, self]
+        takings, asked = [Gathering(len(rows), 0) for _ in together], entry.prompts or None
+        drawn = entry.draw_stops(rows, asked) if entry.draw_stops else ([each] for each in entry.draw(rows, asked))
+        for batches in drawn:
+            for each, taken, batch in zip(together, takings, batches, strict=True):
+                each._take(taken, rows, batch)
+            told(takings[-1].seen)
+        for each, taken in zip(together, takings, strict=True):
+            each._save(each.folder.path / path.name, taken.whole(each.entry.name), rows)
+
+    def _take(self, taken: Gathering, rows: range, batch: Tensor) -> None:
+        """Reads the next images (B, C, H, W) of a file of these rows."""
+        entry = self.entry
+        for images in split([batch]):
             numbers = rows[taken.seen : taken.seen + len(images)]
             if self.keep_images:
                 for number, image in zip(numbers, images, strict=True):
@@ -168,10 +189,10 @@ class RowFiles:
             brought = fitted(images, entry.size)
             found = read(entry.probes, brought, numbers, entry.name)
             taken.add(found, brought[: max(0, GRID_IMAGES - numbers.start)], len(images))
-            told(taken.seen)
-        made = taken.whole(entry.name)
+
+    def _save(self, path: Path, made: Gathered, rows: range) -> None:
         if made.count != len(rows):
-            raise UserError(f"{entry.name}: has {made.count} of the images {rows.start} to {rows.stop - 1}")
+            raise UserError(f"{self.entry.name}: has {made.count} of the images {rows.start} to {rows.stop - 1}")
         columns = {f"{NUMBERS}{name}": each for name, each in made.numbers.items()}
         save_shard(path, {**columns, "pictures": made.pictures})
 

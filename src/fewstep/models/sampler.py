@@ -9,8 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fewstep.data.shards import chunks
 from fewstep.diffusion.denoiser import Condition, Denoiser, Guided
-from fewstep.diffusion.sampling import ddim, heun, rollout
+from fewstep.diffusion.sampling import ddim, heun, rollout, whole_rollout
 from fewstep.diffusion.schedules import broadcast
 from fewstep.diffusion.timesteps import trailing_grid
 from fewstep.errors import UserError
@@ -32,6 +33,7 @@ class NotFinite(UserError):
 class Sampler:
     """How images are drawn: by a student's own timesteps, or from a teacher in `num_steps` by one of `SAMPLERS`.
 
+    A student is drawn at the first `num_steps` of its timesteps: fewer than all are an earlier stop of its rollout.
     `lcm` is what draws students, at evenly spaced timesteps: for LoRAs that do not say theirs, such as DMD2's own.
     """
 
@@ -109,7 +111,7 @@ def sample(
     if sampler.kind in RENOISING:
         own = model.timesteps if sampler.kind == "student" else schedule.grid(sampler.num_steps)
         timesteps = torch.as_tensor(own, dtype=torch.float64, device=noise.device)
-        return rollout(denoiser, noise, timesteps, condition, stop=len(timesteps) - 1)
+        return rollout(denoiser, noise, timesteps, condition, stop=sampler.num_steps - 1)
     if sampler.kind in MULTISTEP:
         return multistep(denoiser, noise[0], sampler, condition)
     if sampler.kind == "euler":
@@ -167,17 +169,35 @@ def generate_batches(
     Image i is of `asked[i % len(asked)]`, prompts or class numbers. `report` is called with the count of finished ones.
     Raises NotFinite, with the model's `name`.
     """
-    batch_size = batch_size or model.sampling_batch
-    for first in range(indices.start, indices.stop, batch_size):
-        part = range(first, min(first + batch_size, indices.stop))
+    for part in chunks(indices, batch_size or model.sampling_batch):
+        noise = draw_noise(model, sampler.num_noises, part.start, part.stop, seed)
         with torch.no_grad():
-            noise = draw_noise(model, sampler.num_noises, part.start, part.stop, seed)
-            pixels = model.decode_pixels(sample(model, sampler, noise, model.conditions(part, asked)))
-        if not pixels.isfinite().all():
-            numbers = f"{part[0]} to {part[-1]}"
-            raise NotFinite(f"{name}: images {numbers} are not finite; take another checkpoint or float32")
+            x0 = sample(model, sampler, noise, model.conditions(part, asked))
+        images = decoded(model, x0, part, name)
         report(part.stop - indices.start)
-        yield to_images(pixels).cpu()
+        yield images
+
+
+def generate_stops(
+    model: ImageModel, indices: range, seed: int = 0, asked: Asked = None, batch_size: int | None = None, name: str = ""
+) -> Iterator[list[Tensor]]:
+    """What `generate_batches` gives of a student at each of its K stops, bit for bit, of one rollout: K batches."""
+    timesteps = torch.as_tensor(model.timesteps, dtype=torch.float64, device=model.device)
+    for part in chunks(indices, batch_size or model.sampling_batch):
+        noise = draw_noise(model, len(timesteps), part.start, part.stop, seed)
+        with torch.no_grad():
+            stops = whole_rollout(model.denoiser, noise, timesteps, model.conditions(part, asked))
+        yield [decoded(model, x0, part, name) for x0 in stops]
+
+
+@torch.no_grad()
+def decoded(model: ImageModel, x0: Tensor, numbers: range, name: str) -> Tensor:
+    """uint8 images of x0 (B, ...) on the CPU; raises NotFinite, with the model's `name` and the images' numbers."""
+    pixels = model.decode_pixels(x0)
+    if not pixels.isfinite().all():
+        what = f"images {numbers[0]} to {numbers[-1]} are not finite"
+        raise NotFinite(f"{name}: {what}; take another checkpoint or float32")
+    return to_images(pixels).cpu()
 
 
 def generate(model: ImageModel, sampler: Sampler, indices: range, *args: Any, **kwargs: Any) -> Tensor:
