@@ -204,7 +204,7 @@ KINDS = "teach, teach-text, teach-autoencoder, distill, regress"
         ({**TEACH, "model": {"chanels": 1}}, "model.chanels: unknown key, did you mean 'model.channels'?"),
         ({**TEACH, "guidance_scale": 2}, "guidance_scale: unknown key"),
         ({**TEACH, "distill": 2}, "distill: unknown key"),
-        ({**DISTILL, "distill": 2}, "distill: unknown key"),
+        ({**DISTILL, "distill": 2}, "distill: unknown key, did you mean 'diversity'?"),  # the nearest there is
         ({**DISTILL, "studnet": {}}, "studnet: unknown key, did you mean 'student'?"),
         (
             student(optimizer={"weight_decya": 0}),
@@ -228,7 +228,9 @@ KINDS = "teach, teach-text, teach-autoencoder, distill, regress"
             {**TEACH, "data": "digits"},
             "data: …must hold keys (source, split, image_column, …), not 'digits'",
         ),
-        (student(timesteps=80), "student.timesteps: …list…"),
+        (student(timesteps=80), "student.timesteps: takes a list of times, random, or null, not 80"),
+        (student(timesteps=[80, "x"]), "student.timesteps: takes a list of times, random, or null, not [80, 'x']"),
+        (student(timesteps="rand"), "student.timesteps: takes a list of times, random, or null, not 'rand'"),
         ({**DISTILL, "guidance_scale": 0.5}, "guidance_scale: …greater than or equal to 1…"),
         ({**TEACH, "optimizer": {"betas": [2, 0.9]}}, "optimizer.betas.0: …less than 1…"),
         ({**TEACH, "class_dropout": 0.1}, "class_dropout: …null_class…"),

@@ -103,10 +103,12 @@ def test_a_shared_base_is_counted_once_and_eight_bits_need_no_package() -> None:
     assert found.checkpoint == 12 * trained + 4 * found.trained["student"]
 
 
-@pytest.mark.parametrize("samples", ["step", "cycle"])
-def test_arithmetic_is_the_mean_over_all_stops(samples: str) -> None:
+@pytest.mark.parametrize(
+    "more", [[], ["critic.samples=cycle"], ["student.stops=mixed"], ["student.stops=mixed", "gan.r1_weight=1"]]
+)
+def test_arithmetic_is_the_mean_over_all_stops(more: list[str]) -> None:
     few = ["batch_size=2", "student.num_timesteps=2", "student.timesteps=[80, 1]", "student_every=3"]
-    recipe, model = digits(*few, f"critic.samples={samples}", block_out_channels=[8], attention=[False])
+    recipe, model = digits(*few, *more, block_out_channels=[8], attention=[False])
     found, counted = plan(recipe, Outline.of(model)), dict.fromkeys(TURNS, 0.0)
     method = real_method(recipe, model)
     for stop in range(2):
@@ -117,6 +119,18 @@ def test_arithmetic_is_the_mean_over_all_stops(samples: str) -> None:
             counted[turn] += counter.get_total_flops() / 2
     assert found.operations == pytest.approx(counted, rel=1e-6)
     assert found.cycle == pytest.approx(counted[TURNS[0]] + 2 * counted[TURNS[1]], rel=1e-6)
+
+
+def test_a_first_step_that_follows_the_teacher_is_counted() -> None:
+    """Of two timesteps the second alone is matched, so every stop is the same; guided, the teacher's calls are two."""
+    few = ["batch_size=2", "student.num_timesteps=2", "student.timesteps=[80, 1]", "student_every=3"]
+    more = ["diversity.weight=0.1", "diversity.steps=3"]
+    recipe, model = digits(*few, *more, block_out_channels=[8], attention=[False])
+    found, method = plan(recipe, Outline.of(model)), real_method(recipe, model)
+    for step, turn in enumerate(TURNS):
+        with FlopCounterMode(display=False) as counter:
+            steps(method, recipe, pictures, (step,))
+        assert found.operations[turn] == pytest.approx(counter.get_total_flops(), rel=1e-6)
 
 
 def test_parts_take_the_arithmetic_of_one_and_less_memory() -> None:

@@ -221,6 +221,14 @@ class StudentSettings(Settings):
         what = f"a number from 0 to below 1, or a list of different ones, at most {MAX_DECAYS}"
         raise ValueError(f"takes {what}, not {given!r:.60}")
 
+    @field_validator("timesteps", mode="before")
+    @classmethod
+    def _times_are_a_list(cls, given: Any) -> Any:
+        with suppress(TypeError, ValueError, OverflowError):
+            if given is None or given == "random" or (isinstance(given, list) and [float(each) for each in given]):
+                return given
+        raise ValueError(f"takes a list of times, random, or null, not {given!r:.60}")
+
     @model_validator(mode="after")
     def _timesteps_fit(self) -> Self:
         times = self.timesteps
