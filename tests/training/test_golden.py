@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from fewstep.commands.distill import distill
+from fewstep.commands.options_files import Pairs
+from fewstep.commands.pairs import pairs
 from fewstep.commands.teach import teach
 from fewstep.recipes.loading import load_recipe, recipe_names
 
@@ -22,11 +24,16 @@ SHORT = ["num_steps=20", "log_every=1", "checkpoint_every=20", "sample_every=20"
 
 
 def run_recipe(name: str, folder: Path) -> list[dict[str, float]]:
-    """The metrics of 20 steps; a student's teacher is two steps old."""
+    """The metrics of 20 steps; a student's teacher is two steps old, and so are its pairs."""
     recipe = load_recipe(name, SHORT)
     if recipe.kind == "distill":
         teach(load_recipe(recipe.teacher, [*SHORT, "num_steps=2"]), folder / "teacher", report=lambda *_: None)
-        recipe = load_recipe(name, [*SHORT, f"teacher={folder / 'teacher'}"])
+        settings = [f"teacher={folder / 'teacher'}"]
+        if recipe.regression_weight:
+            teacher, made, sampler = str(folder / "teacher"), folder / "pairs", recipe.regression.sampler
+            pairs(Pairs(teacher=teacher, num=32, sampler=sampler, out=made), report=lambda *_: None)
+            settings.append(f"regression.pairs={made}")
+        recipe = load_recipe(name, [*SHORT, *settings])
     verb = teach if recipe.kind == "teach" else distill
     verb(recipe, folder / name, report=lambda *_: None)
     return [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]

@@ -1,6 +1,6 @@
 """`fewstep data`: prepares data for text-to-image runs."""
 
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -19,7 +19,7 @@ from fewstep.models.loading.pretrained import open_model
 from fewstep.recipes.loading import read_run_recipe
 from fewstep.runtime.checkpoint import RECIPE
 from fewstep.runtime.runs import find
-from fewstep.runtime.tracking import progress_bar
+from fewstep.runtime.tracking import Report, progress_bar
 from fewstep.stopping import advising
 
 
@@ -51,6 +51,15 @@ def latents(given: Latents) -> None:
     total = images.length + sum(dropped.values())
     print(f"kept {description['count']:,} of {total:,} images; {describe_dropped(description['dropped'])}")
     tell_done(f"{given.out}, {description['count']:,} latents", f"distill RECIPE --set data.source={given.out}")
+
+
+def encode_first(autoencoder: Path, source: str, num: int, out: Path, report: Report) -> None:
+    """Encodes the first `num` captioned images of a source into the folder `out`, or goes on with it."""
+    model = open_encoder(autoencoder)
+    images = open_captioned_images(DataSettings(source=source), model.image_size)
+    images = replace(images, length=min(images.length, num))
+    plan = {**model.latent_space, "seed": 0, "source": source}
+    write_latents(images, model.encode_images, plan, out, {}, 100, lambda done: report(done, {}))
 
 
 def open_encoder(path: Path, config: str | None = None) -> Autoencoder:

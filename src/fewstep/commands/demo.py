@@ -5,7 +5,6 @@ Two processes share the work with one thread each; what has no company takes bot
 
 import signal
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -16,15 +15,14 @@ import torch
 import yaml
 from torch import Tensor
 
-from fewstep.commands.data import open_encoder
+from fewstep.commands.data import encode_first
 from fewstep.commands.distill import JOBS as DISTILL
 from fewstep.commands.evaluate import publish
 from fewstep.commands.options import Demo
 from fewstep.commands.runs import check_target, train_recipe
 from fewstep.commands.teach import JOBS as TEACH
-from fewstep.data.latents import write_latents
 from fewstep.data.settings import DataSettings
-from fewstep.embedded.sources import open_captioned_images, open_images
+from fewstep.embedded.sources import open_images
 from fewstep.errors import Interrupted
 from fewstep.evaluation.extractors import CLASSIFIER_STEPS, open_classifier
 from fewstep.evaluation.judge import MAX_REAL, Judge, Means, classifier_path, make_judge
@@ -165,11 +163,7 @@ def _classify(recipe: TeachRecipe, out: Path, report: Report) -> None:
 
 
 def _encode(job: Job, out: Path, report: Report) -> None:
-    model = open_encoder(out / str(job.autoencoder))
-    images = open_captioned_images(DataSettings(source=job.source), model.image_size)
-    images = replace(images, length=min(images.length, job.num_latents))
-    plan = {**model.latent_space, "seed": 0, "source": job.source}
-    write_latents(images, model.encode_images, plan, out / LATENTS, {}, 100, lambda done: report(done, {}))
+    encode_first(out / str(job.autoencoder), job.source, job.num_latents, out / LATENTS, report)
 
 
 def _again(model: ImageModel, sampler: Sampler, drawn: Tensor, numbers: range, asked: Asked) -> Iterable[Tensor]:

@@ -276,6 +276,38 @@ class Sweep(Order):
     family: Family = None
 
 
+@verb("ablate", "ablate.ablate", "update-ratio --seeds 0,1,2")
+class Ablate(Order):
+    """Repeat a study: recipes x seeds, side by side, to a table of means and deviations and a plot.
+
+    Runs lie in OUT by what their recipes say: none is run twice, and the same command goes on after a stop.
+    """
+
+    study: Annotated[
+        Place, Argument(help="Name of a study, or a YAML file; `list` tells those that come with fewstep.")
+    ]
+    out: Path = option(
+        "Folder of the runs and, by study, of table.md, results.json and plot.png.", Path("runs/studies")
+    )
+    seeds: str | None = option("Parted by commas.", metavar="LIST", show_default="the study's")
+    jobs: int | None = option(
+        "Runs at a time, one thread each.", metavar="N", min=1, max=1000, show_default="the cores"
+    )
+    set_: Annotated[list[str], Option("--set", metavar="KEY=VALUE", help="Override in all rows; repeatable.")] = field(
+        default_factory=list
+    )
+    num_samples: int | None = option(
+        "Images that a run is judged by.", metavar="N", min=100, max=MOST, show_default="the study's"
+    )
+
+    def arguments(self) -> tuple[Any, ...]:
+        """What is asked, and the study, whose mistakes are told before torch is imported; None for `list`."""
+        from fewstep.recipes.studies.loading import load_study
+
+        listed = self.study == "list"
+        return self, None if listed else load_study(self.study, self.set_, self.seeds, self.num_samples)
+
+
 @verb("report", "report.report", "runs/digits-4step --watch")
 class Report(Order):
     """Show whether runs converge, on one page: findings in words, curves, samples, what differs in settings.

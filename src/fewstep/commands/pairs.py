@@ -19,12 +19,12 @@ from fewstep.models.pixel_model import PixelModel
 from fewstep.models.sampler import MULTISTEP, RENOISING, Sampler, parse_sampler, sample
 from fewstep.networks.families import use_family
 from fewstep.networks.precision import INFERENCE_DTYPES
-from fewstep.runtime.tracking import progress_bar
+from fewstep.runtime.tracking import Report, progress_bar
 from fewstep.seeding import Draws, generator
 from fewstep.stopping import advising
 
 
-def pairs(given: Pairs) -> None:
+def pairs(given: Pairs, report: Report | None = None) -> None:
     """Draws this rank's share of pairs into a folder, or goes on with it; prints what is there."""
     out, num = given.out, given.num
     check_writable(out)
@@ -44,7 +44,7 @@ def pairs(given: Pairs) -> None:
     model.denoiser.to(dtype)
     model.to(device)
     made = (drawer(model, sampler), conditions, plan, out, given.batch_size or model.sampling_batch, rank, num_ranks)
-    quiet = None if rank == 0 else lambda done, metrics: None
+    quiet = report if rank == 0 else lambda done, metrics: None
     bar = progress_bar("draw pairs", -(-num // num_ranks), quiet)
     with advising(f"the same command goes on with {out}"), bar as show:
         missing = write_pairs(*made, lambda done: show(done, {}))

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+import fewstep
 from fewstep.commands.places import check_writable
 from fewstep.data.images import ImageSet, content_digest
 from fewstep.data.latents import LatentSet
@@ -253,7 +254,7 @@ def start_run(job: Job, run: Path, recipe: AnyRecipe, report: Report | None) -> 
     """Writes the recipe, and of a new run what it begins with, and trains; raises UserError if a teacher is another."""
     begun = read_run_recipe(run / RECIPE) if (run / RECIPE).exists() else None
     if begun is None:
-        facts = {"data": content_digest(recipe.data), "teacher": job.teacher}
+        facts = {"data": content_digest(recipe.data), "teacher": job.teacher, "version": fewstep.__version__}
         write_text(run / FACTS, json.dumps(facts) + "\n")
     elif job.teacher and read_facts(run).get("teacher", job.teacher) != job.teacher:
         raise UserError(f"{run}: the teacher is not the one that the run began with; choose another --out")

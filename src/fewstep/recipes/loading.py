@@ -27,22 +27,26 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
-def load_recipe(name: str, overrides: Sequence[str] = (), verb: str | None = None) -> Any:
-    """The recipe of that name, or in that YAML file, over what it extends, with `a.b=value` overrides put in.
+def load_recipe(
+    name: str, overrides: Sequence[str | dict[str, Any]] = (), verb: str | None = None, strict: bool = True
+) -> Any:
+    """The recipe of that name, or in that YAML file, over what it extends, with overrides put in.
 
-    Raises UserError for an unknown name, key or type, naming the nearest right one, for a value of the user's that
-    changes nothing, or if it is not for the `verb`.
+    These are `a.b=value`, or settings as they were read. Raises UserError for an unknown name, key or type, naming the
+    nearest right one, where it is `strict` for a value of the user's that changes nothing, or if it is not for the
+    `verb`.
     """
     path = find(name, verb)
     content, given = (_extended(path, shipped=shipped) for shipped in (True, False))
     told: dict[str, Any] = {}
     for override in overrides:
-        content, given, told = (_over(each, _override(override)) for each in (content, given, told))
+        content, given, told = (over(each, read_override(override)) for each in (content, given, told))
     recipe = parse(_without_images(content, given), name)
     _keep_given(recipe, given)
     own = read_file(path) if path.parent != FOLDER else {}
-    for given in (own, told):
-        _refuse_idle(recipe, given, name)
+    for given in (own, told) if strict else ():
+        for key, reason in idle_among(recipe, given):
+            raise UserError(f"recipe {name}: {key} changes nothing, for {reason}; leave it out")
     if verb not in (None, right := _verb(recipe.kind)):
         raise UserError(f"recipe {name}: is for `fewstep {right} {name}`, not for `fewstep {verb}`")
     return recipe
@@ -54,7 +58,7 @@ def _without_images(content: dict[str, Any], given: dict[str, Any]) -> dict[str,
     null = source is None or (source in ("null", "") and source.meant is None)  # a folder may be called null
     weights = {"student_weight": 0, "critic_weight": 0}
     off = null and content.get("kind") == "distill" and not weights.keys() & _group(given.get("gan")).keys()
-    return _over(content, {"gan": weights}) if off else content
+    return over(content, {"gan": weights}) if off else content
 
 
 def _verb(kind: str) -> str:
@@ -78,13 +82,13 @@ def _extended(path: Path, heirs: tuple[Path, ...] = (), shipped: bool = True) ->
         base = find(str(beside) if beside.suffix and beside.is_file() else name)
     except UserError as error:
         raise UserError(f"{path}: extends: {error}") from error
-    return _over(_extended(base, (*heirs, path.resolve()), shipped), content)
+    return over(_extended(base, (*heirs, path.resolve()), shipped), content)
 
 
-def _over(base: dict[str, Any], content: dict[str, Any]) -> dict[str, Any]:
+def over(base: dict[str, Any], content: dict[str, Any]) -> dict[str, Any]:
     """Nested settings with those of `content` in their place; a list is a single value."""
     both = {key: _group(base.get(key)) for key, value in content.items() if isinstance(value, dict)}
-    return {**base, **content, **{key: _over(below, content[key]) for key, below in both.items() if below}}
+    return {**base, **content, **{key: over(below, content[key]) for key, below in both.items() if below}}
 
 
 def _group(value: Any) -> dict[str, Any]:
@@ -120,8 +124,8 @@ def _keep_given(recipe: BaseModel, given: dict[str, Any]) -> None:
             _keep_given(value, _group(given.get(name)))
 
 
-def _refuse_idle(recipe: BaseModel, given: dict[str, Any], name: str) -> None:
-    """Raises UserError for a value among those given that changes nothing: whoever gives one believes that it does."""
+def idle_among(recipe: BaseModel, given: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """(dotted key, why) for every value given that changes nothing, where whoever gives one believes that it does."""
     for key, reason in idle(recipe):
         *above, last = key.split(".")
         at, settings = given, recipe
@@ -130,7 +134,7 @@ def _refuse_idle(recipe: BaseModel, given: dict[str, Any], name: str) -> None:
         fields = type(settings).model_fields
         written = _is_whole(given, recipe) and _is_whole(at, settings)
         if last in at and not written and getattr(settings, last) != fields[last].get_default():
-            raise UserError(f"recipe {name}: {key} changes nothing, for {reason}; leave it out")
+            yield key, reason
 
 
 def _is_whole(given: dict[str, Any], settings: BaseModel) -> bool:
@@ -208,8 +212,21 @@ def defaults(recipe: BaseModel, usual: BaseModel | None = None, above: str = "")
             yield f"{above}{name}", default
 
 
-def _override(text: str) -> dict[str, Any]:
+def nested(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings whose keys may be dotted, as groups in one another."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        inner: Any = nested(value) if isinstance(value, dict) else value
+        for part in reversed(key.split(".")):
+            inner = {part: inner}
+        found = over(found, inner)
+    return found
+
+
+def read_override(text: str | dict[str, Any]) -> dict[str, Any]:
     """`a.b=value` as nested settings, the value as typed."""
+    if isinstance(text, dict):
+        return text
     key, separator, value = text.partition("=")
     if not separator or not key.strip():
         raise UserError(f"--set {shown(text)}: write key=value, for example num_steps=1000")

@@ -16,7 +16,8 @@ WORDS = {word: key for key, words in _LINES for word in words.split()}
 def explain(error: ValidationError, kinds: Mapping[Any, type[BaseModel]], kind: object) -> str:
     """The first mistake as `key: what is wrong`, with the right key if one is misspelt."""
     first, more = error.errors()[0], error.error_count() - 1
-    location = [str(part) for part in first["loc"][1:]]  # behind the kind
+    tagged = first["loc"][:1] == (kind,)
+    location = [str(part) for part in first["loc"][tagged:]]
     key, given = shown(".".join(location), 200, quoted=False), first["input"]
     if first["type"].startswith("union_tag"):
         return f"kind: must be {', '.join(map(str, kinds))}, not {shown(kind)}"

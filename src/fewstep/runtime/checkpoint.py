@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
 
 RECIPE = "recipe.yaml"
-FACTS = "facts.json"  # what the run began with: digests of its data and of its teacher
+FACTS = "facts.json"  # what the run began with: digests of its data and of its teacher, and fewstep's version
 METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"
 FROZEN = "frozen"  # folder of a run: the autoencoder and the text encoders, which its checkpoints link to

@@ -1,20 +1,22 @@
-"""Tasks that share the machine: a pool of processes that report to one display and stop together."""
+"""Tasks that share the machine and report to one display: in a pool that stops together, or each in its own process."""
 
 import multiprocessing
 import os
 import queue
 import signal
 import threading
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
 import torch
 
-from fewstep.errors import Interrupted, UserError
-from fewstep.runtime.tracking import first_metric, progress_display
+from fewstep.errors import Interrupted, UserError, brief, out_of_memory
+from fewstep.runtime.tracking import Advance, Report, first_metric, progress_display
 from fewstep.stopping import end_quietly, stop_request
 
 NUM_PROCESSES = 2
@@ -32,6 +34,16 @@ class Task(NamedTuple):
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
     threads: int = 1
+
+
+@contextmanager
+def _blocked_ctrl_c() -> Iterator[None]:
+    """For the start of processes: they inherit it, for Ctrl-C must not meet them before they know what it means."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
 
 
 class TaskRunner:
@@ -53,12 +65,8 @@ class TaskRunner:
         return [future.result() for future in futures]
 
     def _submit(self, tasks: Sequence[Task]) -> list[Future[Any]]:
-        """Starts processes that inherit a blocked Ctrl-C, which must not meet them before they know what it means."""
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-        try:
+        with _blocked_ctrl_c():
             return [self.pool.submit(_run_task, index, task) for index, task in enumerate(tasks)]
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
 
     def _show(self, tasks: Sequence[Task], futures: list[Future[Any]]) -> None:
         """Shows what the workers report until every task has ended or one has failed."""
@@ -98,6 +106,10 @@ def task_runner() -> Iterator[TaskRunner]:
 def _start_worker(messages: Any, stopping: Any) -> None:
     global _messages, _stopping
     _messages, _stopping = messages, stopping
+    _be_a_worker()
+
+
+def _be_a_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the first one stops the others
     signal.signal(signal.SIGTERM, end_quietly)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
@@ -127,3 +139,125 @@ def _run_task(index: int, task: Task) -> Any:
     finally:
         if _orphaned.is_set():  # nobody is there to take a result, or to give another task
             os._exit(1)
+
+
+class Failure(NamedTuple):
+    """In the place of a task's result: why there is none."""
+
+    reason: str
+
+
+Ended = Callable[[int, Any], None]
+"""Told the number of a task that has ended, and its result or `Failure`."""
+
+
+def run_apart(tasks: Sequence[Task], jobs: int, ended: Ended = lambda index, result: None) -> list[Any]:
+    """The results, in the order of the tasks, at most `jobs` of which run at once, each in a process of its own.
+
+    One that fails, or whose process is killed, leaves the others alone: a `Failure` is in its place. Ctrl-C and SIGTERM
+    end all of them, a training behind a checkpoint, and raise Interrupted.
+    """
+    results: list[Any] = [None] * len(tasks)
+    waiting, running = deque(enumerate(tasks)), dict[Connection, _Apart]()
+    totals = Counter[str]()
+    for task in tasks:
+        totals[task.title] += task.total
+    with stop_request() as stop_requested, progress_display() as start, ExitStack() as stack:
+        stack.callback(_end_all, running)
+        lines = {title: _Line(start(title, total)) for title, total in totals.items()}
+        while waiting or running:
+            while waiting and len(running) < jobs and not stop_requested():
+                each = _Apart(*waiting.popleft())
+                running[each.connection] = each
+            for connection in wait([*running], timeout=0.2):
+                each = running[connection]  # type: ignore[index]
+                if each.read(lines[each.task.title]):
+                    del running[each.connection]
+                    results[each.index] = each.result
+                    ended(each.index, each.result)
+            if number := stop_requested():
+                raise Interrupted("stopped", number)
+    return results
+
+
+def _end_all(running: dict[Connection, "_Apart"]) -> None:
+    """Asks the processes to end, and waits until they have; nobody reads what they still send."""
+    for each in running.values():
+        each.connection.close()
+        each.process.terminate()
+    for each in running.values():
+        each.process.join()
+
+
+class _Line:
+    """The progress of the tasks of one title."""
+
+    def __init__(self, advance: Advance):
+        self.advance, self.done = advance, Counter[int]()
+
+    def tell(self, index: int, done: int, note: str) -> None:
+        self.done[index] = done
+        self.advance(self.done.total(), note)
+
+
+class _Apart:
+    """A task in its process, and what that has sent."""
+
+    def __init__(self, index: int, task: Task):
+        self.index, self.task = index, task
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe(duplex=False)
+        self.process = context.Process(target=_run_apart, args=(task, theirs))
+        with _blocked_ctrl_c():
+            self.process.start()
+        theirs.close()  # so that the end of the process is the end of the pipe
+        self.result: Any = None
+
+    def read(self, line: _Line) -> bool:
+        """Takes in one message; whether it was the last."""
+        try:
+            kind, *told = self.connection.recv()
+        except (EOFError, OSError):  # it ended without a word
+            self.process.join()
+            kind, told = "result", [Failure(_killed(self.process.exitcode or 0))]
+        if kind == "progress":
+            line.tell(self.index, *told)
+            return False
+        self.connection.close()
+        self.process.join()
+        (self.result,) = told
+        return True
+
+
+def _killed(code: int) -> str:
+    """What is told of a process that ended without a word."""
+    if code >= 0:
+        return f"its process ended with exit code {code}"
+    name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+    return f"its process was killed ({name})" + (", as where memory is short" if code == -signal.SIGKILL else "")
+
+
+def _run_apart(task: Task, connection: Connection) -> None:
+    _be_a_worker()
+    torch.set_num_threads(task.threads)
+
+    def report(done: int, metrics: dict[str, float]) -> None:
+        with suppress(OSError):  # nobody is there to be told, who has asked this process to end, too
+            connection.send(("progress", done, first_metric(metrics)))
+
+    report(0, {})
+    result = attempt(task, report)
+    with suppress(OSError):  # likewise
+        connection.send(("result", result))
+
+
+def attempt(task: Task, report: Report) -> Any:
+    """The result of a task, or why it has failed."""
+    try:
+        return task.function(*task.arguments, report)
+    except UserError as error:
+        return Failure(str(error))
+    except OSError as error:
+        return Failure(f"{error.filename or 'a file'}: {error.strerror or brief(error)}")
+    except Exception as error:
+        return Failure(out_of_memory(error) or brief(error))

@@ -1,0 +1,1 @@
+"""Studies: recipes x seeds, one YAML each, and how they are read."""
