@@ -25,7 +25,12 @@ from fewstep.runtime.tracking import Report
 from fewstep.runtime.workers import Ended, Task, attempt
 from steps import curves, last_state, quiet, same
 
-SMALL = {"num_steps": 2, "batch_size": 4, "model": {"block_out_channels": [8, 8], "norm_num_groups": 4}}
+SMALL = {
+    "num_steps": 2,
+    "batch_size": 4,
+    "grid_images": 2,
+    "model": {"block_out_channels": [8, 8], "norm_num_groups": 4},
+}
 PAIRS, TWO_STEPS = {"pairs": "digits-pairs", "sampler": "heun:2"}, {"num_timesteps": 2, "timesteps": [80, 1]}
 STUDY: dict[str, Any] = {
     "description": "a small one",
@@ -38,7 +43,14 @@ STUDY: dict[str, Any] = {
     "seeds": [0, 1],
     "num_samples": 100,
     "recipe": "digits-1step",
-    "set": {"num_steps": 4, "batch_size": 4, "student_every": 2, "log_every": 1, "checkpoint_every": 2},
+    "set": {
+        "num_steps": 4,
+        "batch_size": 4,
+        "student_every": 2,
+        "log_every": 1,
+        "checkpoint_every": 2,
+        "grid_images": 2,
+    },
     "rows": [
         {"name": "pairs", "set": {"regression_weight": 0.25, "regression": PAIRS}},
         {"name": "two steps", "recipe": "digits-4step", "set": {"student": TWO_STEPS}},
@@ -170,7 +182,13 @@ def test_a_run_made_by_hand_is_the_same_run(place: Path, here: Here) -> None:
     run, told = run_of("two steps", 0), results()
     shutil.rmtree(run)
     settings = {"student.num_timesteps": 2, "student.timesteps": "[80,1]", "num_steps": 4, "batch_size": 4}
-    settings |= {"student_every": 2, "log_every": 1, "checkpoint_every": 2, "teacher": "out/digits-teacher"}
+    settings |= {
+        "student_every": 2,
+        "log_every": 1,
+        "checkpoint_every": 2,
+        "grid_images": 2,
+        "teacher": "out/digits-teacher",
+    }
     sets = " ".join(f"--set {key}={value}" for key, value in settings.items())
     assert fewstep(f"distill digits-4step --out {run} {sets}")[0] == 0
     assert fewstep("ablate mine.yaml --out out")[0] == 0

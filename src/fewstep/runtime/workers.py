@@ -106,13 +106,14 @@ def task_runner() -> Iterator[TaskRunner]:
 def _start_worker(messages: Any, stopping: Any) -> None:
     global _messages, _stopping
     _messages, _stopping = messages, stopping
-    _be_a_worker()
-
-
-def _be_a_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the first one stops the others
-    signal.signal(signal.SIGTERM, end_quietly)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+    _end_with_parent()
+
+
+def _end_with_parent() -> None:
+    """Has SIGTERM end this process, which a run answers behind a checkpoint, and so does its parent's end."""
+    signal.signal(signal.SIGTERM, end_quietly)
     threading.Thread(target=_watch_parent, daemon=True).start()
 
 
@@ -238,7 +239,9 @@ def _killed(code: int) -> str:
 
 
 def _run_apart(task: Task, connection: Connection) -> None:
-    _be_a_worker()
+    # Ctrl-C stays blocked here: a run would take it for a first request to stop, and SIGTERM for a second, to be obeyed
+    # at once.
+    _end_with_parent()
     torch.set_num_threads(task.threads)
 
     def report(done: int, metrics: dict[str, float]) -> None:
