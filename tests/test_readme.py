@@ -14,6 +14,7 @@ import yaml
 from diffusers import AutoencoderTiny, StableDiffusionXLPipeline
 from PIL import Image
 
+from apart import Here
 from command_line import fewstep
 from edm_files import small_network, write_checkpoint
 from fewstep.cli.verbs import VERBS
@@ -39,6 +40,7 @@ SMALL = {
     "evaluate runs/emoji-teacher": "--num-samples 100 --sampler euler:1",
     "evaluate": "--num-samples 100",
     "data pairs": "--num 4",
+    "ablate my-study.yaml": "--num-samples 100 --set num_steps=2 --set batch_size=4 --seeds 0",
 }
 
 
@@ -65,6 +67,7 @@ def _quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extractors, "train_classifier", partial(extractors.train_classifier, num_steps=5))
     monkeypatch.setattr("fewstep.commands.evaluate.images_per_second", lambda *args: 1.0)
     monkeypatch.setattr("fewstep.recipes.new.SECONDS", 0)
+    monkeypatch.setattr("fewstep.commands.ablate.run_apart", Here())
 
 
 def test_the_commands_run_in_the_order_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,6 +119,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("prompts.txt", "my-prompts.txt"):
         (folder / name).write_text("a cat\na red dog\ntwo birds")
     (folder / "my-sdxl.yaml").write_text(blocks("yaml", (ROOT / "docs" / "your-own-sdxl.md").read_text())[0])
+    (folder / "my-study.yaml").write_text(blocks("yaml", (ROOT / "docs" / "ablations.md").read_text())[0])
     large = [encoded(Image.new("RGB", (1024, 1024), (5 * i, 90, 200))) for i in range(40)]  # enough to judge by
     pairs = [((f"{i}.png", image), (f"{i}.txt", f"a {i}".encode())) for i, image in enumerate(large)]
     write_tar(folder / "captioned.tar", dict(member for pair in pairs for member in pair))
@@ -164,6 +168,7 @@ def test_what_the_blocks_make_is_there(place: Path) -> None:
         "with-lora.png",
         "my-sweep/grid.png",
         "extracted.safetensors",
+        "runs/studies/my-study/plot.png",
     }
     assert all((place / name).exists() for name in made)
     runs = ("sdxl-4step", "sdxl-1step-init", "sdxl-1step", "imagenet64-1step")

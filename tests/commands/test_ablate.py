@@ -3,13 +3,12 @@
 import errno
 import json
 import os
-import pickle
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,12 @@ import pytest
 import yaml
 
 import fewstep.commands.ablate as module
+from apart import Here
 from command_line import fewstep, refused
 from fewstep.errors import Interrupted
 from fewstep.evaluation import extractors
 from fewstep.runtime.tracking import Report
-from fewstep.runtime.workers import Ended, Task, attempt
-from steps import curves, last_state, quiet, same
+from steps import curves, last_state, same
 
 SMALL = {
     "num_steps": 2,
@@ -57,27 +56,6 @@ STUDY: dict[str, Any] = {
     ],
 }
 RUNS = {"pairs": "digits-1step", "two steps": "digits-4step"}
-
-
-class Here:
-    """In place of processes: tasks one after the other, each of which may be told to do something else first."""
-
-    def __init__(self) -> None:
-        self.ran: list[str] = []
-        self.first = dict[str, Any]()  # by title
-
-    def __call__(self, tasks: Sequence[Task], jobs: int, ended: Ended = lambda index, result: None) -> list[Any]:
-        results = []
-        for index, task in enumerate(pickle.loads(pickle.dumps(tasks))):
-            self.ran.append(task.title)
-            results.append(attempt(task._replace(function=partial(self.run, task)), quiet))
-            ended(index, results[-1])
-        return results
-
-    def run(self, task: Task, *arguments: Any) -> Any:
-        if first := self.first.pop(task.title, None):
-            first()
-        return task.function(*arguments)
 
 
 @pytest.fixture(autouse=True)
