@@ -22,7 +22,7 @@ from fewstep.commands.options import (
 
 @verb("export", "exporting.export", "runs/sdxl-4step sdxl-4step.safetensors")
 class Export(Order):
-    """Write a student as a diffusers folder, as one file for ComfyUI and A1111, or as a LoRA."""
+    """Write a student for diffusers, ComfyUI and A1111: as a folder, as one file, or as a LoRA."""
 
     # None is the target's own default
     run: Annotated[Place, Argument(help="RUN, RUN@STEP or RUN@best-METRIC.")]
