@@ -110,6 +110,7 @@ def test_a_study_runs_every_row_with_every_seed_and_tells_all_numbers(place: Pat
     assert (recipe["seed"], recipe["teacher"]) == (1, "out/digits-teacher")
     assert recipe["regression"]["pairs"] == "out/digits-pairs"
     assert "student.num_timesteps: 1 -> 2" in found["rows"][3]["differences"]
+    assert found["rows"][2]["settings"]["regression"] == PAIRS
     table = Path("out/mine/table.md").read_text()
     assert table.startswith("# mine\n\na small one\n\n100 images a run; mean ± standard deviation over seeds 0, 1.\n")
     assert Path("out/mine/plot.png").stat().st_size > 1000

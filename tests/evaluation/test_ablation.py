@@ -14,7 +14,7 @@ FIDS = [0.21, 0.198, 0.233, 0.187]
 def line(name: str, fids: list[float], lost: int = 0, **more: object) -> Line:
     runs = [Run(n, f"r-{n}", "0.1.0", 60.0 + n, {"fid": fid, "recall": 0.5}) for n, fid in enumerate(fids)]
     absent = [Run(len(fids) + n, f"l-{n}", missing="its process was killed (SIGKILL)") for n in range(lost)]
-    return Line(name, [*runs, *absent], "digits-1step", ["student_every: 5 -> 1"], **more)
+    return Line(name, [*runs, *absent], "digits-1step", **more)
 
 
 TEACHER = Line("teacher, heun 18", [Run(None, "teacher", values={"fid": 0.136, "recall": 0.9})])

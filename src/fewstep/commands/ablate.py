@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -34,7 +35,7 @@ from fewstep.models.loading.pretrained import open_model
 from fewstep.models.sampler import MULTISTEP, Sampler, parse_sampler
 from fewstep.recipes.loading import differences, read_run_recipe
 from fewstep.recipes.schema import AnyRecipe
-from fewstep.recipes.studies.loading import Making, Row, Study, load_study, study_names
+from fewstep.recipes.studies.loading import Making, Row, Study, load_study, settings_of, study_names
 from fewstep.runtime.checkpoint import METRICS, RECIPE, checkpoint_steps
 from fewstep.runtime.tracking import Report, read_metrics
 from fewstep.runtime.workers import Failure, Task, run_apart
@@ -200,6 +201,7 @@ class Work:
         if not lacking and not unjudged:
             return {}
         self.prepare()
+        torch.set_num_threads(1)  # as in the processes of the runs, so that no figure depends on the machine's cores
         if first := self.first_model():
             self.judging.judge(first)  # which keeps what all need, under a progress bar of its own
         tasks, names = list[Task](), list[str]()
@@ -265,7 +267,7 @@ class Work:
         first = self.study.rows[0].recipe
         for row in self.study.rows:
             runs = [self.run(seed, model, failures) for each, seed, model in self.runs() if each is row]
-            found.append(Line(row.name, runs, row.recipe_name, differences(first, row.recipe)))
+            found.append(Line(row.name, runs, row.recipe_name, settings_of(row.recipe), differences(first, row.recipe)))
         return found
 
     def run(self, seed: int, model: Model, failures: dict[str, str]) -> Run:

@@ -38,7 +38,8 @@ class Line:
     name: str
     runs: Sequence[Run]
     recipe: str | None = None
-    differences: Sequence[str] = ()  # of its recipe from that of the first line
+    settings: Mapping[str, Any] = field(default_factory=dict)  # what its recipe says beyond the defaults
+    differences: Sequence[str] = ()  # of it from that of the first line
 
     @property
     def there(self) -> list[Run]:
@@ -156,7 +157,8 @@ def as_json(lines: Sequence[Line]) -> list[dict[str, Any]]:
         numbers = {name: line.numbers(name) for name in names}
         means = {name: mean(each) for name, each in numbers.items()}
         deviations = {name: stdev(each) for name, each in numbers.items() if len(each) > 1}
-        facts = {"name": line.name, "recipe": line.recipe, "differences": list(line.differences)}
+        facts: dict[str, Any] = {"name": line.name, "recipe": line.recipe}
+        facts |= {"settings": dict(line.settings), "differences": list(line.differences)}
         found.append({**facts, "mean": means, "sd": deviations, "runs": [asdict(run) for run in line.runs]})
     return found
 

@@ -76,10 +76,14 @@ def study_names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
+def settings_of(recipe: AnyRecipe) -> dict[str, Any]:
+    """What a recipe says beyond the defaults, but for its description."""
+    return recipe.model_dump(mode="json", exclude_defaults=True, exclude={"description"})
+
+
 def recipe_hash(recipe: AnyRecipe) -> str:
-    """8 hex digits of what a recipe says beyond the defaults; neither the order of keys nor the description counts."""
-    said = recipe.model_dump(mode="json", exclude_defaults=True, exclude={"description"})
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:8]
+    """8 hex digits of what it says, in whatever order."""
+    return hashlib.sha256(json.dumps(settings_of(recipe), sort_keys=True).encode()).hexdigest()[:8]
 
 
 def renamed(settings: Any, change: Callable[[str], str], places: Sequence[str] = PLACES) -> Any:
