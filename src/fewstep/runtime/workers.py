@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager, suppress
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
@@ -39,6 +40,7 @@ class Task(NamedTuple):
 @contextmanager
 def _blocked_ctrl_c() -> Iterator[None]:
     """For the start of processes: they inherit it, for Ctrl-C must not meet them before they know what it means."""
+    resource_tracker.ensure_running()  # else the first start of a process would, and that unblocks it
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield
