@@ -295,6 +295,44 @@ def test_runs_of_before_versions_were_kept_are_taken(place: Path, here: Here) ->
     assert results()["rows"][2]["runs"][0]["version"] is None
 
 
+@pytest.mark.slow
+def test_a_study_of_text_to_image_prepares_latents_and_the_run_that_students_start_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: Here
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    short = {"num_steps": 2, "batch_size": 4, "grid_images": 2}
+    model = {"model": {"block_out_channels": [16, 32]}}
+    data = {"data": {"source": "latents"}}
+    prepare = [
+        {"run": "shapes-autoencoder", "set": short},
+        {"latents": "latents", "autoencoder": "shapes-autoencoder", "num": 64},
+        {"run": "shapes-teacher", "set": {**short, **model, **data}},
+        {"run": "shapes-1step", "set": {**short, **data}},
+    ]
+    rows = [{"name": "four"}, {"name": "without", "set": {"student.backward_simulation": False}}]
+    text = {
+        "teacher": "shapes-teacher",
+        "samplers": ["ddim:2@1.5"],
+        "seeds": [3],
+        "num_samples": 100,
+        "set": {**short, **data},
+    }
+    Path("text.yaml").write_text(yaml.safe_dump({**text, "prepare": prepare, "recipe": "shapes-4step", "rows": rows}))
+    code, _, errors = fewstep("ablate text.yaml --out out")
+    assert code == 0, errors
+    recipe = yaml.safe_load((Path("out") / results("text")["rows"][2]["runs"][0]["folder"] / "recipe.yaml").read_text())
+    assert (recipe["data"]["source"], recipe["init_from"]) == ("out/latents", "out/shapes-1step")
+    teacher = yaml.safe_load(Path("out/shapes-teacher/recipe.yaml").read_text())
+    assert teacher["model"]["autoencoder"] == "out/shapes-autoencoder"
+    (run,) = results("text")["rows"][2]["runs"]
+    assert len(run["stops"]) == 4
+    assert {"fid", "fid_mean", "prompt_accuracy", "two_objects", "diversity"} <= run["values"].keys()
+    here.ran.clear()
+    code, _, errors = fewstep("ablate text.yaml --out out")
+    assert code == 0, errors
+    assert here.ran == []
+
+
 # --- with processes --------------------------------------------------------------------------------------------------
 
 
