@@ -35,6 +35,7 @@ ROWS = {
         *(("shapes-1step", "student", 1), ("shapes-4step", "student", 4)),
     ],
 }
+START = " --set init_from=digits-1step-init --set regression.num=8 --set regression.sampler=heun:2"
 KEYS = {
     "": [*metrics_of("features", "classes", "colours", "prompts"), "images_per_second"],
     "--text": [*metrics_of("features", "scenes", "colours", "prompts"), "images_per_second", "attributes"],
@@ -64,9 +65,10 @@ def test_a_demo_runs_writes_what_it_says_and_overwrites_nothing(
     monkeypatch.setattr(extractors, "train_classifier", partial(extractors.train_classifier, num_steps=20))
     monkeypatch.setattr(module, "task_runner", run_here)
     small = "--set num_steps=2 --set batch_size=4 --set model.block_out_channels=[16,32] --num-samples 100"
-    line = f"demo {option} --out {tmp_path}/demo {small}"
+    line = f"demo {option} --out {tmp_path}/demo {small}{'' if option else START}"
     code, output, _ = fewstep(line)
-    assert (code, output.count("wrote ")) == (0, 1)
+    assert (code, output.count("wrote "), output.count("plan:")) == (0, 1, 0)
+    assert (tmp_path / "demo" / "digits-pairs" / "00000.parquet").exists() == (not option)
     sampling, exporting = re.findall("next: fewstep (.+)", output)
     assert sampling.startswith(f"sample {tmp_path}/demo/{ROWS[option][-2][0]}")
     assert ("--prompt" in sampling) == (option == "--text")  # without which a model of text draws nothing

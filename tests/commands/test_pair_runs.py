@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from command_line import Run, refused
-from fewstep.commands import pairs as module
+from fewstep.commands import drawing as module
 from fewstep.data.pairs import PairSet, load_pairs
 from fewstep.models.latent_model import LatentModel
 from fewstep.models.loading.pretrained import load
@@ -330,5 +330,17 @@ def test_a_regression_that_can_not_run_is_refused_before_anything_is_written(
     assert not (place / "runs").exists()
 
 
-def test_the_start_that_is_not_there_is_told(run: Run) -> None:
-    refused(run(STUDENT), "init_from: ", "sdxl-1step-init: no such run; `fewstep distill sdxl-1step-init` makes it")
+def test_a_start_that_is_not_there_and_can_not_be_made_is_told(run: Run) -> None:
+    refused(run(STUDENT), "init_from: sdxl-1step-init: data/pairs: holds no pairs", "fewstep data pairs")
+    none = run(f"{STUDENT} --set init_from=sdxl-1step-init@2")
+    refused(none, "init_from: ", "sdxl-1step-init: no such run; `fewstep distill sdxl-1step-init` makes it")
+    assert not Path("runs").exists()
+
+
+def test_pairs_of_text_are_not_drawn_first_but_counted(run: Run) -> None:
+    line = f"{INIT} --set regression.num"
+    told = "pairs of text need prompts; draw them with `fewstep data pairs --teacher sdxl --num 6 --sampler euler:4@8"
+    refused(run(f"{line}=6"), f"regression.num: {told} --prompts FILE --out pairs`")
+    assert run(f"{PAIRS} --out pairs")[0] == 0
+    refused(run(f"{line}=7"), "pairs: pairs of another number (6) than asked for (7)")
+    assert run(f"{line}=6")[0] == 0

@@ -117,7 +117,7 @@ def test_a_recipe_like_one_whose_teacher_is_brought_along_is_one_file(name: str,
         ("new pets --source photos --size 24", "--size 24: write 8, 16, 32, 64"),
         (
             "new pets --source photos --from digits",
-            "did you mean 'digits-1step' or 'digits-4step' or 'digits-4step-lora' or 'digits-dmd'?",
+            "did you mean 'digits-1step' or 'digits-1step-init' or 'digits-4step' or 'digits-4step-lora'?",
         ),
         ("new pets --source photos --from digits-teacher", "is for `fewstep teach digits-teacher`"),
         ("new pets --from sdxl-4step --source nowhere", "nowhere: no such file or folder"),

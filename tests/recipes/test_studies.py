@@ -63,6 +63,18 @@ def test_neither_the_order_of_keys_nor_dots_nor_a_description_change_a_hash() ->
     assert own.folder(0).removeprefix("own-") == hashes[0].removeprefix("digits-1step-")
 
 
+@pytest.mark.parametrize("num", [7, None])
+def test_how_many_pairs_a_recipe_would_draw_is_no_part_of_a_hash_for_the_study_says_it(num: int | None) -> None:
+    row = load_study("ablation-pixel").rows[0]
+    assert load_recipe("digits-dmd").regression.num == 5000
+    assert row.recipe.regression.num is None
+    Path("own.yaml").write_text(yaml.safe_dump({"extends": "digits-dmd", "regression": {"num": num}}))
+    pairs = {"pairs": "digits-pairs", "teacher": "digits-teacher", "num": 9, "sampler": "heun:18"}
+    rows = [{"name": "own", "recipe": "own.yaml", "set": {"num_steps": 800}}]
+    own = load_study(study(prepare=[*TWO["prepare"], pairs], rows=rows)).rows[0]
+    assert own.folder(3).removeprefix("own-") == row.folder(3).removeprefix("digits-dmd-")
+
+
 def test_seeds_and_settings_of_the_command_line_are_of_all_rows() -> None:
     found = load_study(study(set={"num_steps": 9, "batch_size": 8}), ["num_steps=7"], "4,2")
     assert found.settings.seeds == [4, 2]
@@ -119,6 +131,7 @@ WRONG = [
     ({"prepare": [{"run": "digits-teacher"}, {"run": "digits-teacher"}]}, "prepare.1.run: digits-teacher is prepared"),
     ({"prepare": [{"latents": "../x", "autoencoder": "y", "num": 1}]}, "'../x' is no name of a folder"),
     ({"set": {"data.source": "nowhere"}}, "row 'five': data.source: 'nowhere' is neither prepared"),
+    ({"set": {"regression.num": 9}}, "set: regression.num is not the rows'; say num where prepare makes the pairs"),
     ({"set": {"init_from": "digits-techer"}}, "init_from: 'digits-techer' is neither prepared, nor a folder that is"),
     (
         {"rows": [{"name": "a", "recipe": "digits-dmd"}]},

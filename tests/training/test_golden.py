@@ -26,13 +26,13 @@ SHORT = ["num_steps=20", "log_every=1", "checkpoint_every=20", "sample_every=20"
 def run_recipe(name: str, folder: Path) -> list[dict[str, float]]:
     """The metrics of 20 steps; a student's teacher is two steps old, and so are its pairs."""
     recipe = load_recipe(name, SHORT)
-    if recipe.kind == "distill":
+    if recipe.kind != "teach":
         teach(load_recipe(recipe.teacher, [*SHORT, "num_steps=2"]), folder / "teacher", report=lambda *_: None)
         settings = [f"teacher={folder / 'teacher'}"]
-        if recipe.regression_weight:
+        if recipe.kind == "regress" or recipe.regression_weight:
             teacher, made, sampler = str(folder / "teacher"), folder / "pairs", recipe.regression.sampler
             pairs(Pairs(teacher=teacher, num=32, sampler=sampler, out=made), report=lambda *_: None)
-            settings.append(f"regression.pairs={made}")
+            settings += [f"regression.pairs={made}", "regression.num=32"]
         recipe = load_recipe(name, [*SHORT, *settings])
     verb = teach if recipe.kind == "teach" else distill
     verb(recipe, folder / name, report=lambda *_: None)

@@ -5,11 +5,13 @@ Two processes share the work with one thread each; what has no company takes bot
 
 import signal
 from collections.abc import Iterable, Sequence
+from contextlib import redirect_stdout
 from functools import partial
+from io import StringIO
 from itertools import chain
 from pathlib import Path
 from shlex import join
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from fewstep.commands.data import encode_first
 from fewstep.commands.distill import JOBS as DISTILL
+from fewstep.commands.drawing import draw_first
 from fewstep.commands.evaluate import publish
 from fewstep.commands.options import Demo
 from fewstep.commands.runs import check_target, train_recipe
@@ -36,7 +39,7 @@ from fewstep.models.sampler import (
     images_per_second,
     parse_sampler,
 )
-from fewstep.recipes.loading import load_recipe
+from fewstep.recipes.loading import load_recipe, recipe_names
 from fewstep.recipes.schema import AnyRecipe, TeachRecipe
 from fewstep.runtime.checkpoint import METRICS
 from fewstep.runtime.tracking import Report, read_metrics
@@ -64,7 +67,7 @@ class Job(NamedTuple):
 
 
 DIGITS, SHAPES = (Job(**each) for each in yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8")))
-LATENTS = "shapes-latents"
+LATENTS, PAIRS = "shapes-latents", "digits-pairs"
 
 
 def demo(order: Demo) -> None:
@@ -111,24 +114,44 @@ def train_students(
 
 
 def demo_recipes(job: Job, out: Path, overrides: Sequence[str]) -> Recipes:
-    """The recipes of a demo, with the same overrides, but `model.` for the teacher alone; they build on each other."""
-    latents = out / LATENTS if job.autoencoder else job.source
+    """The recipes of a demo, with the same overrides, but some for one alone; they build on each other.
+
+    `model.` is the teacher's; `init_from` is the first student's, which may name one more recipe, and `regression.`
+    that one's.
+    """
+    student = job.students[0][0]
+    start = load_recipe(student, [each for each in overrides if each.startswith("init_from")]).init_from
+    start = start if start in recipe_names() and start not in chain(*job.students) else None
+    latents, teacher = out / LATENTS if job.autoencoder else job.source, f"teacher={out / job.teacher}"
     built_on = {
         "teach": [f"data.source={job.source}"],
         "teach-autoencoder": [f"data.source={job.source}"],
         "teach-text": [f"data.source={latents}", f"model.autoencoder={out / str(job.autoencoder)}"],
-        "distill": [f"data.source={latents}", f"teacher={out / job.teacher}"],
+        "distill": [f"data.source={latents}", teacher],
+        "regress": [f"data.source={latents}", teacher, f"regression.pairs={out / PAIRS}"],
     }
+    alone = {"model.": job.teacher, "init_from": student, "regression.": start}
     recipes: Recipes = {}
-    for name in filter(None, (job.autoencoder, job.teacher, *chain(*job.students))):
-        fitting = [each for each in overrides if name == job.teacher or not each.startswith("model.")]
-        recipes[name] = load_recipe(name, [*fitting, *built_on[load_recipe(name).kind]])
+    for name in filter(None, (job.autoencoder, job.teacher, start, *chain(*job.students))):
+        fitting = [
+            each for each in overrides if all(name == of or not each.startswith(what) for what, of in alone.items())
+        ]
+        begun = [f"init_from={out / start}"] if start and name == student else []
+        recipes[name] = load_recipe(name, [*fitting, *built_on[load_recipe(name).kind], *begun])
     return recipes
 
 
 def training(out: Path, name: str, recipes: Recipes, threads: int = 1) -> Task:
-    """The task of running one recipe."""
-    return Task(name, recipes[name].num_steps, _train, (recipes[name], out / name), threads)
+    """The task of running one recipe, behind the one that it starts from where nothing else runs that."""
+    start = getattr(recipes[name], "init_from", None)
+    stages = [(recipes[each], out / each) for each in recipes if each == name or str(out / each) == start]
+    return Task(name, sum(recipe.num_steps + _num_pairs(recipe) for recipe, _ in stages), _train, (stages,), threads)
+
+
+def _num_pairs(recipe: AnyRecipe) -> int:
+    """That are drawn first."""
+    pairs: Any = getattr(recipe, "regression", None)
+    return (pairs.num or 0) if pairs else 0
 
 
 def judge_job(job: Job, out: Path, judge: Judge, images: dict[Source, Tensor]) -> None:
@@ -147,14 +170,30 @@ def judge_job(job: Job, out: Path, judge: Judge, images: dict[Source, Tensor]) -
     publish(rows, curves, out, job.title, judge, facts, then)
 
 
-def _train(recipe: AnyRecipe, run: Path, report: Report) -> None:
+def _train(stages: Sequence[tuple[Any, Path]], report: Report) -> None:
+    done = 0
+    with redirect_stdout(StringIO()):  # several would tell what they do at once
+        for recipe, run in stages:
+            if num := _num_pairs(recipe):
+                draw_first(recipe, open_model(recipe.teacher), run.parent, _behind(done, report))
+                done += num
+            train_recipe(TEACH | DISTILL, recipe, run, run.exists(), _or_stop(_behind(done, report)))
+            done += recipe.num_steps
+
+
+def _behind(before: int, report: Report) -> Report:
+    """Reports what is done behind other work."""
+    return lambda done, metrics: report(before + done, metrics)
+
+
+def _or_stop(report: Report) -> Report:
     def report_or_stop(done: int, metrics: dict[str, float]) -> None:
         try:
             report(done, metrics)
         except Interrupted:
             signal.raise_signal(signal.SIGINT)  # the loop writes a checkpoint before it stops
 
-    train_recipe(TEACH | DISTILL, recipe, run, run.exists(), report_or_stop)
+    return report_or_stop
 
 
 def _classify(recipe: TeachRecipe, out: Path, report: Report) -> None:

@@ -7,27 +7,37 @@ from typing import Any
 
 import torch
 
+from fewstep.commands.drawing import open_pairs
 from fewstep.commands.judging import make_evaluation
 from fewstep.commands.places import tell_done, tell_health
-from fewstep.commands.runs import Job, Jobs, check_source, finish_run, pick_device, tell_found, train_recipe
-from fewstep.data.pairs import load_pairs
+from fewstep.commands.runs import (
+    Job,
+    Jobs,
+    check_source,
+    finish,
+    finish_run,
+    pick_device,
+    read_facts,
+    recipe_of,
+    tell_found,
+    train_recipe,
+)
 from fewstep.data.settings import EmbeddingSettings
 from fewstep.data.texts import load_prompts
 from fewstep.diffusion.denoiser import Guided, unguided
 from fewstep.embedded.sources import open_captioned, open_images
-from fewstep.errors import UserError
+from fewstep.errors import Interrupted, UserError
 from fewstep.evaluation.lpips import load_lpips
 from fewstep.models.autoencoder import load_tiny_decoder
 from fewstep.models.image_model import Asked, ImageModel
 from fewstep.models.loading.pretrained import is_loadable, open_model
 from fewstep.models.outline import Outline
-from fewstep.models.sampler import parse_sampler
 from fewstep.networks.families import use_family
 from fewstep.networks.fingerprint import fingerprint
 from fewstep.networks.precision import DTYPES, trainable
 from fewstep.recipes.loading import recipe_names
 from fewstep.recipes.schema import DistillRecipe, StudentRecipe
-from fewstep.runtime.checkpoint import checkpoints
+from fewstep.runtime.checkpoint import RECIPE, checkpoints
 from fewstep.runtime.runs import find, is_run, run_folder
 from fewstep.runtime.tracking import Report
 from fewstep.training.batches import BatchAt, image_batches, pair_batches, text_batches
@@ -43,7 +53,7 @@ ERROR = 0.05  # of a plan's peak, at most, against what was measured (benchmarks
 
 
 def distill(recipe: StudentRecipe, run: Path, resume: bool = False, report: Report | None = None) -> None:
-    """Runs the recipe into the folder `run`, after its teacher's if that is a recipe whose run is not finished."""
+    """Runs the recipe into the folder `run`, after what it builds on, where that is recipes whose runs lack or wait."""
     job = train_recipe(JOBS, recipe, run, resume, report)
     prompt = ["--prompt", job.asked[0]] if job.method.model.kind == "text" and job.asked else []
     teacher = next((str(each) for each in (recipe.teacher, run.parent / recipe.teacher) if is_run(each)), None)
@@ -63,8 +73,10 @@ def _job(recipe: StudentRecipe, run: Path) -> Job:
     settings = recipe.regression
     if settings and (recipe.kind == "regress" or recipe.regression_weight):
         # Raises UserError if they are another teacher's than the one that was loaded, or drawn otherwise.
-        sampler = str(parse_sampler(settings.sampler))
-        pairs = load_pairs(Path(settings.pairs), model.fingerprint, sampler, model.shape)
+        pairs = open_pairs(recipe, model, runs)
+    new = not checkpoints(run)  # a run that has begun goes on with its own weights
+    if recipe.kind == "distill" and recipe.init_from and new:
+        finish_start(recipe, recipe.init_from, run, told_from_others)  # before anything lies on the device
     model.encode_in(dtype)
     device = pick_device(recipe.device)
     found = _plan_of(recipe, model, device, run) if recipe.kind == "distill" else None
@@ -78,7 +90,7 @@ def _job(recipe: StudentRecipe, run: Path) -> Job:
         roles = make_roles(model, recipe.guidance_scale, layer, num_stops, dtype, recipe.checkpointing, recipe.lora)
         if not recipe.gan.student_weight:
             roles.discriminator.to("cpu")  # 0.4 GB of SDXL's, which no pass needs
-        if recipe.init_from and not checkpoints(run):  # a run that has begun goes on with its own weights
+        if recipe.init_from and new:
             initialize(roles, recipe.init_from, runs)
         method = DMD2(recipe, model, roles, recipe.num_steps, recipe.batch_size, recipe.seed, pair_loss=pair_loss)
         print(*summary(recipe, method, found, run), sep="\n")
@@ -155,6 +167,52 @@ def open_batches(recipe: DistillRecipe, model: Any, runs: Path) -> tuple[BatchAt
 def with_pairs(batch_at: BatchAt, pairs_at: BatchAt, student_every: int) -> BatchAt:
     """Pairs beside the batch in the student's turns."""
     return lambda step, rows: batch_at(step, rows) | ({} if step % student_every else {"pair": pairs_at(step, rows)})
+
+
+SHARED = ("teacher", "teacher_config", "teacher_prediction_type", "teacher_family", "device")
+
+
+def finish_start(recipe: DistillRecipe, name: str, run: Path, teacher: str) -> None:
+    """Runs the recipe that `init_from` names to its end, if it names one alone, with the teacher and images of this.
+
+    A run that is there goes on with its own recipe. Raises UserError if it can't be made, or is of another teacher than
+    the one with this fingerprint.
+    """
+    start = run.parent / name
+    if name not in recipe_names() or _lies_elsewhere(name, start):
+        return
+    _check_circle(name, run)
+    own: Any = recipe_of(name, run.parent)
+    if own.kind not in JOBS:
+        raise UserError(f"init_from: {name} makes no student; name a distillation or a regression")
+    if not (start / RECIPE).is_file():
+        shared = {key: getattr(recipe, key) for key in SHARED}
+        shared |= {"data": recipe.data} if recipe.data.source and own.data.source else {}
+        own = own.model_copy(update=shared)
+    try:
+        finish(JOBS, own, start, "making")
+    except Interrupted:
+        raise
+    except UserError as error:
+        raise UserError(f"init_from: {name}: {error}") from error
+    if not recipe.gives("init_from") and read_facts(start).get("teacher", teacher) != teacher:
+        ways = f"choose another --out, or say --set init_from={name} if that is meant"
+        raise UserError(f"init_from: {start} is a student of another teacher; {ways}")
+
+
+def _lies_elsewhere(name: str, start: Path) -> bool:
+    """Whether it is a folder here that is not the run beside this one."""
+    return Path(name).exists() and Path(name).resolve() != start.resolve()
+
+
+def _check_circle(name: str | None, run: Path) -> None:
+    """Raises UserError if a run would have to start from itself."""
+    names = [run.name]
+    while name in recipe_names() and not _lies_elsewhere(name, run.parent / name):
+        names.append(name)
+        if names.count(name) > 1:
+            raise UserError(f"init_from: goes round in a circle ({' -> '.join(names)})")
+        name = getattr(recipe_of(name, run.parent), "init_from", None)
 
 
 def initialize(roles: Roles, source: str, runs: Path) -> None:

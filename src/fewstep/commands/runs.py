@@ -104,6 +104,7 @@ def check_past(run: Path, old: AnyRecipe, new: AnyRecipe) -> None:
         "teacher": "teacher" in facts,  # compared when it is loaded
         "num_steps": done <= new.num_steps and same_rates(old, new, done),
         "evaluation": not read_metrics(run / EVALUATIONS),  # else the best would be one of incomparable numbers
+        "regression.num": True,  # how what is there was made
         "evaluation.every": True,
         "evaluation.time_share": True,
         "evaluation.keep": True,
@@ -269,7 +270,7 @@ def check_source(recipe: AnyRecipe, field: str, name: str, runs: Path) -> None:
     source = recipe.data.source
     if source is None or name not in recipe_names() or recipe.gives(field) or not recipe.gives("data.source"):
         return
-    trained_on = _recipe_of(name, runs).data.source
+    trained_on = recipe_of(name, runs).data.source
     if trained_on is None or origin(trained_on) != origin(source):
         raise UserError(
             f"{field}: {name} is trained on {trained_on}, not on data.source={source}; name one that is, which "
@@ -288,21 +289,26 @@ def finish_run(name: str, runs: Path, field: str) -> Path:
         file = Path(f"{Path(name).name}.yaml")  # as `recipes new` leaves them
         how = f"; `fewstep teach {file}` makes it" if file.is_file() else ""
         raise UserError(f"{field}: {name!r} is neither a folder nor the name of a recipe, nor a file or a hub id{how}")
-    run, recipe = runs / name, _recipe_of(name, runs)
+    recipe = recipe_of(name, runs)
     if not recipe.kind.startswith("teach"):
         raise UserError(f"{field}: the recipe {name!r} does not train one; `fewstep recipes` lists those that do")
-    if max(checkpoint_steps(run), default=0) < recipe.num_steps:
-        from fewstep.commands.teach import JOBS  # which imports this
+    from fewstep.commands.teach import JOBS  # which imports this
 
+    return finish(JOBS, recipe, runs / name, "teaching")
+
+
+def finish(jobs: Jobs, recipe: AnyRecipe, run: Path, doing: str) -> Path:
+    """The run folder, once the recipe has run in it to its end; it goes on with what is there."""
+    if max(checkpoint_steps(run), default=0) < recipe.num_steps:
         try:
-            train_recipe(JOBS, recipe, run, resume=True)
+            train_recipe(jobs, recipe, run, resume=True)
         except Interrupted as stop:
-            told = f"stopped while teaching {name}; the same command goes on with it"
+            told = f"stopped while {doing} {run.name}; the same command goes on with it"
             raise Interrupted(told, stop.exit_code - 128) from stop
     return run
 
 
-def _recipe_of(name: str, runs: Path) -> AnyRecipe:
+def recipe_of(name: str, runs: Path) -> AnyRecipe:
     """What the run of a recipe in the folder `runs` was made by, or would be."""
     path = runs / name / RECIPE
     return read_run_recipe(path) if path.is_file() else load_recipe(name)

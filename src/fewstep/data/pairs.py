@@ -131,13 +131,21 @@ class PairSet:
             return [[cell.as_buffer() for cell in columns[name]] for name in ("noise", "x0")]
 
 
-def load_pairs(folder: Path, teacher: str, sampler: str, shape: tuple[int, ...]) -> PairSet:
-    """The pairs in `folder`, of the teacher with this fingerprint by this sampler.
+def open_folder(
+    folder: Path, teacher: str, sampler: str, shape: tuple[int, ...], num: int | None = None
+) -> ShardFolder:
+    """The folder of pairs of the teacher with this fingerprint by this sampler, and of so many where a number is asked.
 
-    Raises UserError if they are not, if files lack, or if one is damaged.
+    Raises UserError if they are not.
     """
-    wanted = {"teacher": teacher, "sampler": sampler, "shape": list(shape)}
-    kept = ShardFolder.open(folder, "pairs", {key: (key, value) for key, value in wanted.items()}, ".parquet")
+    wanted: dict[str, tuple[str, Any]] = {"teacher": ("teacher", teacher), "sampler": ("sampler", sampler)}
+    wanted |= {"shape": ("shape", list(shape))} | ({"num_pairs": ("number", num)} if num else {})
+    return ShardFolder.open(folder, "pairs", wanted, ".parquet")
+
+
+def load_pairs(folder: Path, teacher: str, sampler: str, shape: tuple[int, ...], num: int | None = None) -> PairSet:
+    """What `open_folder` finds; raises UserError as it does, if files lack, or if one is damaged."""
+    kept = open_folder(folder, teacher, sampler, shape, num)
     if missing := kept.missing():
         told = f"{len(missing)} of {len(kept.files)} files are not there yet"
         raise UserError(f"{folder}: {told}; run the same `fewstep data pairs` again")

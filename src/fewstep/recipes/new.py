@@ -121,6 +121,7 @@ def _student(steps: int, num_steps: int, model: PixelModelConfig, plan: Plan, ju
         "gan.critic_weight": f"{min(1e-2 * tuned, 0.3):.2g}",
         "evaluation.every": num_steps // 4 if judged else None,
         "evaluation.num_samples": 500 if judged else None,
+        "init_from": "null",
         **_rhythm(num_steps),
     }
 
@@ -143,6 +144,7 @@ def _notes(model: PixelModelConfig, found: Look) -> dict[str, str]:
         "model.attention": "At 16 and 8 pixels.",
         "model.block_out_channels": "Wider is better and slower.",
         "num_steps": "More is better, until samples repeat what was trained on.",
+        "init_from": "A start by regression on the teacher's pairs (digits-1step-init) was tried on the digits alone.",
         "student.timesteps": "Sigmas; of larger images larger ones, for their neighbouring pixels are alike.",
         "gan.student_weight": f"3e-3 and 1e-2 were found at {TUNED_AT:,} numbers; these images have {numbers:,}.",
     }

@@ -94,7 +94,8 @@ class DistillRecipe(WithTeacher, DMD2Settings):
     init_from: UserPath | None = None
     """A distillation or regression whose student, and critic if it has one, this one starts from: RUN (its newest
     checkpoint), RUN@5000 (that step) or RUN@best-fid (the best by a metric of its evaluation). RUN is a folder, or the
-    name of a recipe whose run lies beside this one. Optimizers and discriminator start anew."""
+    name of a recipe whose run lies beside this one, which is run or finished first where no step is named, with the
+    teacher and the images of this one. Optimizers and discriminator start anew."""
     lora: LoRASettings | None = None
     """Student and critic as low-rank weights beside the teacher's, which are there once (keys rank, alpha, targets);
     null trains all weights. Adam's first step moves a weight by about lr alpha / rank sqrt(rank / (3 inputs)), where

@@ -136,7 +136,7 @@ class DMD2Settings(Settings):
     """Of a loss on pairs of the teacher's noise and image in the student's turn, at its first timestep; DMD2 has none,
     the original DMD 0.25, with LPIPS."""
     regression: RegressionSettings | None = None
-    """For `regression_weight` (keys pairs, sampler, lpips, lpips_size, decoder)."""
+    """For `regression_weight` (keys pairs, num, sampler, lpips, lpips_size, decoder)."""
 
     def idle(self) -> dict[str, str]:
         """What belongs to several timesteps, to the main loss or to pairs, where there are none."""

@@ -248,6 +248,9 @@ class RegressionSettings(Settings):
 
     pairs: UserPath
     """The folder that `fewstep data pairs` wrote."""
+    num: int | None = Field(None, ge=1, le=10**9)
+    """With it, pairs that are not there are drawn first, so many, of a teacher on pixels; a bare name then means a
+    folder beside the run, where there is none of that name here. null: they must be there."""
     sampler: str
     """What the pairs must have been drawn by, as `fewstep data pairs --sampler` has it; SDXL: euler:50@8."""
     lpips: UserPath | None = None

@@ -164,17 +164,21 @@ def _prepared(settings: StudySettings, path: Path) -> dict[str, Making]:
 
 
 def _load(name: str, overrides: Sequence[Any], path: Path, where: str, strict: bool = True) -> Any:
-    """A recipe, or one in a file beside the study's."""
+    """A recipe, or one in a file beside the study's; how many pairs are drawn is the study's to say, under prepare."""
     beside = path.parent / name
     try:
-        return load_recipe(str(beside) if beside.suffix and beside.is_file() else name, overrides, strict=strict)
+        recipe = load_recipe(str(beside) if beside.suffix and beside.is_file() else name, overrides, strict=strict)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
+    pairs = getattr(recipe, "regression", None)
+    return recipe.model_copy(update={"regression": pairs.model_copy(update={"num": None})}) if pairs else recipe
 
 
-def _refuse_seed(settings: dict[str, Any], where: str) -> None:
+def _refuse_what_studies_say(settings: dict[str, Any], where: str) -> None:
     if "seed" in settings:
         raise UserError(f"{where}: seed is what runs of a row differ in; say seeds in the study, or --seeds")
+    if isinstance(pairs := settings.get("regression"), dict) and "num" in pairs:
+        raise UserError(f"{where}: regression.num is not the rows'; say num where prepare makes the pairs")
 
 
 def _check_teacher(settings: StudySettings, prepared: dict[str, Making]) -> None:
@@ -192,7 +196,7 @@ def _rows(settings: StudySettings, path: Path, prepared: dict[str, Making], over
     for each in overrides:
         told = over(told, read_override(each))
     for given, where in ((common, "set"), (told, "--set")):
-        _refuse_seed(given, where)
+        _refuse_what_studies_say(given, where)
     rows = [_row(row, settings, path, (common, told)) for row in settings.rows]
     for given, where in ((common, "set"), (told, "--set")):
         of_all = [dict(idle_among(row.recipe, given)) for row in rows]
@@ -210,7 +214,7 @@ def _row(row: RowSettings, settings: StudySettings, path: Path, given: tuple[dic
     name, where, own = row.recipe or settings.recipe, f"row {row.name!r}", nested(row.set)
     if name is None:
         raise UserError(f"{where}: has no recipe; name one there, or under recipe for all rows")
-    _refuse_seed(own, where)
+    _refuse_what_studies_say(own, where)
     recipe = _load(name, [given[0], own, given[1]], path, where, strict=False)
     if recipe.kind == "teach-autoencoder":
         raise UserError(f"{where}: {name} trains an autoencoder, which is not judged; take a teacher's or a student's")
