@@ -346,7 +346,10 @@ def test_what_others_say_and_what_a_run_holds_may_change_nothing(name: str, over
         ("distill digits-1step --set regresion.pairs=x", "did you mean 'regression'?"),
         ("distill digits-1step --set source=x", "did you mean 'data.source' or 'prompts.source'?"),
         ("teach digits", "no recipe or YAML file 'digits', did you mean 'digits-teacher'?"),
-        ("distill digits", "did you mean 'digits-1step' or 'digits-4step' or 'digits-4step-lora' or 'digits-dmd'?"),
+        (
+            "distill digits",
+            "did you mean 'digits-1step' or 'digits-1step-init' or 'digits-4step' or 'digits-4step-lora'?",
+        ),
         ("teach shape", "did you mean 'shapes-autoencoder' or 'shapes-teacher'?"),
         ("teach digits-1step", "is for `fewstep distill digits-1step`, not for `fewstep teach`"),
         ("distill digits-teacher", "is for `fewstep teach digits-teacher`, not for `fewstep distill`"),
