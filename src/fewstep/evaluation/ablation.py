@@ -4,6 +4,7 @@ import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import mean, stdev
+from textwrap import wrap
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -198,8 +199,8 @@ def plot(lines: Sequence[Line], title: str) -> bytes:
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(left=False)
-    axes.set_xlabel("FID, less is better: a dot is a run, the bar mean ± standard deviation")
-    axes.set_title(title, loc="left", fontsize=10)
+    axes.set_xlabel("FID, less is better: a dot is a run, the bar mean ± sd", fontsize=9)
+    figure.suptitle("\n".join(wrap(title, 90)), fontsize=10)  # over the whole width: names of rows can be long
     if levels:
         figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     file = io.BytesIO()
