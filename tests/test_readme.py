@@ -34,7 +34,8 @@ SMALL = {
     "distill sdxl-4step-lora": "--set num_steps=2 --set batch_size=2 --set accumulate=2 --set lora.rank=4",
     "sweep": "--num 1",
     "extract": "--num 2",
-    "distill digits-1step": "--set num_steps=2 --set batch_size=4 --set teacher=runs/digits-teacher",
+    "distill digits-1step": "--set num_steps=2 --set batch_size=4 --set teacher=runs/digits-teacher "
+    "--set init_from=null",
     "distill": "--set num_steps=2 --set batch_size=2",
     "sample runs/emoji-1step": "--num 2 --sampler heun:2",
     "evaluate runs/emoji-teacher": "--num-samples 100 --sampler euler:1",

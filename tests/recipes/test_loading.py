@@ -120,7 +120,7 @@ def test_a_recipe_is_laid_over_those_that_it_extends_and_overrides_over_all(tmp_
             "extends: digits-1stp",
             "mine.yaml: extends: no recipe or YAML file 'digits-1stp', did you mean 'digits-1step'?",
         ),
-        ("extends: digits-1step\nkind: teach", "teacher: unknown key (and 5 more)"),
+        ("extends: digits-1step\nkind: teach", "teacher: unknown key (and 6 more)"),
         ("extends: digits-1step\nnum_step: 1", "num_step: unknown key, did you mean 'num_steps'?"),
         (
             "num_steps: 3\na: [b\nc: d",

@@ -24,11 +24,11 @@ SHORT = ["num_steps=20", "log_every=1", "checkpoint_every=20", "sample_every=20"
 
 
 def run_recipe(name: str, folder: Path) -> list[dict[str, float]]:
-    """The metrics of 20 steps; a student's teacher is two steps old, and so are its pairs."""
+    """The metrics of 20 steps; a student starts from its teacher, two steps old, and so are its pairs."""
     recipe = load_recipe(name, SHORT)
     if recipe.kind != "teach":
         teach(load_recipe(recipe.teacher, [*SHORT, "num_steps=2"]), folder / "teacher", report=lambda *_: None)
-        settings = [f"teacher={folder / 'teacher'}"]
+        settings = [f"teacher={folder / 'teacher'}", *(["init_from=null"] if recipe.kind == "distill" else [])]
         if recipe.kind == "regress" or recipe.regression_weight:
             teacher, made, sampler = str(folder / "teacher"), folder / "pairs", recipe.regression.sampler
             pairs(Pairs(teacher=teacher, num=32, sampler=sampler, out=made), report=lambda *_: None)

@@ -199,7 +199,7 @@ class StudentSettings(Settings):
     at random levels (as in arXiv 2605.06376), for a student of any number of steps; it is drawn evenly spaced."""
     stops: Literal["shared", "mixed"] = "shared"
     """Which of the timesteps a step trains: one for the whole batch, as published, or for each sample its own, in
-    turn, at the same cost. On the drawn shapes mixed ones were better where all noise levels are compared."""
+    turn, at the same cost: as many passes, and every update sees all of them."""
     backward_simulation: bool = True
     """Train on its own samples, as at inference. false is the paper's ablation "w/o backward simulation": its input is
     noised real images, each at a random one of the K times (pure noise at the first), with the real condition."""
