@@ -43,6 +43,7 @@ STUDY: dict[str, Any] = {
     "num_samples": 100,
     "recipe": "digits-1step",
     "set": {
+        "init_from": None,
         "num_steps": 4,
         "batch_size": 4,
         "student_every": 2,

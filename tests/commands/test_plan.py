@@ -110,7 +110,7 @@ def test_a_device_that_is_surely_too_small_is_refused_before_anything_is_written
     refused(fewstep(command), "device: has 0.0 GB", "`fewstep plan digits-1step --memory 0GB`")
     assert not list(Path("runs").glob("*/[!.]*"))
     monkeypatch.setattr("fewstep.commands.distill.device_memory", lambda device: 10**9)
-    code, told, _ = fewstep(command, whole=True)
+    code, told, _ = fewstep(f"{command} --set init_from=null", whole=True)
     lines = [line for line in told.splitlines() if line.startswith("plan: ")]
     assert (code, len(lines)) == (0, 3)
     size = float(re.search("a checkpoint takes ([\\d.]+) GB", lines[1])[1])
@@ -121,7 +121,7 @@ def test_a_device_that_is_surely_too_small_is_refused_before_anything_is_written
 
 def test_on_a_processor_the_summary_takes_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fewstep.commands.distill.plan", lambda *_: pytest.fail("a step was run"))
-    code, told, _ = fewstep(f"distill digits-1step {FEW} {teacher()} --set device=cpu", whole=True)
+    code, told, _ = fewstep(f"distill digits-1step {FEW} {teacher()} --set device=cpu --set init_from=null", whole=True)
     assert code == 0
     assert (
         "plan: trains 0.4 M of the student, 0.4 M of the critic, 0.0 M of the discriminator; the teacher has 0.4 M"

@@ -75,11 +75,11 @@ def _job(recipe: StudentRecipe, run: Path) -> Job:
         # Raises UserError if they are another teacher's than the one that was loaded, or drawn otherwise.
         pairs = open_pairs(recipe, model, runs)
     new = not checkpoints(run)  # a run that has begun goes on with its own weights
-    if recipe.kind == "distill" and recipe.init_from and new:
-        finish_start(recipe, recipe.init_from, run, told_from_others)  # before anything lies on the device
     model.encode_in(dtype)
     device = pick_device(recipe.device)
     found = _plan_of(recipe, model, device, run) if recipe.kind == "distill" else None
+    if recipe.kind == "distill" and recipe.init_from and new:
+        finish_start(recipe, recipe.init_from, run, told_from_others)  # before anything lies on the device
     model.to(device)
     pair_loss: Any = open_pair_loss(settings, model) if settings and pairs else None
     torch.manual_seed(recipe.seed)
