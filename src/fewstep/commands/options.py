@@ -80,7 +80,7 @@ def verb(name: str, work: str, example: str) -> Callable[[type[Order]], Any]:
 
 @verb("demo", "demo.demo", "--text")
 class Demo(Order):
-    """Teach, distil and judge on an embedded set: the whole job on a CPU, digits in 5 minutes or --text in 25."""
+    """Teach, distil and judge on an embedded set: the whole job on a CPU, digits in 6 minutes or --text in 25."""
 
     out: Path | None = option("Folder of the runs, the table and the page.", show_default="runs/demo[-text]")
     resume: Resume = False
