@@ -12,6 +12,7 @@ from fewstep.recipes.loading import load_recipe, read_run_recipe
 from image_sets import encoded, write_captioned, write_files
 
 TWO = "--set num_steps=2 --set batch_size=2"
+STUDENT = f"{TWO} --set init_from=null"  # no pairs are drawn
 OWN = "--set data.source=photos"
 CLASSES = "photos: 6 RGB images, 20x16; 2 classes: 0 cat (3), 1 dog (3)"
 
@@ -65,7 +66,7 @@ def test_what_is_trained_on_other_images_is_no_teacher_of_these(run: Run, line: 
 def test_names_of_class_folders_reach_teacher_student_and_pictures(run: Run) -> None:
     settings = "--set model.image_size=8 --set model.num_classes=2"
     assert run(f"fewstep teach digits-teacher {OWN} {TWO} {settings}")[0] == 0
-    assert run(f"fewstep distill digits-1step {OWN} {TWO}")[0] == 0
+    assert run(f"fewstep distill digits-1step {OWN} {STUDENT}")[0] == 0
     assert open_model("runs/digits-1step").class_names == ["cat", "dog"]
     assert run("fewstep sample runs/digits-1step --class dog --num 1")[0] == 0
     assert run("fewstep sample runs/digits-1step --class 1 --num 1 --out one.png")[0] == 0
@@ -89,9 +90,9 @@ def test_an_autoencoder_is_not_smaller_than_its_images_either(run: Run) -> None:
 def test_a_teacher_that_is_named_or_trained_on_these_images_distils(run: Run) -> None:
     teach = f"fewstep teach digits-teacher {OWN} --set model.num_classes=0 {TWO}"
     assert run(f"{teach} --set model.image_size=8")[0] == 0
-    assert "photos: 6 RGB images" in run(f"fewstep distill digits-1step {OWN} {TWO}")[1]
+    assert "photos: 6 RGB images" in run(f"fewstep distill digits-1step {OWN} {STUDENT}")[1]
     Path("photos").rename("others")
-    others = f"fewstep distill digits-1step --out runs/named {TWO} --set data.source=others"
+    others = f"fewstep distill digits-1step --out runs/named {STUDENT} --set data.source=others"
     refused(run(others), "teacher: digits-teacher is trained on photos, not on data.source=others")
     assert run(f"{others} --set teacher=runs/digits-teacher")[0] == 0
     assert run(f"{others} --set teacher=digits-teacher --out runs/known")[0] == 0

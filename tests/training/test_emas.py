@@ -55,7 +55,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def recipe(folder: Path, *overrides: str) -> DistillRecipe:
     judging = ["evaluation.every=4", "evaluation.time_share=1", "evaluation.num_samples=60"]
     judging.append(f"evaluation.features={folder / 'features.pt'}")
-    settings = ["student_every=2", f"teacher={folder / 'teacher'}", DECAYS, *LR, *judging]
+    settings = ["student_every=2", "init_from=null", f"teacher={folder / 'teacher'}", DECAYS, *LR, *judging]
     return load_recipe("digits-1step", [*TINY, *settings, *overrides])
 
 

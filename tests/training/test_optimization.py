@@ -142,7 +142,7 @@ class Plain(nn.Module):
 def test_a_run_that_was_interrupted_ends_as_one_that_was_not(tmp_path: Path) -> None:
     short = [*SHORT, "num_steps=6", "model.block_out_channels=[24, 24]"]  # 24 x 24 x 9 numbers are enough for 8 bits
     teach(load_recipe("digits-teacher", [*short, "optimizer.kind=adamw8bit"]), tmp_path / "teacher", report=quiet)
-    told = [*short[:-1], "student_every=2", f"teacher={tmp_path / 'teacher'}", "log_every=1"]
+    told = [*short[:-1], "student_every=2", "init_from=null", f"teacher={tmp_path / 'teacher'}", "log_every=1"]
     told += [f"{role}.optimizer.kind=adamw8bit" for role in ("student", "critic")]
     recipe = load_recipe("digits-1step", told)
     distill(recipe, tmp_path / "whole", report=quiet)
