@@ -643,7 +643,7 @@ def test_a_distillation_on_some_of_the_classes(tmp_path: Path, monkeypatch: pyte
     small = "--set num_steps=1 --set batch_size=2 --set model.block_out_channels=[4,4] --set model.norm_num_groups=2"
     model = f"{small} --set model.image_size=4 --set model.num_classes=3 --set checkpoint_every=1"
     assert fewstep(f"teach digits-teacher --out t --set data.source=all {model}")[0] == 0
-    student = "distill digits-1step --set num_steps=1 --set batch_size=2 --set teacher=t --out"
+    student = "distill digits-1step --set num_steps=1 --set batch_size=2 --set teacher=t --set init_from=null --out"
     code, told, _ = fewstep(f"{student} s --set data.source=some")
     assert code == 0
     assert "; 2 classes: 1 bee (1), 2 cat (1); no image of class 0 ant; made grey" in told
