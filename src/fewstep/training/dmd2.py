@@ -77,7 +77,6 @@ class DMD2(StudentMethod):
             self.STATE = (*self.STATE, "ratios")
         critic_parameters = chain(self.critic.parameters(), self.discriminator.parameters() if self.gan else ())
         self.critic_optimizer = Optimizer(critic_parameters, settings.critic.optimizer, num_steps)
-        self.levels = self.schedule.levels.to(model.device)
         self.student_levels = level_sampler(settings.dm.noise, self.schedule, model.device)
         self.critic_levels = level_sampler(settings.critic.noise, self.schedule, model.device)
         self.signals: Signals | None = None
@@ -103,6 +102,8 @@ class DMD2(StudentMethod):
             norms = {name: value.sqrt() for name, value in metrics.items() if name.endswith(SQUARED)}
             metrics = self.update_student(can_learn(metrics, parts)) | metrics | norms | self._balance(norms)
             self._follow_student()
+            if self.ratios:
+                self.ratios.end_step()
         critics = of_parts([self.critic_gradients(fake, real, weight) for fake, real, _ in found])
         norm, skipped = self.critic_optimizer.step(can_learn(critics, parts, not_finite_data=self.num_reals))
         # Behind what decides on an update: a signal that is not finite is in no line, and no reason to skip one.
@@ -247,14 +248,12 @@ class DMD2(StudentMethod):
 
     def _at_low_noise(self, loss: Tensor, t: Tensor) -> Tensor:
         """A GAN's loss (B,), without that of samples above the noisiest level that has one; t (B,)."""
-        index = self.settings.gan.max_index
-        return loss if index == len(self.levels) - 1 else torch.where(t <= self.levels[index], loss, 0)
+        index, levels = self.settings.gan.max_index, self.fakes.levels
+        return loss if index == len(levels) - 1 else torch.where(t <= levels[index], loss, 0)
 
     @torch.no_grad()
     def _follow_student(self) -> None:
-        """critic <- (1 - s) critic + s student (IDA, arXiv 2506.00523), and takes the step's ratios in."""
-        if self.ratios:
-            self.ratios.end_step()
+        """critic <- (1 - s) critic + s student (IDA, arXiv 2506.00523)."""
         if share := self.settings.critic.student_share:
             ours, theirs = trainable_state(self.critic), trainable_state(self.student)  # of one architecture,
             names = [name for name in ours if name in theirs]  # but for what tells the critic the stop

@@ -67,7 +67,7 @@ class Fakes:
         condition = self.model.draw_condition(given, draws)  # fakes have conditions of their own: (B, ...)
         if mixed:
             each = [self._mixed_stop(row, stop, len(times)) for row in draws.rows]
-            rows = torch.arange(draws.rows[0], draws.rows[0] + len(draws), device=draws.device)
+            rows = draws.rows[0] + torch.arange(len(draws), device=draws.device)
             x0 = mixed_rollout(self.student, noise, times, condition, each, grad)
             return Fake(x0, condition, self._mixed_stop(rows, stop, len(times)), noise[0])
         x0s = whole_rollout(self.student, noise, times, condition, stop if grad else None)
@@ -82,8 +82,7 @@ class Fakes:
     def again(self, update: int, draws: Draws) -> Fake:
         """What the rollout of the cycle made for its critic update number `update`."""
         assert self.pool
-        rows = range(draws.rows[0], draws.rows[0] + len(draws))
-        x0, condition, stop = self.pool.take(update, rows, len(self.timesteps))
+        x0, condition, stop = self.pool.take(update, draws.rows, len(self.timesteps))
         return Fake(x0, condition, _all_at(stop, draws))
 
     def of_real(self, real: Tensor, condition: Condition, draws: Draws, grad: bool) -> Fake:

@@ -50,11 +50,11 @@ class Pool:
         """The next part of the batch: x0 (B, ...) by stop."""
         self.parts.append((torch.stack([x0.detach() for x0 in x0s]), condition))
 
-    def take(self, update: int, rows: range, num_timesteps: int) -> tuple[Tensor, Condition, int]:
-        """x0 (rows, ...) of the cycle's critic update, their condition, and their stop."""
+    def take(self, update: int, rows: Sequence[int], num_timesteps: int) -> tuple[Tensor, Condition, int]:
+        """x0 (rows, ...) of the cycle's critic update, their condition, and their stop; rows are some in a row."""
         x0, condition = self._whole()
         stop = (self.first + update) % num_timesteps
-        mine = slice(rows.start, rows.stop)
+        mine = slice(rows[0], rows[0] + len(rows))
         return x0[stop, mine], {name: value[mine] for name, value in condition.items()}, stop
 
     def state_dict(self) -> dict[str, Any]:
