@@ -3,9 +3,6 @@
 import errno
 import os
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +10,7 @@ import pytest
 
 from fewstep.errors import UserError
 from fewstep.runtime.workers import Failure, Task, attempt
+from processes import Launch, launching, wait_for
 from steps import quiet
 
 SCRIPT = """
@@ -64,38 +62,16 @@ if __name__ == "__main__":
         print(f"fewstep: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
 """
-IN_PLACE_OF_TORCH = "Tensor = device = object\nset_num_threads = id\n"
-Start = Callable[..., subprocess.Popen]
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    """Starts that many tasks at a time, without torch, which they do nothing with and which takes long to import."""
-    started: list[subprocess.Popen] = []
-    (tmp_path / "script.py").write_text(SCRIPT)
-    (tmp_path / "torch.py").write_text(IN_PLACE_OF_TORCH)  # a script's folder is where modules are found first
-
-    def run(jobs: int, *tasks: str) -> subprocess.Popen:
-        command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path), str(jobs), *tasks]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        started.append(subprocess.Popen(command, start_new_session=True, **pipes))
-        assert started[-1].stdout.readline() == "starting\n"
-        return started[-1]
-
-    yield run
-    for process in started:
-        process.kill()
-        process.communicate()
+def start(tmp_path: Path) -> Iterator[Launch]:
+    """Starts that many tasks at a time, without torch."""
+    with launching(tmp_path, SCRIPT) as run:
+        yield lambda jobs, *tasks: run(str(jobs), *tasks)
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def test_one_that_fails_or_is_killed_leaves_the_others_alone(start: Start) -> None:
+def test_one_that_fails_or_is_killed_leaves_the_others_alone(start: Launch) -> None:
     process = start(2, "killed", "give", "fail", "full", "gone", "give")
     output, errors = process.communicate(timeout=60)
     reasons = {
@@ -113,7 +89,7 @@ def test_one_that_fails_or_is_killed_leaves_the_others_alone(start: Start) -> No
 
 @pytest.mark.parametrize(("send", "number"), [(os.killpg, signal.SIGINT), (os.kill, signal.SIGTERM)])
 def test_a_signal_ends_all_behind_a_checkpoint(
-    start: Start, tmp_path: Path, send: Callable[[int, int], None], number: int
+    start: Launch, tmp_path: Path, send: Callable[[int, int], None], number: int
 ) -> None:
     process = start(2, "work", "work", "give")
     wait_for(lambda: all((tmp_path / name / "begun").exists() for name in "01"))
@@ -128,7 +104,7 @@ def test_a_signal_ends_all_behind_a_checkpoint(
     assert not (tmp_path / "2").exists()
 
 
-def test_when_their_starter_is_killed_all_end_behind_a_checkpoint(start: Start, tmp_path: Path) -> None:
+def test_when_their_starter_is_killed_all_end_behind_a_checkpoint(start: Launch, tmp_path: Path) -> None:
     process = start(2, "work", "work")
     wait_for(lambda: all((tmp_path / name / "begun").exists() for name in "01"))
     process.kill()

@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +10,7 @@ import pytest
 
 from fewstep.errors import UserError
 from fewstep.files import folder_lock
+from processes import Launch, launching, wait_for
 
 SCRIPT = """
 import os, sys, time
@@ -50,43 +49,13 @@ if __name__ == "__main__":
         print(f"fewstep: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
 """
-IN_PLACE_OF_TORCH = """
-Tensor = device = object
-set_num_threads = id
-"""
-Start = Callable[..., subprocess.Popen]
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    """Starts two workers on a task; they lead a group of processes of their own.
-
-    Most of their time goes into the import of torch, which they do nothing with: without `torch` another is in its
-    place.
-    """
-    started: list[subprocess.Popen] = []
-
-    def run(task: str = "work", torch: bool = True) -> subprocess.Popen:
-        (tmp_path / "script.py").write_text(SCRIPT)
-        if not torch:
-            (tmp_path / "torch.py").write_text(IN_PLACE_OF_TORCH)  # a script's folder is where modules are found first
-        command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path), task]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        started.append(subprocess.Popen(command, start_new_session=True, **pipes))
-        assert started[-1].stdout.readline() == "starting\n"
-        return started[-1]
-
-    yield run
-    for process in started:
-        process.kill()
-        process.communicate()
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+def start(tmp_path: Path) -> Iterator[Launch]:
+    """Starts two workers on a task."""
+    with launching(tmp_path, SCRIPT) as run:
+        yield lambda task="work", torch=True: run(task, torch=torch)
 
 
 def is_free(folder: Path) -> bool:
@@ -111,7 +80,7 @@ SIGNALS = [
     [pytest.param(*each, marks=pytest.mark.slow if each[2] else ()) for each in SIGNALS],
 )
 def test_a_signal_ends_the_workers_behind_a_checkpoint_in_one_line(
-    start: Start, tmp_path: Path, send: Callable[[int, int], None], number: int, torch: bool
+    start: Launch, tmp_path: Path, send: Callable[[int, int], None], number: int, torch: bool
 ) -> None:
     process = start(torch=torch)
     wait_for(lambda: all((tmp_path / name / "begun").exists() for name in "ab"))
@@ -122,7 +91,7 @@ def test_a_signal_ends_the_workers_behind_a_checkpoint_in_one_line(
 
 
 @pytest.mark.parametrize("torch", [pytest.param(True, marks=pytest.mark.slow), False])
-def test_workers_of_a_killed_process_end_behind_a_checkpoint(start: Start, tmp_path: Path, torch: bool) -> None:
+def test_workers_of_a_killed_process_end_behind_a_checkpoint(start: Launch, tmp_path: Path, torch: bool) -> None:
     process = start(torch=torch)
     wait_for(lambda: all((tmp_path / name / "begun").exists() for name in "ab"))
     process.kill()
@@ -135,7 +104,7 @@ def test_workers_of_a_killed_process_end_behind_a_checkpoint(start: Start, tmp_p
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seconds", [0.0, 0.02, 0.1, 0.5, 1.5])
-def test_ctrl_c_while_workers_import_is_one_line(start: Start, seconds: float) -> None:
+def test_ctrl_c_while_workers_import_is_one_line(start: Launch, seconds: float) -> None:
     process = start()
     time.sleep(seconds)
     os.killpg(process.pid, signal.SIGINT)
@@ -143,13 +112,13 @@ def test_ctrl_c_while_workers_import_is_one_line(start: Start, seconds: float) -
     assert (process.returncode, errors) == (130, "fewstep: stopped; continue with --resume\n")
 
 
-def test_results_come_in_the_order_of_the_tasks(start: Start) -> None:
+def test_results_come_in_the_order_of_the_tasks(start: Launch) -> None:
     process = start("give", torch=False)
     assert (process.communicate(timeout=60)[0], process.returncode) == ("['a', 'b']\n", 0)
 
 
 @pytest.mark.slow
-def test_a_worker_that_dies_is_one_line(start: Start) -> None:
+def test_a_worker_that_dies_is_one_line(start: Launch) -> None:
     process = start("die")
     _, errors = process.communicate(timeout=60)
     wanted = "fewstep: a worker process was killed, or ran out of memory; continue with --resume\n"
