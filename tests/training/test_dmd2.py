@@ -232,6 +232,20 @@ def test_a_critic_conditioned_on_the_stop_learns_the_stops_that_were_drawn(tiny_
         assert moved <= seen  # AdamW goes on moving what it has seen
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_vectors_of_stops_learn_so_many_times_as_fast(tiny_model: PixelModel, dtype: torch.dtype) -> None:
+    """AdamW's first update moves every number by the rate, whatever its gradient."""
+    adamw = {"lr": 1e-4, "weight_decay": 0, "eps": 1e-20}
+    critic = {"optimizer": adamw, "condition_on_stop": True, "stop_rate": 30}
+    method = make(copy.deepcopy(tiny_model), dtype=dtype, critic=critic)
+    before = {name: p.detach().clone() for name, p in method.critic.named_parameters()}
+    method.step(real_batch(), 0)
+    for name, parameter in method.critic.named_parameters():
+        moved = (parameter.detach() - before[name]).abs().max().item()
+        assert moved == pytest.approx(3e-3 if "stop_embedding" in name else 1e-4, rel=0.02), name
+    assert method.learning_rates["critic_learning_rate"] == 1e-4
+
+
 def test_a_step_is_a_function_of_seed_and_step(tiny_model: PixelModel) -> None:
     first, second = make(tiny_model), make(tiny_model)
     torch.manual_seed(123)  # the global generator plays no part

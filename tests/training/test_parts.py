@@ -102,7 +102,7 @@ METHODS: dict[str, Callable] = {
         critic={"optimizer": SLOW},
     ),
     "dmd2, weights of losses": dmd2(
-        critic={"optimizer": SLOW, "condition_on_stop": True, "student_share": 0.1},
+        critic={"optimizer": SLOW, "condition_on_stop": True, "student_share": 0.1, "stop_rate": 30},
         dm={"floor": 0.5, "project": True, "divergence": "js"},
         gan=GAN | {"r1_weight": 0.5, "max_index": 700},
     ),

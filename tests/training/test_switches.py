@@ -245,7 +245,7 @@ ALL = {
     "dm": {"floor": 0.1, "project": True, "divergence": "js"},
     "gan": GAN | {"r1_weight": 1.0, "max_index": 900},
     "student": MIXED,
-    "critic": LR | {"condition_on_stop": True, "student_share": 0.25},
+    "critic": LR | {"condition_on_stop": True, "student_share": 0.25, "stop_rate": 30},
     "diversity": {"weight": 0.5, "steps": 2, "grid": 10},
 }
 

@@ -76,7 +76,9 @@ class DMD2(StudentMethod):
         if self.ratios:
             self.STATE = (*self.STATE, "ratios")
         critic_parameters = chain(self.critic.parameters(), self.discriminator.parameters() if self.gan else ())
-        self.critic_optimizer = Optimizer(critic_parameters, settings.critic.optimizer, num_steps)
+        told = settings.critic.condition_on_stop
+        rates = {self.critic.network.stop_embedding.weight: settings.critic.stop_rate} if told else {}
+        self.critic_optimizer = Optimizer(critic_parameters, settings.critic.optimizer, num_steps, rates)
         self.student_levels = level_sampler(settings.dm.noise, self.schedule, model.device)
         self.critic_levels = level_sampler(settings.critic.noise, self.schedule, model.device)
         self.signals: Signals | None = None

@@ -20,6 +20,9 @@ class CriticSettings(Settings):
     condition_on_stop: bool = False
     """Tell it at which of the student's timesteps a sample was taken. As published it is not told, and only the mixture
     over the timesteps is matched: with K > 1 the samples of one may drift as long as the others make up for it."""
+    stop_rate: float = Field(1.0, gt=0, le=1000)
+    """How many times as fast as the rest the vectors of `condition_on_stop` learn. The numbers of a time embedding are
+    some 30 times as large as weights; at 1 a critic of a short run hardly knows its stops, and they drift apart."""
     samples: Literal["step", "cycle"] = "step"
     """`step`, as published: a new rollout of the student for every critic update. `cycle`: one in the student's turn,
     through all timesteps, serves all updates up to the next: update k takes the x0 of stop s + k mod K, with new noise.
@@ -29,6 +32,10 @@ class CriticSettings(Settings):
     student_share: float = Field(0.0, ge=0, lt=1)
     """Share s of the student's weights that the critic takes over behind each update of the student, critic <- (1 - s)
     critic + s student (IDA of SenseFlow, arXiv 2506.00523; 0.03 there): for critics that lag."""
+
+    def idle(self) -> dict[str, str]:
+        """The rate of what is not there."""
+        return {} if self.condition_on_stop else {"stop_rate": "condition_on_stop is false"}
 
 
 class DistributionMatchingSettings(Settings):
@@ -140,7 +147,7 @@ class DMD2Settings(Settings):
 
     def idle(self) -> dict[str, str]:
         """What belongs to several timesteps, to the main loss or to pairs, where there are none."""
-        several, one = ("critic.condition_on_stop", "student.stops"), self.student.num_timesteps == 1
+        several, one = ("critic.condition_on_stop", "critic.stop_rate", "student.stops"), self.student.num_timesteps == 1
         found = dict.fromkeys(several, "the student has one timestep") if one else {}
         if not self.student.backward_simulation:
             found |= {"student.stops": "student.backward_simulation is off, where each sample has its own"}

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from importlib.util import find_spec
 from typing import Any
 
@@ -28,26 +28,38 @@ def check_optimizer(settings: OptimizerSettings) -> None:
         raise UserError(f"optimizer.kind=adamw8bit: the package bitsandbytes is missing; {advice}")
 
 
-def _adamw(parameters: list[nn.Parameter], settings: OptimizerSettings) -> torch.optim.Optimizer:
+def _adamw(
+    parameters: list[nn.Parameter], settings: OptimizerSettings, rates: Mapping[nn.Parameter, float]
+) -> torch.optim.Optimizer:
+    by_rate: dict[float, list[nn.Parameter]] = {1.0: []}
+    for parameter in parameters:
+        by_rate.setdefault(rates.get(parameter, 1.0), []).append(parameter)
+    groups = [{"params": those, "lr": settings.lr * rate} for rate, those in by_rate.items()]
     given: Any = settings.model_dump(include={"lr", "betas", "weight_decay", "eps"})
     if settings.kind == "adamw":
         # Fused: one kernel, and the only one that can skip without the host.
-        return torch.optim.AdamW(parameters, **given, fused=not any(p.is_meta for p in parameters))  # of plans
+        return torch.optim.AdamW(groups, **given, fused=not any(p.is_meta for p in parameters))  # of plans
     check_optimizer(settings)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels of multiplications, not needed here
     from bitsandbytes.optim import AdamW8bit  # its state is plain tensors; two seconds to import
 
-    optimizer: torch.optim.Optimizer = AdamW8bit(parameters, **given)
+    optimizer: torch.optim.Optimizer = AdamW8bit(groups, **given)
     return optimizer
 
 
 class Optimizer:
-    """AdamW over the parameters that are trained, for `num_updates` updates."""
+    """AdamW over the parameters that are trained, for `num_updates` updates; `rates` are times the rate of the rest."""
 
-    def __init__(self, parameters: Iterable[nn.Parameter], settings: OptimizerSettings, num_updates: int):
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        settings: OptimizerSettings,
+        num_updates: int,
+        rates: Mapping[nn.Parameter, float] | None = None,
+    ):
         self.parameters = [p for p in parameters if p.requires_grad]
         self.clip_norm = settings.clip_norm
-        self.adamw, self.eight_bit = _adamw(self.parameters, settings), settings.kind == "adamw8bit"
+        self.adamw, self.eight_bit = _adamw(self.parameters, settings, rates or {}), settings.kind == "adamw8bit"
         self.lr: float = settings.lr
         self.factor: Callable[[int], float] = lambda update: learning_rate_factor(update, num_updates, settings)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.adamw, self.factor)
