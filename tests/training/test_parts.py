@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fewstep.diffusion import losses
 from fewstep.embedded.settings import AutoencoderConfig
 from fewstep.embedded.small_models import build_autoencoder
 from fewstep.errors import UserError
@@ -17,9 +18,11 @@ from fewstep.recipes.loading import load_recipe
 from fewstep.runtime.tracking import is_count
 from fewstep.seeding import Draws, generator
 from fewstep.training.autoencoder import AutoencoderTraining
+from fewstep.training.guard import Guard
 from fewstep.training.regression import PairLoss, Regression
 from fewstep.training.settings import AutoencoderSettings, RegressSettings, TeacherSettings
 from fewstep.training.teacher import TeacherTraining
+from looks import looks
 from steps import GAN, PAIRS, in_parts, make_dmd2, same
 
 NUM = 6
@@ -161,6 +164,28 @@ def test_the_state_holds_what_goes_on_bit_for_bit(tiny_model: PixelModel, tmp_pa
     assert not same(first.state_dict(), straight.state_dict())
     with second.averaged_model() as ours, straight.averaged_model() as theirs:
         assert same(*(each.vae if name == "autoencoder" else each.denoiser for each in (ours, theirs)))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_no_step_waits_for_the_device(tiny_model: PixelModel, name: str) -> None:
+    method = METHODS[name](copy.deepcopy(tiny_model))
+    steps = [in_parts(batch(name, tiny_model, step), NUM, 1 + step % 2) for step in range(6)]
+    with looks() as found:
+        for step, parts in enumerate(steps):
+            method.step(parts, step)
+    assert not found
+
+
+def test_what_waits_is_seen(tiny_model: PixelModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    method, guard = dmd2()(copy.deepcopy(tiny_model)), Guard(20)
+    guard.add(method.step(in_parts(batch("dmd2", tiny_model, 0), NUM, 1), 0))
+    with looks() as found:
+        guard.check(1)  # reads counts, where a line is due
+    assert any(line.startswith("tolist") and "guard.py" in line for line in found)
+    monkeypatch.setattr(losses, "finite_samples", lambda x: x[x.flatten(1).sum(1) > 0].new_ones(len(x)).bool())
+    with looks() as found:
+        losses.dmd_loss(*torch.randn(3, 4, 1, 8, 8))
+    assert any("index" in line and "losses.py" in line for line in found)
 
 
 def test_parts_that_do_not_divide_the_batch_are_refused_at_the_door() -> None:

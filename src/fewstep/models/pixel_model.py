@@ -42,7 +42,8 @@ class PixelModel(ImageModel):
     @property
     def null_condition(self) -> Condition | None:
         """The class behind the last, where there is one."""
-        return {"label": torch.tensor([self.num_classes], device=self.device)} if self.config.null_class else None
+        number = self.num_classes  # filled in on the device: a copy of it there would be waited for
+        return {"label": torch.full((1,), number, device=self.device)} if self.config.null_class else None
 
     def draw_condition(self, given: Condition, draws: Draws) -> Condition:
         """Uniform over the classes, whatever is given, as the official system does for ImageNet."""

@@ -147,8 +147,8 @@ class DMD2Settings(Settings):
 
     def idle(self) -> dict[str, str]:
         """What belongs to several timesteps, to the main loss or to pairs, where there are none."""
-        several, one = ("critic.condition_on_stop", "critic.stop_rate", "student.stops"), self.student.num_timesteps == 1
-        found = dict.fromkeys(several, "the student has one timestep") if one else {}
+        several = ("critic.condition_on_stop", "critic.stop_rate", "student.stops")
+        found = dict.fromkeys(several, "the student has one timestep") if self.student.num_timesteps == 1 else {}
         if not self.student.backward_simulation:
             found |= {"student.stops": "student.backward_simulation is off, where each sample has its own"}
         found |= {} if self.dm.weight else {"guidance_scale": "dm.weight is 0"}
