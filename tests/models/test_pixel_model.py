@@ -14,6 +14,7 @@ from fewstep.models.loading.pretrained import load
 from fewstep.models.pixel_model import PixelModel
 from fewstep.networks.families.edm import PixelUNet, build_unet
 from fewstep.networks.settings import PixelModelConfig
+from fewstep.training.teacher import drop_condition
 from steps import draws
 
 X_T = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -118,15 +119,15 @@ def test_fakes_are_drawn_uniformly_over_the_classes_by_the_generator_alone(tiny_
 
 
 @pytest.mark.parametrize("probability", [0.0, 0.1, 0.5, 1.0])
-def test_dropout_replaces_the_asked_share_by_the_null_class_and_keeps_the_rest(tiny_model, unconditional, probability):
+def test_dropout_replaces_the_asked_share_by_the_null_class_and_keeps_the_rest(tiny_model, probability):
     labels = torch.tensor([0, 1, 2, 1, 0] * 2000)
-    label = tiny_model.drop_condition({"label": labels}, probability, draws(10_000))["label"]
+    label = drop_condition({"label": labels}, tiny_model.null_condition, probability, draws(10_000))["label"]
     dropped = label == 3
     assert dropped.float().mean().item() == pytest.approx(probability, abs=0.015 * (0 < probability < 1))
     assert torch.equal(label[~dropped], labels[~dropped])
     torch.manual_seed(99)
-    assert torch.equal(tiny_model.drop_condition({"label": labels}, probability, draws(10_000))["label"], label)
-    assert unconditional.drop_condition({}, probability, draws(4)) == {}
+    again = drop_condition({"label": labels}, tiny_model.null_condition, probability, draws(10_000))["label"]
+    assert torch.equal(again, label)
 
 
 @pytest.mark.parametrize(("labelled", "timesteps"), [(True, None), (True, [80.0, 2.5, 0.8]), (False, None)])

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -13,17 +14,23 @@ from fewstep.embedded.settings import AutoencoderConfig
 from fewstep.embedded.small_models import build_autoencoder
 from fewstep.errors import UserError
 from fewstep.models.autoencoder import Autoencoder
+from fewstep.models.latent_model import LatentModel
 from fewstep.models.pixel_model import PixelModel
+from fewstep.networks.settings import LoRASettings
 from fewstep.recipes.loading import load_recipe
 from fewstep.runtime.tracking import is_count
 from fewstep.seeding import Draws, generator
 from fewstep.training.autoencoder import AutoencoderTraining
+from fewstep.training.dmd2 import DMD2
+from fewstep.training.dmd2_settings import DMD2Settings
 from fewstep.training.guard import Guard
 from fewstep.training.regression import PairLoss, Regression
+from fewstep.training.roles import make_roles
 from fewstep.training.settings import AutoencoderSettings, RegressSettings, TeacherSettings
 from fewstep.training.teacher import TeacherTraining
 from looks import looks
 from steps import GAN, PAIRS, in_parts, make_dmd2, same
+from tiny_pipelines import TINY
 
 NUM = 6
 
@@ -173,6 +180,27 @@ def test_no_step_waits_for_the_device(tiny_model: PixelModel, name: str) -> None
     with looks() as found:
         for step, parts in enumerate(steps):
             method.step(parts, step)
+    assert not found
+
+
+@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize("lora", [None, LoRASettings(rank=2, alpha=2.0)])
+def test_no_step_of_latents_waits_with_what_is_kept(tmp_path: Path, family: str, lora: LoRASettings | None) -> None:
+    """Embeddings and latents are read before the step; in bfloat16, guided; a teacher's loss, too."""
+    model = LatentModel(TINY[family](tmp_path / family))
+    model.encode_in(torch.bfloat16)
+    kept = {name: value for name, value in model.text_condition(["a", "b", "c"]).items() if name != "time_ids"}
+    given = kept | {"latent": torch.randn(3, *model.shape)}
+    settings = DMD2Settings(student_every=2, student={"num_timesteps": 3}, critic={"condition_on_stop": True}, gan=GAN)
+    roles = make_roles(model, 2.0, None, 3, dtype=torch.bfloat16, lora=lora)
+    methods = [DMD2(settings, model, roles, 20, 3, seed=0)]
+    if lora is None:
+        of_teacher = LatentModel(TINY[family](tmp_path / "teacher"))
+        teaching = TeacherSettings(class_dropout=0.5, optimizer=SLOW, noise={"distribution": "index"})
+        methods.append(TeacherTraining(teaching, of_teacher, 20, 3, seed=0))
+    with looks() as found:
+        for method, step in product(methods, range(4)):
+            method.step([(range(3), given)], step)
     assert not found
 
 

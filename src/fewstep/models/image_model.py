@@ -137,17 +137,6 @@ class ImageModel(ABC):
     def decode_pixels(self, x0: Tensor) -> Tensor:
         """Pixels (B, C, H, W) around [-1, 1] of x0, with gradient: for losses on pictures."""
 
-    def drop_condition(self, condition: Condition, probability: float, draws: Draws) -> Condition:
-        """The condition with this share of the samples replaced by the null condition: for guidance later."""
-        null = self.null_condition if probability else None
-        if null is None:
-            return condition
-        dropped = draws.rand() < probability  # (B,)
-        return condition | {
-            key: torch.where(dropped.reshape(-1, *(1,) * (value.ndim - 1)), value, condition[key])
-            for key, value in null.items()
-        }
-
     @property
     def latent_space(self) -> dict[str, Any] | None:
         """What latents on disk must agree in; None where x0 is the picture itself."""

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from fewstep.diffusion.denoiser import Condition
 from fewstep.diffusion.losses import denoising_loss
 from fewstep.diffusion.sampling import heun
 from fewstep.models.image_model import Asked, ImageModel
@@ -28,6 +29,8 @@ class TeacherTraining(Method):
         self.denoiser = model.denoiser.train()
         self.optimizer = Optimizer(self.denoiser.parameters(), settings.optimizer, num_steps)
         self.ema = EMA(self.denoiser, settings.ema_decay)
+        # For guidance later; made here, for of text it is a pass of the encoders.
+        self.null_condition = model.null_condition if settings.class_dropout else None
         self.draw_levels = level_sampler(settings.noise, self.denoiser.schedule, model.device)
 
     def step(self, parts: Sequence[Part], step: int) -> Metrics:
@@ -40,7 +43,8 @@ class TeacherTraining(Method):
     def _gradients(self, rows: range, batch: Batch, step: int, weight: float) -> Metrics:
         draws = Draws(generator(self.seed, "teacher", step, self.model.device), rows, self.batch_size)
         x0, condition = self.model.encode_x0(batch, draws), self.model.encode_condition(batch)
-        condition = self.model.drop_condition(condition, self.settings.class_dropout, draws)  # for guidance later
+        if self.null_condition:
+            condition = drop_condition(condition, self.null_condition, self.settings.class_dropout, draws)
         t, eps = self.draw_levels(draws), draws.randn(*x0.shape[1:])  # (B,), (B, C, H, W)
         x0_hat = self.denoiser(self.denoiser.schedule.add_noise(x0, eps, t), t, condition)  # (B, C, H, W)
         loss = denoising_loss(x0_hat, x0, self.denoiser.coefficients(t)[1]).mean()
@@ -61,3 +65,12 @@ class TeacherTraining(Method):
         with super().averaged_model(ema) as model:
             yield model
         self.denoiser.train()
+
+
+def drop_condition(condition: Condition, null: Condition, probability: float, draws: Draws) -> Condition:
+    """The condition with this share of the samples replaced by the null condition, of (1, ...) tensors."""
+    dropped = draws.rand() < probability  # (B,)
+    return condition | {
+        key: torch.where(dropped.reshape(-1, *(1,) * (value.ndim - 1)), value, condition[key])
+        for key, value in null.items()
+    }

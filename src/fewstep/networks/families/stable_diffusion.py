@@ -74,10 +74,12 @@ class SDXLText(TextConditioner):
 
     def complete(self, embeddings: Condition) -> Condition:
         """Adds `time_ids`."""
-        size = float(self.image_size)
-        # (1, 6): original height and width, crop from top and left, target height and width
-        time_ids = torch.tensor([[size, size, 0, 0, size, size]], device=embeddings["text"].device)
-        return embeddings | {"time_ids": time_ids.repeat(len(embeddings["text"]), 1)}
+        text = embeddings["text"]
+        # (B, 6): original height and width, crop from top and left, target height and width; filled in where they are,
+        # for a training step must not wait for a copy.
+        time_ids = torch.zeros(len(text), 6, device=text.device)
+        time_ids[:, :2] = time_ids[:, 4:] = float(self.image_size)
+        return embeddings | {"time_ids": time_ids}
 
     def null_condition(self) -> Condition:
         """(1, ...) tensors for guidance; without time_ids, which stay the condition's own."""
