@@ -29,7 +29,7 @@ from fewstep.training.panels import num_samples, panel
 from fewstep.training.pool import Samples, rows_of
 from fewstep.training.ratios import Ratios
 from fewstep.training.regression import PairLoss
-from fewstep.training.roles import Roles
+from fewstep.training.roles import STOP_EMBEDDING, Roles
 from fewstep.training.signals import (
     Signals,
     Sums,
@@ -77,7 +77,7 @@ class DMD2(StudentMethod):
             self.STATE = (*self.STATE, "ratios")
         critic_parameters = chain(self.critic.parameters(), self.discriminator.parameters() if self.gan else ())
         told = settings.critic.condition_on_stop
-        rates = {self.critic.network.stop_embedding.weight: settings.critic.stop_rate} if told else {}
+        rates = {self.critic.get_parameter(STOP_EMBEDDING): settings.critic.stop_rate} if told else {}
         self.critic_optimizer = Optimizer(critic_parameters, settings.critic.optimizer, num_steps, rates)
         self.student_levels = level_sampler(settings.dm.noise, self.schedule, model.device)
         self.critic_levels = level_sampler(settings.critic.noise, self.schedule, model.device)
