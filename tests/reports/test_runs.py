@@ -266,6 +266,7 @@ def test_metrics_hold_rates_seconds_and_memory() -> None:
     lines = read_metrics(Path("run/metrics.jsonl"))
     assert [each["learning_rate"] for each in lines] == pytest.approx([0.025, 0.025, 0.025, 0.05])  # steps 1 and 4
     assert [each["critic_learning_rate"] for each in lines] == [1e-3] * 4
+    assert all(0 <= each["data_wait"] <= each["seconds_per_step"] for each in lines)
     assert all(0 < each["seconds_per_step"] < 10 and 0.05 < each["peak_memory_gb"] < 50 for each in lines)
     assert "learning_rate" in read_metrics(Path("teacher/metrics.jsonl"))[0]
     assert "critic_learning_rate" not in read_metrics(Path("teacher/metrics.jsonl"))[0]

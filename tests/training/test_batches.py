@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from fewstep.errors import UserError
 from fewstep.runtime.checkpoint import checkpoints
+from fewstep.runtime.tracking import StepClock
 from fewstep.training.batches import NUM_AHEAD, parts_ahead
 from fewstep.training.loop import train
 from fewstep.training.settings import LoopSettings
@@ -57,6 +59,31 @@ def test_they_are_made_while_a_step_is_computed_and_not_many_more() -> None:
         assert made == list(range(NUM_AHEAD + 1))
         assert threads()
     assert not threads()
+
+
+def test_the_wait_for_batches_is_told_per_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+
+    def later(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    def batches() -> Iterator[int]:
+        for number in range(6):
+            later(0.25 * (number % 2))
+            yield number
+
+    monkeypatch.setattr("fewstep.runtime.tracking.time.perf_counter", lambda: now)
+    clock, told = StepClock(CPU), []
+    for number in clock.each(batches()):
+        later(1.0)  # the step
+        clock.steps += 1
+        with clock.aside():
+            later(7.0)
+        if number % 3 == 2:
+            told.append(clock.read())
+    assert [each["data_wait"] for each in told] == pytest.approx([0.25 / 3, 0.5 / 3], abs=1e-6)
+    assert [each["seconds_per_step"] for each in told] == pytest.approx([1 + 0.25 / 3, 1 + 0.5 / 3], abs=1e-6)
 
 
 class Counting:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+Item = TypeVar("Item")
 Report = Callable[[int, dict[str, float]], None]
 """Called with the number of finished steps and, when there are new ones, the metrics."""
 
@@ -66,7 +67,7 @@ class StepClock:
     """Seconds per step since it was last asked, without what was `aside`, and the most memory that was ever taken."""
 
     def __init__(self, device: torch.device):
-        self.device, self.steps, self.began, self.off = device, 0, time.perf_counter(), 0.0
+        self.device, self.steps, self.began, self.off, self.waited = device, 0, time.perf_counter(), 0.0, 0.0
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -75,17 +76,26 @@ class StepClock:
         yield
         self.off += time.perf_counter() - before
 
+    def each(self, batches: Iterator[Item]) -> Iterator[Item]:
+        """The batches of all steps, which training may have to wait for."""
+        before = time.perf_counter()
+        for batch in batches:
+            self.waited += time.perf_counter() - before
+            yield batch
+            before = time.perf_counter()
+
     def read(self) -> dict[str, float]:
-        """`seconds_per_step` and `peak_memory_gb`, of the GPU or of the process."""
-        now = time.perf_counter()
-        seconds = (now - self.began - self.off) / max(1, self.steps)
-        self.steps, self.began, self.off = 0, now, 0.0
+        """`seconds_per_step`, `data_wait`, the part of it in waiting, and `peak_memory_gb`, of GPU or process."""
+        now, steps = time.perf_counter(), max(1, self.steps)
+        seconds, waited = (now - self.began - self.off) / steps, self.waited / steps
+        self.steps, self.began, self.off, self.waited = 0, now, 0.0, 0.0
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         if self.device.type == "cuda":
             import torch
 
             peak = torch.cuda.max_memory_allocated(self.device)
-        return {"seconds_per_step": round(seconds, 6), "peak_memory_gb": round(peak / 1e9, 3)}
+        machine = {"seconds_per_step": round(seconds, 6), "data_wait": round(waited, 6)}
+        return machine | {"peak_memory_gb": round(peak / 1e9, 3)}
 
 
 class Allowance:

@@ -53,7 +53,7 @@ def train(
     every, clock = settings.evaluation.every or num_steps, StepClock(method.model.device)
     ahead = parts_ahead(batch_at, settings, start, method.model.device)
     with stop_request() as stop_requested, ahead as parts, open_board(run, start, settings.tensorboard) as board:
-        for done, part in enumerate(parts, start + 1):
+        for done, part in enumerate(clock.each(parts), start + 1):
             metrics.add(guard.add(method.step(part, done - 1)))  # stays on the device
             clock.steps += 1
             last = done == num_steps
