@@ -8,7 +8,7 @@ from itertools import accumulate
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from fewstep.commands.plan import of_recipe
+from fewstep.commands.teachers import of_recipe
 from fewstep.models.outline import Outline
 from fewstep.networks.precision import DTYPES
 from fewstep.recipes.loading import load_recipe

@@ -230,5 +230,5 @@ def test_the_files_named_exist() -> None:
 
 def test_the_verbs_named_exist() -> None:
     verbs = {name for name in VERBS if " " not in name}
-    named = r"`?fewstep (demo|teach|distill|plan|sample|sweep|evaluate|export|extract|recipes|report|ablate)"
+    named = r"`?fewstep (demo|teach|distill|plan|sample|sweep|evaluate|export|extract|recipes|report|ablate|benchmark)"
     assert set(re.findall(named, "".join(PAGES))) == verbs

@@ -142,6 +142,29 @@ class Plan(Order):
         return load_recipe(self.recipe, self.set_), self
 
 
+@verb("benchmark", "benchmark.benchmark", "sdxl-4step-lora --architecture sdxl")
+class Benchmark(Order):
+    """Measure how fast a distillation is on this machine, with random weights: nothing need be here but the recipe.
+
+    Seconds of a cycle, samples per second, peak memory, and what share of the machine's arithmetic is used.
+    """
+
+    recipe: Annotated[Place, Argument(help="Recipe name or YAML file of a distillation.")]
+    set_: Set = field(default_factory=list)
+    architecture: str | None = option(
+        "Of a teacher that is not here: sdxl, sd15, sd21 or imagenet64.", metavar="NAME", show_default="by its name"
+    )
+    cycles: int = option("That are measured, at least, behind those that warm up.", 4, metavar="N", min=1, max=10_000)
+    out: Path | None = option("Also writes the numbers.", metavar="JSON", show_default=False)
+    overwrite: Overwrite = False
+
+    def arguments(self) -> tuple[Any, ...]:
+        """The recipe, whose mistakes are told before torch is imported, and what is asked."""
+        from fewstep.recipes.loading import load_recipe
+
+        return load_recipe(self.recipe, self.set_), self
+
+
 @verb("recipes", "recipes.recipes", "show digits-4step")
 class Recipes(Order):
     """List, show, check or write recipes: with the meaning of every setting, and new ones for your own images."""

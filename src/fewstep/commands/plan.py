@@ -4,28 +4,20 @@ import re
 import shlex
 from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
-from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from fewstep.commands.options import Plan as Order
-from fewstep.embedded.small_models import SCHEDULE, build_autoencoder, build_unet
+from fewstep.commands.teachers import find_outline
 from fewstep.errors import UserError
-from fewstep.models.loading.outlines import guess, of_parts, of_settings, outline_of, standard
 from fewstep.models.outline import Outline
-from fewstep.networks.families import FAMILIES, use_family
-from fewstep.recipes.loading import load_recipe, read_run_recipe, recipe_names
+from fewstep.recipes.loading import load_recipe
 from fewstep.recipes.schema import DistillRecipe
-from fewstep.runtime.checkpoint import RECIPE
-from fewstep.runtime.runs import find, is_run
 from fewstep.training.planning import TURNS, Plan, picture_bytes
 from fewstep.training.planning import plan as plan_of
 
 GB, SPARE = 1e9, 10**9  # bytes that CUDA's context, workspaces and fragmentation take beside what is counted
-RUNS = Path("runs")
 ROLES = ("teacher", "student", "critic", "discriminator")
 EIGHT_BITS = [f"{role}.optimizer.kind=adamw8bit" for role in ("student", "critic")]
 LESS = {  # settings that take less arithmetic -> what they change
@@ -41,7 +33,7 @@ def plan(recipe: DistillRecipe, asked: Order) -> None:
     if recipe.kind != "distill":
         raise UserError(f"recipe {asked.recipe}: is of the kind {recipe.kind}; plans are of distillations")
     card = None if asked.memory is None else parse_memory(asked.memory)
-    outline, told = find_outline(recipe, asked)
+    outline, told = find_outline(recipe, asked.recipe, asked.architecture)
     found, console = plan_of(recipe, outline), Console()
     parts = "one part" if recipe.accumulate == 1 else f"{recipe.accumulate} parts"
     print(f"{asked.recipe}: {told}, batches of {recipe.batch_size} in {parts}, {recipe.precision}")
@@ -64,39 +56,6 @@ def parse_memory(text: str) -> int:
     if match is None or not 0 < float(match[1]) < 10**5:
         raise UserError(f"--memory {text!r}: write the size of a card, such as 24GB")
     return round(float(match[1]) * 2**30)
-
-
-def find_outline(recipe: DistillRecipe, asked: Order) -> tuple[Outline, str]:
-    """The teacher without its weights, and where its shapes are from; raises UserError if nothing tells them."""
-    use_family(recipe.teacher_family)
-    if asked.architecture:
-        return standard(asked.architecture), f"a teacher of the shapes of {asked.architecture}"
-    name = recipe.teacher
-    for place in (name, str(RUNS / name)):
-        folder = find(place).folder if is_run(place) else Path(place)
-        if outline := outline_of(folder, recipe.teacher_config):
-            return outline, f"the teacher in {folder}"
-    if name in recipe_names() or Path(f"{name}.yaml").is_file():
-        taught = load_recipe(name if name in recipe_names() else f"{name}.yaml", verb="teach")
-        return of_recipe(taught), f"the teacher of {name}"
-    if known := guess(name, str(recipe.teacher_config), asked.recipe):
-        return standard(known), f"a teacher of the shapes of {known}, by its name (--architecture takes others)"
-    raise UserError(f"teacher: {name} is not here; say what it is like with --architecture sdxl, sd15 or sd21")
-
-
-def of_recipe(recipe: Any) -> Outline:
-    """The outline of the teacher that a `teach` recipe trains."""
-    if recipe.kind == "teach":
-        return of_settings(FAMILIES["pixel"], recipe.model)
-    config, name = recipe.model, recipe.model.autoencoder
-    run = next((each for each in (Path(name), RUNS / name) if is_run(each)), None)
-    encoded: Any = read_run_recipe(run / RECIPE) if run else load_recipe(name)
-    with torch.device("meta"):
-        vae = build_autoencoder(encoded.model)
-        network = build_unet(config, vae)
-    family = FAMILIES["StableDiffusionXLPipeline" if config.architecture == "sdxl" else "StableDiffusionPipeline"]
-    scheduler = SCHEDULE | {"prediction_type": config.prediction_type}
-    return of_parts(family, {"vae": vae, family.part: network}, scheduler, tokens=config.num_tokens)
 
 
 def _table(found: Plan) -> Table:

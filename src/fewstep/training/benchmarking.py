@@ -1,0 +1,148 @@
+"""How fast a distillation is on this machine: its own step, on weights of the real shapes that nobody has trained."""
+
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import mean
+from typing import Any
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fewstep.models.outline import Outline
+from fewstep.networks.precision import DTYPES
+from fewstep.training.dmd2 import DMD2
+from fewstep.training.method import Part
+from fewstep.training.roles import make_roles
+
+SECONDS = 0.5  # of products of matrices, behind which a rate no longer rises
+WIDTH = {"cuda": 8192, "cpu": 1024}  # of these matrices
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What cycles took, each of one update of the student and those of the critic up to the next."""
+
+    seconds: list[float]
+    """Of each cycle, the stops in turn."""
+    peak: int
+    """Bytes: of a GPU's memory at most, or of the process on a CPU, which has its libraries in it."""
+    operations: float
+    """That the host starts in a cycle, each at least one kernel."""
+    busy: float | None
+    """Share of the time in which a GPU computes; None on a CPU."""
+
+    @property
+    def cycle(self) -> float:
+        """Mean seconds."""
+        return mean(self.seconds)
+
+
+class _Counter(TorchDispatchMode):
+    """Counts operations, those of backward passes and optimizers among them."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.num = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.num += 1
+        return func(*args, **(kwargs or {}))
+
+
+def make_method(recipe: Any, outline: Outline, device: torch.device) -> DMD2:
+    """The recipe's method around freshly initialised networks; losses on pairs are left out."""
+    model = outline.fresh()
+    torch.manual_seed(0)
+    initialize(model.denoiser.to_empty(device=device))
+    model.device = device
+    num_stops = recipe.student.num_timesteps if recipe.critic.condition_on_stop else 0
+    dtype, layer = DTYPES[recipe.precision], recipe.gan.feature_layer
+    roles = make_roles(model, recipe.guidance_scale, layer, num_stops, dtype, recipe.checkpointing, recipe.lora)
+    return DMD2(recipe, model, roles, recipe.num_steps, recipe.batch_size, recipe.seed)
+
+
+@torch.no_grad()
+def initialize(network: nn.Module) -> None:
+    """As its layers begin, and zeros where none says: numbers that stay finite, so that no update is skipped."""
+    for tensor in (*network.parameters(), *network.buffers()):
+        tensor.zero_()
+    for module in network.modules():
+        if callable(reset := getattr(module, "reset_parameters", None)):
+            reset()
+
+
+def parts_of(recipe: Any, outline: Outline, device: torch.device) -> list[Part]:
+    """A batch in its parts, on the device."""
+    size = recipe.batch_size // recipe.accumulate
+    batch = {name: value.to(device) for name, value in outline.batch(size).items()}
+    batch["x0"] = torch.randn_like(batch["x0"])
+    return [(range(first, first + size), batch) for first in range(0, recipe.batch_size, size)]
+
+
+def time_cycles(method: DMD2, parts: list[Part], num: int) -> Timing:
+    """At least `num` cycles, every stop equally often, behind one of each to warm up."""
+    device, every = method.model.device, method.settings.student_every
+    first, last = method.fakes.first, method.num_noises
+    stops = list(range(first, last)) if method.settings.student.stops == "shared" else [first]
+
+    def cycle(stop: int) -> None:
+        method.draw_stop = lambda step: stop  # type: ignore[method-assign]
+        for step in range(every):
+            method.step(parts, step)
+
+    warm = [_seconds(device, cycle, stop) for stop in stops]
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    rounds = -(-num // len(warm))
+    seconds = [_seconds(device, cycle, stop) for _ in range(rounds) for stop in stops]
+    peak = _peak(device)
+    with _Counter() as counter:
+        for stop in stops:
+            cycle(stop)
+    return Timing(seconds, peak, counter.num / len(stops), _busy(device, cycle, stops))
+
+
+def _seconds(device: torch.device, work: Callable[..., Any], *given: Any) -> float:
+    _wait(device)
+    began = time.perf_counter()
+    work(*given)
+    _wait(device)
+    return time.perf_counter() - began
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _peak(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _busy(device: torch.device, cycle: Callable[[int], None], stops: list[int]) -> float | None:
+    """The kernels' time over that of the same cycles without a profiler, which slows the host."""
+    if device.type != "cuda":
+        return None
+    alone = sum(_seconds(device, cycle, stop) for stop in stops)
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        for stop in stops:
+            cycle(stop)
+        _wait(device)
+    kernels = [event for event in found.events() or () if event.device_type.name == "CUDA"]
+    return float(sum(event.time_range.elapsed_us() for event in kernels)) / 1e6 / alone
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second in products of large matrices: the most that the machine gives, 2 n^3 each."""
+    a = torch.randn(WIDTH[device.type], WIDTH[device.type], device=device, dtype=dtype)
+    best, began = 0.0, time.perf_counter()
+    while time.perf_counter() - began < SECONDS:
+        best = max(best, 2 * len(a) ** 3 / _seconds(device, torch.mm, a, a))
+    return best

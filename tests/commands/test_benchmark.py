@@ -1,0 +1,128 @@
+"""`fewstep benchmark`: the recipe's own steps, on random weights, and numbers that hold."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from command_line import fewstep, refused
+from fewstep.commands.teachers import of_recipe
+from fewstep.recipes.loading import load_recipe
+from fewstep.training.benchmarking import make_method, matrix_rate, parts_of, time_cycles
+from fewstep.training.planning import plan
+
+CPU = torch.device("cpu")
+FEW = ["batch_size=4", "device=cpu"]
+SMALL = ["model.block_out_channels=[8, 8]", "model.norm_num_groups=4"]
+TWO = ["student.num_timesteps=2", "student.timesteps=null"]
+
+
+@pytest.fixture(autouse=True)
+def _place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_cycle_is_what_the_recipe_does_with_numbers_that_stay_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = load_recipe("digits-4step", [*FEW, "student_every=2", "accumulate=2", *TWO])
+    outline = of_recipe(load_recipe("digits-teacher", SMALL))
+    method, parts = make_method(recipe, outline, CPU), parts_of(recipe, outline, CPU)
+    assert [rows for rows, _ in parts] == [range(2), range(2, 4)]
+    assert all(p.isfinite().all() and p.device == CPU for p in method.student.parameters())
+    seen, lines = Counter[tuple[int, int]](), []
+    step = method.step
+
+    def watched(given: list, number: int) -> dict:
+        seen[method.draw_stop(number), number] += 1
+        lines.append(step(given, number))
+        return lines[-1]
+
+    method.step = watched
+    timing = time_cycles(method, parts, 3)
+    assert len(timing.seconds) == 4  # at least three, both stops equally often
+    assert seen == {(stop, number): 4 for stop in range(2) for number in range(2)}  # to warm up, twice, counted
+    assert all(line[name] == 0 for line in lines for name in line if name.startswith("skipped"))
+    assert all(line["denoising_loss"].isfinite() for line in lines)
+    assert timing.cycle == pytest.approx(sum(timing.seconds) / 4)
+    assert timing.operations > 1000
+    assert timing.busy is None
+    assert timing.peak > 1e8
+
+
+def test_the_arithmetic_is_that_of_the_cycles_that_are_timed() -> None:
+    """`plan` counts on shapes alone what torch's counter sees in the cycles themselves."""
+    recipe = load_recipe("digits-4step", [*FEW, *TWO])
+    outline = of_recipe(load_recipe("digits-teacher", SMALL))
+    method, parts = make_method(recipe, outline, CPU), parts_of(recipe, outline, CPU)
+    with FlopCounterMode(display=False) as counter:
+        for stop in range(2):
+            method.draw_stop = lambda step, stop=stop: stop
+            for number in range(recipe.student_every):
+                method.step(parts, number)
+    assert counter.get_total_flops() / 2 == pytest.approx(plan(recipe, outline).cycle, rel=0.02)
+
+
+def test_products_of_matrices_take_the_time_that_they_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter(range(10**6))  # a second between any two looks at the clock
+    monkeypatch.setattr("fewstep.training.benchmarking.time.perf_counter", lambda: float(next(now)))
+    monkeypatch.setattr("fewstep.training.benchmarking.SECONDS", 4)
+    assert matrix_rate(CPU, torch.float32) == 2 * 1024**3
+
+
+@pytest.mark.parametrize("name", ["sdxl-4step-lora", "sd15-1step", "imagenet64-1step"])
+def test_every_kind_of_network_begins_finite(name: str) -> None:
+    """Of a real outline, narrowed: nothing of it is read from anywhere."""
+    recipe = load_recipe(name, ["device=cpu", "batch_size=1", "accumulate=1", *NARROW.get(name, [])])
+    outline = of_recipe(load_recipe(TEACHERS[name], NARROW_TEACHERS[name]))
+    method = make_method(recipe, outline, CPU)
+    line = method.step(parts_of(recipe, outline, CPU), 0)
+    assert line["skipped_student"] == line["skipped_critic"] == 0
+    assert line["denoising_loss"].isfinite()
+
+
+TEACHERS = {"sdxl-4step-lora": "shapes-teacher", "sd15-1step": "shapes-teacher", "imagenet64-1step": "digits-teacher"}
+NARROW = {"sdxl-4step-lora": ["lora.rank=4", "prompts.source=null"]}
+NARROW_TEACHERS = {
+    "sdxl-4step-lora": ["model.block_out_channels=[16, 32]"],
+    "sd15-1step": ["model.block_out_channels=[16, 32]", "model.architecture=sd"],
+    "imagenet64-1step": SMALL,
+}
+
+
+def test_the_command_tells_a_table_and_writes_its_numbers() -> None:
+    line = "benchmark digits-1step --set batch_size=4 --set device=cpu --set init_from=null --cycles 2 --out speed.json"
+    code, told, errors = fewstep(line)
+    assert (code, errors) == (0, "")
+    assert told.startswith("digits-1step: the teacher of digits-teacher, batches of 4, float32, on the CPU, 1 thread")
+    found = json.loads(Path("speed.json").read_text())
+    assert len(found["seconds"]) == 2
+    every = load_recipe("digits-1step").student_every
+    assert found["samples_per_second"] == pytest.approx(4 * every / found["seconds_per_cycle"])
+    assert found["utilisation"] == pytest.approx(found["tflops"] / found["matrix_tflops"])
+    assert found["tflops"] == pytest.approx(found["tflop_per_cycle"] / found["seconds_per_cycle"])
+    assert found["torch"] == torch.__version__
+    assert f"{found['operations']:,.0f}" in told
+    refused(fewstep(line), "--out speed.json: exists already")
+    assert fewstep(f"{line} --overwrite")[0] == 0
+
+
+def test_what_the_machine_can_t_hold_is_refused_before_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fewstep.commands.benchmark._memory", lambda device: 10**7)
+    monkeypatch.setattr("fewstep.commands.benchmark.make_method", None)
+    refused(fewstep("benchmark digits-1step --set device=cpu"), "device: has 0.0 GB, and this recipe takes 0.", "plan")
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("digits-teacher", "is of the kind teach; benchmarks are of distillations"),
+        ("digits-9step", "digits-9step"),
+        ("digits-1step --set teacher=mine", "say what it is like with --architecture sdxl, sd15 or sd21"),
+        ("digits-1step --architecture sd4", "--architecture 'sd4': write"),
+        ("digits-1step --cycles 0", "--cycles"),
+    ],
+)
+def test_mistakes_are_one_line(line: str, told: str) -> None:
+    refused(fewstep(f"benchmark {line}"), told)
