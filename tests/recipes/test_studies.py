@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from command_line import fewstep, refused
+from fewstep.errors import UserError
 from fewstep.recipes.loading import load_recipe
 from fewstep.recipes.studies.loading import load_study, recipe_hash, study_names
 
@@ -74,6 +75,16 @@ def test_how_many_pairs_a_recipe_would_draw_is_no_part_of_a_hash_for_the_study_s
     rows = [{"name": "own", "recipe": "own.yaml", "set": {"num_steps": 800}}]
     own = load_study(study(prepare=[*TWO["prepare"], pairs], rows=rows)).rows[0]
     assert own.folder(3).removeprefix("own-") == row.folder(3).removeprefix("digits-dmd-")
+
+
+def test_what_a_recipe_builds_on_is_named_with_how_to_prepare_it() -> None:
+    rows, prepare = [{"name": "own", "recipe": "digits-1step"}], [*TWO["prepare"], {"run": "digits-1step-init"}]
+    with pytest.raises(UserError, match=r"init_from: .*; put {run: digits-1step-init} under prepare, or set null$"):
+        load_study(study(rows=rows))
+    with pytest.raises(UserError, match=r"regression.pairs: .*; put {pairs: digits-pairs, teacher: \.\.\., num:"):
+        load_study(study(prepare=prepare, rows=rows))
+    pairs = {"pairs": "digits-pairs", "teacher": "digits-teacher", "num": 9, "sampler": "heun:18"}
+    assert load_study(study(prepare=[prepare[0], pairs, prepare[-1]], rows=rows)).rows[0].name == "own"
 
 
 def test_seeds_and_settings_of_the_command_line_are_of_all_rows() -> None:

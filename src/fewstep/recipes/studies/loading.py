@@ -252,6 +252,9 @@ def _check_name(where: str, value: str, prepared: Collection[str]) -> None:
 
         if is_hub_id(value):
             return
-    near = nearest(path, [*prepared])
-    how = f"; put {{run: {path}}} under prepare" if path in recipe_names() and not near else near
+    how = nearest(path, [*prepared])
+    if where.endswith("regression.pairs"):
+        how = f"; put {{pairs: {path}, teacher: ..., num: ..., sampler: ...}} under prepare"
+    elif path in recipe_names():
+        how = f"; put {{run: {path}}} under prepare{', or set null' if where.endswith('init_from') else ''}"
     raise UserError(f"{where}: {shown(value)} is neither prepared, nor a folder that is there{how}")
