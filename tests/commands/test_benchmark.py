@@ -35,7 +35,7 @@ def test_a_cycle_is_what_the_recipe_does_with_numbers_that_stay_finite(monkeypat
     step = method.step
 
     def watched(given: list, number: int) -> dict:
-        seen[method.draw_stop(number), number] += 1
+        seen[method.draw_stop(number), number % 2] += 1
         lines.append(step(given, number))
         return lines[-1]
 
@@ -49,6 +49,18 @@ def test_a_cycle_is_what_the_recipe_does_with_numbers_that_stay_finite(monkeypat
     assert timing.operations > 1000
     assert timing.busy is None
     assert timing.peak > 1e8
+
+
+@pytest.mark.parametrize(
+    "stops", [["student.stops=mixed"], ["student.timesteps=random", "critic.condition_on_stop=false"]]
+)
+def test_samples_at_several_stops_or_at_random_times_are_timed_as_they_are_drawn(stops: list[str]) -> None:
+    recipe = load_recipe("digits-4step", [*FEW, "student_every=2", *TWO, *stops])
+    outline = of_recipe(load_recipe("digits-teacher", SMALL))
+    method = make_method(recipe, outline, CPU)
+    drawn = method.draw_stop
+    assert len(time_cycles(method, parts_of(recipe, outline, CPU), 3).seconds) == 3
+    assert method.draw_stop == drawn
 
 
 def test_the_arithmetic_is_that_of_the_cycles_that_are_timed() -> None:

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count, islice
 from statistics import mean
 from typing import Any
 
@@ -85,15 +86,17 @@ def parts_of(recipe: Any, outline: Outline, device: torch.device) -> list[Part]:
 
 
 def time_cycles(method: DMD2, parts: list[Part], num: int) -> Timing:
-    """At least `num` cycles, every stop equally often, behind one of each to warm up."""
-    device, every = method.model.device, method.settings.student_every
-    first, last = method.fakes.first, method.num_noises
-    stops = list(range(first, last)) if method.settings.student.stops == "shared" else [first]
+    """At least `num` cycles behind one to warm up; where a batch has one stop, every stop equally often."""
+    device, every, student = method.model.device, method.settings.student_every, method.settings.student
+    one = student.stops == "shared" and student.timesteps != "random"
+    stops = list(range(method.fakes.first, method.num_noises)) if one else [0]
+    numbers = count()
 
     def cycle(stop: int) -> None:
-        method.draw_stop = lambda step: stop  # type: ignore[method-assign]
-        for step in range(every):
-            method.step(parts, step)
+        if one:
+            method.draw_stop = lambda step: stop  # type: ignore[method-assign]
+        for number in islice(numbers, every):
+            method.step(parts, number)
 
     warm = [_seconds(device, cycle, stop) for stop in stops]
     if device.type == "cuda":
