@@ -43,7 +43,7 @@ def test_help_fits_a_terminal_and_shows_an_example(verb: str) -> None:
     assert (code, errors) == (0, "")
     lines = output.strip().splitlines()
     assert len(lines) <= (
-        24 + 3 * (not verb) if verb in ("", "demo", "teach", "distill", "recipes", "import edm") else 60
+        24 + 4 * (not verb) if verb in ("", "demo", "teach", "distill", "recipes", "import edm") else 60
     )
     assert max(map(len, lines)) <= 80
     assert f"Example: fewstep {verb}".strip() in output

@@ -117,7 +117,6 @@ def test_the_command_tells_a_table_and_writes_its_numbers() -> None:
     assert found["torch"] == torch.__version__
     assert f"{found['operations']:,.0f}" in told
     refused(fewstep(line), "--out speed.json: exists already")
-    assert fewstep(f"{line} --overwrite")[0] == 0
 
 
 def test_what_the_machine_can_t_hold_is_refused_before_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:

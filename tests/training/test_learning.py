@@ -118,7 +118,11 @@ def distilled_points(pretrained: Denoiser, timesteps: list[float], num_steps: in
 
 @pytest.mark.parametrize(
     ("timesteps", "gan", "factor"),
-    [([SIGMA_MAX], 0.0, 50), ([SIGMA_MAX], 0.02, 50), ([SIGMA_MAX, 1.0, 0.3], 0.0, 5)],
+    [
+        ([SIGMA_MAX], 0.0, 50),
+        pytest.param([SIGMA_MAX], 0.02, 50, marks=pytest.mark.slow),
+        ([SIGMA_MAX, 1.0, 0.3], 0.0, 5),
+    ],
 )
 def test_the_ring_is_learned(pretrained: Denoiser, timesteps: list[float], gan: float, factor: float) -> None:
     real = draw_ring(4000, 1)

@@ -74,7 +74,11 @@ def assert_same_end(first: Path, second: Path) -> None:
         (4, []),
         (7, []),
         (7, ["precision=bfloat16"]),
-        (5, ["precision=bfloat16", "accumulate=2", "checkpointing=blocks", "gan.student_weight=3e-3"]),
+        pytest.param(
+            5,
+            ["precision=bfloat16", "accumulate=2", "checkpointing=blocks", "gan.student_weight=3e-3"],
+            marks=pytest.mark.slow,
+        ),
         (5, [*LORA, "student.ema_decay=[0.9, 0]", "accumulate=2", "checkpointing=blocks"]),
         (4, ["critic.samples=cycle", "gan.real_share=0.5", "checkpointing=gan"]),
         (5, None),

@@ -144,7 +144,9 @@ class Plan(Order):
 
 @verb("benchmark", "benchmark.benchmark", "sdxl-4step-lora --architecture sdxl")
 class Benchmark(Order):
-    """Measure how fast a distillation is on this machine, with random weights: nothing need be here but the recipe.
+    """Measure how fast a distillation is on this machine.
+
+    On random weights of the real shapes: nothing need be there but the recipe.
 
     Seconds of a cycle, samples per second, peak memory, and what share of the machine's arithmetic is used.
     """

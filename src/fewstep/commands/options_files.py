@@ -45,7 +45,7 @@ class Export(Order):
 
 @verb("extract", "extract.extract_lora", "models/sdxl runs/sdxl-4step sdxl-4step-lora.safetensors")
 class Extract(Order):
-    """Make a LoRA of a student that was trained whole, in kohya's layout: the best of a rank, and what it leaves out.
+    """Make a LoRA of a student that was trained whole: the best of a rank, in kohya's layout, and what it leaves out.
 
     Layer by layer by SVD; with --data weighted by what the layers are given when it draws, where that is better.
     """
