@@ -274,8 +274,11 @@ def weights(run_folder: Path) -> list[torch.Tensor]:
 
 
 PROMPTS = "--set prompts.source=prompts.txt"
-SHOWN = [("sd", ""), ("sd", NO_GAN), ("sdxl", PROMPTS)]
-MORE = [pytest.param(*each, marks=pytest.mark.slow) for each in (("sd", PROMPTS), ("sdxl", ""), ("sdxl", NO_GAN))]
+SHOWN = [("sd", ""), ("sdxl", PROMPTS)]
+MORE = [
+    pytest.param(*each, marks=pytest.mark.slow)
+    for each in (("sd", PROMPTS), ("sd", NO_GAN), ("sdxl", ""), ("sdxl", NO_GAN))
+]
 
 
 @pytest.mark.parametrize(("workshop", "settings"), SHOWN + MORE, indirect=["workshop"])

@@ -156,6 +156,7 @@ class Brightness(torch.nn.Module):
         return images.float().mean(dim=(2, 3))
 
 
+@pytest.mark.slow
 @kinds(("sd",))
 def test_the_two_stages_of_sd_with_judging_on_the_way(tell: Tell, workplace: Path, tmp_path: Path) -> None:
     """Stage 1 judges itself, stage 2 starts from any checkpoint of it with the GAN, and its student can be sampled."""
@@ -230,6 +231,7 @@ def student_of(run_folder: Path) -> list[torch.Tensor]:
     return list(load(model).denoiser.parameters())
 
 
+@pytest.mark.slow
 @kinds(("sdxl",))
 def test_a_student_of_the_file_or_of_the_hub_is_the_student_of_the_folder(
     tell: Tell, workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
