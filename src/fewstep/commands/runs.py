@@ -76,7 +76,7 @@ def _environment(name: str, default: int) -> int:
 
 FREE = {  # keys, or the first parts of them, that change no number of a run but by rounding
     *("description", "device", "log_every", "sample_every", "checkpoint_every", "grid_images", "max_skipped"),
-    *("tensorboard", "samples", "embeddings", "accumulate", "checkpointing"),
+    *("tensorboard", "samples", "embeddings", "accumulate", "checkpointing", "speed"),
 }
 
 

@@ -129,6 +129,17 @@ class SampleSettings(Settings):
     them in order, the first `grid_images` of them. By default the first eight that it is trained on."""
 
 
+class SpeedSettings(Settings):
+    """How a step is run; its numbers are those of any other way (docs/speed.md)."""
+
+    graphs: Literal["auto", "off"] = "auto"
+    """`auto` runs each kind of step as one CUDA graph, without the host's time for each kernel, where a trial of 20
+    steps says that it pays and memory suffices; the log says what was chosen. Without CUDA there are none."""
+    compile: Literal["none", "blocks"] = "none"
+    """`blocks` compiles transformer and residual blocks in place, each kind once per shape: minutes at the start, and
+    seconds when a later run finds them in the cache. Needs a C compiler."""
+
+
 class LoopSettings(Settings):
     """How long a run is and what it writes on the way."""
 
@@ -140,6 +151,8 @@ class LoopSettings(Settings):
     """Samples per step."""
     accumulate: Count = 1
     """Parts that a batch is computed in, one after the other, for want of memory; the numbers are those of one."""
+    speed: SpeedSettings = SpeedSettings()
+    """How a step is run (keys graphs, compile)."""
     max_skipped: Count = 20
     """Updates in a row that may be skipped because a loss or a gradient is not finite, before the run ends."""
     log_every: Count = 50
