@@ -10,9 +10,33 @@ from torch import Generator, Tensor
 
 def generator(seed: int, purpose: str, step: int = 0, device: torch.device | str = "cpu") -> Generator:
     """A generator for one purpose at one step."""
+    return Generator(device).manual_seed(seed_of(seed, purpose, step))
+
+
+def seed_of(seed: int, purpose: str, step: int) -> int:
+    """What `generator` is seeded with."""
     # Not hash(), which differs from process to process; the 0 stands where a rank once did.
     digest = hashlib.blake2b(f"{seed}/{purpose}/{step}/0".encode(), digest_size=8).digest()
-    return Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)
+    return int.from_bytes(digest, "big") >> 1
+
+
+class Random:
+    """Where the random numbers of one step come from: a function of seed, purpose and step."""
+
+    def __init__(self, seed: int, step: int, device: torch.device | str):
+        self.seed, self.step, self.device = seed, step, device
+
+    def generator(self, purpose: str) -> Generator:
+        """A generator for one purpose."""
+        return generator(self.seed, purpose, self.step, self.device)
+
+    def seed_of(self, purpose: str) -> int:
+        """What that generator is seeded with."""
+        return seed_of(self.seed, purpose, self.step)
+
+    def draws(self, purpose: str, rows: Sequence[int], total: int) -> "Draws":
+        """Those of some rows of the batch, for one purpose."""
+        return Draws(self.generator(purpose), rows, total)
 
 
 class Draws:
@@ -40,8 +64,11 @@ class Draws:
         """Uniform integers low .. high-1, (rows, *shape) int64."""
         return self._mine(partial(torch.randint, low, high), (), shape)
 
+    def _whole(self, draw: Callable[..., Tensor], shape: tuple[int, ...]) -> Tensor:
+        return draw(shape, generator=self.generator, device=self.device)
+
     def _mine(self, draw: Callable[..., Tensor], before: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
-        whole = draw((*before, self.total, *shape), generator=self.generator, device=self.device)
+        whole = self._whole(draw, (*before, self.total, *shape))
         if len(self.rows) == self.total:
             return whole
         if isinstance(self.rows, range):

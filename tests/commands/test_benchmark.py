@@ -12,6 +12,7 @@ from command_line import fewstep, refused
 from fewstep.commands.teachers import of_recipe
 from fewstep.recipes.loading import load_recipe
 from fewstep.training.benchmarking import make_method, matrix_rate, parts_of, time_cycles
+from fewstep.training.fakes import Turn
 from fewstep.training.planning import plan
 
 CPU = torch.device("cpu")
@@ -34,9 +35,9 @@ def test_a_cycle_is_what_the_recipe_does_with_numbers_that_stay_finite(monkeypat
     seen, lines = Counter[tuple[int, int]](), []
     step = method.step
 
-    def watched(given: list, number: int) -> dict:
-        seen[method.draw_stop(number), number % 2] += 1
-        lines.append(step(given, number))
+    def watched(given: list, number: int, turn: Turn) -> dict:
+        seen[turn.stop, number % 2] += 1
+        lines.append(step(given, number, turn))
         return lines[-1]
 
     method.step = watched
@@ -58,9 +59,7 @@ def test_samples_at_several_stops_or_at_random_times_are_timed_as_they_are_drawn
     recipe = load_recipe("digits-4step", [*FEW, "student_every=2", *TWO, *stops])
     outline = of_recipe(load_recipe("digits-teacher", SMALL))
     method = make_method(recipe, outline, CPU)
-    drawn = method.draw_stop
     assert len(time_cycles(method, parts_of(recipe, outline, CPU), 3).seconds) == 3
-    assert method.draw_stop == drawn
 
 
 def test_the_arithmetic_is_that_of_the_cycles_that_are_timed() -> None:
@@ -70,9 +69,8 @@ def test_the_arithmetic_is_that_of_the_cycles_that_are_timed() -> None:
     method, parts = make_method(recipe, outline, CPU), parts_of(recipe, outline, CPU)
     with FlopCounterMode(display=False) as counter:
         for stop in range(2):
-            method.draw_stop = lambda step, stop=stop: stop
             for number in range(recipe.student_every):
-                method.step(parts, number)
+                method.step(parts, number, method.turn(number, stop))
     assert counter.get_total_flops() / 2 == pytest.approx(plan(recipe, outline).cycle, rel=0.02)
 
 

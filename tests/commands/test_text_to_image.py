@@ -344,7 +344,8 @@ def test_a_run_uses_in_its_steps_only_what_they_need_and_releases_the_rest(
 
     spy(monkeypatch, LatentModel, "_here", used)
     spy(monkeypatch, LatentModel, "release", lambda model: events.append("release"))
-    monkeypatch.setattr(DMD2, "step", lambda *given: (events.append("step"), step(*given), events.append("done"))[1])
+    tell_step = lambda *given, **named: (events.append("step"), step(*given, **named), events.append("done"))[1]  # noqa: E731
+    monkeypatch.setattr(DMD2, "step", tell_step)
     assert tell(f"fewstep distill recipe.yaml --out {tmp_path}/run --set {settings}") == (0, "")
     before, *steps = " ".join(events).split("step")
     assert before.split()[-1] == "release"

@@ -51,7 +51,7 @@ def test_a_cycle_is_shown_every_stop_of_one_rollout(
 ) -> None:
     method, student = make(tiny_model, student_every=student_every, critic=CYCLE), None
     first = 2 * student_every  # a cycle within a run
-    stop, student = method.draw_stop(first), copy.deepcopy(method.student)
+    stop, student = method.turn(first).stop, copy.deepcopy(method.student)
     with recorded_calls(method.student) as recorded:
         for step in range(first, first + student_every):
             method.step(parts_of(step), step)
@@ -125,8 +125,8 @@ def test_where_nothing_uses_a_condition_none_is_encoded(
 def test_a_broken_sample_in_the_pool_costs_updates_and_nothing_else(tiny_model: PixelModel) -> None:
     method = make(tiny_model, student_every=3, critic=CYCLE)
     method.step(parts_of(0), 0)
-    stop = (method.draw_stop(0) + 1) % STOPS
-    method.pool.parts[0][0][stop, 2, 0, 0, 0] = float("nan")
+    stop = (method.turn(0).stop + 1) % STOPS
+    method.pool.x0[stop, 2, 0, 0, 0] = float("nan")
     skipped = [method.step(parts_of(step), step)["skipped_critic"].item() for step in (1, 2)]
     assert skipped == [1, 0]
     check_finite(method.state_dict(), 3)
@@ -165,7 +165,7 @@ def test_the_critics_gradient_is_that_of_one_sum(
     method, plain = (make(copy.deepcopy(tiny_model), gan=gan, critic=TOLD) for _ in range(2))
     critic, head, layer = plain.critic, plain.discriminator, plain.feature_layer
     ((_, batch),) = parts_of(1)
-    numbers, stop = Draws(generator(0, "dmd2", 1), range(BATCH), BATCH), method.draw_stop(1)
+    numbers, stop = Draws(generator(0, "dmd2", 1), range(BATCH), BATCH), method.turn(1).stop
     noise = numbers.randn(1, 8, 8, before=(stop + 1,))
     told = {"stop": torch.full((BATCH,), stop)}
     condition = tiny_model.draw_condition({}, numbers) | told

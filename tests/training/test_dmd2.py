@@ -11,7 +11,7 @@ from torch import Tensor
 from fewstep.diffusion.sampling import rollout
 from fewstep.models.pixel_model import PixelModel
 from fewstep.runtime.ema import trainable_state
-from fewstep.seeding import Draws, generator
+from fewstep.seeding import Draws, Random, generator
 from fewstep.training.dmd2 import DMD2
 from fewstep.training.method import Term, of_parts
 from fewstep.training.pool import Samples
@@ -80,7 +80,7 @@ def test_backward_simulation_feeds_the_students_own_rollout(tiny_model: PixelMod
     for step in range(12):
         with recorded_calls(method.student) as calls:
             method.step(real_batch(step), step)
-        assert len(calls) == method.draw_stop(step) + 1
+        assert len(calls) == method.turn(step).stop + 1
         assert [grad for *_, grad in calls] == [False] * (len(calls) - 1) + [step % 3 == 0]  # of the last call alone
         assert torch.allclose(calls[0][0][0].std(), torch.tensor(80.0), rtol=0.15)
         for k, ((x_t, t, _), _, _) in enumerate(calls):
@@ -93,8 +93,8 @@ def test_backward_simulation_feeds_the_students_own_rollout(tiny_model: PixelMod
 
 def test_stops_are_a_function_of_the_step_and_equally_likely(tiny_model: PixelModel) -> None:
     first, second = make(tiny_model), make(tiny_model)
-    stops = [first.draw_stop(step) for step in range(300)]
-    assert stops == [second.draw_stop(step) for step in reversed(range(300))][::-1]
+    stops = [first.turn(step).stop for step in range(300)]
+    assert stops == [second.turn(step).stop for step in reversed(range(300))][::-1]
     assert all(70 < count < 130 for count in Counter(stops).values())
     assert set(stops) == {0, 1, 2}
 
@@ -202,7 +202,7 @@ def test_logged_gradient_norms_are_those_at_the_image(tiny_model: PixelModel) ->
     method = make(tiny_model, gan={"student_weight": 0.3, "critic_weight": 0.1})
     numbers, ((_, batch),) = Draws(generator(0, "dmd2", 0), range(BATCH), BATCH), real_batch()
     given = method.model.encode_condition(batch)
-    made = method.fakes.simulated(given, 0, method.draw_stop(0), numbers, grad=True)
+    made = method.fakes.simulated(given, method.turn(0), numbers, Random(0, 0, "cpu"))
     fake, condition = made.x0, made.condition
     expected = {
         f"{name}_image_grad_norm": torch.autograd.grad(term.loss.mean(), fake, retain_graph=True)[0].norm()
@@ -226,9 +226,9 @@ def test_a_critic_conditioned_on_the_stop_learns_the_stops_that_were_drawn(tiny_
     for step in range(8):
         before = embedding.detach().clone()
         method.step(real_batch(step), step)
-        seen.add(method.draw_stop(step))
+        seen.add(method.turn(step).stop)
         moved = {stop for stop in range(3) if not torch.equal(before[stop], embedding[stop])}
-        assert method.draw_stop(step) in moved
+        assert method.turn(step).stop in moved
         assert moved <= seen  # AdamW goes on moving what it has seen
 
 

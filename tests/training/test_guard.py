@@ -52,7 +52,9 @@ def test_an_update_that_is_not_finite_leaves_no_trace_but_in_the_rate(value: flo
 
     def update(optimizer: Optimizer, parameter: nn.Parameter, gradient: Tensor, finite: bool = True) -> float:
         parameter.grad = gradient.clone()
-        return optimizer.step(torch.tensor(finite))[1].item()
+        skipped = optimizer.step(torch.tensor(finite))[1].item()
+        optimizer.advance()
+        return skipped
 
     good, other = torch.tensor([0.1, -2.0, 3.0]), torch.tensor([1.0, 1.0, -0.5])
     assert update(ours, first, good) == update(theirs, second, good) == 0
@@ -60,13 +62,13 @@ def test_an_update_that_is_not_finite_leaves_no_trace_but_in_the_rate(value: flo
     assert update(ours, first, bad, finite=where == "gradient") == 1
     assert torch.equal(first, second)
     assert first.grad is None
-    theirs.schedule.step()  # the rate is a function of the run's progress
+    theirs.advance()  # the rate is a function of the run's progress
     for _ in range(2):
         assert update(ours, first, other) == update(theirs, second, other) == 0
     assert torch.equal(first, second)
     assert same(ours.state_dict(), theirs.state_dict())
     assert ours.adamw.state[first]["step"] == 3
-    assert ours.schedule.last_epoch == 4
+    assert ours.progress == 4
 
 
 # --- the methods -----------------------------------------------------------------------------------------------------
@@ -264,7 +266,7 @@ def break_gradients(monkeypatch: pytest.MonkeyPatch, first: int, last: int = 10*
     update = Optimizer.step
 
     def step(self: Optimizer, finite: Tensor) -> tuple[Tensor, Tensor]:
-        if first <= self.schedule.last_epoch <= last:
+        if first <= self.progress <= last:
             self.parameters[0].grad.view(-1)[0] = NAN
         return update(self, finite)
 

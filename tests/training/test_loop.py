@@ -345,9 +345,9 @@ def test_a_run_leaves_out_evaluations_that_exceed_their_share_and_judges_the_las
         method = make_dmd2(copy.deepcopy(tiny_model), 2, student={"num_timesteps": 1}, gan=NO_GAN)
         step_of = method.step
 
-        def step(*given: Any) -> Any:
+        def step(*given: Any, **named: Any) -> Any:
             clock[0] += 1
-            return step_of(*given)
+            return step_of(*given, **named)
 
         method.step = step
         train(method, lambda step, rows: {}, folder, settings, interrupt_at(stop), evaluate)

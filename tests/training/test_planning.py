@@ -37,10 +37,13 @@ def real_method(recipe: object, model: object) -> DMD2:
     return DMD2(recipe, model, roles, recipe.num_steps, recipe.batch_size, recipe.seed)
 
 
-def steps(method: DMD2, recipe: object, batch: Callable[[int], dict], numbers: tuple[int, ...]) -> None:
+def steps(
+    method: DMD2, recipe: object, batch: Callable[[int], dict], numbers: tuple[int, ...], stop: int | None = None
+) -> None:
     size = recipe.batch_size // recipe.accumulate
     for step in numbers:
-        method.step([(range(i, i + size), batch(size)) for i in range(0, recipe.batch_size, size)], step)
+        parts = [(range(i, i + size), batch(size)) for i in range(0, recipe.batch_size, size)]
+        method.step(parts, step, method.turn(step, stop))
 
 
 def allocated(function: Callable[[], None]) -> int:
@@ -68,8 +71,7 @@ def test_the_peak_is_what_the_allocator_gave_out(overrides: tuple[str, ...]) -> 
     def run() -> None:
         recipe, model = digits(*overrides)
         method = real_method(recipe, model)
-        method.draw_stop = lambda step: 0
-        steps(method, recipe, pictures, (0, recipe.student_every))  # the moments are made at the first
+        steps(method, recipe, pictures, (0, recipe.student_every), stop=0)  # the moments are made at the first
 
     measured = allocated(run)
     assert predicted == pytest.approx(measured, rel=0.1)
@@ -112,10 +114,9 @@ def test_arithmetic_is_the_mean_over_all_stops(more: list[str]) -> None:
     found, counted = plan(recipe, Outline.of(model)), dict.fromkeys(TURNS, 0.0)
     method = real_method(recipe, model)
     for stop in range(2):
-        method.draw_stop = lambda step, stop=stop: stop
         for step, turn in enumerate(TURNS):
             with FlopCounterMode(display=False) as counter:
-                steps(method, recipe, pictures, (step,))
+                steps(method, recipe, pictures, (step,), stop)
             counted[turn] += counter.get_total_flops() / 2
     assert found.operations == pytest.approx(counted, rel=1e-6)
     assert found.cycle == pytest.approx(counted[TURNS[0]] + 2 * counted[TURNS[1]], rel=1e-6)

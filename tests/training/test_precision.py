@@ -38,7 +38,7 @@ def captioned(seed: int = 0) -> dict:
 
 def long_turn(method: DMD2, students: bool) -> int:
     """A step whose rollout has at least two calls, of the student's turn or of the critic's alone."""
-    return next(step for step in range(1 - students, 40, 2) if method.draw_stop(step) >= 2)
+    return next(step for step in range(1 - students, 40, 2) if method.turn(step).stop >= 2)
 
 
 def recorded(modules: dict[str, nn.Module]) -> dict[str, dict[str, set[torch.dtype]]]:

@@ -85,7 +85,7 @@ def test_the_parameter_gradient_of_distribution_matching_is_the_closed_form(late
 def test_training_feeds_the_student_what_sampling_feeds_it(latent_model: LatentModel, stop: int) -> None:
     """The same noise in a training step and in the sampler of `fewstep sample`: equal inputs bit for bit."""
     method = make(latent_model, student=FOUR)
-    step = next(step for step in range(1, 99, 2) if method.draw_stop(step) == stop)
+    step = next(step for step in range(1, 99, 2) if method.turn(step).stop == stop)
     student = latent_model.student(method.student, method.timesteps)
     noise = torch.randn(4, BATCH, *latent_model.shape)
     noise[: stop + 1] = torch.randn((stop + 1, *noise.shape[1:]), generator=generator(0, "dmd2", step))

@@ -17,7 +17,7 @@ from fewstep.networks.features import features
 from fewstep.networks.settings import LoRASettings
 from fewstep.recipes.loading import load_recipe
 from fewstep.runtime.ema import trainable_state
-from fewstep.seeding import Draws, generator
+from fewstep.seeding import Draws, Random, generator
 from fewstep.training.dmd2 import DMD2
 from fewstep.training.dmd2_settings import DMD2Settings
 from fewstep.training.pool import Samples
@@ -58,8 +58,8 @@ def samples(method: DMD2, seed: int = 0) -> Samples:
 def test_mixed_stops_train_each_sample_at_its_own_and_all_of_them_alike(tiny_model: PixelModel) -> None:
     method = make(tiny_model, student=MIXED)
     for step in range(4):
-        numbers = Draws(generator(0, "dmd2", step), range(BATCH), BATCH)
-        fake = method.fakes.simulated({}, step, method.draw_stop(step), numbers, grad=False)
+        random = Random(0, step, "cpu")
+        fake = method.fakes.simulated({}, method.turn(step), random.draws("dmd2", range(BATCH), BATCH), random)
         assert Counter(fake.stops.tolist()) == {0: 2, 1: 2, 2: 2}
         again = Draws(generator(0, "dmd2", step), range(BATCH), BATCH)
         noise = again.randn(*tiny_model.shape, before=(3,))
@@ -74,9 +74,10 @@ def test_a_batch_of_one_has_each_stop_as_often_as_if_it_were_shared(tiny_model: 
     method = make_dmd2(tiny_model, 1, student=MIXED)
     stops = []
     for step in range(120):
-        numbers = Draws(generator(0, "dmd2", step), range(1), 1)
-        stops += method.fakes.simulated({}, step, method.draw_stop(step), numbers, grad=False).stops.tolist()
-    assert stops == [method.draw_stop(step) for step in range(120)]
+        random = Random(0, step, "cpu")
+        drawn = method.fakes.simulated({}, method.turn(step), random.draws("dmd2", range(1), 1), random)
+        stops += drawn.stops.tolist()
+    assert stops == [method.turn(step).stop for step in range(120)]
     assert all(25 < count < 55 for count in Counter(stops).values())
 
 
@@ -92,15 +93,20 @@ def test_the_critic_is_told_the_stop_of_each_sample(tiny_model: PixelModel) -> N
 def test_random_times_are_a_fresh_grid_per_step_and_a_function_of_it(tiny_model: PixelModel) -> None:
     student = {"num_timesteps": 4, "timesteps": "random", **LR}
     method, other = make(tiny_model, student=student), make(tiny_model, student=student)
-    grids = [method.fakes.timesteps_of(step) for step in range(200)]
-    assert all(torch.equal(grid, other.fakes.timesteps_of(step)) for step, grid in enumerate(grids))
+    grids = [
+        each.fakes.timesteps_of(each.turn(step), Random(0, step, "cpu"))
+        for step in range(200)
+        for each in (method, other)
+    ]
+    assert all(map(torch.equal, grids[::2], grids[1::2]))
+    grids = grids[::2]
     assert all(35 < count < 65 for count in Counter(map(len, grids)).values())
     assert {len(grid) for grid in grids} == {1, 2, 3, 4}
     levels = method.schedule.levels
     for step, grid in enumerate(grids):
         assert grid[0] == levels[-1]
         assert (grid.diff() <= 0).all()
-        assert method.draw_stop(step) < len(grid)
+        assert method.turn(step).stop < len(grid)
         assert ((grid[1:] >= levels[100]) & (grid[1:] <= levels[950])).all()
     inner = torch.cat([grid[1:] for grid in grids])
     assert len(inner.unique()) > 0.8 * len(inner)
@@ -155,7 +161,7 @@ def test_a_broken_logit_leaves_the_weights_whole(tiny_model: PixelModel) -> None
 def test_the_first_step_follows_the_teacher_and_is_in_no_other_loss(tiny_model: PixelModel) -> None:
     settings = {"diversity": {"weight": 0.3, "steps": 2, "grid": 10}, "student": {"num_timesteps": 3, **LR}}
     method = make(tiny_model, guidance_scale=2.0, **settings)
-    assert {method.draw_stop(step) for step in range(40)} == {1, 2}
+    assert {method.turn(step).stop for step in range(40)} == {1, 2}
     given = samples(method)
     noise = torch.randn(BATCH, *tiny_model.shape, generator=torch.Generator().manual_seed(9))
     term = method.extra_terms({}, noise, given.condition)["diversity"]

@@ -1,7 +1,7 @@
 """Where to train (random native times) and where to step (decreasing grids of native times)."""
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from fewstep.seeding import Draws
 
@@ -57,14 +57,14 @@ def index_grid(num: int, num_timesteps: int = 1000) -> Tensor:
     return num_timesteps - 1 - torch.arange(num) * num_timesteps // num
 
 
-def random_grid(num: int, levels: Tensor, generator: Generator) -> Tensor:
-    """The noisiest of `levels`, and num - 1 random ones from 10 to 95 % of them, decreasing; (num,).
+def random_grid(levels: Tensor, draws: Draws) -> Tensor:
+    """The noisiest of `levels`, and as many random ones from 10 to 95 % of them as there are draws, decreasing; (num,).
 
     As CDM draws the times of a student of any number of steps, in [.25, .95] of a flow's (arXiv 2605.06376). `levels`
-    lie on the generator's device.
+    lie on the device of `draws`.
     """
     low, high = LOWEST * len(levels), HIGHEST * len(levels)
-    inner = torch.rand(num - 1, generator=generator, device=levels.device).sort(descending=True).values
+    inner = draws.rand().sort(descending=True).values
     indices = (low + (high - low) * inner).long()
     return torch.cat([levels[-1:], levels[indices]])
 

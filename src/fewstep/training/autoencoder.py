@@ -11,7 +11,7 @@ from fewstep.models.autoencoder import Autoencoder
 from fewstep.models.image_model import Asked
 from fewstep.networks.codec import to_images, to_pixels
 from fewstep.runtime.ema import EMA
-from fewstep.seeding import Draws, generator
+from fewstep.seeding import Random
 from fewstep.training.method import Batch, Method, Metrics, Part, can_learn, count_broken, of_parts
 from fewstep.training.optimization import Optimizer
 from fewstep.training.settings import AutoencoderSettings
@@ -30,19 +30,22 @@ class AutoencoderTraining(Method):
         self.ema = EMA(self.vae, 0)  # not averaged
         self.variance = torch.ones((), device=model.device)
 
-    def step(self, parts: Sequence[Part], step: int) -> Metrics:
+    def compute(self, parts: Sequence[Part], turn: Any, random: Random) -> Metrics:
         """One update; gives the losses and the gradient norm before clipping."""
-        halves = [self._gradients(rows, batch, step, 1 / len(parts)) for rows, batch in parts]
+        halves = [self._gradients(rows, batch, random, 1 / len(parts)) for rows, batch in parts]
         found = of_parts([metrics for _, metrics in halves])
         variance = torch.cat([latent for latent, _ in halves]).var()
         norm, skipped = self.optimizer.step(can_learn(found, parts))
         # The scaling factor is saved with the weights: what an update is skipped for must not enter it either.
-        self.variance = self.variance.lerp(torch.where(skipped > 0, self.variance, variance), 1 - self.VARIANCE_DECAY)
+        self.variance.lerp_(torch.where(skipped > 0, self.variance, variance), 1 - self.VARIANCE_DECAY)
         self.shown = torch.cat([batch["image"] for _, batch in parts])
         return found | {"grad_norm": norm, "skipped_autoencoder": skipped}
 
-    def _gradients(self, rows: range, batch: Batch, step: int, weight: float) -> tuple[Tensor, Metrics]:
-        draws = Draws(generator(self.seed, "autoencoder", step, self.model.device), rows, self.batch_size)
+    def advance(self, turn: Any) -> None:
+        self.optimizer.advance()
+
+    def _gradients(self, rows: range, batch: Batch, random: Random, weight: float) -> tuple[Tensor, Metrics]:
+        draws = random.draws("autoencoder", rows, self.batch_size)
         pixels = to_pixels(batch["image"].to(self.model.device))  # (B, 3, H, W)
         posterior = self.vae.encode(pixels).latent_dist  # mean, std, var: (B, C, h, w)
         latent = posterior.mean + posterior.std * draws.randn(*posterior.mean.shape[1:])  # (B, C, h, w)
@@ -75,4 +78,4 @@ class AutoencoderTraining(Method):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.variance = state["variance"].to(self.model.device)
+        self.variance.copy_(state["variance"])

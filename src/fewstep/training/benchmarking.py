@@ -93,10 +93,8 @@ def time_cycles(method: DMD2, parts: list[Part], num: int) -> Timing:
     numbers = count()
 
     def cycle(stop: int) -> None:
-        if one:
-            method.draw_stop = lambda step: stop  # type: ignore[method-assign]
         for number in islice(numbers, every):
-            method.step(parts, number)
+            method.step(parts, number, method.turn(number, stop if one else None))
 
     warm = [_seconds(device, cycle, stop) for stop in stops]
     if device.type == "cuda":

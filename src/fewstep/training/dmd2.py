@@ -19,9 +19,9 @@ from fewstep.models.image_model import Asked, ImageModel
 from fewstep.networks.blocks import checkpointed
 from fewstep.networks.features import features, x0_and_features
 from fewstep.runtime.ema import trainable_state
-from fewstep.seeding import Draws, generator
+from fewstep.seeding import Draws, Random
 from fewstep.training.dmd2_settings import DMD2Settings
-from fewstep.training.fakes import Fakes
+from fewstep.training.fakes import Fakes, Turn
 from fewstep.training.method import Batch, Metrics, Part, StudentMethod, Term, can_learn, count_broken, of_parts
 from fewstep.training.noise_levels import NoiseLevelSampler, level_sampler
 from fewstep.training.optimization import Optimizer
@@ -81,26 +81,25 @@ class DMD2(StudentMethod):
         self.critic_optimizer = Optimizer(critic_parameters, settings.critic.optimizer, num_steps, rates)
         self.student_levels = level_sampler(settings.dm.noise, self.schedule, model.device)
         self.critic_levels = level_sampler(settings.critic.noise, self.schedule, model.device)
+        self.teachers_way = self.schedule.grid(settings.diversity.grid)[: settings.diversity.steps + 1].to(model.device)
         self.signals: Signals | None = None
         self.teacher_errors: TeacherErrors | None = None
         self.null_error: Tensor | None = None
         """What a step tells of its health; what the critic's loss is measured by, where real images are; and how much
         worse the guided teacher's loss is without a condition."""
 
-    def step(self, parts: Sequence[Part], step: int) -> Metrics:
+    def compute(self, parts: Sequence[Part], turn: Turn, random: Random) -> Metrics:
         """Makes fakes, updates the student if it is its turn, then the critic on the same fakes.
 
         Two loops over the parts: all fakes are of the student before its update, as they are in one piece.
         """
-        students_turn, weight = step % self.settings.student_every == 0, 1 / len(parts)
+        weight = 1 / len(parts)
         # When the critic has had its updates on this student; of every step they would cost five times as much.
-        self.signals = Signals() if students_turn else None
-        if self.pool and students_turn:
-            self.pool.begin(self.draw_stop(step))
+        self.signals = Signals() if turn.student else None
         # The student changes behind the last part only, so that no part sees another student than the one before.
-        found = [self._samples_of(part, step, students_turn, weight) for part in parts]
+        found = [self._samples_of(part, turn, random, weight) for part in parts]
         metrics = of_parts([of_part for *_, of_part in found])
-        if students_turn:
+        if turn.student:
             norms = {name: value.sqrt() for name, value in metrics.items() if name.endswith(SQUARED)}
             metrics = self.update_student(can_learn(metrics, parts)) | metrics | norms | self._balance(norms)
             self._follow_student()
@@ -112,6 +111,15 @@ class DMD2(StudentMethod):
         signals = self.signals.read() if self.signals else {}
         signals |= {} if self.null_error is None else {"null_error": self.null_error}  # of the teacher, told in each
         return metrics | critics | {"critic_grad_norm": norm, "skipped_critic": skipped} | signals
+
+    def turn(self, step: int, stop: int | None = None) -> Turn:
+        """Whose turn it is, and where its samples are taken: at its own random stop, or the one given."""
+        return self.fakes.turn(step, stop)
+
+    def advance(self, turn: Turn) -> None:
+        if turn.student:
+            super().advance(turn)
+        self.critic_optimizer.advance()
 
     def _watch(self, sums_of: Callable[..., Sums], *given: Any) -> None:
         """Takes in a part's sums in the turns that have signals."""
@@ -126,7 +134,7 @@ class DMD2(StudentMethod):
         return {"gan_to_dm": self.settings.gan.student_weight / self.settings.dm.weight * gan / dm}
 
     def _samples_of(
-        self, part: Part, step: int, students_turn: bool, weight: float
+        self, part: Part, turn: Turn, random: Random, weight: float
     ) -> tuple[Samples, Samples | None, Metrics]:
         """Fakes and reals of one part; in the student's turn adds its share of its gradients, which `weight` is of.
 
@@ -134,29 +142,35 @@ class DMD2(StudentMethod):
         part brings one.
         """
         rows, batch = part
-        draws = Draws(generator(self.seed, "dmd2", step, self.model.device), rows, self.batch_size)
+        draws = random.draws("dmd2", rows, self.batch_size)
         # The order of draws is part of what a seed means: condition, noise, student, real data, critic.
         real, given, metrics = None, None, Metrics()
-        if self.pool and not students_turn:
-            fake = self.fakes.again(step % self.settings.student_every, draws)
+        if self.pool and not turn.student:
+            fake = self.fakes.again(turn, draws)
         elif self.settings.student.backward_simulation:
             # prompts of their own, or the captions of the reals
             given = self.model.encode_condition(batch.get("prompt", batch))
-            fake = self.fakes.simulated(given, step, self.draw_stop(step), draws, students_turn)
+            fake = self.fakes.simulated(given, turn, draws, random)
         else:
             real, condition = self.model.encode_x0(batch, draws), self.model.encode_condition(batch)
             # A broken image must not reach the student: its x0 would be one, too, and with it all gradients.
             usable = without_samples(real, finite_samples(real))
-            given, fake = condition, self.fakes.of_real(usable, condition, draws, students_turn)
+            given, fake = condition, self.fakes.of_real(usable, condition, draws, turn.student)
         told = {"stop": fake.stops} if self.settings.critic.condition_on_stop else {}
         # Here, not in a loop of its own: the graph of this part is freed before the next one is built.
-        if students_turn:
+        if turn.student:
             metrics = self.student_gradients(fake.x0, fake.condition | told, draws, batch, weight, fake.noise)
-        reals = self._reals(draws, batch, real, None if "prompt" in batch else given, told, step)
+        reals = self._reals(draws, batch, real, None if "prompt" in batch else given, told, random)
         return Samples(draws, fake.x0.detach(), fake.condition | told), reals, metrics
 
     def _reals(
-        self, draws: Draws, batch: Batch, x0: Tensor | None, condition: Condition | None, told: Condition, step: int
+        self,
+        draws: Draws,
+        batch: Batch,
+        x0: Tensor | None,
+        condition: Condition | None,
+        told: Condition,
+        random: Random,
     ) -> Samples | None:
         """Those of a part's rows that bring reals; their x0 and condition, if not known yet, are encoded here."""
         total, num = self.batch_size, self.num_reals
@@ -167,14 +181,10 @@ class DMD2(StudentMethod):
             mine = [row - draws.rows[0] for row in rows]
             batch, x0, condition, told = (rows_of(each, mine) for each in (batch, x0, condition, told))
             # Draws of their own: a part's fakes must not depend on whether it has reals.
-            draws = Draws(generator(self.seed, "reals", step, self.model.device), rows, total)
+            draws = random.draws("reals", rows, total)
         x0 = self.model.encode_x0(batch, draws) if x0 is None else x0
         condition = self.model.encode_condition(batch) if condition is None else condition
         return Samples(draws, x0, condition | told)
-
-    def draw_stop(self, step: int) -> int:
-        """The index of the timestep that this step trains: one for the whole batch (spec, 1.5), or of its row 0."""
-        return self.fakes.draw_stop(step)
 
     def panel(self, noise: Tensor, asked: Asked = None) -> Image:
         """Samples of the student as it is trained, not averaged: those that the critic tracks, at the last timestep."""
@@ -278,8 +288,7 @@ class DMD2(StudentMethod):
             loss = self.pair_loss(self.student, self.timesteps, batch["pair"])
             terms["regression"] = Term(loss, self.settings.regression_weight)
         if self.settings.diversity.weight and noise is not None:
-            grid = self.schedule.grid(self.settings.diversity.grid)[: self.settings.diversity.steps + 1]
-            target = first_x0(self.teacher, noise, grid.to(noise.device), condition)  # (B, ...)
+            target = first_x0(self.teacher, noise, self.teachers_way, condition)  # (B, ...)
             x0 = rollout(self.student, noise[None], self.timesteps, condition, stop=0, grad=True)
             squares: Tensor = (x0 - target).square()
             terms["diversity"] = Term(squares.flatten(1).mean(1), self.settings.diversity.weight)

@@ -11,9 +11,21 @@ from fewstep.diffusion.denoiser import Condition, Denoiser
 from fewstep.diffusion.sampling import mixed_rollout, whole_rollout
 from fewstep.diffusion.timesteps import random_grid
 from fewstep.models.image_model import ImageModel
-from fewstep.seeding import Draws, generator
+from fewstep.seeding import Draws, Random, generator
 from fewstep.training.dmd2_settings import DMD2Settings
 from fewstep.training.pool import Pool
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What the host decides of a step."""
+
+    student: bool
+    """Whether the student is updated."""
+    stop: int
+    """The index of the timestep that is trained: one for the whole batch (spec, 1.5), or that of its row 0."""
+    num_timesteps: int
+    """Of the grid."""
 
 
 @dataclass(frozen=True)
@@ -35,32 +47,42 @@ class Fakes:
         self.levels = student.schedule.levels.to(model.device)
         self.first = 1 if settings.diversity.weight else 0  # the first timestep then has a loss of its own
         self.seeded = partial(generator, seed)
-        self.pool = Pool(model.device) if settings.critic.samples == "cycle" else None
+        self.pool = Pool(len(timesteps), model.device) if settings.critic.samples == "cycle" else None
+
+    def turn(self, step: int, stop: int | None = None) -> Turn:
+        """Of a step, whose rollout has its own random stop, or the one given."""
+        update = step % self.settings.student_every
+        drawn_at = step - update if self.pool else step  # one rollout serves a cycle
+        num = self.num_timesteps(drawn_at)
+        stop = self.draw_stop(drawn_at) if stop is None else stop
+        # Of a pool, update k takes the stop behind that of update k - 1: K in a row see every timestep once.
+        return Turn(update == 0, (stop + update) % num if self.pool else stop, num)
 
     def num_timesteps(self, step: int) -> int:
-        """Of the grid of a step."""
+        """Of the grid of a rollout that is drawn at this step."""
         most = len(self.timesteps)
         if not self.random:
             return most
         return int(torch.randint(self.first + 1, most + 1, (), generator=self.seeded("num_timesteps", step)))
 
     def draw_stop(self, step: int) -> int:
-        """The index of the timestep that this step trains: one for the whole batch (spec, 1.5), or of its row 0."""
+        """Of such a rollout."""
         # Drawn on the CPU: it decides what is run, and the host must not wait for the device to know it.
         return int(torch.randint(self.first, self.num_timesteps(step), (), generator=self.seeded("stop", step)))
 
-    def timesteps_of(self, step: int) -> Tensor:
+    def timesteps_of(self, turn: Turn, random: Random) -> Tensor:
         """The grid of a step, (K,)."""
         if not self.random:
             return self.timesteps
-        return random_grid(self.num_timesteps(step), self.levels, self.seeded("timesteps", step, self.model.device))
+        num = turn.num_timesteps - 1
+        return random_grid(self.levels, random.draws("timesteps", range(num), num))
 
-    def simulated(self, given: Condition, step: int, stop: int, draws: Draws, grad: bool) -> Fake:
+    def simulated(self, given: Condition, turn: Turn, draws: Draws, random: Random) -> Fake:
         """The student's x0 behind its own rollout, up to `stop`, or each sample up to its own.
 
         Where one rollout serves a cycle it goes on to the last stop that one of its updates takes.
         """
-        mixed, times = self.settings.student.stops == "mixed", self.timesteps_of(step)
+        mixed, times, stop = self.settings.student.stops == "mixed", self.timesteps_of(turn, random), turn.stop
         uses = len(times) if mixed else self.settings.student_every if self.pool else 1
         # with mixed stops for all timesteps, though a part of a batch may not reach the last
         noise = draws.randn(*self.model.shape, before=(len(times) if mixed else min(stop + uses, len(times)),))
@@ -68,22 +90,21 @@ class Fakes:
         if mixed:
             each = [self._mixed_stop(row, stop, len(times)) for row in draws.rows]
             rows = draws.rows[0] + torch.arange(len(draws), device=draws.device)
-            x0 = mixed_rollout(self.student, noise, times, condition, each, grad)
+            x0 = mixed_rollout(self.student, noise, times, condition, each, turn.student)
             return Fake(x0, condition, self._mixed_stop(rows, stop, len(times)), noise[0])
-        x0s = whole_rollout(self.student, noise, times, condition, stop if grad else None)
+        x0s = whole_rollout(self.student, noise, times, condition, stop if turn.student else None)
         if self.pool:
-            self.pool.add(x0s, condition)
+            self.pool.put(x0s, condition, draws)
         return Fake(x0s[stop], condition, _all_at(stop, draws), noise[0])
 
     def _mixed_stop(self, row: Any, stop: int, num: int) -> Any:
         """Of a row number, or of several: in turn from row 0 on, so that a batch has all of them, and one row each."""
         return self.first + (row + stop - self.first) % (num - self.first)
 
-    def again(self, update: int, draws: Draws) -> Fake:
-        """What the rollout of the cycle made for its critic update number `update`."""
+    def again(self, turn: Turn, draws: Draws) -> Fake:
+        """What the rollout of the cycle made for a later update."""
         assert self.pool
-        x0, condition, stop = self.pool.take(update, draws.rows, len(self.timesteps))
-        return Fake(x0, condition, _all_at(stop, draws))
+        return Fake(*self.pool.take(turn.stop, draws.rows), _all_at(turn.stop, draws))
 
     def of_real(self, real: Tensor, condition: Condition, draws: Draws, grad: bool) -> Fake:
         """The student's x0 of noised real data, each at a random one of its timesteps."""

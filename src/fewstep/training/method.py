@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +20,7 @@ from fewstep.models.image_model import Asked, ImageModel
 from fewstep.runtime.checkpoint import ema_folder
 from fewstep.runtime.ema import EMA, load_trainable, trainable_state
 from fewstep.runtime.tracking import is_count
+from fewstep.seeding import Random
 from fewstep.training.optimization import Optimizer
 from fewstep.training.settings import StudentSettings
 
@@ -28,6 +29,8 @@ Batch = dict[str, Any]
 Part = tuple[range, Batch]
 """Rows of a step's batch, by their numbers, and what lies in them."""
 Metrics = dict[str, Tensor]
+Compute = Callable[[Sequence[Part], Any, Random], Metrics]
+"""From a batch in parts, what the host decides, and random numbers to a step's metrics."""
 
 
 @dataclass(frozen=True)
@@ -63,23 +66,44 @@ def count_broken(**samples: Tensor) -> Metrics:
 
 
 class Method(ABC):
-    """A training algorithm: one `step` per batch; everything random in it is a function of (seed, step)."""
+    """A training algorithm: one `step` per batch; everything random in it is a function of (seed, step).
+
+    A step is a function of weights, batch and random numbers, `compute`, between what the host decides before it,
+    `turn`, and what it counts behind it, `advance`: so a recording of `compute` can stand for it.
+    """
 
     STATE: tuple[str, ...]
     """The attributes that a checkpoint holds."""
     model: Any
     """What the loop draws noise for: an `ImageModel`, or an autoencoder by itself."""
     ema: EMA
+    seed: int = 0
     num_noises: int = 1
     """How many noises per image `sample` wants: K for a student."""
 
+    def step(self, parts: Sequence[Part], step: int, turn: Any = None, run: Compute | None = None) -> Metrics:
+        """One step, at its own turn or the one that is given, by `compute` or by what runs it in another way."""
+        turn = self.turn(step) if turn is None else turn
+        metrics = (run or self.compute)(parts, turn, Random(self.seed, step, self.model.device))
+        self.advance(turn)
+        return metrics
+
+    def turn(self, step: int) -> Hashable:
+        """All that the host decides of a step beforehand; steps of one turn run the same operations."""
+        return None
+
     @abstractmethod
-    def step(self, parts: Sequence[Part], step: int) -> Metrics:
+    def compute(self, parts: Sequence[Part], turn: Any, random: Random) -> Metrics:
         """One update on a batch in equal parts, whose numbers do not depend on how many they are.
 
-        Gives 0-d tensors, which only the loop turns into numbers, and only when it logs: losses and norms, and counts
-        (`is_count`): `skipped_NAME` of an update, `not_finite_SOURCE` of samples.
+        Nothing that the host does here may matter to a later step. Gives 0-d tensors, which only the loop turns into
+        numbers, and only when it logs: losses and norms, and counts (`is_count`): `skipped_NAME` of an update,
+        `not_finite_SOURCE` of samples.
         """
+
+    @abstractmethod
+    def advance(self, turn: Any) -> None:
+        """What the host counts of a step of that turn: rates, and averages, whose decays are functions of a count."""
 
     @abstractmethod
     def sample(self, noise: Tensor, first: int = 0, asked: Asked = None) -> Tensor:
@@ -149,9 +173,12 @@ class StudentMethod(Method):
     def update_student(self, finite: Tensor) -> Metrics:
         """One update along the gradients that the parts have added."""
         norm, skipped = self.student_optimizer.step(finite)
+        return {"student_grad_norm": norm, "skipped_student": skipped}
+
+    def advance(self, turn: Any) -> None:
+        self.student_optimizer.advance()
         # Also behind a skipped update, in which the weights stayed: an average is one over turns.
         self.ema.update()
-        return {"student_grad_norm": norm, "skipped_student": skipped}
 
     def sample(self, noise: Tensor, first: int = 0, asked: Asked = None) -> Tensor:
         """uint8 images number `first` and on from noise (K, B, ...) with the averaged weights."""

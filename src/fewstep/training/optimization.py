@@ -61,15 +61,19 @@ class Optimizer:
         self.clip_norm = settings.clip_norm
         self.adamw, self.eight_bit = _adamw(self.parameters, settings, rates or {}), settings.kind == "adamw8bit"
         self.lr: float = settings.lr
+        self.peaks = [group["lr"] for group in self.adamw.param_groups]
         self.factor: Callable[[int], float] = lambda update: learning_rate_factor(update, num_updates, settings)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.adamw, self.factor)
+        self.progress = 0
+        """Updates that were made or skipped."""
+        if not self.eight_bit and any(p.is_cuda for p in self.parameters):
+            self.keep_rates(self.parameters[0].device)
+        self._set_rates()
 
     def step(self, finite: Tensor) -> tuple[Tensor, Tensor]:
         """Clips, updates, clears the gradients; gives the gradient norm before clipping, and 1 if it was skipped, or 0.
 
         An update is skipped if its losses are not `finite` () or the norm is not. Weights, moments and AdamW's count of
-        updates, on which its correction of the moments depends, stay as they were then; the rate goes on, for it is a
-        function of the run's progress.
+        updates, on which its correction of the moments depends, stay as they were then.
         """
         norm = nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)  # (), over all parameters together
         skipped = (~(norm.isfinite() & finite)).float()
@@ -81,18 +85,41 @@ class Optimizer:
         self.adamw.step()
         # Both kinds write unseen by autograd, and copies of low-rank weights go by their versions.
         torch.autograd.graph.increment_version(self.parameters)
-        self.schedule.step()
         self.adamw.zero_grad()  # frees them, and with them what was not finite
         return norm, skipped
+
+    def advance(self) -> None:
+        """Sets the rate of the next update, also behind one that was skipped: it is a function of the progress."""
+        self.progress += 1
+        self._set_rates()
+
+    def keep_rates(self, device: torch.device) -> None:
+        """Has the rate in a tensor, which a graph of the step reads anew in each replay."""
+        for group in self.adamw.param_groups:
+            group |= {"lr": torch.zeros((), device=device), "capturable": True}
+        self.adamw._warned_capturable_if_run_uncaptured = True  # as it may well be
+
+    def _set_rates(self) -> None:
+        for group, peak in zip(self.adamw.param_groups, self.peaks, strict=True):
+            rate = peak * self.factor(self.progress)
+            group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else rate
 
     @property
     def learning_rate(self) -> float:
         """Of the last update; before the first, of that."""
-        return self.lr * self.factor(max(0, self.schedule.last_epoch - 1))  # not AdamW's: that is the next update's
+        return self.lr * self.factor(max(0, self.progress - 1))  # not AdamW's: that is the next update's
 
     def state_dict(self) -> dict[str, Any]:
-        return {"adamw": self.adamw.state_dict(), "schedule": self.schedule.state_dict()}
+        state = self.adamw.state_dict()
+        groups = [group | {"lr": peak} for group, peak in zip(state["param_groups"], self.peaks, strict=True)]
+        return {"adamw": state | {"param_groups": groups}, "schedule": {"last_epoch": self.progress}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.adamw.load_state_dict(state["adamw"])
-        self.schedule.load_state_dict(state["schedule"])
+        """Also takes the states of other devices and of earlier versions, whose settings are not those of here."""
+        ours = [{name: value for name, value in group.items() if name != "params"} for group in self.adamw.param_groups]
+        groups = [saved | own for saved, own in zip(state["adamw"]["param_groups"], ours, strict=True)]
+        self.adamw.load_state_dict(state["adamw"] | {"param_groups": groups})
+        for group, own in zip(self.adamw.param_groups, ours, strict=True):
+            group["lr"] = own["lr"]  # the very tensor, where it is one
+        self.progress = state["schedule"]["last_epoch"]
+        self._set_rates()

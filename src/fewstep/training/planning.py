@@ -110,7 +110,6 @@ def _method(recipe: Any, model: Outline, batch_size: int, on_cuda: AsOnCUDA) -> 
         if isinstance(role, AutocastDenoiser):
             role.run = partial(on_cuda.run, role)  # type: ignore[method-assign]
     method = DMD2(_plain(recipe), model, roles, recipe.num_steps, batch_size, recipe.seed)
-    method.draw_stop = lambda step: 0  # type: ignore[method-assign]
     if not method.gan:
         del method.discriminator  # which stays off the device
     return method
@@ -185,7 +184,7 @@ def _turns(meter: Meter, method: DMD2, recipe: Any, size: int, parts: int) -> It
     for step, name in enumerate(TURNS[: recipe.student_every]):
         batches = [(each, method.model.batch(size)) for each in rows]  # type: ignore[attr-defined]
         with meter.turn(name) as turn:
-            method.step(batches, step)
+            method.step(batches, step, method.turn(step, stop=0))
         yield name, turn
 
 

@@ -31,46 +31,39 @@ def rows_of(x: Any, rows: Sequence[int]) -> Any:
 
 
 class Pool:
-    """The student's x0 at the timesteps of one rollout, and what they are of: the fakes of all updates of a cycle.
+    """The student's x0 (K, B, ...) at the timesteps of one rollout, and their condition: the fakes of a whole cycle.
 
-    Update k of the critic takes stop (first + k) mod K, so that K updates in a row see every timestep once. It holds
-    the whole batch, which may be divided otherwise after a resume, within a cycle or not.
+    It holds the whole batch, which may be divided otherwise after a resume, within a cycle or not, always in the same
+    tensors: a recorded step finds there what another one wrote.
     """
 
-    def __init__(self, device: torch.device):
-        self.device, self.first = device, 0
-        self.parts: list[tuple[Tensor, Condition]] = []
-        """x0 (K, B, C, H, W) and its condition (B, ...), of one part of the batch after the other."""
+    def __init__(self, num_timesteps: int, device: torch.device):
+        self.num_timesteps, self.device = num_timesteps, device
+        self.x0: Tensor
+        self.condition: Condition = {}
 
-    def begin(self, first: int) -> None:
-        """A new cycle, whose first stop is `first`."""
-        self.first, self.parts = first, []
+    def put(self, x0s: Sequence[Tensor], condition: Condition, draws: Draws) -> None:
+        """The rows of `draws`: x0 (rows, ...) of the first stops, or of all."""
+        if not hasattr(self, "x0"):
+            self.x0 = x0s[0].new_zeros(self.num_timesteps, draws.total, *x0s[0].shape[1:])
+            self.condition = {name: value.new_zeros(draws.total, *value.shape[1:]) for name, value in condition.items()}
+        mine = slice(draws.rows[0], draws.rows[0] + len(draws))
+        for stop, x0 in enumerate(x0s):
+            self.x0[stop, mine] = x0.detach()
+        for name, value in condition.items():
+            self.condition[name][mine] = value
 
-    def add(self, x0s: Sequence[Tensor], condition: Condition) -> None:
-        """The next part of the batch: x0 (B, ...) by stop."""
-        self.parts.append((torch.stack([x0.detach() for x0 in x0s]), condition))
-
-    def take(self, update: int, rows: Sequence[int], num_timesteps: int) -> tuple[Tensor, Condition, int]:
-        """x0 (rows, ...) of the cycle's critic update, their condition, and their stop; rows are some in a row."""
-        x0, condition = self._whole()
-        stop = (self.first + update) % num_timesteps
+    def take(self, stop: int, rows: Sequence[int]) -> tuple[Tensor, Condition]:
+        """x0 (rows, ...) at a stop and their condition; rows are some in a row."""
         mine = slice(rows[0], rows[0] + len(rows))
-        return x0[stop, mine], {name: value[mine] for name, value in condition.items()}, stop
+        return self.x0[stop, mine], {name: value[mine] for name, value in self.condition.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """In one piece, however many parts there were."""
-        x0, condition = self._whole()
-        return {"first": self.first, "x0": x0, "condition": condition}
+        return {"x0": self.x0, "condition": self.condition}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.begin(state["first"])
-        condition = {name: value.to(self.device) for name, value in state["condition"].items()}
-        self.parts = [(state["x0"].to(self.device), condition)]
-
-    def _whole(self) -> tuple[Tensor, Condition]:
-        x0s, conditions = zip(*self.parts, strict=True)
-        if len(x0s) == 1:
-            return x0s[0], conditions[0]
-        merged = torch.cat(x0s, 1), {name: torch.cat([each[name] for each in conditions]) for name in conditions[0]}
-        self.parts = [merged]
-        return merged
+        """Also takes the states of earlier versions, without the stops that no update takes."""
+        x0, condition = state["x0"].to(self.device), state["condition"]
+        num = x0.shape[1]
+        given = {name: value.to(self.device) for name, value in condition.items()}
+        self.put(x0, given, Draws(torch.Generator(), range(num), num))

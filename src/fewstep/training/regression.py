@@ -1,6 +1,7 @@
 """Regression of a one-step student on pairs of its teacher, the start of one-step SDXL (DMD2, 5.2; spec, 1.7)."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from fewstep.diffusion.sampling import rollout
 from fewstep.models.autoencoder import Decode
 from fewstep.models.image_model import ImageModel
 from fewstep.networks.blocks import checkpoint_blocks
+from fewstep.seeding import Random
 from fewstep.training.method import Batch, Metrics, Part, StudentMethod, can_learn, count_broken, of_parts
 from fewstep.training.settings import RegressSettings
 
@@ -52,7 +54,7 @@ class Regression(StudentMethod):
         super().__init__(settings.student, model, student, num_steps)
         self.loss = pair_loss
 
-    def step(self, parts: Sequence[Part], step: int) -> Metrics:
+    def compute(self, parts: Sequence[Part], turn: Any, random: Random) -> Metrics:
         """One update; nothing in it is random."""
         found = of_parts([self._gradients(batch, 1 / len(parts)) for _, batch in parts])
         return found | self.update_student(can_learn(found, parts))

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from fewstep.diffusion.losses import denoising_loss
 from fewstep.diffusion.sampling import heun
 from fewstep.models.image_model import Asked, ImageModel
 from fewstep.runtime.ema import EMA
-from fewstep.seeding import Draws, generator
+from fewstep.seeding import Draws, Random
 from fewstep.training.method import Batch, Method, Metrics, Part, can_learn, count_broken, of_parts
 from fewstep.training.noise_levels import level_sampler
 from fewstep.training.optimization import Optimizer
@@ -33,15 +34,18 @@ class TeacherTraining(Method):
         self.null_condition = model.null_condition if settings.class_dropout else None
         self.draw_levels = level_sampler(settings.noise, self.denoiser.schedule, model.device)
 
-    def step(self, parts: Sequence[Part], step: int) -> Metrics:
+    def compute(self, parts: Sequence[Part], turn: Any, random: Random) -> Metrics:
         """One update; gives the loss and the gradient norm before clipping."""
-        found = of_parts([self._gradients(rows, batch, step, 1 / len(parts)) for rows, batch in parts])
+        found = of_parts([self._gradients(rows, batch, random, 1 / len(parts)) for rows, batch in parts])
         norm, skipped = self.optimizer.step(can_learn(found, parts))
-        self.ema.update()
         return found | {"grad_norm": norm, "skipped_network": skipped}
 
-    def _gradients(self, rows: range, batch: Batch, step: int, weight: float) -> Metrics:
-        draws = Draws(generator(self.seed, "teacher", step, self.model.device), rows, self.batch_size)
+    def advance(self, turn: Any) -> None:
+        self.optimizer.advance()
+        self.ema.update()
+
+    def _gradients(self, rows: range, batch: Batch, random: Random, weight: float) -> Metrics:
+        draws = random.draws("teacher", rows, self.batch_size)
         x0, condition = self.model.encode_x0(batch, draws), self.model.encode_condition(batch)
         if self.null_condition:
             condition = drop_condition(condition, self.null_condition, self.settings.class_dropout, draws)
