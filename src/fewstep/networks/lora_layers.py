@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.errors import UserError
+from fewstep.networks.copies import Copies
 from fewstep.networks.lora import LowRank, lora_in
 from fewstep.networks.settings import LoRASettings
 
@@ -190,32 +191,30 @@ class _Linear(torch.autograd.Function):
         return dx, None, None, *chain(*scaled)
 
 
-class Copies:
-    """Writes the copies before a pass if A or B have changed, by whomever; the host sees that without the device."""
+class LowRankCopies(Copies):
+    """Of groups: A as it is, and B with the scale in it."""
 
-    def __init__(self, groups: list[Group]):
-        self.groups, self.seen = groups, tuple[Any, ...]()
-        self.layers = [layer for group in groups for layer in group.layers]
+    def weights(self) -> list[Tensor]:
+        return [layer.lora_A for layer in self._layers()] + [layer.lora_B for layer in self._layers()]
 
-    @torch.no_grad()
-    def __call__(self, module: nn.Module, arguments: Any) -> None:
-        trained = [layer.lora_A for layer in self.layers], [layer.lora_B for layer in self.layers]
-        weight = self.layers[0].weight
-        # Every write in place counts a version up, an optimizer's and an average's, too. Deep copies count anew.
-        seen = id(self), weight.dtype, weight.device, sum(each._version for each in chain(*trained))
-        if seen != self.seen:
-            if seen[:3] != self.seen[:3]:
-                self._allocate(weight)
-            ups = [layer.up for layer in self.layers]
-            torch._foreach_copy_([layer.down for layer in self.layers] + ups, [*chain(*trained)])
-            torch._foreach_mul_(ups, self.layers[0].scale)
-            self.seen = seen
+    def place(self) -> tuple[torch.dtype, torch.device]:
+        weight = self.parts[0].layers[0].weight
+        return weight.dtype, weight.device
 
-    def _allocate(self, like: Tensor) -> None:
-        for group in self.groups:
-            group.down = like.new_empty((sum(layer.rank for layer in group.layers), *group.layers[0].lora_A.shape[1:]))
-            for layer, part in zip(group.layers, group.down.split(group.layers[0].rank), strict=True):
-                layer.down, layer.up = part, like.new_empty(layer.lora_B.shape)
+    def allocate(self) -> list[Tensor]:
+        for group in self.parts:
+            first = group.layers[0]
+            group.down = first.weight.new_empty(len(group.layers) * first.rank, *first.lora_A.shape[1:])
+            for layer, part in zip(group.layers, group.down.split(first.rank), strict=True):
+                layer.down, layer.up = part, first.weight.new_empty(layer.lora_B.shape)
+        return [layer.down for layer in self._layers()] + [layer.up for layer in self._layers()]
+
+    def finish(self) -> None:
+        layers = self._layers()
+        torch._foreach_mul_([layer.up for layer in layers], layers[0].scale)
+
+    def _layers(self) -> list[Any]:
+        return [layer for group in self.parts for layer in group.layers]
 
 
 def with_lora(denoiser: Denoiser, settings: LoRASettings) -> Denoiser:
@@ -230,7 +229,7 @@ def with_lora(denoiser: Denoiser, settings: LoRASettings) -> Denoiser:
     names = find_targets(network, settings.targets, settings.rank)
     layers = {name: _trained(network.get_submodule(name), settings) for name in names}
     network.lora_settings = settings
-    network.register_forward_pre_hook(Copies([Group(each) for each in _siblings(network, layers)]))
+    network.register_forward_pre_hook(LowRankCopies([Group(each) for each in _siblings(network, layers)]))
     return tree
 
 

@@ -194,7 +194,6 @@ class AsOnCUDA:
 
     def __init__(self) -> None:
         self.cast: set[int] = set()  # the parameters under autocast
-        self.copies: dict[int, Tensor] | None = None  # of them, inside a pass
         self.own: dict[str, Callable[..., Any]] = {}
 
     def __enter__(self) -> None:
@@ -210,32 +209,24 @@ class AsOnCUDA:
             setattr(functional, name, function)
 
     def run(self, denoiser: Denoiser, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """In place of an `AutocastDenoiser`'s: a pass that keeps the copies it makes of parameters to its end."""
+        """In place of an `AutocastDenoiser`'s."""
         self.cast |= {id(parameter) for parameter in denoiser.parameters()}
-        self.copies = {}
-        try:
-            return Denoiser.run(denoiser, network, x, t, condition)
-        finally:
-            self.copies = None
+        return Denoiser.run(denoiser, network, x, t, condition)
 
     def _lower(self, function: Callable[..., Any], x: Tensor, weight: Tensor, *more: Any, **named: Any) -> Any:
-        if id(weight) not in self.cast:
+        if id(weight) not in self.cast and weight.dtype != torch.bfloat16:  # in which a copy is, or what is frozen
             return function(x, weight, *more, **named)
         return function(*map(self._lowered, (x, weight, *more)), **named)
 
     def _keep(self, function: Any, x: Tensor, size: Any, weight: Any = None, *more: Any, **named: Any) -> Any:
         return function(x.float() if id(weight) in self.cast else x, size, weight, *more, **named)
 
-    def _lowered(self, value: Any) -> Any:
+    @staticmethod
+    def _lowered(value: Any) -> Any:
         if not isinstance(value, Tensor) or value.dtype != torch.float32:
             return value
-        if not value.is_meta:  # a condition, which every cross-attention would cast anew
-            return torch.empty_like(value, dtype=torch.bfloat16, device="meta")
-        if self.copies is None or id(value) not in self.cast:
-            return value.bfloat16()
-        if id(value) not in self.copies:
-            self.copies[id(value)] = value.bfloat16()
-        return self.copies[id(value)]
+        # A condition on the processor is cast there by nobody.
+        return value.bfloat16() if value.is_meta else torch.empty_like(value, dtype=torch.bfloat16, device="meta")
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, scale: float | None = None, **more: Any) -> Tensor:
