@@ -14,6 +14,7 @@ from fewstep.models.latent_model import LatentModel
 from fewstep.models.loading.outlines import outline_of, standard
 from fewstep.models.outline import Outline
 from fewstep.models.pixel_model import PixelModel
+from fewstep.networks.copies import hold_copies
 from fewstep.networks.families.edm import build_unet
 from fewstep.recipes.loading import load_recipe
 from fewstep.training.budget import AsOnCUDA, Meter
@@ -156,23 +157,24 @@ def test_attention_keeps_no_matrix_and_functions_are_put_back() -> None:
     assert (nn.functional.scaled_dot_product_attention, nn.functional.linear) == before
 
 
-def test_autocast_keeps_its_copies_to_the_end_of_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In bfloat16, of two layers called twice: activations in two bytes, a copy of each weight, norms in float32."""
-    sizes = 32, 1024
+def test_in_bfloat16_layers_multiply_with_copies_for_good_and_norms_stay_in_float32() -> None:
+    sizes, dtypes = (32, 1024), []
     layers = nn.Sequential(nn.Linear(*sizes, bias=False), nn.Linear(*reversed(sizes), bias=False), nn.LayerNorm(32))
-    layers.to("meta")
-    on_cuda, dtypes = AsOnCUDA(), []
-    on_cuda.cast = {id(p) for p in layers.parameters()}
-    with Meter(granule=1) as meter, on_cuda, torch.no_grad(), meter.turn("a pass") as turn:
-        x, on_cuda.copies = torch.empty(1, 32, device="meta"), {}
+    for layer in layers.to("meta"):
+        layer.register_forward_hook(lambda layer, given, output: dtypes.append(output.dtype))
+    with Meter(granule=1) as meter, AsOnCUDA() as on_cuda, meter.turn("passes") as turn:
+        on_cuda.cast = {id(p) for p in layers.parameters()}
+        hold_copies(layers)
+        x, kept = torch.empty(1, 32, device="meta"), []
         for _ in range(2):
-            for layer in layers:
-                x = layer(x)
-                dtypes.append(x.dtype)
-        kept, on_cuda.copies = meter.total, None
-    assert dtypes == [torch.bfloat16, torch.bfloat16, torch.float32] * 2
-    assert kept - meter.total == 2 * 2 * 32 * 1024
-    assert turn.peak >= kept
+            with torch.no_grad():
+                layers(x)
+            layers(x).sum().backward()
+            layers.zero_grad()
+            kept.append(meter.total - x.nbytes)
+    assert dtypes == [torch.bfloat16, torch.bfloat16, torch.float32] * 4
+    assert kept == [2 * 2 * 32 * 1024] * 2
+    assert turn.operations.total() == 2 * (2 * 32 * 1024 * 2) * (1 + 1 + 2) - 2 * (2 * 32 * 1024)  # x has no gradient
 
 
 def test_a_condition_on_the_processor_is_cast_in_bytes_counted_not_taken() -> None:

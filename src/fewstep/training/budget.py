@@ -196,13 +196,14 @@ class AsOnCUDA:
         self.cast: set[int] = set()  # the parameters under autocast
         self.own: dict[str, Callable[..., Any]] = {}
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> "AsOnCUDA":
         others: dict[str, Callable[..., Any]] = {"scaled_dot_product_attention": _attention}
         for names, how in ((LOWERED, self._lower), (KEPT, self._keep)):
             others |= {name: partial(how, getattr(functional, name)) for name in names}
         self.own = {name: getattr(functional, name) for name in others}
         for name, function in others.items():
             setattr(functional, name, function)
+        return self
 
     def __exit__(self, *_: Any) -> None:
         for name, function in self.own.items():

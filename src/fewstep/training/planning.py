@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fewstep.diffusion.denoiser import unguided
 from fewstep.models.latent_model import at_once
 from fewstep.models.outline import Outline
+from fewstep.networks.copies import copies_in, write_copies
 from fewstep.networks.precision import DTYPES, AutocastDenoiser
 from fewstep.training.budget import GRANULE, AsOnCUDA, Meter
 from fewstep.training.dmd2 import DMD2
@@ -153,6 +154,8 @@ def _name(meter: Meter, method: DMD2, recipe: Any) -> None:
         module = getattr(method, role)
         # Of a shared base what is left is what is trained.
         meter.note([*module.parameters()], f"weights of the {role}", known="other")
+        write_copies(module)
+        meter.note([each.copies for each in copies_in(module)], f"copies of the {role}'s weights")
         for parameter in _trained(module):
             parameter.register_post_accumulate_grad_hook(partial(_name_gradient, meter, f"gradients of the {role}"))
     meter.note([*method.ema.copies.values()], "averages of the student")
