@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 OPERATIONS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal.default", "is_nonzero")
 METHODS = ("item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__")
 COPIES = ("tensor", "as_tensor", "from_numpy")  # of numbers of the host: a copy to a device that it waits for
+MADE = ("arange", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn", "zeros")  # on some device
 OF_THE_HOST = ("fakes.py", ("draw_stop", "num_timesteps"))  # drawn on the CPU, for they decide what is run
 
 
@@ -45,13 +46,14 @@ def looks() -> Iterator[list[str]]:
     """What was looked at inside, backward passes and optimizers included."""
     found: list[str] = []
     of_tensors, of_torch = _noting(Tensor, METHODS, found), _noting(torch, COPIES, found)
+    of_torch |= _noting(torch, MADE, found, unless="device")  # else on the CPU, from where it goes to a GPU
     with Mode(found), mock.patch.multiple(Tensor, **of_tensors), mock.patch.multiple(torch, **of_torch):
         yield found
 
 
-def _noting(owner: Any, names: tuple[str, ...], found: list[str]) -> dict[str, Any]:
+def _noting(owner: Any, names: tuple[str, ...], found: list[str], unless: str = "") -> dict[str, Any]:
     def noting(name: str) -> Any:
         original = getattr(owner, name)
-        return lambda *given, **named: (note(found, name), original(*given, **named))[1]
+        return lambda *given, **named: (unless in named or note(found, name), original(*given, **named))[1]
 
     return {name: noting(name) for name in names}

@@ -129,6 +129,17 @@ def test_reasons_stand_at_the_lines_where_a_reader_would_ask() -> None:
         assert 0.08 <= comments / code <= 0.15, f"{folder}: {comments} comments on {code} lines"
 
 
+def test_one_module_knows_of_graphs() -> None:
+    """Networks, losses and methods are the same with and without."""
+    known = {"runtime/graphs.py"}
+    users = {"models/latent_model.py", "models/sampler.py", "training/loop.py", "training/benchmarking.py"}
+    for path in FILES:
+        here, text = str(path.relative_to(SOURCE)), path.read_text()
+        assert here in known or "CUDAGraph" not in text, path
+        used = {name for name in imports(ast.parse(text)) if name.startswith("fewstep.runtime.graphs")}
+        assert not used or here in users, path
+
+
 def test_vocabulary() -> None:
     """One word per thing: the other names of the field stand nowhere as identifiers."""
     banned = {"real_score", "fake_unet", "feedforward_model", "noisy_latents", "gen_data", "t_list", "cfg", "real_unet"}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fewstep.diffusion import losses
+from fewstep.diffusion.timesteps import karras_grid
 from fewstep.embedded.settings import AutoencoderConfig
 from fewstep.embedded.small_models import build_autoencoder
 from fewstep.errors import UserError
@@ -214,6 +215,9 @@ def test_what_waits_is_seen(tiny_model: PixelModel, monkeypatch: pytest.MonkeyPa
     with looks() as found:
         losses.dmd_loss(*torch.randn(3, 4, 1, 8, 8))
     assert any("index" in line and "losses.py" in line for line in found)
+    with looks() as found:
+        karras_grid(3)  # made on the CPU: from there its way to a GPU would be waited for
+    assert any(line.startswith("linspace") for line in found)
 
 
 def test_parts_that_do_not_divide_the_batch_are_refused_at_the_door() -> None:

@@ -15,6 +15,7 @@ from fewstep.models.image_model import Asked, ImageModel
 from fewstep.networks.codec import Codec, to_images
 from fewstep.networks.families import FAMILIES
 from fewstep.networks.settings import MAX_SIZE
+from fewstep.runtime.graphs import never_in_a_graph
 from fewstep.seeding import Draws
 
 AT_ONCE = 2**16  # numbers of latents through the autoencoder: one of SDXL, whose decoding takes 2.4 GB in bfloat16
@@ -102,6 +103,7 @@ class LatentModel(ImageModel):
 
     def _here(self, part: Part) -> Part:
         """The autoencoder or the conditioner, on the denoiser's device."""
+        never_in_a_graph("autoencoder and text encoders come and go; keep latents and embeddings")
         moved = next(part.parameters()).device != self.device
         return part.to(self.device) if moved else part
 

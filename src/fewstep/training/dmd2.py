@@ -270,6 +270,8 @@ class DMD2(StudentMethod):
             ours, theirs = trainable_state(self.critic), trainable_state(self.student)  # of one architecture,
             names = [name for name in ours if name in theirs]  # but for what tells the critic the stop
             torch._foreach_lerp_([ours[name] for name in names], [theirs[name] for name in names], share)
+            # Copies of weights go by their versions, which an operation on a list may leave as they are.
+            torch.autograd.graph.increment_version([ours[name] for name in names])
 
     def _teacher_x0(self, x_t: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor | None]:
         """The teacher's x0, and that before guidance, if it is guided, of the same pass."""

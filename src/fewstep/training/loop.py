@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from fewstep.errors import Interrupted, UserError
 from fewstep.models.image_model import Asked
 from fewstep.pictures import grid, num_columns, save_png
 from fewstep.runtime import checkpoint
+from fewstep.runtime.graphs import CUDA, Graphs
 from fewstep.runtime.runs import best_steps
 from fewstep.runtime.tensorboard import open_board
 from fewstep.runtime.tracking import Allowance, Metrics, Report, StepClock, read_metrics, rewind, write_line
@@ -52,9 +54,10 @@ def train(
         _save(method, metrics, run, start, settings.evaluation)  # for no later one will have what was set aside
     every, clock = settings.evaluation.every or num_steps, StepClock(method.model.device)
     ahead = parts_ahead(batch_at, settings, start, method.model.device)
+    graphs = _graphs(method, settings)
     with stop_request() as stop_requested, ahead as parts, open_board(run, start, settings.tensorboard) as board:
         for done, part in enumerate(clock.each(parts), start + 1):
-            metrics.add(guard.add(method.step(part, done - 1)))  # stays on the device
+            metrics.add(guard.add(method.step(part, done - 1, run=graphs)))  # stays on the device
             clock.steps += 1
             last = done == num_steps
             judged = evaluate is not None and (last or (done % every == 0 and _allowed(judging, done)))
@@ -64,7 +67,7 @@ def train(
             shown = metrics.write(done, method.learning_rates | clock.read()) if logged else {}
             board.numbers("training", done, shown)
             if evaluate is not None and judged:
-                with clock.aside(), judging.spending():
+                with _aside(clock, graphs), judging.spending():
                     scores = evaluate(method, done)
                 # Before the checkpoint: a kill in between makes it judge again, and no step is kept without its scores.
                 write_line(run / checkpoint.EVALUATIONS, done, scores)
@@ -73,7 +76,7 @@ def train(
             stopped = stop_requested()  # asked once, so that what is saved and what is told agree
             report(done, shown)
             if done % settings.sample_every == 0 or last:
-                with clock.aside():
+                with _aside(clock, graphs):
                     for name, picture in _draw(method, noise, asked, run, done).items():
                         board.picture(name, done, picture)
             if done % settings.checkpoint_every == 0 or last or stopped or judged:
@@ -82,6 +85,25 @@ def train(
                     _save(method, metrics, run, done, settings.evaluation)
             if stopped and not last:
                 raise Interrupted(f"stopped at step {done} of {num_steps}; continue with --resume --out {run}", stopped)
+
+
+def _graphs(method: Method, settings: LoopSettings) -> Graphs | None:
+    """What runs the steps on a GPU, unless that is switched off."""
+    if settings.speed.graphs == "off":
+        return None
+    optimizers = [getattr(method, name) for name in method.STATE if name.endswith("optimizer")]
+    why = "adamw8bit looks at numbers in every update" if any(each.eight_bit for each in optimizers) else None
+    why = "they are for CUDA" if method.model.device.type != "cuda" else why
+    if why:
+        print(f"graphs: off, {why}")
+    return None if why else Graphs(method.compute, CUDA(method.model.device), method.settle)
+
+
+def _aside(clock: StepClock, graphs: Graphs | None) -> AbstractContextManager[None]:
+    """What is not part of steps, and takes memory of its own."""
+    if graphs:
+        graphs.make_room()
+    return clock.aside()
 
 
 def _allowed(judging: Allowance, step: int) -> bool:

@@ -17,6 +17,7 @@ from fewstep.diffusion.losses import finite_samples
 from fewstep.diffusion.sampling import rollout
 from fewstep.errors import UserError
 from fewstep.models.image_model import Asked, ImageModel
+from fewstep.networks.lora_layers import write_copies
 from fewstep.runtime.checkpoint import ema_folder
 from fewstep.runtime.ema import EMA, load_trainable, trainable_state
 from fewstep.runtime.tracking import is_count
@@ -104,6 +105,15 @@ class Method(ABC):
     @abstractmethod
     def advance(self, turn: Any) -> None:
         """What the host counts of a step of that turn: rates, and averages, whose decays are functions of a count."""
+
+    def settle(self, failed: bool) -> None:
+        """Writes what follows from weights, where those have changed; puts away what a recording left that `failed`."""
+        for name in self.STATE:
+            part = getattr(self, name)
+            if isinstance(part, nn.Module):
+                write_copies(part)
+            elif isinstance(part, Optimizer) and failed:
+                part.adamw.zero_grad()
 
     @abstractmethod
     def sample(self, noise: Tensor, first: int = 0, asked: Asked = None) -> Tensor:
