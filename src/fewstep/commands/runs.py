@@ -20,6 +20,7 @@ from fewstep.errors import Interrupted, UserError, out_of_memory
 from fewstep.files import folder_lock, read_json, write_text
 from fewstep.models.image_model import Asked, ImageModel
 from fewstep.models.loading.pretrained import SUFFIX
+from fewstep.networks.compiling import prepare_compiling
 from fewstep.recipes.loading import differences, dump, load_recipe, read_run_recipe, recipe_names
 from fewstep.recipes.schema import AnyRecipe
 from fewstep.runtime.checkpoint import EVALUATIONS, FACTS, RECIPE, check_run, checkpoint_steps
@@ -30,6 +31,7 @@ from fewstep.training.batches import BatchAt
 from fewstep.training.loop import Evaluate, train
 from fewstep.training.method import Method
 from fewstep.training.optimization import check_optimizer, learning_rate_factor
+from fewstep.training.roles import compile_roles
 from fewstep.training.settings import OptimizerSettings
 
 
@@ -214,7 +216,11 @@ def train_recipe(jobs: Jobs, recipe: AnyRecipe, run: Path, resume: bool, report:
         for settings, _ in optimizers(recipe):
             check_optimizer(settings)
         shown = load_prompts(recipe.samples.prompts, field="samples.prompts:") if recipe.samples.prompts else None
+        compiled = prepare_compiling(pick_device(recipe.device)) if recipe.speed.compile == "blocks" else None
         job = jobs[recipe.kind](recipe, run)
+        if compiled:
+            told = f"compile: {compile_roles(job.method)} blocks, in the first steps, which take minutes the first time"
+            print(f"{told}; what comes of it is kept in {compiled}")
         if shown and getattr(job.method.model, "kind", None) != "text":
             raise UserError("samples.prompts: the model takes no text; leave it out")
         job = job._replace(asked=shown or job.asked)

@@ -23,12 +23,12 @@ def blocks(network: nn.Module) -> Iterator[nn.Module]:
             yield module
 
 
-def check_blocks(network: nn.Module) -> list[nn.Module]:
-    """Its blocks; raises UserError where there are none to checkpoint."""
+def check_blocks(network: nn.Module, setting: str = "checkpointing") -> list[nn.Module]:
+    """Its blocks; raises UserError, which names the setting that wants them, where there are none."""
     found = list(blocks(network))
     if not found:
         told = f"the network has no blocks, in lists called {', '.join(sorted(LISTS))}"
-        raise UserError(f"checkpointing: {told}; set none")
+        raise UserError(f"{setting}: {told}; set none")
     return found
 
 
@@ -47,12 +47,28 @@ def checkpoint_blocks(network: nn.Module) -> list[nn.Module]:
 @contextmanager
 def checkpointed(network: nn.Module) -> Iterator[None]:
     """Passes inside the context are as behind `checkpoint_blocks`; their backward pass may come later."""
+    before = [vars(block).get("forward") for block in blocks(network)]
     found = checkpoint_blocks(network)
     try:
         yield
     finally:
-        for block in found:
-            del block.forward  # the class's own is left
+        for block, forward in zip(found, before, strict=True):
+            set_forward(block, forward)
+
+
+def set_forward(block: nn.Module, forward: Callable[..., Any] | None) -> None:
+    """What the block is run with from now on; None is its class's own."""
+    if forward is None:
+        vars(block).pop("forward", None)
+    else:
+        block.forward = forward
+
+
+def replace_forward(block: nn.Module, forward: Callable[..., Any] | None) -> None:
+    """The same inside a recomputation, if it has one."""
+    if isinstance(now := vars(block).get("forward"), partial):
+        forward = partial(now.func, forward or type(block).forward.__get__(block))
+    set_forward(block, forward)
 
 
 def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -80,24 +80,33 @@ class Trained:
     def scale(self) -> float:
         return self.alpha / self.rank
 
+    def copies(self) -> tuple[Tensor, Tensor]:
+        """`down` and `up`, from which gradients get to A and B."""
+        if not torch.is_grad_enabled():
+            return self.down, self.up
+        copies: tuple[Tensor, Tensor] = _Copied.apply(self.lora_A, self.lora_B, self)  # type: ignore[no-untyped-call]
+        return copies
+
 
 class LoRALinear(Trained, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
-        return self.group(self, x)
+        if not torch.compiler.is_compiling():
+            return self.group(self, x)
+        down, up = self.copies()  # a compiler fuses by itself, and can't follow what a group keeps
+        inner = functional.linear(x, down)  # (..., r)
+        return functional.linear(x, self.weight, self.bias) + functional.linear(inner, up)
 
 
 class LoRAConv2d(Trained, nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
-        down, up = self.down, self.up
-        if torch.is_grad_enabled():
-            down, up = _Copied.apply(self.lora_A, self.lora_B, self)  # type: ignore[no-untyped-call]
+        down, up = self.copies()
         inner = self._conv_forward(x, down, None)  # (B, r, H, W)
         output: Tensor = self._conv_forward(x, self.weight, self.bias)
         return output.add_(functional.conv2d(inner, up))  # (B, out, H, W)
 
 
 class _Copied(torch.autograd.Function):
-    """A convolution's copies, whose gradients are those of the weights."""
+    """The copies of one layer, whose gradients are those of the weights."""
 
     @staticmethod
     def forward(ctx: Any, lora_A: Tensor, lora_B: Tensor, layer: Trained) -> tuple[Tensor, Tensor]:  # noqa: N803

@@ -14,6 +14,7 @@ from fewstep.diffusion.denoiser import Denoiser, Guided
 from fewstep.errors import UserError
 from fewstep.models.image_model import LORA, ImageModel, read_description
 from fewstep.networks.blocks import check_blocks, checkpoint_blocks
+from fewstep.networks.compiling import compile_blocks, uncompile_blocks
 from fewstep.networks.discriminator import Discriminator
 from fewstep.networks.features import features
 from fewstep.networks.lora_layers import settings_of, with_lora
@@ -92,6 +93,28 @@ def _make_discriminator(model: ImageModel, layer: str) -> Discriminator:
     if feature is None or feature.ndim != 4:
         raise UserError(f"gan.feature_layer: no layer {layer!r} gives (B, C, H, W) features; try {model.bottleneck!r}")
     return Discriminator(*feature.shape[1:]).to(model.device)
+
+
+def compile_roles(method: Any) -> int:
+    """Compiles the blocks of every network that a method has, or `Roles`, in place; gives how many blocks.
+
+    Behind all that is put on the networks, and before any pass that counts. Raises UserError where one has no blocks.
+    """
+    layer = getattr(method, "feature_layer", None)
+    hooked = method.critic.network.get_submodule(layer) if layer else None
+    return sum(compile_blocks(network, hooked) for network in _networks_of(method))
+
+
+def uncompile_roles(method: Any) -> None:
+    """Undoes `compile_roles`."""
+    for network in _networks_of(method):
+        uncompile_blocks(network)
+
+
+def _networks_of(method: Any) -> Iterator[nn.Module]:
+    """Of a distillation, a regression, a teacher's training or an autoencoder's."""
+    names = ("teacher", "student", "critic", "denoiser", "vae")
+    return (getattr(method, name) for name in names if hasattr(method, name))
 
 
 def start_from(roles: Roles, checkpoint: Path) -> None:
