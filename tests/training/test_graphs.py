@@ -15,6 +15,7 @@ from torch import Tensor
 from fewstep.commands.teachers import of_recipe
 from fewstep.models.latent_model import LatentModel
 from fewstep.models.pixel_model import PixelModel
+from fewstep.networks.copies import copies_in
 from fewstep.networks.settings import LoRASettings
 from fewstep.recipes.loading import load_recipe, recipe_names
 from fewstep.runtime.ema import load_trainable, trainable_state
@@ -165,25 +166,30 @@ def test_a_trial_decides_and_says_so_once(tiny_model: PixelModel, seconds: float
         ),
     ],
 )
+@pytest.mark.parametrize("lora", [None, LoRASettings(rank=2, alpha=2.0)], ids=["whole", "lora"])
 def test_where_none_can_be_recorded_the_steps_go_on_without(
-    tiny_model: PixelModel, monkeypatch: pytest.MonkeyPatch, error: Exception, line: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, line: str, lora: LoRASettings | None
 ) -> None:
     """Also where it ends half-way, as an operation that waits does, with gradients that are already there."""
-    eager, method = (on_a_gpu(METHODS["dmd2"](copy.deepcopy(tiny_model))) for _ in range(2))
-    told, cpu, parts = [], CPU(), pixels("dmd2", tiny_model)
+    (eager, given), (method, _) = (latents(tmp_path / name, "sd", lora) for name in ("eager", "method"))
+    told, cpu = [], CPU()
 
     def fail(function: Callable[[], Any]) -> Any:
-        kept = copy.deepcopy(method.state_dict())
+        roles = (method.student, method.critic, method.discriminator)
+        copied = [tensor for role in roles for each in copies_in(role) for tensor in each.copies]
+        written = [*copied, *(p.data for role in roles for p in role.parameters())]  # which counts no version
+        kept, moments = [tensor.clone() for tensor in written], copy.deepcopy(method.student_optimizer.state_dict())
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(method.critic_optimizer, "step", lambda finite: (_ for _ in ()).throw(error))
             try:
-                function()  # on a GPU nothing of it would run
-            finally:
-                method.load_state_dict(kept)
+                function()
+            finally:  # on a GPU nothing of it would have run
+                torch._foreach_copy_(written, kept)
+                method.student_optimizer.load_state_dict(moments)
 
     monkeypatch.setattr(cpu, "record", fail)
-    lines = run(method, parts, range(6), graphs_of(method, cpu, 2, told))
-    assert_equal(lines, run(eager, parts, range(6)))
+    lines = run(method, lambda step: given, range(6), graphs_of(method, cpu, 2, told))
+    assert_equal(lines, run(eager, lambda step: given, range(6)))
     assert [each.startswith(f"graphs: off, {line}") for each in told] == [True]
     assert same(method.state_dict(), eager.state_dict())
 

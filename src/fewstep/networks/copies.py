@@ -73,12 +73,14 @@ def copies_in(module: nn.Module) -> Iterator[Copies]:
     return (hook for hook in hooks if isinstance(hook, Copies))
 
 
-def write_copies(module: nn.Module) -> None:
+def write_copies(module: nn.Module, anew: bool = False) -> None:
     """Brings all copies of the module up to date outside a pass: behind a recorded step, and before it is replayed.
 
-    The first call must come before a recording, for it is then that the copies get their memory.
+    The first call must come before a recording, for it is then that the copies get their memory. `anew` writes them
+    also where the host has seen no change, for a recording that failed wrote nothing.
     """
     for copies in copies_in(module):
+        copies.seen = -1 if anew else copies.seen
         copies.write()
 
 

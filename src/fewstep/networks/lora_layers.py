@@ -226,14 +226,6 @@ class LowRankCopies(Copies):
         return [layer for group in self.parts for layer in group.layers]
 
 
-def write_copies(module: nn.Module) -> None:
-    """Writes the copies of low-rank weights that have changed."""
-    for each in module.modules():
-        for hook in each._forward_pre_hooks.values():
-            if isinstance(hook, Copies):
-                hook(each, ())
-
-
 def with_lora(denoiser: Denoiser, settings: LoRASettings) -> Denoiser:
     """Another tree of modules over the same tensors, with low-rank weights in the layers of `settings`.
 

@@ -94,9 +94,9 @@ class Kind:
 class Graphs:
     """`work(inputs, turn, random)`, by graphs where a trial says that they pay; the same numbers either way.
 
-    The first `trial` calls, and the first of each kind, run as they are. `settle(False)` brings up to date what the
-    host writes only when it sees a change: before a replay, and at the end of a recording. `settle(True)` puts away
-    what a recording left that failed. What was chosen, and why, is said once.
+    The first `trial` calls, and the first of each kind, run as they are; without a trial graphs are taken untimed.
+    `settle(False)` brings up to date what the host writes only when it sees a change: before a replay, and at the end
+    of a recording. `settle(True)` puts away what a recording left that failed. What was chosen, and why, is said once.
     """
 
     def __init__(
@@ -104,12 +104,12 @@ class Graphs:
         work: Callable[[Any, Any, Any], Any],
         machine: Machine,
         settle: Callable[[bool], None] = lambda failed: None,
-        trial: int = TRIAL,
+        trial: int | None = TRIAL,
         say: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
     ):
-        self.work, self.machine, self.settle, self.trial, self.say = work, machine, settle, trial, say
+        self.work, self.machine, self.settle, self.trial, self.say = work, machine, settle, trial or 0, say
         self.kinds: dict[Hashable, Kind] = {}
-        self.calls, self.on, self.decided = 0, True, False
+        self.calls, self.on, self.decided = 0, True, trial is None
 
     def __call__(self, inputs: Any, turn: Hashable, random: Random | None = None) -> Any:
         if not self.on:

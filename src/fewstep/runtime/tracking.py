@@ -89,13 +89,17 @@ class StepClock:
         now, steps = time.perf_counter(), max(1, self.steps)
         seconds, waited = (now - self.began - self.off) / steps, self.waited / steps
         self.steps, self.began, self.off, self.waited = 0, now, 0.0, 0.0
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        if self.device.type == "cuda":
-            import torch
-
-            peak = torch.cuda.max_memory_allocated(self.device)
         machine = {"seconds_per_step": round(seconds, 6), "data_wait": round(waited, 6)}
-        return machine | {"peak_memory_gb": round(peak / 1e9, 3)}
+        return machine | {"peak_memory_gb": round(peak_memory(self.device) / 1e9, 3)}
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of a GPU's memory at most, or of the process on a CPU, which has its libraries in it."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class Allowance:

@@ -1,7 +1,5 @@
 """How fast a distillation is on this machine: its own step, on weights of the real shapes that nobody has trained."""
 
-import resource
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,8 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fewstep.models.outline import Outline
 from fewstep.networks.precision import DTYPES
+from fewstep.runtime.graphs import CUDA, Graphs
+from fewstep.runtime.tracking import peak_memory
 from fewstep.training.dmd2 import DMD2
-from fewstep.training.method import Part
+from fewstep.training.method import Compute, Part
 from fewstep.training.roles import make_roles
 
 SECONDS = 0.5  # of products of matrices, behind which a rate no longer rises
@@ -31,7 +31,7 @@ class Timing:
     seconds: list[float]
     """Of each cycle, the stops in turn."""
     peak: int
-    """Bytes: of a GPU's memory at most, or of the process on a CPU, which has its libraries in it."""
+    """Bytes, as `peak_memory` has them."""
     operations: float
     """That the host starts in a cycle, each at least one kernel."""
     busy: float | None
@@ -85,8 +85,16 @@ def parts_of(recipe: Any, outline: Outline, device: torch.device) -> list[Part]:
     return [(range(first, first + size), batch) for first in range(0, recipe.batch_size, size)]
 
 
-def time_cycles(method: DMD2, parts: list[Part], num: int) -> Timing:
-    """At least `num` cycles behind one to warm up; where a batch has one stop, every stop equally often."""
+def by_graphs(method: DMD2, say: Callable[[str], None]) -> Graphs:
+    """What runs the steps of a GPU as graphs from the second of each kind on, without a trial."""
+    return Graphs(method.compute, CUDA(method.model.device), method.settle, None, say)
+
+
+def time_cycles(method: DMD2, parts: list[Part], num: int, run: Compute | None = None) -> Timing:
+    """At least `num` cycles by `run`, behind those that warm up; where a batch has one stop, all of them equally often.
+
+    Also those whose every step was one of a kind: graphs are recorded at the second one.
+    """
     device, every, student = method.model.device, method.settings.student_every, method.settings.student
     one = student.stops == "shared" and student.timesteps != "random"
     stops = list(range(method.fakes.first, method.num_noises)) if one else [0]
@@ -94,14 +102,15 @@ def time_cycles(method: DMD2, parts: list[Part], num: int) -> Timing:
 
     def cycle(stop: int) -> None:
         for number in islice(numbers, every):
-            method.step(parts, number, method.turn(number, stop if one else None))
+            method.step(parts, number, method.turn(number, stop if one else None), run)
 
-    warm = [_seconds(device, cycle, stop) for stop in stops]
+    for stop in [*stops, *(stops if run else [])]:
+        cycle(stop)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    rounds = -(-num // len(warm))
+    rounds = -(-num // len(stops))
     seconds = [_seconds(device, cycle, stop) for _ in range(rounds) for stop in stops]
-    peak = _peak(device)
+    peak = peak_memory(device)
     with _Counter() as counter:
         for stop in stops:
             cycle(stop)
@@ -119,12 +128,6 @@ def _seconds(device: torch.device, work: Callable[..., Any], *given: Any) -> flo
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _peak(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _busy(device: torch.device, cycle: Callable[[int], None], stops: list[int]) -> float | None:

@@ -17,7 +17,7 @@ from fewstep.diffusion.losses import finite_samples
 from fewstep.diffusion.sampling import rollout
 from fewstep.errors import UserError
 from fewstep.models.image_model import Asked, ImageModel
-from fewstep.networks.lora_layers import write_copies
+from fewstep.networks.copies import write_copies
 from fewstep.runtime.checkpoint import ema_folder
 from fewstep.runtime.ema import EMA, load_trainable, trainable_state
 from fewstep.runtime.tracking import is_count
@@ -111,7 +111,7 @@ class Method(ABC):
         for name in self.STATE:
             part = getattr(self, name)
             if isinstance(part, nn.Module):
-                write_copies(part)
+                write_copies(part, anew=failed)
             elif isinstance(part, Optimizer) and failed:
                 part.adamw.zero_grad()
 
