@@ -229,9 +229,14 @@ def never_in_a_graph(what: str) -> None:
 M = TypeVar("M", bound=nn.Module)
 
 
+def has_graphs(device: torch.device) -> bool:
+    """Whether the device can replay."""
+    return device.type == "cuda"
+
+
 def graphed(module: M, device: torch.device) -> M:
     """A view of a module whose calls without gradient are graphs where they pay; on a CPU the module itself."""
-    if device.type != "cuda":
+    if not has_graphs(device):
         return module
     view = object.__new__(type(module))
     view.__dict__.update(module.__dict__)

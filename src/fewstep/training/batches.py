@@ -39,10 +39,11 @@ def parts_ahead(
     An error in making a batch is raised where it is asked for; the thread ends with the context.
     """
     size = settings.batch_size // settings.accumulate  # that it divides is checked with the recipe
+    way = torch.cuda.Stream(device) if device.type == "cuda" else None  # beside the one that computes
     rows = [range(first, first + size) for first in range(0, settings.batch_size, size)]
 
     def make(step: int) -> list[Part]:
-        return [(each, _sent(batch_at(step, each), device)) for each in rows]
+        return [(each, _sent(batch_at(step, each), device, way)) for each in rows]
 
     def parts() -> Iterator[list[Part]]:
         steps = iter(range(start, settings.num_steps))
@@ -51,6 +52,9 @@ def parts_ahead(
             ready = waiting.popleft().result()  # raises what the thread raised
             # Asked for before this step is computed, not behind it.
             waiting.extend(thread.submit(make, step) for step in islice(steps, 1))
+            if way:
+                torch.cuda.current_stream(device).wait_stream(way)
+                _arrived(ready, torch.cuda.current_stream(device))
             yield ready
 
     with ThreadPoolExecutor(1, "batches") as thread:
@@ -60,11 +64,21 @@ def parts_ahead(
             thread.shutdown(cancel_futures=True)  # waits for the one that is being made
 
 
-def _sent(batch: Any, device: torch.device) -> Any:
+def _sent(batch: Any, device: torch.device, way: torch.cuda.Stream | None) -> Any:
     """The batch with its tensors on a GPU, copied while it computes; on the CPU as it is."""
-    if isinstance(batch, Tensor) and device.type == "cuda":
-        return batch.pin_memory().to(device, non_blocking=True)  # from pageable memory the host would wait for it
-    return {name: _sent(value, device) for name, value in batch.items()} if isinstance(batch, dict) else batch
+    if isinstance(batch, Tensor) and way:
+        with torch.cuda.stream(way):
+            return batch.pin_memory().to(device, non_blocking=True)  # from pageable memory the host would wait for it
+    return {name: _sent(value, device, way) for name, value in batch.items()} if isinstance(batch, dict) else batch
+
+
+def _arrived(batch: Any, stream: torch.cuda.Stream) -> None:
+    """Tells the allocator that tensors made for one stream are read on another."""
+    if isinstance(batch, Tensor):
+        batch.record_stream(stream)
+    elif isinstance(batch, dict | list | tuple):
+        for each in batch.values() if isinstance(batch, dict) else batch:
+            _arrived(each, stream)
 
 
 def _indices(length: int, settings: LoopSettings, step: int, rows: range, purpose: str = "epoch") -> Tensor:

@@ -23,6 +23,7 @@ from fewstep.stopping import stop_request
 from fewstep.training.batches import BatchAt, parts_ahead
 from fewstep.training.guard import Guard, check_finite
 from fewstep.training.method import Method
+from fewstep.training.optimization import Optimizer
 from fewstep.training.settings import EvaluationSettings, LoopSettings
 
 Evaluate = Callable[[Method, int], dict[str, float]]
@@ -91,12 +92,13 @@ def _graphs(method: Method, settings: LoopSettings) -> Graphs | None:
     """What runs the steps on a GPU, unless that is switched off."""
     if settings.speed.graphs == "off":
         return None
-    optimizers = [getattr(method, name) for name in method.STATE if name.endswith("optimizer")]
-    why = "adamw8bit looks at numbers in every update" if any(each.eight_bit for each in optimizers) else None
-    why = "they are for CUDA" if method.model.device.type != "cuda" else why
-    if why:
-        print(f"graphs: off, {why}")
-    return None if why else Graphs(method.compute, CUDA(method.model.device), method.settle)
+    if method.model.device.type != "cuda":
+        print("graphs: off, they are for CUDA")
+        return None
+    if any(isinstance(each := getattr(method, name), Optimizer) and each.eight_bit for name in method.STATE):
+        print("graphs: off, adamw8bit looks at numbers in every update")
+        return None
+    return Graphs(method.compute, CUDA(method.model.device), method.settle)
 
 
 def _aside(clock: StepClock, graphs: Graphs | None) -> AbstractContextManager[None]:
