@@ -32,7 +32,7 @@ def test_pictures_are_those_of_eager_passes_at_every_batch_size(
     drawn_by = Sampler(kind, int(steps[0]), 2.0 if "@" in sampler else 1.0)
     model = tiny_model.student(tiny_model.denoiser, [80.0, 2.0, 0.5])
     ours = generate(model, drawn_by, range(11), batch_size=4)  # 4, 4 and 3
-    assert sum(machine.replays for machine in machines) > 4
+    assert sum(machine.replays for machine in machines) >= 4
     assert generate_stops(model, range(5), batch_size=5).__next__()[2].shape[0] == 5
     monkeypatch.setattr(graphs, "has_graphs", lambda device: False)
     assert torch.equal(ours, generate(model, drawn_by, range(11), batch_size=4))
@@ -65,10 +65,7 @@ def test_a_gpu_replays_what_it_records(tiny_model: PixelModel) -> None:
     """Sums, an update and fresh numbers, with no wait for the device in any replay."""
     device = torch.device("cuda")
     network = copy.deepcopy(tiny_model.denoiser).to(device).requires_grad_(False)
-    machine = graphs.CUDA(device)
-    calls = Graphs(
-        lambda inputs, turn, random: {"x0": network(*inputs, {})}, machine, trial=None, say=lambda line: None
-    )
+    calls = Graphs(lambda given, turn, random: {"x0": network(*given, {})}, graphs.CUDA(device), trial=None)
     given = [(torch.randn(4, 1, 8, 8, device=device), torch.rand(4, device=device)) for _ in range(5)]
     expected = [network(*each, {}) for each in given]
     for each in given[:2]:
