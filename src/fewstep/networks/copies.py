@@ -5,7 +5,7 @@ is; outputs and gradients are autocast's, bit for bit. Layers that autocast comp
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
@@ -68,13 +68,14 @@ class Copies:
 
 
 def copies_in(module: nn.Module) -> Iterator[Copies]:
-    """Those of the module and of all inside it."""
-    hooks = chain.from_iterable(each._forward_pre_hooks.values() for each in module.modules())
+    """Those of a network, or of a denoiser's."""
+    # Not of all modules inside, which to go through takes longer than to see that nothing has changed.
+    hooks = chain.from_iterable(each._forward_pre_hooks.values() for each in (module, *module.children()))
     return (hook for hook in hooks if isinstance(hook, Copies))
 
 
 def write_copies(module: nn.Module, anew: bool = False) -> None:
-    """Brings all copies of the module up to date outside a pass: behind a recorded step, and before it is replayed.
+    """Brings copies of a network, or a denoiser's, up to date outside a pass: behind a recorded step, before a replay.
 
     The first call must come before a recording, for it is then that the copies get their memory. `anew` writes them
     also where the host has seen no change, for a recording that failed wrote nothing.
@@ -155,9 +156,8 @@ class WeightCopies(Copies):
     def allocate(self) -> list[Tensor]:
         copies = [torch.empty_like(weight, dtype=torch.bfloat16) for weight in self.weights()]
         self.graphs_of = None
-        left = iter(copies)
-        for layer in self.parts:
-            layer.held.plain = tuple(None if p is None else next(left) for p in layer._parameters.values())
+        for layer, plain in zip(self.parts, self._by_layer(copies), strict=True):
+            layer.held.plain = plain
         return copies
 
     def _next_graph(self) -> list[tuple[Any, ...]]:
@@ -168,35 +168,35 @@ class WeightCopies(Copies):
             self.graphs = []
             for layer in self.parts:
                 layer.held.traced = ()  # the last that knows the old ones, and with them their stream
-            self.graphs = [[_casts(layer) for layer in self.parts] for _ in range(GRAPHS)]
+            self.graphs = [self._by_layer(_casts(self.weights(), self.copies)) for _ in range(GRAPHS)]
             self.graphs_of = (stream,)
         self.turn = (self.turn + 1) % GRAPHS
         return self.graphs[self.turn]
 
+    def _by_layer(self, tensors: Iterable[Tensor]) -> list[tuple[Any, ...]]:
+        left = iter(tensors)
+        return [tuple(p if p is None else next(left) for p in layer._parameters.values()) for layer in self.parts]
 
-def _casts(layer: Any) -> tuple[Any, ...]:
-    pairs = zip(layer._parameters.values(), layer.held.plain, strict=True)
-    return tuple(None if weight is None else _cast(weight, held) for weight, held in pairs)
 
-
-def _cast(weight: Tensor, held: Tensor) -> Tensor:
-    """`held` as what `weight.to(held.dtype)` gives: autograd notes the cast, and below it nothing is computed."""
-    with _Instead(held.detach()):
-        cast = weight.to(held.dtype)
-    note: Any = cast.grad_fn
-    if note is not None:
-        # A backward pass takes what was noted last first, and would keep the gradients at old casts to its end.
-        note._set_sequence_nr(AT_ONCE)
-    return cast
+def _casts(weights: Sequence[Tensor], copies: Sequence[Tensor]) -> list[Tensor]:
+    """The copies as what casts of the weights gave: autograd notes those, and below it nothing is computed."""
+    with _Instead(each.detach() for each in copies):
+        casts = [weight.to(torch.bfloat16) for weight in weights]
+    for cast in casts:
+        note: Any = cast.grad_fn
+        if note is not None:
+            # A backward pass takes what was noted last first, and would keep the gradients at old casts to its end.
+            note._set_sequence_nr(AT_ONCE)
+    return casts
 
 
 class _Instead(TorchDispatchMode):
-    def __init__(self, given: Tensor):
+    def __init__(self, given: Iterable[Tensor]):
         super().__init__()  # type: ignore[no-untyped-call]
-        self.given = given
+        self.given = iter([*given])
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return self.given
+        return next(self.given)
 
 
 def hold_copies(network: nn.Module) -> None:
