@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from fewstep.errors import UserError
 from fewstep.networks import compiling
 from fewstep.networks.blocks import blocks, checkpoint_blocks, checkpointed
-from fewstep.networks.compiling import compile_blocks, prepare_compiling, uncompile_blocks
-from fewstep.networks.lora_layers import Copies, Group, _trained
+from fewstep.networks.compiling import compile_blocks, prepare_compiling, uncompile_blocks, uncompiled
+from fewstep.networks.lora_layers import Group, LowRankCopies, _trained
 from fewstep.networks.settings import LoRASettings
 from tiny_pipelines import unet
 
@@ -128,7 +128,7 @@ def low_rank() -> nn.Module:
     layers = [layer for block in network.resnets for layer in (block.to_q, block.out)]
     for layer in layers:
         nn.init.normal_(_trained(layer, LoRASettings(rank=2, alpha=3.0)).lora_B)
-    network.register_forward_pre_hook(Copies([Group([layer]) for layer in layers]))
+    network.register_forward_pre_hook(LowRankCopies([Group([layer]) for layer in layers]))
     return network
 
 
@@ -162,6 +162,11 @@ def test_low_rank_blocks_compute_the_same_and_are_compiled_once(
     assert not torch._dynamo.utils.counters["graph_break"]
     for ours, theirs in zip(*found, strict=True):
         assert (ours - theirs).norm() <= 1e-6 * theirs.norm()
+    other = torch.randn(5, 8, requires_grad=True)
+    uncompiled(network)(other)  # another size, for which nothing is compiled
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    network(other)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
     assert bool([*cache.rglob("*.so")]) == (backend == "inductor")
 
 

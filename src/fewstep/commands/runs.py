@@ -20,7 +20,7 @@ from fewstep.errors import Interrupted, UserError, out_of_memory
 from fewstep.files import folder_lock, read_json, write_text
 from fewstep.models.image_model import Asked, ImageModel
 from fewstep.models.loading.pretrained import SUFFIX
-from fewstep.networks.compiling import prepare_compiling
+from fewstep.networks.compiling import prepare_compiling, uncompiled
 from fewstep.recipes.loading import differences, dump, load_recipe, read_run_recipe, recipe_names
 from fewstep.recipes.schema import AnyRecipe
 from fewstep.runtime.checkpoint import EVALUATIONS, FACTS, RECIPE, check_run, checkpoint_steps
@@ -218,14 +218,21 @@ def train_recipe(jobs: Jobs, recipe: AnyRecipe, run: Path, resume: bool, report:
         shown = load_prompts(recipe.samples.prompts, field="samples.prompts:") if recipe.samples.prompts else None
         compiled = prepare_compiling(pick_device(recipe.device)) if recipe.speed.compile == "blocks" else None
         job = jobs[recipe.kind](recipe, run)
-        if compiled:
-            told = f"compile: {compile_roles(job.method)} blocks, in the first steps, which take minutes the first time"
-            print(f"{told}; what comes of it is kept in {compiled}")
+        job = _compiled(job, compiled) if compiled else job
         if shown and getattr(job.method.model, "kind", None) != "text":
             raise UserError("samples.prompts: the model takes no text; leave it out")
         job = job._replace(asked=shown or job.asked)
         start_run(job, run, recipe, report)
     return job
+
+
+def _compiled(job: Job, kept: Path) -> Job:
+    """The job with compiled blocks in its steps alone: what is drawn and judged has batches of other sizes."""
+    told = f"compile: {compile_roles(job.method)} blocks, in the first steps, which take minutes the first time"
+    print(f"{told}; what comes of it is kept in {kept}")
+    method: Any = job.method
+    method.sample, method.panel = uncompiled(method.sample), uncompiled(method.panel)
+    return job._replace(evaluate=job.evaluate and uncompiled(job.evaluate))
 
 
 @contextmanager

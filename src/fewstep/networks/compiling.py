@@ -3,10 +3,10 @@
 import os
 import time
 from collections.abc import Callable
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
 from types import MethodType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
@@ -15,6 +15,8 @@ from fewstep.errors import UserError, brief
 from fewstep.networks.blocks import blocks, check_blocks, replace_forward
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
+P = ParamSpec("P")
+R = TypeVar("R")
 NUM_KINDS = 256  # of shapes, with and without gradient, that one class of block is compiled for; torch gives up at 8
 
 
@@ -36,6 +38,17 @@ def uncompile_blocks(network: nn.Module) -> None:
     """The blocks run as they did before; what was compiled stays in memory for another `compile_blocks`."""
     for block in blocks(network):
         replace_forward(block, None)
+
+
+def uncompiled(function: Callable[P, R]) -> Callable[P, R]:
+    """The function with blocks that run as they are, for passes of sizes that are not worth minutes."""
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.compiler.set_stance("force_eager"):
+            return function(*args, **kwargs)
+
+    return run
 
 
 def _is_hooked(block: nn.Module, hooked: nn.Module | None) -> bool:
