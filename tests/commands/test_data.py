@@ -65,7 +65,7 @@ def workshop(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 def batches(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
     """The batches that training steps get."""
     seen: list[dict] = []
-    spy(monkeypatch, DMD2, "step", lambda self, parts, number: seen.append(parts[0][1]))
+    spy(monkeypatch, DMD2, "step", lambda self, parts, number, **named: seen.append(parts[0][1]))
     return seen
 
 
@@ -306,9 +306,9 @@ def test_kept_embeddings_are_the_fresh_ones_bit_for_bit(place: Path) -> None:
 def test_no_text_encoder_runs_in_a_step(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls, in_steps, step = [], [], DMD2.step
 
-    def marked(self: DMD2, *given: object) -> dict:
+    def marked(self: DMD2, *given: object, **named: object) -> dict:
         before = len(calls)
-        metrics = step(self, *given)
+        metrics = step(self, *given, **named)
         in_steps.extend(calls[before:])
         return metrics
 
