@@ -327,6 +327,7 @@ def test_cut_captions_and_a_list_over_the_limit_are_told_once(run: Run, batches:
     told = [
         "pictures: 6 RGB images with captions of metadata.csv, 16x16; taken as they are",
         "1 of 6 captions are longer than 20 tokens and were cut",
+        "graphs: off, they are for CUDA",
     ]
     assert run("fewstep distill recipe.yaml --out kept/x") == (0, "\n".join([*told, ""]), "")
     assert all("text" in batch for batch in batches)
