@@ -3,7 +3,7 @@
 import copy
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -47,27 +47,21 @@ def make(model: ImageModel, dtype: torch.dtype, lora: LoRASettings | None, **set
         }
     )
     torch.manual_seed(1)
-    roles = make_roles(model, 2.0, None, 2, dtype, told.checkpointing, lora)
+    roles = make_roles(model, 2.0, None, 2 * told.critic.condition_on_stop, dtype, told.checkpointing, lora)
     return DMD2(told, model, roles, 40, 2, seed=0)
 
 
-def pair(
-    tmp_path: Path,
-    tiny_model: PixelModel,
-    family: str,
-    dtype: torch.dtype,
-    lora: LoRASettings | None,
-    **settings: object,
-) -> tuple[list[DMD2], list]:
+def pair(tmp_path: Path, tiny_model: PixelModel, name: str) -> tuple[list[DMD2], list]:
     """Two methods that are the same, and a batch."""
+    family, dtype, lora, settings = CASES[name]
     device, methods = torch.device("cuda"), []
-    for name in ("eager", "graphs"):
+    for place in ("eager", "graphs"):
         torch.manual_seed(0)
         if family == "pixel":
             model: ImageModel = copy.deepcopy(tiny_model)
             batch = {"image": torch.randint(256, (2, *model.shape)).byte(), "label": torch.arange(2)}
         else:
-            model = LatentModel(TINY[family](tmp_path / name))
+            model = LatentModel(TINY[family](tmp_path / place))
             model.encode_in(dtype)
             kept = {key: x for key, x in model.text_condition(["a", "b"]).items() if key != "time_ids"}
             batch = kept | {"latent": torch.randn(2, *model.shape)}
@@ -82,12 +76,9 @@ def apart(first: object, second: object) -> float:
     if isinstance(first, Tensor):
         a, b = first.double(), second.double()
         return ((a - b).norm() / b.norm().clamp_min(1e-12)).item() if a.isfinite().all() else float("inf")
-    items = (
-        zip(first.values(), second.values(), strict=True)
-        if isinstance(first, dict)
-        else zip(first, second, strict=True)
-    )
-    return max((apart(a, b) for a, b in items if isinstance(a, Tensor | dict | list)), default=0.0)
+    values = [each.values() if isinstance(each, dict) else each for each in (first, second)]
+    nested = [each for each in zip(*values, strict=True) if isinstance(each[0], Tensor | dict | list)]
+    return max((apart(*each) for each in nested), default=0.0)
 
 
 CASES = {
@@ -106,16 +97,15 @@ CASES = {
 def test_twenty_steps_by_graphs_are_those_without(tmp_path: Path, tiny_model: PixelModel, name: str) -> None:
     """Averages change places with weights in between; what is saved goes on without graphs."""
     torch.backends.cudnn.deterministic = True
-    family, dtype, lora, settings = CASES[name]
-    (eager, replayed), parts = pair(tmp_path, tiny_model, family, dtype, lora, **settings)
+    (eager, replayed), parts = pair(tmp_path, tiny_model, name)
     told: list[str] = []
     graphs = Graphs(replayed.compute, CUDA(torch.device("cuda")), replayed.settle, 4, told.append)
     lines: list[list[dict[str, Tensor]]] = [[], []]
     for step in range(20):
         known = step > 14  # all kinds of steps are recorded by then
-        with no_wait() if step > 3 else pytest.MonkeyPatch.context():
+        with no_wait() if step > 3 else nullcontext():
             lines[0].append(eager.step(parts, step))
-        with no_wait() if known else pytest.MonkeyPatch.context():
+        with no_wait() if known else nullcontext():
             lines[1].append(replayed.step(parts, step, run=graphs))
         if step == 10:
             for method in (eager, replayed):
@@ -128,6 +118,6 @@ def test_twenty_steps_by_graphs_are_those_without(tmp_path: Path, tiny_model: Pi
     print(f"{name}: {replays} graphs, losses {losses:.1e}, weights {weights:.1e}; {told}", file=sys.stderr)
     assert losses < 1e-3
     assert weights < 1e-3
-    other = pair(tmp_path / "other", tiny_model, family, dtype, lora, **settings)[0][0]
+    other = pair(tmp_path / "other", tiny_model, name)[0][0]
     other.load_state_dict(copy.deepcopy(replayed.state_dict()))
     assert apart(other.step(parts, 20), replayed.step(parts, 20, run=graphs)) < 1e-3
