@@ -134,9 +134,9 @@ def on_device(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[set[str]]]:
     spy(monkeypatch, LatentModel, "release", lambda model: there.clear())
     step = DMD2.step
 
-    def watched(*given: object, **named: object) -> dict:
+    def watched(*given: object) -> dict:
         seen.append(set(there))
-        metrics = step(*given, **named)
+        metrics = step(*given)
         seen.append(set(there))
         return metrics
 

@@ -23,6 +23,7 @@ from fewstep.models.loading.pretrained import SUFFIX
 from fewstep.networks.compiling import prepare_compiling, uncompiled
 from fewstep.recipes.loading import differences, dump, load_recipe, read_run_recipe, recipe_names
 from fewstep.recipes.schema import AnyRecipe
+from fewstep.runtime.allocation import keep_freed_memory
 from fewstep.runtime.checkpoint import EVALUATIONS, FACTS, RECIPE, check_run, checkpoint_steps
 from fewstep.runtime.tensorboard import check_tensorboard
 from fewstep.runtime.tracking import Report, progress_bar, read_metrics
@@ -56,11 +57,6 @@ def pick_device(device: str) -> torch.device:
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device: no CUDA GPU here; use device=cpu")
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def device_memory(device: torch.device) -> int | None:
-    """Bytes of a GPU; None of the CPU, which has what the machine has."""
-    return torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else None
 
 
 def place_of_rank(device: torch.device) -> tuple[int, int, torch.device]:
@@ -221,6 +217,8 @@ def train_recipe(jobs: Jobs, recipe: AnyRecipe, run: Path, resume: bool, report:
         for settings, _ in optimizers(recipe):
             check_optimizer(settings)
         shown = load_prompts(recipe.samples.prompts, field="samples.prompts:") if recipe.samples.prompts else None
+        if pick_device(recipe.device).type == "cpu":
+            keep_freed_memory()
         compiled = prepare_compiling(pick_device(recipe.device)) if recipe.speed.compile == "blocks" else None
         job = jobs[recipe.kind](recipe, run)
         job = _compiled(job, compiled) if compiled else job

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -73,8 +74,17 @@ class UNetAdapter(nn.Module):
 
     def __init__(self, unet: Any):
         super().__init__()
+        kind: Any = type(unet)
+        unet.__class__ = _with_quick_dtype(kind)
         self.unet = unet
 
     def feature_map(self, output: Tensor | tuple[Any, ...], x: Tensor) -> Tensor:
         """The picture in what a layer of a UNet gives, (B, C, H, W): a down block gives (hidden states, skips)."""
         return output if isinstance(output, Tensor) else output[0]
+
+
+@cache
+def _with_quick_dtype(kind: type[Any]) -> type[Any]:
+    """The class with a `dtype` that is its first weight's; diffusers' own walks through all modules in every pass."""
+    quick = property(lambda network: next(network.parameters()).dtype)
+    return type(kind.__name__, (kind,), {"__module__": kind.__module__, "__doc__": kind.__doc__, "dtype": quick})
