@@ -11,9 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from command_line import fewstep, refused
 from fewstep.commands.teachers import of_recipe
 from fewstep.recipes.loading import load_recipe
-from fewstep.training.benchmarking import make_method, matrix_rate, parts_of, time_cycles
+from fewstep.training.benchmarking import make_method, matrix_rate, parts_of, time_cycles, time_ways
 from fewstep.training.fakes import Turn
 from fewstep.training.planning import plan
+from replays import CPU as Recording  # noqa: N811 - in place of a GPU
 
 CPU = torch.device("cpu")
 FEW = ["batch_size=4", "device=cpu"]
@@ -35,9 +36,9 @@ def test_a_cycle_is_what_the_recipe_does_with_numbers_that_stay_finite(monkeypat
     seen, lines = Counter[tuple[int, int]](), []
     step = method.step
 
-    def watched(given: list, number: int, turn: Turn) -> dict:
+    def watched(given: list, number: int, turn: Turn, run: object) -> dict:
         seen[turn.stop, number % 2] += 1
-        lines.append(step(given, number, turn))
+        lines.append(step(given, number, turn, run))
         return lines[-1]
 
     method.step = watched
@@ -50,6 +51,22 @@ def test_a_cycle_is_what_the_recipe_does_with_numbers_that_stay_finite(monkeypat
     assert timing.operations > 1000
     assert timing.busy is None
     assert timing.peak > 1e8
+
+
+def test_ways_are_timed_in_turn_and_one_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = load_recipe("digits-4step", [*FEW, "student_every=2", *TWO])
+    outline, machines = of_recipe(load_recipe("digits-teacher", SMALL)), []
+    monkeypatch.setattr(
+        "fewstep.training.benchmarking.CUDA", lambda device: (machines.append(Recording()), machines[-1])[1]
+    )
+    method = make_method(recipe, outline, CPU)
+    found = dict(time_ways(method, parts_of(recipe, outline, CPU), 3, ["eager", "graphs"]))
+    assert [len(timing.seconds) for timing in found.values()] == [4, 4]
+    assert machines[0].recorded == 4  # kinds of steps: two stops, of student and critic
+    assert machines[0].replays == 8 + 4  # those that are timed, and those whose operations are counted
+    monkeypatch.setattr(Recording, "record", lambda self, function: (_ for _ in ()).throw(RuntimeError("refused")))
+    ((_, told),) = time_ways(method, parts_of(recipe, outline, CPU), 1, ["graphs"])
+    assert told == "graphs: off, a step can't be recorded (RuntimeError: refused)"
 
 
 @pytest.mark.parametrize(
@@ -107,18 +124,20 @@ def test_the_command_tells_a_table_and_writes_its_numbers() -> None:
     assert (code, errors) == (0, "")
     assert told.startswith("digits-1step: the teacher of digits-teacher, batches of 4, float32, on the CPU, 1 thread")
     found = json.loads(Path("speed.json").read_text())
+    facts, found = found, found["ways"]["eager"]
+    assert list(facts["ways"]) == ["eager"]
     assert len(found["seconds"]) == 2
     every = load_recipe("digits-1step").student_every
     assert found["samples_per_second"] == pytest.approx(4 * every / found["seconds_per_cycle"])
     assert found["utilisation"] == pytest.approx(found["tflops"] / found["matrix_tflops"])
     assert found["tflops"] == pytest.approx(found["tflop_per_cycle"] / found["seconds_per_cycle"])
-    assert found["torch"] == torch.__version__
+    assert facts["torch"] == torch.__version__
     assert f"{found['operations']:,.0f}" in told
     refused(fewstep(line), "--out speed.json: exists already")
 
 
 def test_what_the_machine_can_t_hold_is_refused_before_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fewstep.commands.benchmark._memory", lambda device: 10**7)
+    monkeypatch.setattr("fewstep.commands.benchmark.device_memory", lambda device: 10**7)
     monkeypatch.setattr("fewstep.commands.benchmark.make_method", None)
     refused(fewstep("benchmark digits-1step --set device=cpu"), "device: has 0.0 GB, and this recipe takes 0.", "plan")
 
@@ -131,6 +150,8 @@ def test_what_the_machine_can_t_hold_is_refused_before_it_is_made(monkeypatch: p
         ("digits-1step --set teacher=mine", "say what it is like with --architecture sdxl, sd15 or sd21"),
         ("digits-1step --architecture sd4", "--architecture 'sd4': write"),
         ("digits-1step --cycles 0", "--cycles"),
+        ("digits-1step --ways eager,fast", "--ways 'fast': write some of eager, graphs, compiled, compiled+graphs"),
+        ("digits-1step --set device=cpu --ways graphs", "--ways graphs: is for CUDA"),
     ],
 )
 def test_mistakes_are_one_line(line: str, told: str) -> None:

@@ -134,9 +134,9 @@ def on_device(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[set[str]]]:
     spy(monkeypatch, LatentModel, "release", lambda model: there.clear())
     step = DMD2.step
 
-    def watched(*given: object) -> dict:
+    def watched(*given: object, **named: object) -> dict:
         seen.append(set(there))
-        metrics = step(*given)
+        metrics = step(*given, **named)
         seen.append(set(there))
         return metrics
 

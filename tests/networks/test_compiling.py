@@ -28,7 +28,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter:
     """Of compiled blocks, by the block; nothing is really compiled."""
     found: Counter = Counter()
 
-    def counting(forward: Callable) -> Callable:
+    def counting(forward: Callable, device: str) -> Callable:
         def run(block: nn.Module, *args: object, **kwargs: object) -> object:
             found[block] += 1
             return forward(block, *args, **kwargs)

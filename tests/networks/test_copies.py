@@ -75,7 +75,7 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("calls", [1, 2, 4])
+@pytest.mark.parametrize("calls", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
 def test_outputs_and_gradients_are_those_of_autocast(calls: int) -> None:
     plain, held = both()
     for _ in range(2):

@@ -3,7 +3,7 @@
 import json
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,14 @@ from rich.table import Table
 
 from fewstep.commands.options import Benchmark as Order
 from fewstep.commands.places import check_writable, free_place
-from fewstep.commands.runs import pick_device
+from fewstep.commands.runs import device_memory, pick_device
 from fewstep.commands.teachers import find_outline
 from fewstep.errors import UserError
 from fewstep.files import write_text
+from fewstep.networks.compiling import prepare_compiling
 from fewstep.networks.precision import DTYPES
 from fewstep.recipes.schema import DistillRecipe
-from fewstep.training.benchmarking import Timing, make_method, matrix_rate, parts_of, time_cycles
+from fewstep.training.benchmarking import WAYS, Timing, make_method, matrix_rate, parts_of, time_ways
 from fewstep.training.optimization import check_optimizer
 from fewstep.training.planning import plan
 
@@ -37,27 +38,37 @@ def benchmark(recipe: DistillRecipe, asked: Order) -> None:
         check_optimizer(optimizer)
     outline, told = find_outline(recipe, asked.recipe, asked.architecture)
     device = pick_device(recipe.device)
-    found = plan(recipe, outline)
-    if (memory := _memory(device)) < found.peak:
+    ways, found = _ways(asked.ways, device), plan(recipe, outline)
+    memory = device_memory(device) or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if memory < found.peak:
         has, takes = f"{memory / GB:.1f} GB", f"{found.peak / GB:.1f} GB ({found.where})"
         raise UserError(f"device: has {has}, and this recipe takes {takes}; ask `fewstep plan` what takes less")
     method = make_method(recipe, outline, device)
-    timing = time_cycles(method, parts_of(recipe, outline, device), asked.cycles)
-    rate = matrix_rate(device, DTYPES[recipe.precision])
-    facts, numbers = {**_machine(device), "teacher": told}, _numbers(recipe, timing, found.cycle, rate)
+    rate, facts = matrix_rate(device, DTYPES[recipe.precision]), {**_machine(device), "teacher": told}
     print(f"{asked.recipe}: {told}, batches of {recipe.batch_size}, {recipe.precision}, on {facts['device']}")
+    numbers: dict[str, dict[str, Any]] = {}
+    for way, timing in time_ways(method, parts_of(recipe, outline, device), asked.cycles, ways):
+        if isinstance(timing, str):
+            print(f"{way}: {timing}")
+        else:
+            numbers[way] = _numbers(recipe, timing, found.cycle, rate)
     Console().print(_table(numbers))
-    print(*_lines(recipe, timing, rate), sep="\n")
+    print(*_lines(recipe, numbers, rate), sep="\n")
     if asked.out:
-        write_text(asked.out, json.dumps({**facts, "settings": asked.set_, **numbers}, indent=2) + "\n")
+        write_text(asked.out, json.dumps({**facts, "settings": asked.set_, "ways": numbers}, indent=2) + "\n")
         print(f"wrote {asked.out}")
 
 
-def _memory(device: torch.device) -> int:
-    """Bytes of a GPU, or of the machine."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[1])
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def _ways(asked: str | None, device: torch.device) -> Sequence[str]:
+    """Those that are asked for, or all of a GPU; raises UserError for others."""
+    ways = asked.split(",") if asked else WAYS if device.type == "cuda" else WAYS[:1]
+    if unknown := [way for way in ways if way not in WAYS]:
+        raise UserError(f"--ways {unknown[0]!r}: write some of {', '.join(WAYS)}")
+    if device.type != "cuda" and (of_cuda := [way for way in ways if "graphs" in way]):
+        raise UserError(f"--ways {of_cuda[0]}: is for CUDA; here are eager and compiled")
+    if any("compiled" in way for way in ways):
+        prepare_compiling(device)
+    return ways
 
 
 def _machine(device: torch.device) -> dict[str, Any]:
@@ -85,27 +96,34 @@ def _numbers(recipe: DistillRecipe, timing: Timing, cycle: float, rate: float) -
     }
 
 
-def _table(numbers: dict[str, Any]) -> Table:
-    table = Table("", "eager", show_header=True)
-    for title, text in {
-        "seconds a cycle": f"{numbers['seconds_per_cycle']:.3g}",
-        "samples a second": f"{numbers['samples_per_second']:.3g}",
-        "peak memory, GB": f"{numbers['peak_memory_gb']:.3g}",
-        "TFLOP a cycle": f"{numbers['tflop_per_cycle']:.3g}",
-        "TFLOP/s": f"{numbers['tflops']:.3g}",
-        "of products of matrices": f"{numbers['utilisation']:.1%}",
-        "operations started": f"{numbers['operations']:,.0f}",
-        "time in kernels": "–" if numbers["busy"] is None else f"{numbers['busy']:.0%}",
-    }.items():
-        table.add_row(title, text)
+ROWS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "seconds a cycle": lambda numbers: f"{numbers['seconds_per_cycle']:.3g}",
+    "least and most": lambda numbers: f"{min(numbers['seconds']):.3g} to {max(numbers['seconds']):.3g}",
+    "samples a second": lambda numbers: f"{numbers['samples_per_second']:.3g}",
+    "peak memory, GB": lambda numbers: f"{numbers['peak_memory_gb']:.3g}",
+    "TFLOP a cycle": lambda numbers: f"{numbers['tflop_per_cycle']:.3g}",
+    "TFLOP/s": lambda numbers: f"{numbers['tflops']:.3g}",
+    "of products of matrices": lambda numbers: f"{numbers['utilisation']:.1%}",
+    "operations started": lambda numbers: f"{numbers['operations']:,.0f}",
+    "time in kernels": lambda numbers: "–" if numbers["busy"] is None else f"{numbers['busy']:.0%}",
+}
+
+
+def _table(numbers: dict[str, dict[str, Any]]) -> Table:
+    table = Table("", *numbers, show_header=True)
+    for title, told in ROWS.items():
+        table.add_row(title, *map(told, numbers.values()))
     return table
 
 
-def _lines(recipe: DistillRecipe, timing: Timing, rate: float) -> Iterator[str]:
-    least, most = min(timing.seconds), max(timing.seconds)
-    yield (
-        f"{len(timing.seconds)} cycles of {recipe.student_every} steps, {least:.3g} to {most:.3g} s each, all stops "
-        f"equally often; products of matrices reach {rate / 1e12:.3g} TFLOP/s here"
-    )
+def _lines(recipe: DistillRecipe, numbers: dict[str, dict[str, Any]], rate: float) -> Iterator[str]:
+    num, student = len(next(iter(numbers.values()))["seconds"]), recipe.student
+    shared = student.stops == "shared" and student.timesteps != "random" and student.num_timesteps > 1
+    stops = ", all stops equally often" if shared else ""
+    reach = f"products of matrices reach {rate / 1e12:.3g} TFLOP/s here"
+    yield f"{num} cycles of {recipe.student_every} steps{stops}; {reach}"
+    if len(numbers) > 1 and "eager" in numbers:
+        own = {way: each["seconds_per_cycle"] for way, each in numbers.items()}
+        yield ", ".join(f"{way} {own['eager'] / own[way]:.2f} times as fast" for way in own if way != "eager")
     if recipe.regression_weight:
         yield "the losses on pairs (regression_weight) are left out"

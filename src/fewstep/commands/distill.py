@@ -14,6 +14,7 @@ from fewstep.commands.runs import (
     Job,
     Jobs,
     check_source,
+    device_memory,
     finish,
     finish_run,
     pick_device,
@@ -45,7 +46,7 @@ from fewstep.training.dmd2 import DMD2
 from fewstep.training.method import Method
 from fewstep.training.planning import Plan, checkpoint_bytes, plan, trained
 from fewstep.training.regression import PairLoss, Regression
-from fewstep.training.roles import Roles, make_roles, start_from
+from fewstep.training.roles import Roles, roles_of, start_from
 from fewstep.training.settings import RegressionSettings
 from fewstep.training.teacher_errors import null_error, teacher_errors
 
@@ -85,9 +86,7 @@ def _job(recipe: StudentRecipe, run: Path) -> Job:
     torch.manual_seed(recipe.seed)
     method: Method
     if recipe.kind == "distill":
-        num_stops = recipe.student.num_timesteps if recipe.critic.condition_on_stop else 0
-        layer = recipe.gan.feature_layer
-        roles = make_roles(model, recipe.guidance_scale, layer, num_stops, dtype, recipe.checkpointing, recipe.lora)
+        roles = roles_of(recipe, model)
         if not recipe.gan.student_weight:
             roles.discriminator.to("cpu")  # 0.4 GB of SDXL's, which no pass needs
         if recipe.init_from and new:
@@ -108,11 +107,6 @@ def _job(recipe: StudentRecipe, run: Path) -> Job:
     evaluate = make_evaluation(recipe, model, run)
     model.release()
     return Job(method, batch_at, evaluate, asked, told_from_others)
-
-
-def device_memory(device: torch.device) -> int | None:
-    """Bytes of a GPU; None of the CPU, which has what the machine has."""
-    return torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else None
 
 
 def _plan_of(recipe: DistillRecipe, model: ImageModel, device: torch.device, run: Path) -> Plan | None:

@@ -156,6 +156,11 @@ class Benchmark(Order):
     architecture: str | None = option(
         "Of a teacher that is not here: sdxl, sd15, sd21 or imagenet64.", metavar="NAME", show_default="by its name"
     )
+    ways: str | None = option(
+        "That a step is run in: eager, graphs, compiled, compiled+graphs.",
+        metavar="A,B",
+        show_default="all on a GPU, eager on a CPU",
+    )
     cycles: int = option("That are measured, at least, behind those that warm up.", 4, metavar="N", min=1, max=10_000)
     out: Path | None = option("Also writes the numbers.", metavar="JSON", show_default=False)
     overwrite: Overwrite = False

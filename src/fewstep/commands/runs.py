@@ -59,6 +59,11 @@ def pick_device(device: str) -> torch.device:
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+def device_memory(device: torch.device) -> int | None:
+    """Bytes of a GPU; None of the CPU, which has what the machine has."""
+    return torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else None
+
+
 def place_of_rank(device: torch.device) -> tuple[int, int, torch.device]:
     """The number of this process and how many there are, as torchrun sets them, and the GPU of its own machine's."""
     rank, num_ranks = _environment("RANK", 0), _environment("WORLD_SIZE", 1)

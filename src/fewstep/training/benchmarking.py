@@ -1,7 +1,7 @@
 """How fast a distillation is on this machine: its own step, on weights of the real shapes that nobody has trained."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
 from statistics import mean
@@ -13,14 +13,14 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fewstep.models.outline import Outline
-from fewstep.networks.precision import DTYPES
 from fewstep.runtime.graphs import CUDA, Graphs
 from fewstep.runtime.tracking import peak_memory
 from fewstep.training.dmd2 import DMD2
 from fewstep.training.method import Compute, Part
-from fewstep.training.roles import make_roles
+from fewstep.training.roles import compile_roles, roles_of, uncompile_roles
 
 SECONDS = 0.5  # of products of matrices, behind which a rate no longer rises
+WAYS = ("eager", "graphs", "compiled", "compiled+graphs")  # that a step can be run in
 WIDTH = {"cuda": 8192, "cpu": 1024}  # of these matrices
 
 
@@ -61,10 +61,7 @@ def make_method(recipe: Any, outline: Outline, device: torch.device) -> DMD2:
     torch.manual_seed(0)
     initialize(model.denoiser.to_empty(device=device))
     model.device = device
-    num_stops = recipe.student.num_timesteps if recipe.critic.condition_on_stop else 0
-    dtype, layer = DTYPES[recipe.precision], recipe.gan.feature_layer
-    roles = make_roles(model, recipe.guidance_scale, layer, num_stops, dtype, recipe.checkpointing, recipe.lora)
-    return DMD2(recipe, model, roles, recipe.num_steps, recipe.batch_size, recipe.seed)
+    return DMD2(recipe, model, roles_of(recipe, model), recipe.num_steps, recipe.batch_size, recipe.seed)
 
 
 @torch.no_grad()
@@ -85,9 +82,19 @@ def parts_of(recipe: Any, outline: Outline, device: torch.device) -> list[Part]:
     return [(range(first, first + size), batch) for first in range(0, recipe.batch_size, size)]
 
 
-def by_graphs(method: DMD2, say: Callable[[str], None]) -> Graphs:
-    """What runs the steps of a GPU as graphs from the second of each kind on, without a trial."""
-    return Graphs(method.compute, CUDA(method.model.device), method.settle, None, say)
+def time_ways(method: DMD2, parts: list[Part], num: int, ways: Sequence[str]) -> Iterator[tuple[str, Timing | str]]:
+    """Each of these `WAYS` with its timing, or with why a machine can't go it."""
+    for way in ways:
+        compiled, recorded = "compiled" in way, "graphs" in way
+        told: list[str] = []
+        if compiled:
+            compile_roles(method)
+        graphs = (
+            Graphs(method.compute, CUDA(method.model.device), method.settle, None, told.append) if recorded else None
+        )
+        timing = time_cycles(method, parts, num, graphs)
+        yield way, told[0] if told else timing
+        uncompile_roles(method)
 
 
 def time_cycles(method: DMD2, parts: list[Part], num: int, run: Compute | None = None) -> Timing:
@@ -104,10 +111,10 @@ def time_cycles(method: DMD2, parts: list[Part], num: int, run: Compute | None =
         for number in islice(numbers, every):
             method.step(parts, number, method.turn(number, stop if one else None), run)
 
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)  # here, for a replay asks for nothing
     for stop in [*stops, *(stops if run else [])]:
         cycle(stop)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
     rounds = -(-num // len(stops))
     seconds = [_seconds(device, cycle, stop) for _ in range(rounds) for stop in stops]
     peak = peak_memory(device)

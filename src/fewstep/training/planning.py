@@ -18,7 +18,7 @@ from fewstep.networks.precision import DTYPES, AutocastDenoiser
 from fewstep.training.budget import GRANULE, AsOnCUDA, Meter
 from fewstep.training.dmd2 import DMD2
 from fewstep.training.optimization import Optimizer
-from fewstep.training.roles import make_roles
+from fewstep.training.roles import roles_of
 
 ROLES = ("student", "critic", "discriminator")  # those that are trained, the last by a GAN alone
 TURNS = ("student's turn", "critic's turn")
@@ -99,13 +99,9 @@ def plan(recipe: Any, outline: Outline, granule: int = GRANULE) -> Plan:
 
 def _method(recipe: Any, model: Outline, batch_size: int, on_cuda: AsOnCUDA) -> DMD2:
     """The method on weights without memory, whose optimizers keep moments and step in no time."""
-    num_stops = recipe.student.num_timesteps if recipe.critic.condition_on_stop else 0
-    dtype, layer = DTYPES[recipe.precision], recipe.gan.feature_layer
     model.device = torch.device("meta")  # which knows no random numbers, so a step's are drawn on the CPU
     with model.device:
-        roles = make_roles(
-            model, recipe.guidance_scale, layer, num_stops, dtype, recipe.checkpointing, lora=recipe.lora
-        )
+        roles = roles_of(recipe, model)
     model.device = torch.device("cpu")
     for role in (roles.student, roles.critic):
         if isinstance(role, AutocastDenoiser):

@@ -18,7 +18,7 @@ from fewstep.networks.compiling import compile_blocks, uncompile_blocks
 from fewstep.networks.discriminator import Discriminator
 from fewstep.networks.features import features
 from fewstep.networks.lora_layers import settings_of, with_lora
-from fewstep.networks.precision import trainable
+from fewstep.networks.precision import DTYPES, trainable
 from fewstep.networks.settings import LoRASettings
 from fewstep.networks.stop_embedding import condition_on_stop
 from fewstep.runtime.checkpoint import load_state
@@ -74,6 +74,19 @@ def make_roles(
         for trained in (student, critic):
             checkpoint_blocks(trained.network)
     return Roles(teacher, student, critic, _make_discriminator(model, layer), layer)
+
+
+def roles_of(recipe: Any, model: ImageModel) -> Roles:
+    """As a `distill` recipe has them."""
+    return make_roles(
+        model,
+        recipe.guidance_scale,
+        recipe.gan.feature_layer,
+        recipe.student.num_timesteps if recipe.critic.condition_on_stop else 0,
+        DTYPES[recipe.precision],
+        recipe.checkpointing,
+        recipe.lora,
+    )
 
 
 def _copies(denoiser: Denoiser, dtype: torch.dtype) -> Iterator[Denoiser]:
