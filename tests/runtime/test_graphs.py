@@ -65,9 +65,10 @@ def test_a_gpu_replays_what_it_records(tiny_model: PixelModel) -> None:
     """Sums, an update and fresh numbers, with no wait for the device in any replay."""
     device = torch.device("cuda")
     network = copy.deepcopy(tiny_model.denoiser).to(device).requires_grad_(False)
-    calls = Graphs(lambda given, turn, random: {"x0": network(*given, {})}, graphs.CUDA(device), trial=None)
-    given = [(torch.randn(4, 1, 8, 8, device=device), torch.rand(4, device=device)) for _ in range(5)]
-    expected = [network(*each, {}) for each in given]
+    calls = Graphs(lambda given, turn, random: {"x0": network(*given)}, graphs.CUDA(device), trial=None)
+    label = {"label": torch.arange(4, device=device) % 3}
+    given = [(torch.randn(4, 1, 8, 8, device=device), torch.rand(4, device=device), label) for _ in range(5)]
+    expected = [network(*each) for each in given]
     for each in given[:2]:
         calls(each, None)
     torch.cuda.set_sync_debug_mode("error")
