@@ -41,7 +41,7 @@ def digits(name):
 
 
 def sdxl(name):
-    """A small SDXL of 46 M parameters, latents of 32x32, batch 1."""
+    """A small SDXL of 54 M parameters, latents of 32x32, batch 1."""
     from diffusers import AutoencoderKL
 
     from fewstep.embedded.settings import TextModelConfig
