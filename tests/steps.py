@@ -1,6 +1,7 @@
 """What the tests of training methods and of their runs share: methods, batches, recorded calls, states, interrupts."""
 
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from fewstep.models.image_model import ImageModel
 from fewstep.runtime.checkpoint import checkpoints, load_state
+from fewstep.runtime.manifest import write_manifest
 from fewstep.runtime.tracking import read_metrics
 from fewstep.seeding import Draws
 from fewstep.training.dmd2 import DMD2
@@ -110,6 +112,14 @@ def curves(run: Path) -> list[dict[str, float]]:
 
 def last_state(run: Path) -> dict:
     return load_state(checkpoints(run)[-1])
+
+
+def as_before(checkpoint: Path) -> Path:
+    """Makes it one of an earlier version, whose state was a pickle of tensors."""
+    torch.save(load_state(checkpoint), checkpoint / "state.pt")
+    shutil.rmtree(checkpoint / "state")
+    write_manifest(checkpoint)
+    return checkpoint
 
 
 def quiet(step: int, metrics: dict[str, float]) -> None:

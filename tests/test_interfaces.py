@@ -152,7 +152,7 @@ def test_it_is_distilled_with_guidance_and_a_discriminator_saved_and_loaded(
     assert all(torch.isfinite(value) for line in metrics for value in line.values())
     assert {"dm_loss", "gan_loss", "student_grad_norm"} <= set(metrics[0])
     assert any(not torch.equal(a, b) for a, b in zip(before, roles.student.parameters(), strict=True))
-    method.save_model(tmp_path / "student", tmp_path / "frozen")
+    method.save_model(tmp_path / "student", method.state_dict(), tmp_path / "frozen")
     again = load(tmp_path / "student")
     assert (default_sampler(model).kind, default_sampler(again).kind) == ("ddim", "student")
     with method.averaged_model() as student:

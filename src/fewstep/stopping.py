@@ -6,6 +6,7 @@ The handler raises nothing: several libraries make another error, or none, of a 
 import os
 import shutil
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,6 +17,7 @@ from fewstep.errors import Interrupted
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SHOW_CURSOR = "\x1b[?25h"  # which progress bars hide
 _cleaning: list[Callable[[], None]] = []  # of files and folders that nobody wants once this process has ended
+_renaming = threading.Lock()  # held by other threads than the main one in `undisturbed`
 _advice = [""]  # how to go on after a stop; the innermost job's is the last
 
 
@@ -38,6 +40,7 @@ def end_quietly(number: int, frame: FrameType | None = None) -> None:
     """Without a line, as a worker does; the temporaries are removed."""
     for each in SIGNALS:
         signal.signal(each, signal.SIG_IGN)  # a second one changes nothing
+    _renaming.acquire(timeout=5)
     for clean in list(_cleaning):
         clean()
     os._exit(128 + number)
@@ -109,6 +112,10 @@ def stop_request() -> Iterator[Callable[[], int]]:
 @contextmanager
 def undisturbed() -> Iterator[None]:
     """Puts a signal off until the few lines inside are done."""
+    if threading.current_thread() is not threading.main_thread():  # where no signal arrives; `end_quietly` waits
+        with _renaming:
+            yield
+        return
     with stop_request() as requested:
         yield
     if requested():

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -76,7 +77,7 @@ def pictures(folder: str, num_classes: int = 10) -> Path:
 def damage(run: str, file: str, content: bytes | None = None) -> Path:
     """Replaces a file of a run by `content`, or cuts it in half; returns its path. No manifest tells of it."""
     path = next(Path(run).rglob(file))
-    for manifest in Path(run).rglob("manifest.json"):
+    for manifest in path.parents[len(path.parts) - 2].rglob("manifest.json") if "model" in path.parts else ():
         manifest.unlink()
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2] if content is None else content)
@@ -347,7 +348,7 @@ def test_an_output_in_a_locked_folder_is_refused(refused: Refused, command: str)
 
 
 def test_a_missing_weight_file_is_told(refused: Refused) -> None:
-    next(Path("student").rglob("*.safetensors")).unlink()
+    next(Path("student").rglob("unet/*.safetensors")).unlink()
     line = "student/checkpoints/00000002: model/unet/diffusion_pytorch_model.safetensors is missing"
     refused("sample student", line, "there is no other checkpoint")
     next(Path("student").rglob("manifest.json")).unlink()
@@ -355,20 +356,23 @@ def test_a_missing_weight_file_is_told(refused: Refused) -> None:
 
 
 def test_a_run_whose_bytes_are_not_what_was_written_starts_no_other(refused: Refused) -> None:
-    path = next(Path("student").rglob("state.pt"))
+    path = next(Path("student").rglob("state/*.safetensors"))
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    wanted = "init_from: student/checkpoints/00000002: state.pt has other bytes than were written"
+    wanted = "init_from: student/checkpoints/00000002: state/shard-00000.safetensors has other bytes than were written"
     refused("distill d.yaml --out x --set init_from=student", wanted)
 
 
 def test_a_run_without_a_whole_checkpoint_says_so(place: Path) -> None:
-    folder = damage("student", "state.pt").parent
+    shard = next(Path("student").rglob("state/*.safetensors"))
+    os.truncate(shard, 100)
+    folder = shard.parents[1]
     code, _, errors = fewstep("distill d.yaml --out student --resume")
     assert code == 2
     named, last = errors.splitlines()
-    assert named == f"fewstep: {folder}: state.pt is torn or missing; it is set aside as {folder.name}.damaged"
+    told = rf"fewstep: {folder}: state/shard-00000.safetensors has 100 bytes instead of \d+"
+    assert re.fullmatch(rf"{told}; it is set aside as {folder.name}\.damaged", named)
     assert last == "fewstep: student: no checkpoint of it is whole; choose another --out to begin anew"
 
 
@@ -383,7 +387,7 @@ def test_a_torn_checkpoint_beside_a_whole_one_changes_nothing(place: Path) -> No
 def test_resume_starts_in_an_empty_folder(place: Path) -> None:
     Path("new").mkdir()
     assert fewstep("teach t.yaml --out new --resume")[0] == 0
-    assert Path("new/checkpoints/00000002/state.pt").is_file()
+    assert Path("new/checkpoints/00000002/state/state.json").is_file()
 
 
 def test_a_named_teacher_keeps_the_recipe_that_it_was_run_with(place: Path) -> None:

@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from command_line import Run, fewstep, refused
 from fewstep.models.loading.pretrained import load
+from fewstep.runtime.checkpoint import load_state
+from fewstep.runtime.shards import write_state
 from tiny_pipelines import TINY
 
 MODEL = {"num_classes": 10, "null_class": True, "block_out_channels": [8, 8], "norm_num_groups": 4}
@@ -104,7 +106,7 @@ def test_the_weights_are_the_averaged_ones_or_those_as_trained(run: Run, tmp_pat
     averaged, raw, saved = (
         load_file(folder / file) for folder in (tmp_path / "averaged", tmp_path / "raw", newest("student"))
     )
-    state = torch.load(newest("student").parent / "state.pt", weights_only=True)["method"]["student"]
+    state = load_state(newest("student").parent)["method"]["student"]
     assert all(torch.equal(value, saved[name]) for name, value in averaged.items())
     assert all(torch.equal(value, state[f"network.unet.{name}"]) for name, value in raw.items())
     assert raw.keys() == averaged.keys()
@@ -171,7 +173,7 @@ def test_a_single_file_has_the_provenance_and_the_weights_that_were_asked_for(ru
     for name, options in (("half", ""), ("raw", "--raw --dtype float32")):
         assert run(f"export latent {tmp_path}/{name}.safetensors --to single-file {options}")[0] == 0
     half, raw = (load_file(tmp_path / f"{name}.safetensors") for name in ("half", "raw"))
-    state = torch.load(newest("latent").parent / "state.pt", weights_only=True)["method"]["student"]
+    state = load_state(newest("latent").parent)["method"]["student"]
     name = "model.diffusion_model.input_blocks.0.0.weight"
     assert half[name].dtype == torch.float16
     assert torch.equal(raw[name], state["network.unet.conv_in.weight"])
@@ -212,7 +214,7 @@ def snapshot(*folders: Path) -> dict[Path, bytes | None]:
         ("export student OUT --evaluation nowhere", ["nowhere/results.json", "fewstep evaluate"]),
         ("export damaged OUT", ["damaged", "unet", "is missing or damaged"]),
         ("export flipped OUT", ["flipped/checkpoints", "unet/", "has other bytes than were written"]),
-        ("export damaged OUT --raw", ["state.pt", "can't be read"]),
+        ("export damaged OUT --raw", ["/state: ", "can't be read"]),
         ("export latent OUT --to single-file", ["OUT", "ends in .safetensors"]),
         ("export latent OUT.safetensors --to single-file --shard-size 5GB", ["--shard-size", "no shards"]),
         ("export latent there.safetensors --to single-file", ["there.safetensors", "--overwrite"]),
@@ -229,7 +231,8 @@ def test_what_is_wrong_is_one_line_and_nothing_is_written(
         shutil.copy(workshop / "student" / "recipe.yaml", tmp_path / file)
     (tmp_path / "there.safetensors").touch()
     damaged = shutil.copytree(workshop / "student", tmp_path / "damaged")
-    for file in (newest(damaged) / "unet" / "diffusion_pytorch_model.safetensors", newest(damaged).parent / "state.pt"):
+    shard = newest(damaged).parent / "state" / "shard-00000.safetensors"
+    for file in (newest(damaged) / "unet" / "diffusion_pytorch_model.safetensors", shard):
         file.write_bytes(file.read_bytes()[:-300])
     (newest(damaged).parent / "manifest.json").unlink()  # as of an earlier version
     weights = newest(shutil.copytree(workshop / "student", tmp_path / "flipped")) / "unet"
@@ -265,13 +268,14 @@ def raw(change: Change) -> Damage:
     """The weights as trained, by their names in the network, changed."""
 
     def damage(model: Path) -> None:
-        state = torch.load(model.parent / "state.pt", weights_only=True)
+        state = load_state(model.parent)
         student = state["method"]["student"]
         start = next(name for name in student if name.endswith("conv_in.weight")).removesuffix("conv_in.weight")
         tensors = {name.removeprefix(start): value for name, value in student.items()}
         change(tensors)
         state["method"]["student"] = {start + name: value for name, value in tensors.items()}
-        torch.save(state, model.parent / "state.pt")
+        shutil.rmtree(model.parent / "state")
+        write_state(model.parent / "state", state.pop("step"), state)
 
     return damage
 
@@ -347,10 +351,10 @@ DAMAGES: dict[str, tuple[Damage, list[str]]] = {  # by name, which has the optio
     "twice": (copied(UNET, "unet/more.safetensors"), ["unet/more.safetensors", f"also in {Path(UNET).name}"]),
     "too large, float16": (changed("vae", put("conv_out.bias", 1e6)), ["--dtype float16: ", "conv_out.bias", "65504"]),
     "too large, raw, float16": (raw(put("conv_out.bias", -7e4)), ["--dtype float16: ", "numbers beyond its 65504"]),
-    "NaN, raw": (raw(put("conv_out.bias", math.nan)), ["state.pt: conv_out.bias", "holds NaN or infinity"]),
-    "a tensor less, raw": (raw(LOSE), ["state.pt lacks 1 tensors (conv_in.bias"]),
-    "a tensor more, raw": (raw(MORE), ["state.pt holds 1 tensors", "(more"]),
-    "another width, raw": (raw(narrow), ["state.pt: has other sizes", *WIDTH]),
+    "NaN, raw": (raw(put("conv_out.bias", math.nan)), ["/state: conv_out.bias", "holds NaN or infinity"]),
+    "a tensor less, raw": (raw(LOSE), ["/state lacks 1 tensors (conv_in.bias"]),
+    "a tensor more, raw": (raw(MORE), ["/state holds 1 tensors", "(more"]),
+    "another width, raw": (raw(narrow), ["/state: has other sizes", *WIDTH]),
 }
 ONLY_PIXEL = ("another description",)
 PIXEL = ("no file", "no tensors", "NaN, raw", "a tensor less, raw", "a missing shard", "no timesteps", *ONLY_PIXEL)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from command_line import Run, fewstep, refused
 from fewstep.models.loading.pretrained import load
 from fewstep.models.lora_files import open_lora
+from fewstep.runtime.checkpoint import load_state
 from tiny_pipelines import TINY
 
 MODEL = {"num_classes": 10, "null_class": True, "block_out_channels": [8, 8], "norm_num_groups": 4}
@@ -92,7 +93,7 @@ def test_averaged_or_as_trained_and_the_true_alpha_in_float16(run: Run, tmp_path
     model = load("sdxl")
     network, family = model.network, model.family
     average, raw = (open_lora(tmp_path / f"{name}.safetensors", network, family) for name in ("average", "raw"))
-    state = torch.load(newest / "state.pt", weights_only=True)["method"]["student"]
+    state = load_state(newest)["method"]["student"]
     trained = open_lora(newest / "model" / "lora", network, family).lora
     assert average.lora.keys() == raw.lora.keys() == trained.keys()
     for name, change in raw.lora.items():

@@ -181,7 +181,7 @@ def test_the_other_recipes_run_and_give_a_one_step_student(command: Command, nam
     (checkpoint,) = checkpoints(tmp_path / "run")
     assert load(checkpoint / "model").timesteps == [80]
     emas = {"model-ema0.99995", "model-ema0.9996"} if name == LARGE else set()
-    assert {path.name for path in checkpoint.iterdir()} == {"model", "state.pt", "manifest.json"} | emas
+    assert {path.name for path in checkpoint.iterdir()} == {"model", "state", "manifest.json"} | emas
 
 
 def test_stage_a_says_that_it_needs_a_feature_network(tell: Tell, place: Path) -> None:

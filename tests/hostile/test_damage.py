@@ -16,6 +16,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from command_line import Answer, fewstep
+from fewstep.runtime.checkpoint import load_state
+from fewstep.runtime.manifest import write_manifest
+from fewstep.runtime.shards import write_state
 from image_sets import encoded
 from small_runs import VERBS, bounded, make_place
 
@@ -24,7 +27,8 @@ CHECKPOINT = "student/checkpoints/00000004"
 MODEL = f"{CHECKPOINT}/model"
 WEIGHTS = f"{MODEL}/unet/diffusion_pytorch_model.safetensors"
 DESCRIPTION = f"{MODEL}/fewstep.json"
-STATE = f"{CHECKPOINT}/state.pt"
+STATE = f"{CHECKPOINT}/state"
+SHARD, INDEX = f"{STATE}/shard-00000.safetensors", f"{STATE}/state.json"
 NESTED = b"[" * 100_000
 PICTURE = encoded(Image.new("L", (8, 8)))
 
@@ -105,12 +109,19 @@ def index(name: object) -> Act:
     )
 
 
-def state(change: Callable[[dict], object]) -> Act:
+def state(change: Callable[[dict], object], old: bool = False) -> Act:
+    """Another state, as it is written today, or as it was before."""
+
     def act(path: Path) -> None:
-        found = torch.load(path, weights_only=True)
+        found = load_state(path.parent)
         found = change(found) or found
         remove(path)
-        torch.save(found, path)
+        if old:
+            torch.save(found, path.with_name("state.pt"))
+        else:
+            write_state(path, 4, found)
+            index = json.loads((path / "state.json").read_text())
+            (path / "state.json").write_text(json.dumps(index | {"step": index["state"].get("step", 4)}))
 
     return act
 
@@ -244,18 +255,27 @@ KINDS = [  # of which 26 of the first order, and relatives of them
             ("loop", LOOP),
         ]
     ),
-    Damage("state-cut", STATE, halved),
-    Damage("state-empty", STATE, content("")),
-    Damage("state-missing", STATE, MISSING),
-    Damage("state-a-folder", STATE, FOLDER),
-    Damage("state-a-fifo", STATE, FIFO),
-    Damage("state-with-code", STATE, replaced(lambda path: torch.save(Code(), path))),
-    Damage(
-        "state-with-old-code",
-        STATE,
-        replaced(lambda path: torch.save(Code(), path, _use_new_zipfile_serialization=False)),
+    *(
+        Damage(f"{name}-{what}", path, act)
+        for name, path in [("shard", SHARD), ("state", INDEX)]
+        for what, act in [
+            ("cut", halved),
+            ("empty", content("")),
+            ("missing", MISSING),
+            ("a-folder", FOLDER),
+            ("a-fifo", FIFO),
+            ("a-loop", LOOP),
+            ("with-code", replaced(lambda path: torch.save(Code(), path))),
+            ("with-old-code", replaced(lambda path: torch.save(Code(), path, _use_new_zipfile_serialization=False))),
+        ]
     ),
-    Damage("state-a-list", STATE, state(lambda found: [1])),
+    Damage("shard-huge-header", SHARD, content(b"\xff" * 7 + b"\x7f{}")),
+    Damage("shard-of-others", SHARD, replaced(lambda path: save_file({"a": torch.ones(1)}, path))),
+    Damage("state-a-list", INDEX, content("[1]")),
+    Damage("state-nested", INDEX, content('{"step": 4, "shards": 1, "state": ' + "[" * 100_000)),
+    Damage("state-of-no-steps", INDEX, edited(step=None)),
+    Damage("state-endless", INDEX, edited(shards=10**30)),
+    Damage("state-of-no-tensors", INDEX, edited(state={"method": {"student": {"a": {"$tensor": []}}}})),
     Damage("state-without-method", STATE, state(lambda found: found.pop("method") and None)),
     Damage("state-without-student", STATE, state(lambda found: found["method"].pop("student") and None)),
     Damage("state-of-words", STATE, state(lambda found: found.update(method="a", step="b"))),
@@ -266,14 +286,16 @@ KINDS = [  # of which 26 of the first order, and relatives of them
         STATE,
         state(lambda found: found["method"]["student"].update({min(found["method"]["student"]): torch.ones(1)})),
     ),
+    Damage("old-state-with-code", STATE, state(lambda found: {"method": Code()}, old=True)),
+    Damage("old-state-a-list", STATE, state(lambda found: [1], old=True)),
     *(
         Damage(f"manifest-{what}", f"{CHECKPOINT}/manifest.json", act)
         for what, act in [
             ("empty", content("")),
             ("list", content("[]")),
             ("pairs", content('[["a", 1]]')),
-            ("words", content('{"state.pt": "x"}')),
-            ("without-digests", content('{"state.pt": {"size": 1}}')),
+            ("words", content('{"state/state.json": "x"}')),
+            ("without-digests", content('{"state/state.json": {"size": 1}}')),
             ("of-an-outer-file", content('{"../../../../secret": {"size": 1, "sha256": "x"}}')),
             ("nested", content(NESTED)),
             ("binary", content(PICTURE)),
@@ -305,7 +327,7 @@ ALWAYS = (  # 26, which times four verbs are 104; all others, and text runs but 
     "weights-cut weights-empty weights-a-picture weights-missing weights-a-folder weights-nan weights-other-shape "
     "weights-bytes weights-a-pickle index-of-a-missing-shard index-of-an-outer-shard index-a-list description-empty "
     "description-list description-nested timesteps-words timesteps-rising timesteps-none recipe-list "
-    "recipe-of-another-kind metrics-binary state-cut state-with-code manifest-list checkpoints-a-file checkpoint-a-loop"
+    "recipe-of-another-kind metrics-binary shard-cut shard-with-code manifest-list checkpoints-a-file checkpoint-a-loop"
 )
 SOMETIMES = "index-nested scheduler-list vocabulary-from-outside part-foreign encoder-list"  # of text runs
 CASES = [
@@ -384,10 +406,13 @@ def test_damage_is_told_in_one_line_or_changes_nothing(
     place, given = whole(kind)
     subprocess.run(["cp", "-a", place, tmp_path / "place"], check=True)  # keeps hard links
     monkeypatch.chdir(tmp_path / "place")
-    if "manifest" not in damage.path and (verb != "resume" or damage.path == STATE):
+    speaks = damage.path.startswith(STATE)
+    if "manifest" not in damage.path and not speaks and verb != "resume":
         for manifest in Path("student").rglob("manifest.json"):
             manifest.unlink()
     damage.act(Path(damage.path))
+    if speaks:  # a manifest that knows what was done
+        write_manifest(Path(CHECKPOINT))
     before = snapshot()
     opener = subprocess.Popen(["sh", "-c", f"sleep 15; : <>{damage.path}"]) if "fifo" in damage.name else None
     try:

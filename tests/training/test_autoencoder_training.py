@@ -68,7 +68,7 @@ def test_the_scaling_factor_gives_latents_unit_variance(
         method.model.vae.quant_conv.bias[4:] = torch.tensor(0.1 * spread).log() * 2  # of the posterior's variance
     for step in range(12):
         method.step(whole(batch(step), 8), step)
-    method.save_model(tmp_path)
+    method.save_model(tmp_path, method.state_dict())
     images = shapes(seed=1).fetch(torch.arange(64))
     latents = load_autoencoder(tmp_path).encode_images(images, torch.randn(64, 4, 16, 16))
     assert latents.var().item() == pytest.approx(1, rel=0.1)

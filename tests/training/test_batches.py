@@ -110,7 +110,7 @@ class Counting:
     def panel(self, noise, asked=None) -> None:
         return None
 
-    def save_model(self, folder: Path, frozen: Path | None = None) -> None:
+    def save_model(self, folder: Path, state: dict, frozen: Path | None = None) -> None:
         (folder / "weights").touch()
 
     def state_dict(self) -> dict:

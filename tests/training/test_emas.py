@@ -69,7 +69,7 @@ def joined(state: object) -> Tensor:
 
 def test_every_average_is_saved_as_a_model_of_its_own(place: Path) -> None:
     (*_, newest) = checkpoints(place / "whole")
-    assert {path.name for path in newest.iterdir()} == {*MODELS, "state.pt", "manifest.json"}
+    assert {path.name for path in newest.iterdir()} == {*MODELS, "state", "manifest.json"}
     first, *others = (weights(newest / name) for name in MODELS)
     state = load_state(newest)["method"]
     trained = joined(state["student"])
@@ -96,7 +96,7 @@ def test_one_decay_in_a_list_is_that_decay(place: Path, tmp_path: Path) -> None:
         settings = [f"student.ema_decay={decay}", "evaluation.every=null"]
         distill(recipe(place, *settings), tmp_path / name, report=quiet)
         newest = checkpoints(tmp_path / name)[-1]
-        assert {path.name for path in newest.iterdir()} == {"model", "state.pt", "manifest.json"}
+        assert {path.name for path in newest.iterdir()} == {"model", "state", "manifest.json"}
     ours, theirs = (last_state(tmp_path / name) for name in ("one", "listed"))
     assert ours["method"]["ema"].keys() == {"averages", "num_updates"}
     assert same(ours, theirs)
@@ -173,7 +173,7 @@ def test_the_averages_of_a_text_model_share_what_is_frozen(tmp_path: Path) -> No
     model = LatentModel(TINY_PIPELINES["sd"](tmp_path / "scratch"))
     settings = DMD2Settings(student={"ema_decay": [0.9, 0.5]}, gan={"student_weight": 0, "critic_weight": 0})
     method = DMD2(settings, model, make_roles(model), num_steps=1, batch_size=1, seed=0)
-    method.save_model(tmp_path / "model", tmp_path / "frozen")
+    method.save_model(tmp_path / "model", method.state_dict(), tmp_path / "frozen")
     weights = "vae/diffusion_pytorch_model.safetensors"
     places = [tmp_path / name / weights for name in ("model", "model-ema0.5", "frozen")]
     assert len({path.stat().st_ino for path in places}) == 1

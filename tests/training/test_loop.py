@@ -24,8 +24,10 @@ from fewstep.models.loading.pretrained import load, open_model
 from fewstep.models.pixel_model import PixelModel
 from fewstep.recipes.loading import load_recipe
 from fewstep.recipes.schema import DistillRecipe, TeachRecipe
+from fewstep.runtime import checkpoint
 from fewstep.runtime.checkpoint import checkpoints
 from fewstep.runtime.manifest import write_manifest
+from fewstep.runtime.shards import write_state
 from fewstep.runtime.tracking import Allowance, read_metrics
 from fewstep.training.loop import train
 from fewstep.training.method import Method
@@ -103,16 +105,17 @@ def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(
 def test_a_run_killed_while_writing_loses_only_the_steps_since_the_last_checkpoint(
     teacher_run: Path, student_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe, save, calls = distill_recipe(teacher_run), torch.save, []
+    recipe, write, calls = distill_recipe(teacher_run), checkpoint.write_state, []
 
-    def torn_save(content: object, path: Path) -> None:
-        save(content, path)
-        calls.append(path)
+    def torn_write(folder: Path, step: int, state: object) -> None:
+        write(folder, step, state)
+        calls.append(step)
         if len(calls) == 2:  # the second checkpoint: half a file is on the disk when the process dies
-            os.truncate(path, path.stat().st_size // 2)
+            shard = folder / "shard-00000.safetensors"
+            os.truncate(shard, shard.stat().st_size // 2)
             raise SystemExit("killed")
 
-    monkeypatch.setattr(torch, "save", torn_save)
+    monkeypatch.setattr(checkpoint, "write_state", torn_write)
     with pytest.raises(SystemExit):
         distill(recipe, tmp_path / "killed", report=quiet)
     assert [path.name for path in checkpoints(tmp_path / "killed")] == ["00000004"]
@@ -126,19 +129,20 @@ def test_a_run_with_a_damaged_checkpoint_goes_on_from_the_one_before_it_to_the_s
     teacher_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = shutil.copytree(teacher_run, tmp_path / "run")
-    state = checkpoints(run)[-1] / "state.pt"
+    state = checkpoints(run)[-1] / "state" / "shard-00000.safetensors"
     content = bytearray(state.read_bytes())
     content[len(content) // 2] ^= 1
     state.write_bytes(content)
     steps: list[int] = []
     teach(teach_recipe(), run, resume=True, report=lambda step, metrics: steps.append(step))
     assert steps == [9, 10, 11, 12]
-    assert "00000012: state.pt has other bytes than were written" in capsys.readouterr().err
+    assert "00000012: state/shard-00000.safetensors has other bytes than were written" in capsys.readouterr().err
     assert_same_end(teacher_run, run)
 
 
 def test_a_finished_run_resumes_to_nothing(teacher_run: Path) -> None:
-    before = {path: path.stat().st_mtime_ns for path in teacher_run.rglob("*") if path.name == "state.pt"}
+    before = {path: path.stat().st_mtime_ns for path in teacher_run.rglob("*") if path.parent.name == "state"}
+    assert len(before) == 4
     steps: list[int] = []
     teach(teach_recipe(), teacher_run, resume=True, report=lambda step, metrics: steps.append(step))
     assert steps == []
@@ -210,7 +214,8 @@ def test_a_checkpoint_of_something_else_is_refused(teacher_run: Path, tmp_path: 
     (tmp_path / "run" / "checkpoints" / "99 old").mkdir()  # a stray folder is no checkpoint
     newest = checkpoints(tmp_path / "run")[-1]
     assert newest.name == "00000012"
-    torch.save({"step": 12, "weights": torch.zeros(3)}, newest / "state.pt")
+    shutil.rmtree(newest / "state")
+    write_state(newest / "state", 12, {"weights": torch.zeros(3)})
     write_manifest(newest)
     with pytest.raises(UserError, match="00000012: the checkpoint is not of this run; remove it"):
         teach(teach_recipe(), tmp_path / "run", resume=True, report=quiet)

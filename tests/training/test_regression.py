@@ -96,7 +96,7 @@ def test_it_falls_to_what_least_squares_allows() -> None:
 def test_what_is_saved_is_the_averaged_student_with_its_timestep(tiny_model: PixelModel, tmp_path: Path) -> None:
     batch, method = pairs_of(tiny_model), regression(tiny_model, ema_decay=0.5)
     [method.step(whole(batch, NUM), step) for step in range(3)]
-    method.save_model(tmp_path)
+    method.save_model(tmp_path, method.state_dict())
     saved = load(tmp_path)
     assert saved.timesteps == [80.0]
     averages = method.ema.averages_of()

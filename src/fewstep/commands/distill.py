@@ -38,7 +38,7 @@ from fewstep.networks.fingerprint import fingerprint
 from fewstep.networks.precision import DTYPES, trainable
 from fewstep.recipes.loading import recipe_names
 from fewstep.recipes.schema import DistillRecipe, StudentRecipe
-from fewstep.runtime.checkpoint import RECIPE, checkpoints
+from fewstep.runtime.checkpoint import RECIPE, STATES, checkpoints
 from fewstep.runtime.runs import find, is_run, run_folder
 from fewstep.runtime.tracking import Report
 from fewstep.training.batches import BatchAt, image_batches, pair_batches, text_batches
@@ -222,7 +222,7 @@ def initialize(roles: Roles, source: str, runs: Path) -> None:
         source = str(runs / source)
     try:
         found = find(source)
-        found.check("state.pt")
+        found.check(*STATES)
         start_from(roles, found.checkpoint)
     except UserError as error:
         raise UserError(f"init_from: {error}") from error

@@ -40,7 +40,7 @@ from fewstep.networks.precision import INFERENCE_DTYPES
 from fewstep.pictures import is_picture
 from fewstep.recipes.loading import read_run_recipe
 from fewstep.recipes.schema import StudentRecipe
-from fewstep.runtime.checkpoint import EVALUATIONS, RECIPE, check_run, load_state, step_name
+from fewstep.runtime.checkpoint import EVALUATIONS, RECIPE, STATES, check_run, load_state, state_path, step_name
 from fewstep.runtime.ema import ema_name
 from fewstep.runtime.runs import Found, find, run_folder
 from fewstep.runtime.tracking import progress_bar, read_metrics
@@ -54,9 +54,9 @@ def export(given: Export) -> None:
     target, dtype = check_options(given)
     recipe = student_recipe(run_folder(given.run))
     found = find(given.run, None if given.ema == first_decay(recipe) else given.ema)
-    found.check(found.folder.name, *(["state.pt"] if given.raw else []))
-    raw = load_state(found.checkpoint, lazy=True)["method"]["student"] if given.raw else None
-    stored = open_stored(found.folder, raw and (found.checkpoint / "state.pt", raw))
+    found.check(found.folder.name, *(STATES if given.raw else []))
+    raw = load_state(found.checkpoint, only=["student"])["method"]["student"] if given.raw else None
+    stored = open_stored(found.folder, raw and (state_path(found.checkpoint), raw))
     provenance = trace(found, stored, recipe, given)
     if target == "lora":
         export_lora(found, stored, provenance, recipe, given, dtype)

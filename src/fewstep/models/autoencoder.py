@@ -2,7 +2,7 @@
 
 from __future__ import annotations  # diffusers is imported only where an autoencoder is loaded
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fewstep.errors import UserError
-from fewstep.models.image_model import write_description
+from fewstep.models.image_model import with_state, write_description
 from fewstep.models.loading.files import check_files
 from fewstep.models.loading.pipeline import library_class, load_part
 from fewstep.networks.codec import Codec, to_images
@@ -59,9 +59,12 @@ class Autoencoder:
         """uint8 images from the posterior's mean for pixels (B, 3, H, W)."""
         return to_images(self.vae.decode(self.vae.encode(pixels).latent_dist.mode()).sample)
 
-    def save(self, folder: Path) -> None:
-        """Writes `vae/` as diffusers does, and `fewstep.json` beside it."""
-        self.vae.save_pretrained(folder / "vae")
+    def save(self, folder: Path, state: Mapping[str, Tensor], **config: float) -> None:
+        """Writes `vae/` as diffusers does, with the weights in `state` and other values in its configuration, and
+        `fewstep.json` beside it."""
+        carrier, _ = with_state(self.vae, self.vae.state_dict() | dict(state))
+        carrier.register_to_config(**config)  # its own, as this puts another in place
+        carrier.save_pretrained(folder / "vae")
         write_description(folder, {"family": "autoencoder"})
 
 

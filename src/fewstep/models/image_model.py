@@ -174,8 +174,11 @@ class ImageModel(ABC):
         model.denoiser, model.timesteps = denoiser, [float(t) for t in timesteps]
         return model
 
-    def save(self, folder: Path, frozen: Path | None = None) -> None:
-        """Writes what `pretrained.load` reads; what is not trained only once, into `frozen`, and linked from there."""
+    def save(self, folder: Path, frozen: Path | None = None, state: Mapping[str, Tensor] | None = None) -> None:
+        """Writes what `pretrained.load` reads, with the trained weights in `state`, by the denoiser's names, or its.
+
+        What is not trained is written only once, into `frozen`, and linked from there.
+        """
         if frozen is None:
             self.save_frozen(folder)
         elif not frozen.is_dir():
@@ -186,7 +189,7 @@ class ImageModel(ABC):
                     os.replace(hidden, frozen)
         if frozen is not None and frozen.is_dir():
             shutil.copytree(frozen, folder, symlinks=True, copy_function=link_weights, dirs_exist_ok=True)
-        self.save_trained(folder, dict(self.denoiser.named_parameters()))
+        self.save_trained(folder, state or dict(self.denoiser.named_parameters()))
 
     def save_frozen(self, folder: Path) -> None:
         """Writes everything but what is trained; a pixel model that is trained as a whole has nothing, and no folder.
@@ -214,9 +217,7 @@ class ImageModel(ABC):
 
     def _save_network(self, folder: Path, state: Mapping[str, Tensor]) -> None:
         """The network's folder, with this state."""
-        carrier = copy.copy(self.network)  # shares all weights; only what it calls its state differs
-        weights = {name: value.detach() for name, value in state.items()}
-        carrier.state_dict = lambda: weights
+        carrier, weights = with_state(self.network, state)
         if hasattr(carrier, "save_pretrained"):
             carrier.save_pretrained(folder / self.part)
         else:  # of no library
@@ -226,6 +227,13 @@ class ImageModel(ABC):
     @abstractmethod
     def description(self) -> dict[str, Any]:
         """What fewstep needs to know of the model beside what diffusers keeps in its folder."""
+
+
+def with_state(network: Any, state: Mapping[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
+    """A network that shares all with another but for what it calls its state, and this."""
+    carrier, weights = copy.copy(network), {name: value.detach() for name, value in state.items()}
+    carrier.state_dict = lambda: weights
+    return carrier, weights
 
 
 def link_weights(source: str, target: str) -> None:

@@ -1,7 +1,7 @@
 """A run is a folder; everything in it is written under a temporary name and then renamed.
 
 recipe.yaml  facts.json  metrics.jsonl  evaluations.jsonl  samples/00000500.png  panels/00000500.png  frozen/
-checkpoints/00000500/{model/, state.pt, manifest.json}
+checkpoints/00000500/{model/, state/, manifest.json}
 
 A student with several averages has the first in model/ and the others beside it, as model-ema0.99995/.
 """
@@ -14,21 +14,21 @@ import sys
 import zipfile
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fewstep.errors import UserError, brief
-from fewstep.files import check_room, size, written_folder
-from fewstep.runtime.manifest import digest, faults, write_manifest
+from fewstep.errors import UserError
+from fewstep.files import check_room, read_json, size, written_folder
+from fewstep.runtime.manifest import MANIFEST, digest, faults, names, write_manifest
+from fewstep.runtime.shards import INDEX, STATE, read_state, shard_name, tensors, write_state
 from fewstep.stopping import temporary
-
-if TYPE_CHECKING:
-    import torch
 
 RECIPE = "recipe.yaml"
 FACTS = "facts.json"  # what the run began with: digests of its data and of its teacher, and fewstep's version
 METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"
 FROZEN = "frozen"  # folder of a run: the autoencoder and the text encoders, which its checkpoints link to
+OLD_STATE = "state.pt"  # of earlier versions, a pickle, of which torch takes tensors and plain values alone
+STATES = (STATE, OLD_STATE)
 KEEP = 2  # checkpoints; the older ones are removed, but for the best
 
 
@@ -66,18 +66,14 @@ def save_checkpoint(
 
     `save_model` writes what `sample` and `evaluate` load, beside the `state`; UserError if it can't be written.
     """
-    for left in (run / "checkpoints").glob(".*"):  # by a process that was killed
-        shutil.rmtree(left, ignore_errors=True)
-    there, folder, state_bytes = checkpoints(run), checkpoint_folder(run, step), sum(x.nbytes for x in tensors(state))
-    advice = f"make room and --resume, which {'goes on from the checkpoint before it' if there else 'begins anew'}"
-    needed = max(_own_bytes(there[-1]) if there else 0, state_bytes)
-    check_room(folder, needed, "a checkpoint", advice)
+    folder, there = checkpoint_folder(run, step), checkpoints(run)
+    needed, advice = _needs(run, state)
     try:
         with written_folder(folder) as hidden:
             (hidden / "model").mkdir()
             save_model(hidden / "model")
-            check_room(folder, state_bytes, "state.pt", "the model beside it took the rest")
-            _save_state({"step": step, **state}, hidden / "state.pt")
+            check_room(folder, state_bytes(state), "a state", "the model beside it took the rest")
+            write_state(hidden / STATE, step, state)
             write_manifest(hidden, there)
     except UserError as error:
         raise UserError(f"{error}; {advice} (a checkpoint takes {size(needed)})") from error
@@ -90,29 +86,30 @@ def save_checkpoint(
                 outdated.rename(hidden)  # so that half of it never counts as a checkpoint
 
 
+def make_room(run: Path, step: int, state: dict[str, Any]) -> None:
+    """Removes what a killed process left; raises UserError if a checkpoint of the `state` has no room on the disk."""
+    for left in (run / "checkpoints").glob(".*"):
+        shutil.rmtree(left, ignore_errors=True)
+    needed, advice = _needs(run, state)
+    check_room(checkpoint_folder(run, step), needed, "a checkpoint", advice)
+
+
+def _needs(run: Path, state: dict[str, Any]) -> tuple[int, str]:
+    """Bytes of a checkpoint, as far as they are known, and what helps where there is no room for them."""
+    there = checkpoints(run)
+    advice = f"make room and --resume, which {'goes on from the checkpoint before it' if there else 'begins anew'}"
+    return max(_own_bytes(there[-1]) if there else 0, state_bytes(state)), advice
+
+
+def state_bytes(state: dict[str, Any]) -> int:
+    """Of its tensors."""
+    return sum(tensor.nbytes for tensor in tensors(state))
+
+
 def _own_bytes(checkpoint: Path) -> int:
     """Of its files but for those that it shares."""
     sizes = [path.stat() for path in checkpoint.rglob("*") if path.is_file()]
     return sum(each.st_size for each in sizes if each.st_nlink == 1)
-
-
-def tensors(state: Any) -> list[torch.Tensor]:
-    """All in a nested state."""
-    import torch
-
-    if isinstance(state, torch.Tensor):
-        return [state]
-    values = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else []
-    return [tensor for value in values for tensor in tensors(value)]
-
-
-def _save_state(state: dict[str, Any], path: Path) -> None:
-    import torch
-
-    try:
-        torch.save(state, path)
-    except RuntimeError as error:  # what torch makes of a full disk
-        raise OSError(brief(error)) from error
 
 
 def newest_whole(run: Path) -> Path | None:
@@ -136,14 +133,40 @@ def newest_whole(run: Path) -> Path | None:
 
 def _own_faults(run: Path, checkpoint: Path) -> Iterator[str]:
     """What is wrong with a checkpoint alone; for what is wrong with shared files, these are set aside."""
-    state = checkpoint / "state.pt"
-    if not state.is_file() or not zipfile.is_zipfile(state):  # of an earlier version, which had no manifest
-        yield "state.pt is torn or missing"
+    yield from _state_faults(checkpoint)
     for path, what in faults(checkpoint):
         if not path.is_file() or path.stat().st_nlink == 1:
             yield what
         elif (run / FROZEN).is_dir():
             _set_aside(run / FROZEN, what)
+
+
+def _state_faults(checkpoint: Path) -> Iterator[str]:
+    """What a manifest does not tell: files that it lacks, and a state that is of another step."""
+    try:
+        written = {name for name in names(checkpoint) if name.startswith(f"{STATE}/")}
+    except UserError:
+        return  # which `faults` tells
+    if not written and not (checkpoint / STATE).is_dir():
+        old = checkpoint / OLD_STATE
+        if not old.is_file() or not zipfile.is_zipfile(old):  # an earlier version had no manifest
+            yield f"{OLD_STATE} is torn or missing" if old.exists() else "holds no state"
+        return
+    there = {path.relative_to(checkpoint).as_posix() for path in (checkpoint / STATE).glob("*")}
+    if not (checkpoint / MANIFEST).exists():
+        yield f"{MANIFEST} is missing"
+    if strange := sorted(there - written):
+        yield f"{strange[0]} is not in {MANIFEST}"
+    try:
+        index = read_json(checkpoint / STATE / INDEX)
+        wanted = {f"{STATE}/{shard_name(rank)}" for rank in range(min(index["shards"], len(there) + 1))}
+    except (UserError, KeyError, TypeError):
+        yield f"{STATE}/{INDEX} is damaged or missing"
+        return
+    if lost := sorted(wanted - written):
+        yield f"{lost[0]} is missing"
+    if (step := index.get("step")) != int(checkpoint.name):
+        yield f"{STATE}/{INDEX} is of step {step}"
 
 
 def _shared_faults(frozen: Path, model: Path) -> Iterator[str]:
@@ -172,19 +195,29 @@ def _set_aside(folder: Path, fault: str) -> None:
     print(f"fewstep: {folder}: {fault}; it is set aside as {aside.name}", file=sys.stderr)
 
 
-def load_state(checkpoint: Path, lazy: bool = False) -> dict[str, Any]:
-    """What `save_checkpoint` was given; raises UserError if the file is missing or damaged.
+def load_state(checkpoint: Path, only: Collection[str] = ()) -> dict[str, Any]:
+    """What `save_checkpoint` was given; raises UserError if files are missing or damaged.
 
-    `lazy` leaves the tensors on the disk until they are used, for those who need but a few of them.
+    `only` are the parts of the method that are wanted: their tensors stay on the disk until they are used.
     """
-    import torch
-
-    path = checkpoint / "state.pt"
+    path = state_path(checkpoint)
     try:
-        return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=lazy))
+        return read_state(path, only) if path.name == STATE else _load_old(path, lazy=bool(only))
     except Exception as error:  # a truncated file shows itself as almost any error
         advice = f"remove {checkpoint} to fall back on the one before it"
         raise UserError(f"{path}: the checkpoint can't be read; {advice}") from error
+
+
+def state_path(checkpoint: Path) -> Path:
+    """The folder, or the file of an earlier version."""
+    old = checkpoint / OLD_STATE
+    return old if old.exists() else checkpoint / STATE
+
+
+def _load_old(path: Path, lazy: bool) -> dict[str, Any]:
+    import torch
+
+    return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=lazy))
 
 
 def check_run(run: Path) -> None:

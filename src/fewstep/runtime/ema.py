@@ -68,6 +68,13 @@ class EMA:
             for pair in swapped:
                 _swap(*pair)
 
+    def averages_in(
+        self, state: dict[str, Any], weights: dict[str, Tensor], name: str | None = None
+    ) -> dict[str, Tensor]:
+        """What `averages_of` gives, of a state, by the names of the weights beside it."""
+        averages = state["others"][name] if name else state["averages"]
+        return dict(zip(weights, averages, strict=True)) if averages else weights
+
     def state_dict(self) -> dict[str, Any]:
         others = {name: self.copies.get(name, []) for name in self.others}
         state = {"averages": self.copies.get(self.first, []), "num_updates": self.num_updates}

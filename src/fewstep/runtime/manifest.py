@@ -13,6 +13,11 @@ from fewstep.files import read_json
 MANIFEST = "manifest.json"
 
 
+def names(folder: Path) -> set[str]:
+    """The files that were written; none of a folder of an earlier version. Raises UserError if that is damaged."""
+    return set(_read(folder))
+
+
 def write_manifest(folder: Path, siblings: Iterable[Path] = ()) -> None:
     """Of all files in `folder`; one that it shares with a sibling, by a hard link, is not read again."""
     known = dict[tuple[int, int], str | int]()
@@ -49,6 +54,8 @@ def faults(folder: Path, parts: Iterable[str] = (), digests: bool = True) -> Ite
             continue
         if not path.is_file():
             yield path, f"{name} is missing"
+        elif not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+            yield path, f"{name} leads out of the folder"
         elif (size := path.stat().st_size) != entry["size"]:
             yield path, f"{name} has {size} bytes instead of {entry['size']}"
         elif digests and digest(path) != entry["sha256"]:
@@ -60,7 +67,12 @@ def _read(folder: Path) -> dict[str, dict[str, str | int]]:
     path = folder / MANIFEST
     entries = read_json(path) if os.path.lexists(path) else {}
     for name, entry in entries.items():
-        if not isinstance(entry, dict) or entry.keys() != {"size", "sha256"} or ".." in Path("/", name).parts:
+        if (
+            not isinstance(entry, dict)
+            or entry.keys() != {"size", "sha256"}
+            or Path(name).is_absolute()
+            or ".." in Path(name).parts
+        ):
             raise UserError(f"{path}: is damaged ({name!r} is no file of the folder)")
     return entries
 

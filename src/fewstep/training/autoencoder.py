@@ -68,10 +68,9 @@ class AutoencoderTraining(Method):
     def label(self, index: int, asked: Asked = None) -> str:
         return ("image", "restored")[index % 2]
 
-    def save_model(self, folder: Path, frozen: Path | None = None) -> None:
+    def save_model(self, folder: Path, state: dict[str, Any], frozen: Path | None = None) -> None:
         """Writes the autoencoder with the scaling factor that gives its latents unit variance."""
-        self.vae.register_to_config(scaling_factor=1 / self.variance.sqrt().item())
-        self.model.save(folder)
+        self.model.save(folder, state["vae"], scaling_factor=1 / state["variance"].sqrt().item())
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"variance": self.variance}

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fewstep.errors import UserError
-from fewstep.runtime.checkpoint import tensors
+from fewstep.runtime.shards import tensors
 from fewstep.training.method import Metrics
 
 SOURCES = {  # in the order of cause and effect
@@ -69,7 +69,14 @@ def check_finite(state: dict[str, Any], step: int) -> None:
     # Weights, averages and moments: one finite update can still overflow what it is added to. Not a pool of samples,
     # which are counted, and skipped, as any others.
     kept = [(name, part) for name, part in state.items() if name != "pool"]
-    broken = next((name for name, part in kept if not all(x.isfinite().all() for x in tensors(part))), None)
+    broken = next((name for name, part in kept if not _finite(part)), None)
     if broken:
         advice = "lower the learning rate or the GAN weights, and go on from the newest checkpoint, which is whole"
         raise UserError(f"step {step}: {broken} is not finite and was not saved; {advice}")
+
+
+def _finite(state: Any) -> bool:
+    """Whether all numbers in a nested state are."""
+    # Extremes are NaN where there is one, and are found ten times as fast as every number is looked at.
+    extremes = [torch.stack(x.aminmax()).double() for x in tensors(state) if x.is_floating_point() and x.numel()]
+    return bool(torch.stack(extremes).isfinite().all()) if extremes else True  # one wait for the device

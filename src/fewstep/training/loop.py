@@ -3,8 +3,8 @@
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL.Image import Image
@@ -18,6 +18,7 @@ from fewstep.runtime.graphs import CUDA, Graphs
 from fewstep.runtime.runs import best_steps
 from fewstep.runtime.tensorboard import open_board
 from fewstep.runtime.tracking import Allowance, Metrics, Report, StepClock, read_metrics, rewind, write_line
+from fewstep.runtime.writing import Writer
 from fewstep.seeding import generator
 from fewstep.stopping import stop_request
 from fewstep.training.batches import BatchAt, parts_ahead
@@ -46,17 +47,18 @@ def train(
     `asked` is what grids show. Raises Interrupted, behind a checkpoint, if the user stops it, and UserError if too many
     updates are skipped.
     """
-    metrics, guard = Metrics(run / checkpoint.METRICS), Guard(settings.max_skipped)
+    metrics, guard, writer = Metrics(run / checkpoint.METRICS), Guard(settings.max_skipped), Writer(run)
     judging = Allowance(settings.evaluation.time_share)
     start, num_steps = _resume(method, metrics, run), settings.num_steps
     shape = (method.num_noises, settings.grid_images, *method.model.shape)
     noise = torch.randn(shape, generator=generator(settings.seed, "grid"))  # the same in every grid: (K, N, C, H, W)
     if start == num_steps and (run / f"{checkpoint.FROZEN}.damaged").exists():
-        _save(method, metrics, run, start, settings.evaluation)  # for no later one will have what was set aside
+        _save(method, metrics, writer, start, settings.evaluation)  # for no later one will have what was set aside
     every, clock = settings.evaluation.every or num_steps, StepClock(method.model.device)
     ahead = parts_ahead(batch_at, settings, start, method.model.device)
     graphs = _graphs(method, settings)
-    with stop_request() as stop_requested, ahead as parts, open_board(run, start, settings.tensorboard) as board:
+    pages = open_board(run, start, settings.tensorboard)
+    with stop_request() as stop_requested, ahead as parts, pages as board, writer:
         for done, part in enumerate(clock.each(parts), start + 1):
             metrics.add(guard.add(method.step(part, done - 1, run=graphs)))  # stays on the device
             clock.steps += 1
@@ -83,7 +85,7 @@ def train(
             if done % settings.checkpoint_every == 0 or last or stopped or judged:
                 guard.check(done)
                 with clock.aside():
-                    _save(method, metrics, run, done, settings.evaluation)
+                    _save(method, metrics, writer, done, settings.evaluation)
             if stopped and not last:
                 raise Interrupted(f"stopped at step {done} of {num_steps}; continue with --resume --out {run}", stopped)
 
@@ -131,14 +133,17 @@ def _draw(method: Method, noise: Tensor, asked: Asked, run: Path, step: int) -> 
     return pictures
 
 
-def _save(method: Method, metrics: Metrics, run: Path, step: int, judging: EvaluationSettings) -> None:
-    """A checkpoint of finite numbers."""
+def _save(method: Method, metrics: Metrics, writer: Writer, step: int, judging: EvaluationSettings) -> None:
+    """A checkpoint of finite numbers, which is written while training goes on."""
     state = method.state_dict()
     check_finite(state, step)
-    best = best_steps(read_metrics(run / checkpoint.EVALUATIONS))
+    best = best_steps(read_metrics(writer.run / checkpoint.EVALUATIONS))
     kept = [at for name, at in best.items() if judging.keeps(name)]  # beside the newest
-    save_model = partial(method.save_model, frozen=run / checkpoint.FROZEN)
-    checkpoint.save_checkpoint(run, step, {"method": state, "metrics": metrics.state_dict()}, save_model, kept)
+
+    def save_model(folder: Path, state: dict[str, Any]) -> None:
+        method.save_model(folder, state["method"], writer.run / checkpoint.FROZEN)
+
+    writer.save(step, {"method": state, "metrics": metrics.state_dict()}, save_model, kept)
 
 
 def sample_grid(method: Method, noise: Tensor, asked: Asked = None) -> Image:

@@ -74,7 +74,7 @@ class Method(ABC):
     """
 
     STATE: tuple[str, ...]
-    """The attributes that a checkpoint holds."""
+    """The attributes that a checkpoint holds; in front the module that is averaged."""
     model: Any
     """What the loop draws noise for: an `ImageModel`, or an autoencoder by itself."""
     ema: EMA
@@ -145,14 +145,20 @@ class Method(ABC):
         with self.ema.applied(ema):
             yield self.model
 
-    def save_model(self, folder: Path, frozen: Path | None = None) -> None:
-        """Writes the model with its first averages, and with the others in folders beside it (`ema_folder`).
+    def saved_model(self) -> Any:
+        """What is written, whichever weights it is given."""
+        return self.model
 
-        In `frozen` lies, from the first time on, what all of them have in common.
+    def save_model(self, folder: Path, state: dict[str, Any], frozen: Path | None = None) -> None:
+        """Writes the model with the first averages in a `state`, and the others in folders beside it (`ema_folder`).
+
+        In `frozen` lies, from the first time on, what all of them have in common. It reads no weights but those of a
+        state, which may be a copy, so that training can go on.
         """
+        weights = state[self.STATE[0]]  # of the module that is averaged
         for ema in (None, *self.ema.others):
-            with self.averaged_model(ema) as model:
-                model.save(ema_folder(folder, ema) if ema else folder, frozen)
+            averages = self.ema.averages_in(state["ema"], weights, ema)
+            self.saved_model().save(ema_folder(folder, ema) if ema else folder, frozen, averages)
 
     def state_dict(self) -> dict[str, Any]:
         """What resuming needs: of modules what is trained in them, so that a frozen base is not written again."""
@@ -175,7 +181,9 @@ class StudentMethod(Method):
 
     def __init__(self, settings: StudentSettings, model: ImageModel, student: Denoiser, num_updates: int):
         self.model, self.student = model, student
-        self.timesteps = student_timesteps(settings, student).to(model.device)  # (K,) native times, decreasing
+        timesteps = student_timesteps(settings, student)
+        self.timesteps = timesteps.to(model.device)  # (K,) native times, decreasing
+        self.times: list[float] = timesteps.tolist()  # for the host
         self.num_noises = len(self.timesteps)
         self.student_optimizer = Optimizer(student.parameters(), settings.optimizer, num_updates)
         self.ema = EMA(student, settings.ema_decay)
@@ -203,7 +211,11 @@ class StudentMethod(Method):
     def averaged_model(self, ema: str | None = None) -> Iterator[ImageModel]:
         """The student with its timesteps and its averaged weights, inside the context alone."""
         with self.ema.applied(ema):
-            yield self.model.student(self.student, self.timesteps.tolist())
+            yield self.saved_model()
+
+    def saved_model(self) -> ImageModel:
+        """The student with its timesteps."""
+        return self.model.student(self.student, self.times)
 
 
 def student_timesteps(settings: StudentSettings, student: Denoiser) -> Tensor:

@@ -197,7 +197,7 @@ def _calls(recipe: Any, turn: str, stop: int, num_stops: int) -> int:
 
 
 def checkpoint_bytes(method: DMD2, recipe: Any) -> int:
-    """Of one on disk: `model/`, further averages beside it, and `state.pt`; without what lies in `frozen/`."""
+    """Of one on disk: `model/`, further averages beside it, and the state; without what lies in `frozen/`."""
     weights = {role: WEIGHT * num for role, num in trained(method).items()}
     model = weights["student"] if recipe.lora else WEIGHT * sum(p.numel() for p in method.student.parameters())
     optimizers = (("student", method.student_optimizer), ("critic", method.critic_optimizer))
