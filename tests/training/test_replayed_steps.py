@@ -240,6 +240,20 @@ def test_graphs_make_room_and_come_back(tiny_model: PixelModel) -> None:
     assert same(method.state_dict(), eager.state_dict())
 
 
+def test_a_kind_that_comes_late_has_the_memory_of_the_graphs(tiny_model: PixelModel) -> None:
+    """Its first step keeps alive what theirs keep in a pool of their own."""
+    eager, method = (on_a_gpu(METHODS["regression"](copy.deepcopy(tiny_model))) for _ in range(2))
+    cpu = CPU(free=5)
+
+    def parts(step: int) -> list:
+        return in_parts(batch("regression", tiny_model, step), NUM, 2 if step == 4 else 1)
+
+    run(method, parts, range(8), graphs_of(method, cpu, 1))
+    assert (cpu.dropped, cpu.recorded) == (1, 2)
+    run(eager, parts, range(8))
+    assert same(method.state_dict(), eager.state_dict())
+
+
 def test_the_loop_runs_its_steps_by_graphs(
     tiny_model: PixelModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

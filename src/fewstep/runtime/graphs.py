@@ -140,6 +140,7 @@ class Graphs:
             self._forget()
 
     def _eager(self, kind: Kind, inputs: Any, turn: Hashable, random: Random | None) -> Any:
+        self.make_room()  # what a step keeps alive would lie beside the same of the graphs
         start, kind.drawn = self.machine.now(), []
         found = self.work(inputs, turn, random and _Noted(random, kind.drawn))
         if not self.decided:
