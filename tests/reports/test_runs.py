@@ -249,8 +249,9 @@ def test_a_pipe_gets_a_line_per_log_line_and_the_end_names_what_comes_next() -> 
     told = [line.split(", ")[0] for line in errors.splitlines()]
     assert told == [f"run: {step}/4" for step in range(1, 5)]
     assert " left, dm_loss " in errors.splitlines()[3]
-    plan, told = output.splitlines()[:3], output.splitlines()[3:]
+    plan, graphs, told = output.splitlines()[:3], output.splitlines()[3], output.splitlines()[4:]
     assert all(line.startswith("plan: ") for line in plan)
+    assert graphs.startswith("graphs: ")
     assert told == [
         "wrote run, 4 steps",
         "next: fewstep sample run",
@@ -311,7 +312,7 @@ NO_MEMORY = [
 def test_out_of_memory_names_the_settings_that_take_less(
     error: Exception, wanted: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def step(*args: object) -> None:
+    def step(*args: object, **named: object) -> None:
         raise error
 
     monkeypatch.setattr(DMD2, "step", step)
@@ -334,7 +335,7 @@ def test_out_of_memory_in_other_verbs(error: Exception, wanted: str, monkeypatch
 
 
 def test_another_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(TeacherTraining, "step", lambda *args: 1 / 0)
+    monkeypatch.setattr(TeacherTraining, "step", lambda *args, **named: 1 / 0)
     monkeypatch.setattr("sys.argv", ["fewstep", "teach", "t.yaml", "--out", "run"])
     with pytest.raises(ZeroDivisionError):
         run()

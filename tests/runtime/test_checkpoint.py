@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import random
 import re
 import resource
 import shutil
@@ -21,7 +22,7 @@ from safetensors.torch import save_file
 
 from fewstep.errors import Interrupted, UserError
 from fewstep.files import write_text
-from fewstep.runtime import checkpoint, manifest
+from fewstep.runtime import checkpoint, manifest, writing
 from fewstep.runtime.checkpoint import STATES, checkpoints, load_state, newest_whole, save_checkpoint
 from fewstep.runtime.manifest import MANIFEST, write_manifest
 from fewstep.runtime.runs import Found, find
@@ -155,6 +156,28 @@ def test_a_kill_leaves_whole_checkpoints_alone(
     save(tmp_path, 4)
     assert_whole(tmp_path, 4)
     assert len(os.listdir(tmp_path / "checkpoints")) == 2
+
+
+def test_20_kills_at_any_moment_of_writing_leave_whole_checkpoints_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    moments, torn = random.Random(0), 0
+    for _ in range(20):
+        begin = newest_whole(tmp_path)
+        first = int(begin.name) + 1 if begin else 1
+        child = os.fork()
+        if not child:
+            save(tmp_path, *range(first, first + 10_000))
+        while not list((tmp_path / "checkpoints").glob("*")):
+            time.sleep(0.001)
+        time.sleep(moments.uniform(0, 0.03))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        torn += bool(list((tmp_path / "checkpoints").glob(".*")))
+        if found := newest_whole(tmp_path):
+            assert_whole(tmp_path, int(found.name))
+    assert torn > 5
+    assert capsys.readouterr().err == ""  # none was damaged
 
 
 # --- damage ----------------------------------------------------------------------------------------------------------
@@ -454,6 +477,19 @@ def test_a_copy_without_links_or_of_links_alone_is_as_whole(
     assert capsys.readouterr().err == ""
 
 
+def test_damage_in_a_copy_by_links_is_as_in_the_run(
+    linking: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copied = tmp_path / "elsewhere"
+    shutil.copytree(tmp_path, copied, ignore=shutil.ignore_patterns("elsewhere"), copy_function=os.link)
+    flip(checkpoints(copied)[1] / SHARD)
+    assert newest_whole(copied) == checkpoints(copied)[0]
+    assert f"00000002: {SHARD} {OTHER}; it is set aside" in capsys.readouterr().err
+    flip(copied / "frozen" / "vae")
+    assert newest_whole(copied) == checkpoints(copied)[0]
+    assert f"frozen: model/vae {OTHER}; it is set aside" in capsys.readouterr().err
+
+
 def test_a_model_is_checked_by_sizes_when_it_is_found_and_by_bytes_when_that_is_asked(
     linking: list[str], tmp_path: Path
 ) -> None:
@@ -546,6 +582,32 @@ def test_one_is_written_at_a_time_and_the_end_waits(tmp_path: Path) -> None:
         for step in (1, 2, 3):
             writer.save(step, state_of(step), save_model, ())
     assert [path.name for path in checkpoints(tmp_path)] == ["00000002", "00000003"]
+
+
+def test_without_memory_for_a_copy_all_is_waited_for_which_is_told_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writing, "free_memory", lambda: 11)
+    with Writer(tmp_path) as writer:
+        for step in (1, 2):
+            writer.save(step, state_of(step), model(f"model {step}"), ())
+            assert_whole(tmp_path, step)
+            assert writer.buffers == {}
+    told = "a copy of the state takes 12 bytes of main memory, and 11 bytes are free: training waits"
+    assert capsys.readouterr().err == f"fewstep: {told}\n"
+
+
+def test_what_memory_is_free_is_read_of_the_machine_and_of_the_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writing, "GROUP", tmp_path)
+    machine = writing.free_memory()
+    assert 10**8 < machine < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for name, text in (("current", "700\n"), ("max", "max\n"), ("stat", "anon 1\ninactive_file 50\n")):
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert writing.free_memory() > 10**8
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert writing.free_memory() == 350
 
 
 def refuse(folder: Path, state: dict[str, Any]) -> None:

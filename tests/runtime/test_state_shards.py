@@ -93,6 +93,24 @@ def test_a_copy_is_written_where_the_one_before_lay_unless_sizes_differ() -> Non
     assert [t.tolist() for t in tensors(second)] == [[0] * 3, [0] * 4]
 
 
+def test_much_is_written_in_shards_of_bounded_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fewstep.runtime.shards.SHARD_BYTES", 40)
+    state = {"a": [torch.full((number,), float(number)) for number in (2, 3, 30, 5, 1, 10, 0)]}
+    write_state(tmp_path / "state", 3, state)
+    assert alike(read_state(tmp_path / "state"), {"step": 3, **state})
+    held = []
+    for path in sorted((tmp_path / "state").glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            held.append(sorted(len(file.get_tensor(name)) for name in file.keys()))  # noqa: SIM118
+    assert held == [[2, 3], [30], [1, 5], [0, 10]]
+    dcp.load(
+        found := {"a.2": torch.zeros(30)},
+        storage_reader=HuggingFaceStorageReader(str(tmp_path / "state")),
+        no_dist=True,
+    )
+    assert torch.equal(found["a.2"], state["a"][2])
+
+
 # --- as torch has it -------------------------------------------------------------------------------------------------
 
 

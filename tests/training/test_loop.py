@@ -25,14 +25,14 @@ from fewstep.models.pixel_model import PixelModel
 from fewstep.recipes.loading import load_recipe
 from fewstep.recipes.schema import DistillRecipe, TeachRecipe
 from fewstep.runtime import checkpoint
-from fewstep.runtime.checkpoint import checkpoints
+from fewstep.runtime.checkpoint import checkpoints, load_state
 from fewstep.runtime.manifest import write_manifest
 from fewstep.runtime.shards import write_state
 from fewstep.runtime.tracking import Allowance, read_metrics
 from fewstep.training.loop import train
 from fewstep.training.method import Method
 from fewstep.training.settings import EvaluationSettings, LoopSettings
-from steps import SHORT, SMALL, curves, flat, interrupt_at, last_state, make_dmd2, quiet, same
+from steps import SHORT, SMALL, as_before, curves, flat, interrupt_at, last_state, make_dmd2, quiet, same
 
 NO_GAN = {"student_weight": 0, "critic_weight": 0}
 TINY = [*SHORT, "log_every=2", "checkpoint_every=4"]
@@ -102,6 +102,22 @@ def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(
     assert_same_end(whole, tmp_path / "stopped")
 
 
+def test_a_run_of_an_earlier_version_goes_on_to_the_same_end(
+    teacher_run: Path, student_run: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(Interrupted):
+        distill(distill_recipe(teacher_run), tmp_path / "stopped", report=interrupt_at(7))
+    (*_, newest) = map(as_before, checkpoints(tmp_path / "stopped"))
+    old, lazy = load_state(newest)["method"], load_state(newest, only=["student"])["method"]
+    assert same(old["student"], lazy["student"])  # as `init_from` and `export` take it
+    distill(distill_recipe(teacher_run), tmp_path / "stopped", resume=True, report=quiet)
+    assert_same_end(student_run, tmp_path / "stopped")
+    assert [sorted(os.listdir(path)) for path in checkpoints(tmp_path / "stopped")] == [
+        ["manifest.json", "model", "state.pt"],
+        ["manifest.json", "model", "state"],
+    ]
+
+
 def test_a_run_killed_while_writing_loses_only_the_steps_since_the_last_checkpoint(
     teacher_run: Path, student_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -150,15 +166,15 @@ def test_a_finished_run_resumes_to_nothing(teacher_run: Path) -> None:
 
 
 @pytest.mark.slow
-def test_25_kills_at_any_moment_change_nothing(
+def test_50_kills_at_any_moment_change_nothing(
     teacher_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`kill -9` while it starts, trains, writes or removes a checkpoint, and resumed each time."""
-    recipe, run = distill_recipe(teacher_run, "num_steps=120", "checkpoint_every=1", "sample_every=7"), tmp_path / "run"
-    context, draws = multiprocessing.get_context("forkserver"), random.Random(0)
+    recipe, run = distill_recipe(teacher_run, "num_steps=240", "checkpoint_every=1", "sample_every=7"), tmp_path / "run"
+    context, draws, torn = multiprocessing.get_context("forkserver"), random.Random(0), 0
     context.set_forkserver_preload(["fewstep.commands.distill"])  # torch is imported once
     monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))  # sums depend on it
-    for number in range(25):
+    for number in range(50):
         child, before = context.Process(target=distill, args=(recipe, run, True)), checkpoints(run)
         child.start()
         while number % 5 and checkpoints(run) == before:
@@ -167,6 +183,8 @@ def test_25_kills_at_any_moment_change_nothing(
         child.kill()
         child.join()
         assert child.exitcode == -signal.SIGKILL
+        torn += bool(list((run / "checkpoints").glob(".*")))
+    assert torn >= 10  # killed within a write
     assert 0 < len(checkpoints(run)) <= 3
     distill(recipe, run, resume=True, report=quiet)
     distill(recipe, tmp_path / "whole", report=quiet)

@@ -135,10 +135,17 @@ def _own_faults(run: Path, checkpoint: Path) -> Iterator[str]:
     """What is wrong with a checkpoint alone; for what is wrong with shared files, these are set aside."""
     yield from _state_faults(checkpoint)
     for path, what in faults(checkpoint):
-        if not path.is_file() or path.stat().st_nlink == 1:
+        if not path.is_file() or not _is_shared(run, checkpoint, path):
             yield what
         elif (run / FROZEN).is_dir():
             _set_aside(run / FROZEN, what)
+
+
+def _is_shared(run: Path, checkpoint: Path, path: Path) -> bool:
+    """Whether it is a link to what is not trained, and not one of a whole copy of the run by links."""
+    folder, *name = path.relative_to(checkpoint).parts
+    others = (each / folder for each in checkpoints(run) if each != checkpoint)
+    return any(_same(path, each.joinpath(*name)) for each in (run / FROZEN, *others))
 
 
 def _state_faults(checkpoint: Path) -> Iterator[str]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 STATE = "state"  # folder of a checkpoint
 INDEX = "state.json"  # all of the state but what the tensors hold, and what each of these is called
 OFFSETS = "DCP_SHARDING_INFO"  # of a shard: {tensor: {"saved_offsets": [...]}}
+SHARD_BYTES = 2**32  # of the shards that one writer makes: as much main memory it takes to write what is on a GPU
 SILENT = ("method", "adamw", "state", "averages")  # words of a path that no name needs: critic_optimizer.0.exp_avg
 Slice = tuple["Tensor", Sequence[int]]
 """A part of a tensor, and where it begins in it."""
@@ -122,11 +123,19 @@ def write_shard(path: Path, step: int, slices: Mapping[str, Slice]) -> None:
 
 
 def write_state(folder: Path, step: int, state: Any) -> None:
-    """All of it in one shard."""
+    """All of it by one writer."""
     found: dict[str, Tensor] = {}
-    index = {"step": step, "shards": 1, "state": flatten(state, found)}
+    content, shards, room = flatten(state, found), [dict[str, Slice]()], SHARD_BYTES
+    for name, tensor in found.items():
+        if tensor.nbytes > room and shards[-1]:
+            shards.append({})
+            room = SHARD_BYTES
+        shards[-1][name] = tensor, [0] * tensor.ndim
+        room -= tensor.nbytes
     folder.mkdir()
-    write_shard(folder / shard_name(0), step, {name: (tensor, [0] * tensor.ndim) for name, tensor in found.items()})
+    for number, slices in enumerate(shards):
+        write_shard(folder / shard_name(number), step, slices)
+    index = {"step": step, "shards": len(shards), "state": content}
     (folder / INDEX).write_text(json.dumps(index) + "\n")
 
 
