@@ -19,6 +19,15 @@ class Interrupted(UserError):
         self.exit_code = 128 + number
 
 
+LOST = 3
+
+
+class Lost(UserError):
+    """Another of the processes that train together is gone. Exit code 3."""
+
+    exit_code = LOST
+
+
 def brief(error: Exception) -> str:
     """Another library's error as part of a line: its name and its first words."""
     return f"{type(error).__name__}: {' '.join(str(error).split()[:20])}"

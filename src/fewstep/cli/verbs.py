@@ -16,7 +16,8 @@ import typer
 import fewstep
 import fewstep.commands.options_files  # whose verbs stand behind the others
 from fewstep.commands.options import VERBS, Verb
-from fewstep.errors import UserError, brief, out_of_memory
+from fewstep.errors import Lost, UserError, brief, out_of_memory
+from fewstep.runtime.launching import LAUNCHED, launch
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -51,7 +52,7 @@ def run() -> None:
             raise
         if debug:
             traceback.print_exc()
-        if line:
+        if line and not _told_elsewhere(error, line):
             print(f"fewstep: {_in_one_line(line)}", file=sys.stderr)
         sys.exit(getattr(error, "exit_code", UserError.exit_code))
     finally:
@@ -59,6 +60,12 @@ def run() -> None:
             sys.stdout.flush()
         except BrokenPipeError:  # of `| head`; Python's own flush must not meet it
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _told_elsewhere(error: Exception, line: str) -> bool:
+    """Whether the line is another process's to tell: of several ranks the first's, or theirs that started them."""
+    ranks = sys.modules.get("fewstep.runtime.distributed")  # imported by whoever has joined others
+    return (isinstance(error, Lost) and LAUNCHED in os.environ) or bool(ranks and ranks.told_by_another(line))
 
 
 def _told(error: Exception) -> str | None:
@@ -104,7 +111,10 @@ def add(group: typer.Typer, name: str, verb: Verb) -> None:
 
     def call(**typed: Any) -> None:
         given = {key: at_home(value) if is_place(hints[key]) else value for key, value in typed.items()}
-        arguments, (module, work) = verb.order(**given).arguments(), verb.work.split(".")
+        order, (module, work) = verb.order(**given), verb.work.split(".")
+        arguments = order.arguments()
+        if num := getattr(order, "ranks", None):
+            raise typer.Exit(launch(_without_ranks(sys.argv[1:]), num))
         getattr(import_module(f"fewstep.commands.{module}"), work)(*arguments)
 
     hints = get_type_hints(verb.order, include_extras=True)
@@ -113,6 +123,13 @@ def add(group: typer.Typer, name: str, verb: Verb) -> None:
     call.__annotations__ = {each.name: each.annotation for each in parameters}
     text = verb.order.__doc__ or ""
     group.command(name, help=text, short_help=text.split(": ")[0], epilog=f"Example: {verb.example}")(call)
+
+
+def _without_ranks(words: list[str]) -> list[str]:
+    """A command line as each of the ranks is given it."""
+    at = [index for index, word in enumerate(words) if word == "--ranks"]
+    left = [word for index, word in enumerate(words) if index not in {*at, *(i + 1 for i in at)}]
+    return [word for word in left if not word.startswith("--ranks=")]
 
 
 def is_place(hint: Any) -> bool:

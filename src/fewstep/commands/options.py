@@ -99,6 +99,9 @@ class Teach(Order):
     out: Path | None = option("Run folder; by default runs/RECIPE.")
     resume: Resume = False
     set_: Set = field(default_factory=list)
+    ranks: int | None = option(
+        "Processes of this machine that train together.", metavar="N", min=1, max=1024, show_default="1"
+    )
 
     def arguments(self) -> tuple[Any, ...]:
         """Recipe, whose mistakes are told before torch is imported, run folder, and whether it goes on there."""

@@ -1,9 +1,8 @@
 """What the verbs share: devices, folders that can be written to, and runs, which are started, resumed or finished."""
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +24,7 @@ from fewstep.recipes.loading import differences, dump, load_recipe, read_run_rec
 from fewstep.recipes.schema import AnyRecipe
 from fewstep.runtime.allocation import keep_freed_memory
 from fewstep.runtime.checkpoint import EVALUATIONS, FACTS, RECIPE, check_run, checkpoint_steps
+from fewstep.runtime.distributed import environment, first_then_others, joined, num_ranks, of_first, place, rank
 from fewstep.runtime.tensorboard import check_tensorboard
 from fewstep.runtime.tracking import Report, progress_bar, read_metrics
 from fewstep.stopping import advising
@@ -56,7 +56,7 @@ def pick_device(device: str) -> torch.device:
         raise UserError(f"device {device!r}: write auto, cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device: no CUDA GPU here; use device=cpu")
-    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    return device_of_rank(torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"))
 
 
 def device_memory(device: torch.device) -> int | None:
@@ -66,25 +66,19 @@ def device_memory(device: torch.device) -> int | None:
 
 def place_of_rank(device: torch.device) -> tuple[int, int, torch.device]:
     """The number of this process and how many there are, as torchrun sets them, and the GPU of its own machine's."""
-    rank, num_ranks = _environment("RANK", 0), _environment("WORLD_SIZE", 1)
-    if rank >= num_ranks:
-        raise UserError(f"RANK={rank}: must be below WORLD_SIZE={num_ranks}, as torchrun sets them")
+    return *place(), device_of_rank(device)
+
+
+def device_of_rank(device: torch.device) -> torch.device:
+    """The GPU of its own, where there are several processes and GPUs."""
     if device.type == "cuda":
-        device = torch.device("cuda", _environment("LOCAL_RANK", 0) % torch.cuda.device_count())
-    return rank, num_ranks, device
-
-
-def _environment(name: str, default: int) -> int:
-    """A number that torchrun sets."""
-    text = os.environ.get(name, str(default))
-    if not text.isdecimal():
-        raise UserError(f"{name}={text}: must be a number, as torchrun sets it")
-    return int(text)
+        return torch.device("cuda", environment("LOCAL_RANK", 0) % torch.cuda.device_count())
+    return device
 
 
 FREE = {  # keys, or the first parts of them, that change no number of a run but by rounding
     *("description", "device", "log_every", "sample_every", "checkpoint_every", "grid_images", "max_skipped"),
-    *("tensorboard", "samples", "embeddings", "accumulate", "checkpointing", "speed"),
+    *("tensorboard", "samples", "embeddings", "accumulate", "checkpointing", "speed", "parallel"),
 }
 
 
@@ -214,24 +208,37 @@ def tell_found(images: ImageSet | LatentSet | None) -> None:
 
 def train_recipe(jobs: Jobs, recipe: AnyRecipe, run: Path, resume: bool, report: Report | None = None) -> Job:
     """Runs the recipe into the folder `run`, once nothing is wrong with it; `report` replaces the progress bar."""
-    check_writable(run)
-    with advising("the same command with --resume goes on"), folder_lock(run):
-        check_target(run, recipe, resume)
-        if recipe.tensorboard:
-            check_tensorboard()
-        for settings, _ in optimizers(recipe):
-            check_optimizer(settings)
-        shown = load_prompts(recipe.samples.prompts, field="samples.prompts:") if recipe.samples.prompts else None
-        if pick_device(recipe.device).type == "cpu":
-            keep_freed_memory()
-        compiled = prepare_compiling(pick_device(recipe.device)) if recipe.speed.compile == "blocks" else None
-        job = jobs[recipe.kind](recipe, run)
-        job = _compiled(job, compiled) if compiled else job
-        if shown and getattr(job.method.model, "kind", None) != "text":
-            raise UserError("samples.prompts: the model takes no text; leave it out")
-        job = job._replace(asked=shown or job.asked)
+    device, minutes = pick_device(recipe.device), recipe.parallel.stall_minutes
+    with joined(device, minutes), advising("the same command with --resume goes on"), _locked(run):
+        job = first_then_others(lambda: _prepared(jobs, recipe, run, resume))
         start_run(job, run, recipe, report)
     return job
+
+
+def _locked(run: Path) -> AbstractContextManager[Any]:
+    """The folder is this run's, once it can be written to; the first rank sees to that."""
+    if rank():
+        return nullcontext()
+    check_writable(run)
+    return folder_lock(run)
+
+
+def _prepared(jobs: Jobs, recipe: AnyRecipe, run: Path, resume: bool) -> Job:
+    """What is to be done, once nothing is wrong with it."""
+    check_target(run, recipe, resume)
+    if recipe.tensorboard:
+        check_tensorboard()
+    for settings, _ in optimizers(recipe):
+        check_optimizer(settings)
+    shown = load_prompts(recipe.samples.prompts, field="samples.prompts:") if recipe.samples.prompts else None
+    if pick_device(recipe.device).type == "cpu":
+        keep_freed_memory()
+    compiled = prepare_compiling(pick_device(recipe.device)) if recipe.speed.compile == "blocks" else None
+    job = jobs[recipe.kind](recipe, run)
+    job = _compiled(job, compiled) if compiled else job
+    if shown and getattr(job.method.model, "kind", None) != "text":
+        raise UserError("samples.prompts: the model takes no text; leave it out")
+    return job._replace(asked=shown or job.asked)
 
 
 def _compiled(job: Job, kept: Path) -> Job:
@@ -274,6 +281,27 @@ def _checkpointing_more(recipe: Any) -> list[str]:
 
 def start_run(job: Job, run: Path, recipe: AnyRecipe, report: Report | None) -> None:
     """Writes the recipe, and of a new run what it begins with, and trains; raises UserError if a teacher is another."""
+    check_ranks(recipe)
+    of_first(lambda: _begin(job, run, recipe))
+    shown = report if rank() == 0 else lambda step, metrics: None
+    with naming_memory(run, recipe), progress_bar(run.name, recipe.num_steps, shown, seconds=0) as show:
+        train(job.method, job.batch_at, run, recipe, show, job.evaluate, job.asked)
+
+
+def check_ranks(recipe: Any) -> None:
+    """Raises UserError unless every rank has equally many rows of a batch, in equal parts, and a real image."""
+    num = num_ranks() * recipe.accumulate
+    if recipe.batch_size % num:
+        told = (
+            f"{num_ranks()} ranks of accumulate={recipe.accumulate} parts don't divide batch_size {recipe.batch_size}"
+        )
+        raise UserError(f"{told}; take {recipe.batch_size // num * num or num}, or fewer parts")
+    reals = round(recipe.batch_size * recipe.gan.real_share) if recipe.kind == "distill" else recipe.batch_size
+    if recipe.kind == "distill" and recipe.gan.student_weight and reals < num_ranks():
+        raise UserError(f"gan.real_share: {reals} real images a step are too few for {num_ranks()} ranks; raise it")
+
+
+def _begin(job: Job, run: Path, recipe: AnyRecipe) -> None:
     begun = read_run_recipe(run / RECIPE) if (run / RECIPE).exists() else None
     if begun is None:
         facts = {"data": content_digest(recipe.data), "teacher": job.teacher, "version": fewstep.__version__}
@@ -282,8 +310,6 @@ def start_run(job: Job, run: Path, recipe: AnyRecipe, report: Report | None) -> 
         raise UserError(f"{run}: the teacher is not the one that the run began with; choose another --out")
     if recipe != begun:
         write_text(run / RECIPE, dump(recipe))  # which makes the folder a run
-    with naming_memory(run, recipe), progress_bar(run.name, recipe.num_steps, report, seconds=0) as show:
-        train(job.method, job.batch_at, run, recipe, show, job.evaluate, job.asked)
 
 
 def check_source(recipe: AnyRecipe, field: str, name: str, runs: Path) -> None:

@@ -134,10 +134,11 @@ def is_count(name: str) -> bool:
 class Metrics:
     """Means since the last line of metrics.jsonl, summed on the device: numbers reach the host only in `write`.
 
-    Values that are not finite are left out, for the updates that they belong to are skipped.
+    Values that are not finite are left out, for the updates that they belong to are skipped. Without a path nothing is
+    written: a rank that is not the first has the same numbers.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path | None):
         self.path = path
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, Tensor] = {}
@@ -158,7 +159,8 @@ class Metrics:
         self.sums, self.counts = {}, {}
         line = {name: value for name, value in values.items() if math.isfinite(value) and (value or not is_count(name))}
         line |= more or {}
-        write_line(self.path, step, line)
+        if self.path:
+            write_line(self.path, step, line)
         return line
 
     def state_dict(self) -> dict[str, Any]:

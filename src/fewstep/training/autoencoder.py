@@ -10,9 +10,10 @@ from torch import Tensor
 from fewstep.models.autoencoder import Autoencoder
 from fewstep.models.image_model import Asked
 from fewstep.networks.codec import to_images, to_pixels
+from fewstep.runtime.distributed import gathered
 from fewstep.runtime.ema import EMA
 from fewstep.seeding import Random
-from fewstep.training.method import Batch, Method, Metrics, Part, can_learn, count_broken, of_parts
+from fewstep.training.method import Batch, Method, Metrics, Part, can_learn, count_broken, of_parts, share_of
 from fewstep.training.optimization import Optimizer
 from fewstep.training.settings import AutoencoderSettings
 
@@ -32,13 +33,13 @@ class AutoencoderTraining(Method):
 
     def compute(self, parts: Sequence[Part], turn: Any, random: Random) -> Metrics:
         """One update; gives the losses and the gradient norm before clipping."""
-        halves = [self._gradients(rows, batch, random, 1 / len(parts)) for rows, batch in parts]
+        halves = [self._gradients(rows, batch, random, share_of(parts)) for rows, batch in parts]
         found = of_parts([metrics for _, metrics in halves])
-        variance = torch.cat([latent for latent, _ in halves]).var()
+        variance = gathered(torch.cat([latent for latent, _ in halves])).var()
         norm, skipped = self.optimizer.step(can_learn(found, parts))
         # The scaling factor is saved with the weights: what an update is skipped for must not enter it either.
         self.variance.lerp_(torch.where(skipped > 0, self.variance, variance), 1 - self.VARIANCE_DECAY)
-        self.shown = torch.cat([batch["image"] for _, batch in parts])
+        self.shown = gathered(torch.cat([batch["image"].to(self.model.device) for _, batch in parts]))
         return found | {"grad_norm": norm, "skipped_autoencoder": skipped}
 
     def advance(self, turn: Any) -> None:

@@ -20,6 +20,7 @@ from fewstep.data.settings import EmbeddingSettings
 from fewstep.data.shards import Rows
 from fewstep.models.latent_model import LatentModel
 from fewstep.networks.text import TextConditioner
+from fewstep.runtime.distributed import num_ranks, rank
 from fewstep.runtime.tracking import progress_bar
 from fewstep.training.method import Batch, Part
 from fewstep.training.settings import LoopSettings
@@ -34,13 +35,14 @@ BatchAt = Callable[[int, range], Batch]
 def parts_ahead(
     batch_at: BatchAt, settings: LoopSettings, start: int, device: torch.device
 ) -> Iterator[Iterator[list[Part]]]:
-    """The parts of every step's batch from `start` on, made by a thread and on their way to the device.
+    """The parts of this rank in every step's batch from `start` on, made by a thread and on their way to the device.
 
     An error in making a batch is raised where it is asked for; the thread ends with the context.
     """
-    size = settings.batch_size // settings.accumulate  # that it divides is checked with the recipe
+    size = settings.batch_size // settings.accumulate // num_ranks()  # that it divides is checked at the door
+    start_row = rank() * settings.accumulate * size
     way = torch.cuda.Stream(device) if device.type == "cuda" else None  # beside the one that computes
-    rows = [range(first, first + size) for first in range(0, settings.batch_size, size)]
+    rows = [range(first, first + size) for first in range(start_row, start_row + settings.accumulate * size, size)]
 
     def make(step: int) -> list[Part]:
         return [(each, _sent(batch_at(step, each), device, way)) for each in rows]

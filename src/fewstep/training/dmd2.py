@@ -22,7 +22,17 @@ from fewstep.runtime.ema import trainable_state
 from fewstep.seeding import Draws, Random
 from fewstep.training.dmd2_settings import DMD2Settings
 from fewstep.training.fakes import Fakes, Turn
-from fewstep.training.method import Batch, Metrics, Part, StudentMethod, Term, can_learn, count_broken, of_parts
+from fewstep.training.method import (
+    Batch,
+    Metrics,
+    Part,
+    StudentMethod,
+    Term,
+    can_learn,
+    count_broken,
+    of_parts,
+    share_of,
+)
 from fewstep.training.noise_levels import NoiseLevelSampler, level_sampler
 from fewstep.training.optimization import Optimizer
 from fewstep.training.panels import num_samples, panel
@@ -93,7 +103,7 @@ class DMD2(StudentMethod):
 
         Two loops over the parts: all fakes are of the student before its update, as they are in one piece.
         """
-        weight = 1 / len(parts)
+        weight = share_of(parts)
         # When the critic has had its updates on this student; of every step they would cost five times as much.
         self.signals = Signals() if turn.student else None
         # The student changes behind the last part only, so that no part sees another student than the one before.

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from fewstep.errors import Interrupted, UserError
 from fewstep.models.image_model import Asked
 from fewstep.pictures import grid, num_columns, save_png
 from fewstep.runtime import checkpoint
+from fewstep.runtime.distributed import any_of, at_step, first_then_others, num_ranks, of_first, rank
 from fewstep.runtime.graphs import CUDA, Graphs
 from fewstep.runtime.runs import best_steps
-from fewstep.runtime.tensorboard import open_board
+from fewstep.runtime.tensorboard import Board, open_board
 from fewstep.runtime.tracking import Allowance, Metrics, Report, StepClock, read_metrics, rewind, write_line
 from fewstep.runtime.writing import Writer
 from fewstep.seeding import generator
@@ -47,9 +49,9 @@ def train(
     `asked` is what grids show. Raises Interrupted, behind a checkpoint, if the user stops it, and UserError if too many
     updates are skipped.
     """
-    metrics, guard, writer = Metrics(run / checkpoint.METRICS), Guard(settings.max_skipped), Writer(run)
-    judging = Allowance(settings.evaluation.time_share)
-    start, num_steps = _resume(method, metrics, run), settings.num_steps
+    first, guard, writer = rank() == 0, Guard(settings.max_skipped), Writer(run)
+    metrics, judging = Metrics(run / checkpoint.METRICS if first else None), Allowance(settings.evaluation.time_share)
+    start, num_steps = first_then_others(lambda: _resume(method, metrics, run, first)), settings.num_steps
     shape = (method.num_noises, settings.grid_images, *method.model.shape)
     noise = torch.randn(shape, generator=generator(settings.seed, "grid"))  # the same in every grid: (K, N, C, H, W)
     if start == num_steps and (run / f"{checkpoint.FROZEN}.damaged").exists():
@@ -57,13 +59,15 @@ def train(
     every, clock = settings.evaluation.every or num_steps, StepClock(method.model.device)
     ahead = parts_ahead(batch_at, settings, start, method.model.device)
     graphs = _graphs(method, settings)
-    pages = open_board(run, start, settings.tensorboard)
+    pages = open_board(run, start, settings.tensorboard and first)
     with stop_request() as stop_requested, ahead as parts, pages as board, writer:
         for done, part in enumerate(clock.each(parts), start + 1):
+            at_step(done)
             metrics.add(guard.add(method.step(part, done - 1, run=graphs)))  # stays on the device
             clock.steps += 1
             last = done == num_steps
-            judged = evaluate is not None and (last or (done % every == 0 and _allowed(judging, done)))
+            due = evaluate is not None and (last or done % every == 0)
+            judged = due and bool(any_of(first and (last or _allowed(judging, done))))
             logged = done % settings.log_every == 0 or last
             if logged or judged or done % settings.max_skipped == 0:  # else the host does not wait for the device
                 guard.check(done)
@@ -71,17 +75,12 @@ def train(
             board.numbers("training", done, shown)
             if evaluate is not None and judged:
                 with _aside(clock, graphs), judging.spending():
-                    scores = evaluate(method, done)
-                # Before the checkpoint: a kill in between makes it judge again, and no step is kept without its scores.
-                write_line(run / checkpoint.EVALUATIONS, done, scores)
-                board.numbers("evaluation", done, scores)
-                shown = scores | shown
-            stopped = stop_requested()  # asked once, so that what is saved and what is told agree
+                    shown = (of_first(partial(_judge, evaluate, method, run, done, board)) or {}) | shown
+            stopped = any_of(stop_requested())  # asked once, so that what is saved and what is told agree
             report(done, shown)
             if done % settings.sample_every == 0 or last:
                 with _aside(clock, graphs):
-                    for name, picture in _draw(method, noise, asked, run, done).items():
-                        board.picture(name, done, picture)
+                    of_first(partial(_draw, method, noise, asked, run, done, board))
             if done % settings.checkpoint_every == 0 or last or stopped or judged:
                 guard.check(done)
                 with clock.aside():
@@ -97,6 +96,9 @@ def _graphs(method: Method, settings: LoopSettings) -> Graphs | None:
     if method.model.device.type != "cuda":
         print("graphs: off, they are for CUDA")
         return None
+    if num_ranks() > 1:
+        print("graphs: off, ranks that wait for each other were never recorded")
+        return None
     if any(isinstance(each := getattr(method, name), Optimizer) and each.eight_bit for name in method.STATE):
         print("graphs: off, adamw8bit looks at numbers in every update")
         return None
@@ -110,6 +112,15 @@ def _aside(clock: StepClock, graphs: Graphs | None) -> AbstractContextManager[No
     return clock.aside()
 
 
+def _judge(evaluate: Evaluate, method: Method, run: Path, step: int, board: Board) -> dict[str, float]:
+    """The scores of a step, which are kept."""
+    scores = evaluate(method, step)
+    # Before the checkpoint: a kill in between makes it judge again, and no step is kept without its scores.
+    write_line(run / checkpoint.EVALUATIONS, step, scores)
+    board.numbers("evaluation", step, scores)
+    return scores
+
+
 def _allowed(judging: Allowance, step: int) -> bool:
     """Whether an evaluation is within its share of the time; the first that is not is told."""
     if judging.allows():
@@ -121,8 +132,8 @@ def _allowed(judging: Allowance, step: int) -> bool:
     return False
 
 
-def _draw(method: Method, noise: Tensor, asked: Asked, run: Path, step: int) -> dict[str, Image]:
-    """Writes the pictures of a step; gives them by the folder of the run that they are in."""
+def _draw(method: Method, noise: Tensor, asked: Asked, run: Path, step: int, board: Board) -> None:
+    """Writes the pictures of a step, in a folder of the run by what they are."""
     pictures = {"samples": sample_grid(method, noise, asked)}
     if panel := method.panel(noise.to(method.model.device), asked):
         pictures["panels"] = panel
@@ -130,12 +141,18 @@ def _draw(method: Method, noise: Tensor, asked: Asked, run: Path, step: int) -> 
     for folder, picture in pictures.items():
         (run / folder).mkdir(exist_ok=True)
         save_png(picture, run / folder / f"{checkpoint.step_name(step)}.png")
-    return pictures
+        board.picture(folder, step, picture)
 
 
 def _save(method: Method, metrics: Metrics, writer: Writer, step: int, judging: EvaluationSettings) -> None:
-    """A checkpoint of finite numbers, which is written while training goes on."""
-    state = method.state_dict()
+    """A checkpoint of finite numbers, which the first rank writes while training goes on."""
+    state = method.state_dict()  # of which each rank has its share
+    of_first(partial(_write, state, method, metrics, writer, step, judging))
+
+
+def _write(
+    state: dict[str, Any], method: Method, metrics: Metrics, writer: Writer, step: int, judging: EvaluationSettings
+) -> None:
     check_finite(state, step)
     best = best_steps(read_metrics(writer.run / checkpoint.EVALUATIONS))
     kept = [at for name, at in best.items() if judging.keeps(name)]  # beside the newest
@@ -158,7 +175,7 @@ def sample_grid(method: Method, noise: Tensor, asked: Asked = None) -> Image:
     return grid(torch.cat(parts), num_columns(len(labels), len(set(labels))), labels)
 
 
-def _resume(method: Method, metrics: Metrics, run: Path) -> int:
+def _resume(method: Method, metrics: Metrics, run: Path, first: bool) -> int:
     """The step to go on from, with the state of that step loaded."""
     newest, step = checkpoint.newest_whole(run), 0
     if newest is not None:
@@ -171,6 +188,6 @@ def _resume(method: Method, metrics: Metrics, run: Path) -> int:
             told = "the checkpoint is not of this run; remove it to go on from before it"
             raise UserError(f"{newest}: {told}") from error
     for path in (run / checkpoint.METRICS, run / checkpoint.EVALUATIONS):
-        if path.exists():
+        if path.exists() and first:
             rewind(path, step)  # lines behind the checkpoint are written anew
     return step

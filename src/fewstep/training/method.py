@@ -19,6 +19,7 @@ from fewstep.errors import UserError
 from fewstep.models.image_model import Asked, ImageModel
 from fewstep.networks.copies import write_copies
 from fewstep.runtime.checkpoint import ema_folder
+from fewstep.runtime.distributed import num_ranks, sums
 from fewstep.runtime.ema import EMA, load_trainable, trainable_state
 from fewstep.runtime.tracking import is_count
 from fewstep.seeding import Random
@@ -44,9 +45,16 @@ class Term:
 
 
 def of_parts(found: Sequence[Metrics]) -> Metrics:
-    """The metrics of a step out of those of its equal parts: means, but sums of what is a count."""
+    """The metrics of a step out of those of its equal parts on all ranks: means, but sums of what is a count."""
     stacked = {name: torch.stack([metrics[name] for metrics in found]) for name in found[0]}  # (parts,)
-    return {name: values.sum() if is_count(name) else values.mean() for name, values in stacked.items()}
+    own = {name: values.sum() if is_count(name) else values.mean() for name, values in stacked.items()}
+    num = num_ranks()
+    return own if num == 1 else {name: x if is_count(name) else x / num for name, x in sums(own).items()}
+
+
+def share_of(parts: Sequence[Part]) -> float:
+    """What each of the parts is of the whole batch, those of other ranks included."""
+    return 1 / (len(parts) * num_ranks())
 
 
 def can_learn(metrics: Metrics, parts: Sequence[Part], **num: int) -> Tensor:
@@ -56,7 +64,7 @@ def can_learn(metrics: Metrics, parts: Sequence[Part], **num: int) -> Tensor:
     """
     finite = torch.stack([value for name, value in metrics.items() if not is_count(name)]).isfinite()
     # A source that is broken throughout leaves losses of zero, and nothing to learn from.
-    every = sum(len(rows) for rows, _ in parts)
+    every = sum(len(rows) for rows, _ in parts) * num_ranks()
     usable = [metrics[name] < num.get(name, every) for name in metrics if is_count(name)]
     return torch.stack([finite.all(), *usable]).all()
 

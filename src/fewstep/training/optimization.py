@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.errors import UserError
+from fewstep.runtime.distributed import add_up, num_ranks
 from fewstep.training.settings import OptimizerSettings
 
 
@@ -75,6 +76,11 @@ class Optimizer:
         An update is skipped if its losses are not `finite` () or the norm is not. Weights, moments and AdamW's count of
         updates, on which its correction of the moments depends, stay as they were then.
         """
+        if num_ranks() > 1:  # of losses that are shares of the whole batch's
+            for parameter in self.parameters:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            add_up([p.grad for p in self.parameters if p.grad is not None])
         norm = nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)  # (), over all parameters together
         skipped = (~(norm.isfinite() & finite)).float()
         if self.eight_bit and skipped.item():

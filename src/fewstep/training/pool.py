@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fewstep.diffusion.denoiser import Condition
+from fewstep.runtime.distributed import num_ranks, sums
 from fewstep.seeding import Draws
 
 
@@ -41,6 +42,8 @@ class Pool:
         self.num_timesteps, self.device = num_timesteps, device
         self.x0: Tensor
         self.condition: Condition = {}
+        self.own: list[slice] = []
+        """The rows that this rank has put there since the last state was loaded; it knows no others' then."""
 
     def put(self, x0s: Sequence[Tensor], condition: Condition, draws: Draws) -> None:
         """The rows of `draws`: x0 (rows, ...) of the first stops, or of all."""
@@ -48,6 +51,8 @@ class Pool:
             self.x0 = x0s[0].new_zeros(self.num_timesteps, draws.total, *x0s[0].shape[1:])
             self.condition = {name: value.new_zeros(draws.total, *value.shape[1:]) for name, value in condition.items()}
         mine = slice(draws.rows[0], draws.rows[0] + len(draws))
+        if mine not in self.own:
+            self.own.append(mine)
         for stop, x0 in enumerate(x0s):
             self.x0[stop, mine] = x0.detach()
         for name, value in condition.items():
@@ -59,7 +64,16 @@ class Pool:
         return self.x0[stop, mine], {name: value[mine] for name, value in self.condition.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"x0": self.x0, "condition": self.condition}
+        """Of the whole batch, to which each rank adds its rows."""
+        if num_ranks() == 1 or not self.own:
+            return {"x0": self.x0, "condition": self.condition}
+        x0, condition = torch.zeros_like(self.x0), {name: torch.zeros_like(x) for name, x in self.condition.items()}
+        for mine in self.own:
+            x0[:, mine] = self.x0[:, mine]
+            for name, value in self.condition.items():
+                condition[name][mine] = value[mine]
+        found = sums({"x0": x0} | condition)
+        return {"x0": found.pop("x0"), "condition": found}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Also takes the states of earlier versions, without the stops that no update takes."""
@@ -67,3 +81,4 @@ class Pool:
         num = x0.shape[1]
         given = {name: value.to(self.device) for name, value in condition.items()}
         self.put(x0, given, Draws(torch.Generator(), range(num), num))
+        self.own = []

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from fewstep.diffusion.losses import divergence_weight
 from fewstep.diffusion.schedules import NoiseSchedule
+from fewstep.runtime.distributed import add_up
 from fewstep.training.dmd2_settings import Divergence
 
 NUM_BINS = 10  # of noise levels
@@ -37,6 +38,7 @@ class Ratios:
 
     def end_step(self) -> None:
         """Takes the step's samples into the running means."""
+        add_up([self.sums, self.counts])
         new = self.sums / self.counts.clamp_min(1)
         moved = torch.where(self.means > 0, DECAY * self.means + (1 - DECAY) * new, new)
         self.means.copy_(torch.where(self.counts > 0, moved, self.means))

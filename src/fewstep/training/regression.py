@@ -12,7 +12,7 @@ from fewstep.models.autoencoder import Decode
 from fewstep.models.image_model import ImageModel
 from fewstep.networks.blocks import checkpoint_blocks
 from fewstep.seeding import Random
-from fewstep.training.method import Batch, Metrics, Part, StudentMethod, can_learn, count_broken, of_parts
+from fewstep.training.method import Batch, Metrics, Part, StudentMethod, can_learn, count_broken, of_parts, share_of
 from fewstep.training.settings import RegressSettings
 
 Distance = Callable[[Tensor, Tensor], Tensor]
@@ -56,7 +56,7 @@ class Regression(StudentMethod):
 
     def compute(self, parts: Sequence[Part], turn: Any, random: Random) -> Metrics:
         """One update; nothing in it is random."""
-        found = of_parts([self._gradients(batch, 1 / len(parts)) for _, batch in parts])
+        found = of_parts([self._gradients(batch, share_of(parts)) for _, batch in parts])
         return found | self.update_student(can_learn(found, parts))
 
     def _gradients(self, batch: Batch, weight: float) -> Metrics:

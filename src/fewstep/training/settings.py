@@ -140,6 +140,13 @@ class SpeedSettings(Settings):
     seconds when a later run finds them in the cache. Needs a C compiler."""
 
 
+class ParallelSettings(Settings):
+    """How several ranks train together (docs/scaling.md)."""
+
+    stall_minutes: float = Field(10.0, gt=0, le=1440)
+    """How long a rank waits for the others in a step, before it takes them for lost."""
+
+
 class LoopSettings(Settings):
     """How long a run is and what it writes on the way."""
 
@@ -153,6 +160,8 @@ class LoopSettings(Settings):
     """Parts that a batch is computed in, one after the other, for want of memory; the numbers are those of one."""
     speed: SpeedSettings = SpeedSettings()
     """How a step is run (keys graphs, compile)."""
+    parallel: ParallelSettings = ParallelSettings()
+    """How several ranks train together (key stall_minutes)."""
     max_skipped: Count = 20
     """Updates in a row that may be skipped because a loss or a gradient is not finite, before the run ends."""
     log_every: Count = 50

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from fewstep.diffusion.losses import finite_samples, without_samples
+from fewstep.runtime.distributed import sums as of_ranks
 
 Sums = dict[str, Tensor]
 TINY = 1e-30  # below any product of norms: nothing points nowhere, with a cosine of 0
 
 
 class Signals:
-    """The sums of a step, over its parts."""
+    """The sums of a step, over its parts, those of other ranks included."""
 
     def __init__(self) -> None:
         self.sums: Sums = {}
@@ -27,7 +28,7 @@ class Signals:
 
     def read(self) -> dict[str, Tensor]:
         """The signals of the step, () float32, where there are sums for them; the next step begins with none."""
-        sums, self.sums = self.sums, {}
+        sums, self.sums = of_ranks(self.sums), {}
         found = _of_updates(sums) if "updates" in sums else {}
         found |= _of_samples(sums) if "fake_count" in sums else {}
         found |= {"logit_std": _spread(sums)} if "real_logit_count" in sums else {}

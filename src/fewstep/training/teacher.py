@@ -13,7 +13,7 @@ from fewstep.diffusion.sampling import heun
 from fewstep.models.image_model import Asked, ImageModel
 from fewstep.runtime.ema import EMA
 from fewstep.seeding import Draws, Random
-from fewstep.training.method import Batch, Method, Metrics, Part, can_learn, count_broken, of_parts
+from fewstep.training.method import Batch, Method, Metrics, Part, can_learn, count_broken, of_parts, share_of
 from fewstep.training.noise_levels import level_sampler
 from fewstep.training.optimization import Optimizer
 from fewstep.training.settings import TeacherSettings
@@ -36,7 +36,7 @@ class TeacherTraining(Method):
 
     def compute(self, parts: Sequence[Part], turn: Any, random: Random) -> Metrics:
         """One update; gives the loss and the gradient norm before clipping."""
-        found = of_parts([self._gradients(rows, batch, random, 1 / len(parts)) for rows, batch in parts])
+        found = of_parts([self._gradients(rows, batch, random, share_of(parts)) for rows, batch in parts])
         norm, skipped = self.optimizer.step(can_learn(found, parts))
         return found | {"grad_norm": norm, "skipped_network": skipped}
 

@@ -1,0 +1,103 @@
+"""A command in several processes of this machine, which train together, with one line for an error."""
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from types import FrameType
+
+from fewstep.errors import LOST, UserError
+
+GRACE = 20.0  # seconds in which ranks find out by themselves that another one has ended
+ENDING = 10.0  # and in which they end when they are told to
+LAUNCHED = "FEWSTEP_LAUNCHED"
+Process = subprocess.Popen[bytes]
+
+
+def launch(arguments: Sequence[str], num_ranks: int) -> int:
+    """Runs `fewstep ARGUMENTS` so many times, each told its number as torchrun tells it; gives the exit code.
+
+    A signal is passed on to all of them. Where one has ended with an error the others are ended, too, within a minute.
+    """
+    port = _free_port()
+    ranks = [_start(arguments, number, num_ranks, port) for number in range(num_ranks)]
+
+    def pass_on(signal_number: int, frame: FrameType | None) -> None:
+        for process in ranks:
+            with suppress(ProcessLookupError):
+                process.send_signal(signal_number)
+
+    before = {each: signal.signal(each, pass_on) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return _code(_wait(ranks))
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+        for process in ranks:
+            process.kill()
+
+
+def _free_port() -> int:
+    with socket.socket() as door:
+        door.bind(("127.0.0.1", 0))
+        return int(door.getsockname()[1])
+
+
+def _start(arguments: Sequence[str], number: int, num: int, port: int) -> Process:
+    threads = max(1, (os.cpu_count() or 1) // num)
+    told = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": num, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    environment = {"OMP_NUM_THREADS": str(threads)} | os.environ | {name: str(value) for name, value in told.items()}
+    # In a session of its own: Ctrl-C then reaches it once, from here.
+    return subprocess.Popen(
+        [sys.executable, "-m", "fewstep", *arguments],
+        env=environment | {LAUNCHED: "1"},
+        start_new_session=True,
+        preexec_fn=_end_with_parent,
+    )
+
+
+def _end_with_parent() -> None:
+    with suppress(OSError, AttributeError):  # of systems that are not Linux
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+
+def _wait(ranks: list[Process]) -> list[int]:
+    """The exit codes of all, by themselves or at the moment when they are made to end, for one has failed."""
+    deadline = None
+    while any(process.poll() is None for process in ranks):
+        if deadline is None and any(process.poll() for process in ranks):
+            deadline = time.monotonic() + GRACE
+        if deadline is not None and time.monotonic() > deadline:
+            codes = [LOST if (code := process.poll()) is None else code for process in ranks]
+            _end(ranks)
+            return codes
+        time.sleep(0.05)
+    return [process.returncode for process in ranks]
+
+
+def _end(ranks: list[Process]) -> None:
+    for process in ranks:
+        process.terminate()
+    end = time.monotonic() + ENDING
+    while any(process.poll() is None for process in ranks) and time.monotonic() < end:
+        time.sleep(0.05)
+    for process in ranks:
+        process.kill()
+
+
+def _code(codes: list[int]) -> int:
+    """That of all; names a rank that could not tell its own end, and says so where none could."""
+    failed = {number: code for number, code in enumerate(codes) if code}
+    causes = {number: code for number, code in failed.items() if code != LOST}
+    killed = next(((number, -code) for number, code in causes.items() if code < 0), None)
+    told = "the same command with --resume goes on"
+    if killed and not any(code > 0 for code in causes.values()):
+        raise UserError(f"rank {killed[0]} was killed (signal {killed[1]}); {told}")
+    if failed and not causes:
+        raise UserError(f"the ranks lost each other (parallel.stall_minutes); {told}")
+    return next((code for code in causes.values() if code > 0), 0)
