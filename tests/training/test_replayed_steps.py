@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_parts import METHODS, NUM, batch
+from test_parts import METHODS, NUM, SLOW, batch
 from torch import Tensor
 
 from fewstep.commands.teachers import of_recipe
@@ -91,19 +91,21 @@ def test_a_run_that_goes_on_with_graphs_ends_as_one_without(tiny_model: PixelMod
     assert same(second.state_dict(), eager.state_dict())
 
 
-def latents(tmp_path: Path, family: str, lora: LoRASettings | None, **settings: Any) -> tuple[DMD2, list]:
-    """A guided method in bfloat16, of two kept rows."""
+def latents(
+    tmp_path: Path, family: str, lora: LoRASettings | None, dtype: torch.dtype = torch.bfloat16, **settings: Any
+) -> tuple[DMD2, list]:
+    """A guided method of two kept rows."""
     torch.manual_seed(0)
     model = LatentModel(TINY[family](tmp_path / family))
-    model.encode_in(torch.bfloat16)
+    model.encode_in(dtype)
     kept = {name: value for name, value in model.text_condition(["a", "b"]).items() if name != "time_ids"}
     given = kept | {"latent": torch.randn(2, *model.shape)}
-    student = {"num_timesteps": 3, "optimizer": {"lr": 1e-3}, "ema_decay": [0.5, 0.9]}
-    critic = {"condition_on_stop": True, "student_share": 0 if lora is None else 0.1, "optimizer": {"lr": 1e-3}}
+    student = {"num_timesteps": 3, "optimizer": SLOW, "ema_decay": [0.5, 0.9]}
+    critic = {"condition_on_stop": True, "student_share": 0 if lora is None else 0.1, "optimizer": SLOW}
     told = DMD2Settings(student_every=2, student=student, critic=critic, gan=GAN, **settings)
     torch.manual_seed(1)
     checkpointing = settings.get("checkpointing", "none")
-    roles = make_roles(model, 2.0, None, 3, torch.bfloat16, checkpointing, lora)
+    roles = make_roles(model, 2.0, None, 3, dtype, checkpointing, lora)
     return on_a_gpu(DMD2(told, model, roles, 20, 2, seed=0)), [(range(2), given)]
 
 

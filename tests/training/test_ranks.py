@@ -1,0 +1,115 @@
+"""Several ranks take the step that one takes."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_parts import METHODS, NUM, batch
+from test_replayed_steps import latents
+from torch import Tensor
+
+from fewstep.models.pixel_model import PixelModel
+from fewstep.networks.families.edm import build_unet
+from fewstep.networks.settings import LoRASettings, PixelModelConfig
+from fewstep.runtime.distributed import num_ranks, rank
+from fewstep.training.method import Method
+from ranks import in_ranks
+from steps import in_parts
+
+STEPS = 6
+LATENTS = {
+    "sd": ("sd", None, {}),
+    "sdxl": ("sdxl", None, {"checkpointing": "gan"}),
+    "sdxl, lora": ("sdxl", LoRASettings(rank=2, alpha=2.0), {"checkpointing": "blocks"}),
+}
+
+
+def pixels() -> PixelModel:
+    torch.manual_seed(0)
+    config = PixelModelConfig(num_classes=3, null_class=True, block_out_channels=[8, 8], norm_num_groups=4)
+    return PixelModel(config, build_unet(config))
+
+
+def train(method: Method, whole: Any, steps: range, parts: int = 1) -> list[dict[str, Tensor]]:
+    """The steps on this rank's rows of a batch (step -> batch, its number of rows)."""
+    lines = []
+    for step in steps:
+        given, num = whole(step)
+        split = in_parts(given, num, num_ranks() * parts)
+        lines.append(method.step(split[rank() * parts : (rank() + 1) * parts], step))
+    return lines
+
+
+def result(method: Method, lines: list[dict[str, Tensor]]) -> dict[str, Any]:
+    return {"metrics": lines, "state": copy.deepcopy(method.state_dict())}
+
+
+def of_pixels(names: list[str], parts: int, resumed: bool = False) -> dict[str, Any]:
+    found = {}
+    for name in names:
+        method = METHODS[name](copy.deepcopy(pixels()))
+        lines = train(method, lambda step, name=name: (batch(name, pixels(), step), NUM), range(STEPS), parts)
+        found[name] = result(method, lines)
+    return found
+
+
+def of_latents(names: list[str], folder: Path) -> dict[str, Any]:
+    found = {}
+    for name in names:
+        family, lora, settings = LATENTS[name]
+        method, ((_, given),) = latents(
+            folder / f"{name}-{rank()}-{num_ranks()}", family, lora, torch.float32, **settings
+        )
+        found[name] = result(method, train(method, lambda step, given=given: (given, 2), range(STEPS)))
+    return found
+
+
+def apart(ours: Any, theirs: Any) -> float:
+    """The largest distance of two nested states, over the size of each tensor."""
+    if isinstance(ours, Tensor):
+        a, b = ours.double(), theirs.double()
+        return ((a - b).norm() / b.norm().clamp_min(1e-3)).item()
+    values = [each.values() if isinstance(each, dict) else each for each in (ours, theirs)]
+    nested = [each for each in zip(*values, strict=True) if isinstance(each[0], Tensor | dict | list)]
+    return max((apart(*each) for each in nested), default=0.0)
+
+
+NETWORKS = ("student", "critic", "discriminator", "ema", "denoiser", "vae", "variance", "pool", "ratios")
+
+
+def assert_the_same(ranks: list[dict[str, Any]], alone: dict[str, Any]) -> None:
+    for name, one in alone.items():
+        first, *others = (each[name] for each in ranks)
+        for other in others:  # bit for bit: each takes the step by itself
+            assert apart(other, first) == 0, name
+        for part in NETWORKS:
+            if part in one["state"]:
+                assert apart(first["state"][part], one["state"][part]) < 1e-5, (name, part)
+        for step, (ours, theirs) in enumerate(zip(first["metrics"], one["metrics"], strict=True)):
+            assert list(ours) == list(theirs)
+            for key, value in ours.items():
+                assert value.item() == pytest.approx(theirs[key].item(), rel=1e-4, abs=1e-5, nan_ok=True), (
+                    name,
+                    step,
+                    key,
+                )
+
+
+@pytest.mark.parametrize(
+    ("names", "parts"),
+    [
+        (["dmd2", "dmd2, cycle and a third of the reals"], 1),
+        pytest.param(list(METHODS), 1, marks=pytest.mark.slow),
+        pytest.param([name for name in METHODS if "third" not in name], 3, marks=pytest.mark.slow),
+    ],
+)
+def test_two_ranks_take_the_steps_of_one(tmp_path: Path, names: list[str], parts: int) -> None:
+    assert_the_same(in_ranks(2, tmp_path, of_pixels, names, parts), of_pixels(names, 1))
+
+
+@pytest.mark.slow
+def test_two_ranks_on_latents(tmp_path: Path) -> None:
+    names = list(LATENTS)
+    assert_the_same(in_ranks(2, tmp_path, of_latents, names, tmp_path), of_latents(names, tmp_path))
