@@ -16,7 +16,7 @@ from fewstep.networks.settings import LoRASettings, PixelModelConfig
 from fewstep.runtime.distributed import num_ranks, rank
 from fewstep.training.method import Method
 from ranks import in_ranks
-from steps import in_parts
+from steps import flat, in_parts
 
 STEPS = 6
 LATENTS = {
@@ -67,13 +67,9 @@ def of_latents(names: list[str], folder: Path) -> dict[str, Any]:
 
 
 def apart(ours: Any, theirs: Any) -> float:
-    """The largest distance of two nested states, over the size of each tensor."""
-    if isinstance(ours, Tensor):
-        a, b = ours.double(), theirs.double()
-        return ((a - b).norm() / b.norm().clamp_min(1e-3)).item()
-    values = [each.values() if isinstance(each, dict) else each for each in (ours, theirs)]
-    nested = [each for each in zip(*values, strict=True) if isinstance(each[0], Tensor | dict | list)]
-    return max((apart(*each) for each in nested), default=0.0)
+    """The distance of two nested states over their norm."""
+    a, b = (torch.cat([x.double().flatten() for x in flat(each)]) for each in (ours, theirs))
+    return ((a - b).norm() / b.norm()).item()
 
 
 NETWORKS = ("student", "critic", "discriminator", "ema", "denoiser", "vae", "variance", "pool", "ratios")
