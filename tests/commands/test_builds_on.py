@@ -142,7 +142,7 @@ def test_a_stop_within_the_start_leaves_a_checkpoint(run: Run, monkeypatch: pyte
     start_over(STUDENT, START)
     with monkeypatch.context() as patch:
         calls = iter(range(9))
-        spy(patch, Regression, "step", lambda *_: os.kill(os.getpid(), number) if next(calls) == 2 else None)
+        spy(patch, Regression, "step", lambda *_, **named: os.kill(os.getpid(), number) if next(calls) == 2 else None)
         assert run("distill digits-1step")[::2] == (128 + number, MAKING)
     assert checkpoint_steps(START)[-1] == 3
     assert not STUDENT.exists()

@@ -587,13 +587,16 @@ def test_one_is_written_at_a_time_and_the_end_waits(tmp_path: Path) -> None:
 def test_without_memory_for_a_copy_all_is_waited_for_which_is_told_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writing, "free_memory", lambda: 11)
+    free = iter([11, 10])
+    monkeypatch.setattr(writing, "free_memory", lambda: next(free))
     with Writer(tmp_path) as writer:
         for step in (1, 2):
             writer.save(step, state_of(step), model(f"model {step}"), ())
             assert_whole(tmp_path, step)
             assert writer.buffers == {}
-    told = "a copy of the state takes 12 bytes of main memory, and 11 bytes are free: training waits"
+    told = (
+        "a copy of the state takes 12 bytes of main memory, and 11 bytes are free: training waits for its checkpoints"
+    )
     assert capsys.readouterr().err == f"fewstep: {told}\n"
 
 

@@ -59,10 +59,10 @@ class Autoencoder:
         """uint8 images from the posterior's mean for pixels (B, 3, H, W)."""
         return to_images(self.vae.decode(self.vae.encode(pixels).latent_dist.mode()).sample)
 
-    def save(self, folder: Path, state: Mapping[str, Tensor], **config: float) -> None:
+    def save(self, folder: Path, state: Mapping[str, Tensor] | None = None, **config: float) -> None:
         """Writes `vae/` as diffusers does, with the weights in `state` and other values in its configuration, and
         `fewstep.json` beside it."""
-        carrier, _ = with_state(self.vae, self.vae.state_dict() | dict(state))
+        carrier, _ = with_state(self.vae, self.vae.state_dict() | dict(state or {}))
         carrier.register_to_config(**config)  # its own, as this puts another in place
         carrier.save_pretrained(folder / "vae")
         write_description(folder, {"family": "autoencoder"})

@@ -5,7 +5,7 @@ from __future__ import annotations  # torch is imported only where a state is co
 import sys
 from collections.abc import Callable, Collection
 from contextlib import suppress
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from threading import Thread
 from types import TracebackType
@@ -38,12 +38,6 @@ def free_memory() -> int:
     return sys.maxsize  # of a system that tells nothing
 
 
-@cache
-def _tell(line: str) -> None:
-    """On standard error, once."""
-    print(f"fewstep: {line}", file=sys.stderr)
-
-
 class Writer:
     """Writes the checkpoints of a run, one at a time; inside its context, at whose end the last one is whole.
 
@@ -55,6 +49,7 @@ class Writer:
         self.buffers: dict[str, Tensor] = {}
         self.thread: Thread | None = None
         self.error: BaseException | None = None
+        self.told = False
 
     def save(
         self,
@@ -72,7 +67,10 @@ class Writer:
         make_room(self.run, step, state)
         taken = sum(buffer.nbytes for buffer in self.buffers.values())
         if (needed := state_bytes(state) - taken) > (free := free_memory()):
-            _tell(f"a copy of the state takes {size(needed)} of main memory, and {size(free)} are free: training waits")
+            if not self.told:
+                what = f"a copy of the state takes {size(needed)} of main memory, and {size(free)} are free"
+                print(f"fewstep: {what}: training waits for its checkpoints", file=sys.stderr)
+            self.told = True
             save_checkpoint(self.run, step, state, lambda folder: save_model(folder, state), best)
             return
         copy = stage(state, self.buffers)
