@@ -210,7 +210,8 @@ def train_recipe(jobs: Jobs, recipe: AnyRecipe, run: Path, resume: bool, report:
     """Runs the recipe into the folder `run`, once nothing is wrong with it; `report` replaces the progress bar."""
     device, minutes = pick_device(recipe.device), recipe.parallel.stall_minutes
     with joined(device, minutes), advising("the same command with --resume goes on"), _locked(run):
-        job = first_then_others(lambda: _prepared(jobs, recipe, run, resume))
+        of_first(lambda: check_target(run, recipe, resume))  # before it makes the folder a run
+        job = first_then_others(lambda: _prepared(jobs, recipe, run))
         start_run(job, run, recipe, report)
     return job
 
@@ -223,9 +224,8 @@ def _locked(run: Path) -> AbstractContextManager[Any]:
     return folder_lock(run)
 
 
-def _prepared(jobs: Jobs, recipe: AnyRecipe, run: Path, resume: bool) -> Job:
+def _prepared(jobs: Jobs, recipe: AnyRecipe, run: Path) -> Job:
     """What is to be done, once nothing is wrong with it."""
-    check_target(run, recipe, resume)
     if recipe.tensorboard:
         check_tensorboard()
     for settings, _ in optimizers(recipe):

@@ -51,7 +51,8 @@ def _free_port() -> int:
 def _start(arguments: Sequence[str], number: int, num: int, port: int) -> Process:
     threads = max(1, (os.cpu_count() or 1) // num)
     told = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": num, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    environment = {"OMP_NUM_THREADS": str(threads)} | os.environ | {name: str(value) for name, value in told.items()}
+    quiet = {"OMP_NUM_THREADS": str(threads), "TORCH_CPP_LOG_LEVEL": "ERROR"}  # of lost ranks one line is told
+    environment = quiet | os.environ | {name: str(value) for name, value in told.items()}
     # In a session of its own: Ctrl-C then reaches it once, from here.
     return subprocess.Popen(
         [sys.executable, "-m", "fewstep", *arguments],
