@@ -18,7 +18,8 @@ Tell = Callable[[str], tuple[int, str]]
 
 
 OF_EVERY_RUN = re.compile(
-    r"^(\S.*: [\d,]+/[\d,]+(, .*)?|plan: .*|wrote .*, [\d,]+ steps|next: fewstep .*)\n", re.MULTILINE
+    r"^(\S.*: [\d,]+/[\d,]+(, .*)?|plan: .*|graphs: off, they are for CUDA|wrote .*, [\d,]+ steps|next: fewstep .*)\n",
+    re.MULTILINE,
 )
 
 

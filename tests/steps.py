@@ -104,6 +104,12 @@ def same(first: object, second: object) -> bool:
     return all(torch.equal(a, b) for a, b in zip(flat(first), flat(second), strict=True))
 
 
+def apart(ours: object, theirs: object) -> float:
+    """The distance of two nested states over their norm."""
+    a, b = (torch.cat([x.double().flatten() for x in flat(each)]) for each in (ours, theirs))
+    return ((a - b).norm() / b.norm()).item()
+
+
 def curves(run: Path) -> list[dict[str, float]]:
     """The lines of metrics.jsonl but for what is the machine's."""
     lines = read_metrics(run / "metrics.jsonl")

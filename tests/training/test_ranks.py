@@ -16,7 +16,7 @@ from fewstep.networks.settings import LoRASettings, PixelModelConfig
 from fewstep.runtime.distributed import num_ranks, rank
 from fewstep.training.method import Method
 from ranks import in_ranks
-from steps import flat, in_parts
+from steps import apart, in_parts
 
 STEPS = 6
 LATENTS = {
@@ -64,12 +64,6 @@ def of_latents(names: list[str], folder: Path) -> dict[str, Any]:
         )
         found[name] = result(method, train(method, lambda step, given=given: (given, 2), range(STEPS)))
     return found
-
-
-def apart(ours: Any, theirs: Any) -> float:
-    """The distance of two nested states over their norm."""
-    a, b = (torch.cat([x.double().flatten() for x in flat(each)]) for each in (ours, theirs))
-    return ((a - b).norm() / b.norm()).item()
 
 
 NETWORKS = ("student", "critic", "discriminator", "ema", "denoiser", "vae", "variance", "pool", "ratios")

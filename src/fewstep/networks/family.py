@@ -75,7 +75,8 @@ class UNetAdapter(nn.Module):
     def __init__(self, unet: Any):
         super().__init__()
         kind: Any = type(unet)
-        unet.__class__ = _with_quick_dtype(kind)
+        if isinstance(getattr(kind, "dtype", None), property):
+            unet.__class__ = _with_quick_dtype(kind)
         self.unet = unet
 
     def feature_map(self, output: Tensor | tuple[Any, ...], x: Tensor) -> Tensor:

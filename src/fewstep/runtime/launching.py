@@ -16,6 +16,7 @@ from fewstep.errors import LOST, UserError
 GRACE = 20.0  # seconds in which ranks find out by themselves that another one has ended
 ENDING = 10.0  # and in which they end when they are told to
 LAUNCHED = "FEWSTEP_LAUNCHED"
+COMMAND = [sys.executable, "-m", "fewstep"]
 Process = subprocess.Popen[bytes]
 
 
@@ -55,7 +56,7 @@ def _start(arguments: Sequence[str], number: int, num: int, port: int) -> Proces
     environment = quiet | os.environ | {name: str(value) for name, value in told.items()}
     # In a session of its own: Ctrl-C then reaches it once, from here.
     return subprocess.Popen(
-        [sys.executable, "-m", "fewstep", *arguments],
+        [*COMMAND, *arguments],
         env=environment | {LAUNCHED: "1"},
         start_new_session=True,
         preexec_fn=_end_with_parent,
