@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from fewstep.commands.options_files import Latents
 from fewstep.commands.places import check_writable, tell_done
-from fewstep.commands.runs import pick_device
+from fewstep.commands.runs import pick_device, place_of_rank
 from fewstep.data.filters import Filter, load_filtered
 from fewstep.data.images import content_digest
 from fewstep.data.latents import describe_dropped, write_latents
@@ -30,7 +30,8 @@ def latents(given: Latents) -> None:
     """
     check_writable(given.out)
     model = open_encoder(given.model, given.config)
-    model.to(pick_device(given.device))
+    rank, num_ranks, device = place_of_rank(pick_device(given.device))
+    model.to(device)
     filter = Filter(**{field.name: getattr(given, field.name) for field in fields(Filter)})
     columns = {name: getattr(given, name) for name in ("image_column", "caption_column", "split", "background")}
     try:
@@ -46,8 +47,13 @@ def latents(given: Latents) -> None:
         raise UserError(f"{given.source}: no image is left; {describe_dropped(dropped)}")
     settings = {"source": origin(given.source), **files, **columns, **asdict(filter)}
     made = (images, model.encode_images, {**model.latent_space, "seed": given.seed, **settings}, given.out, dropped)
-    with advising(f"the same command goes on with {given.out}"), progress_bar("encode images", images.length) as show:
-        description = write_latents(*made, given.batch_size, lambda done: show(done, {}))
+    quiet = None if rank == 0 else lambda done, metrics: None
+    bar = progress_bar("encode images", -(-images.length // num_ranks), quiet)
+    with advising(f"the same command goes on with {given.out}"), bar as show:
+        description = write_latents(*made, given.batch_size, lambda done: show(done, {}), (rank, num_ranks))
+    if "count" not in description:
+        print(f"{given.out}: rank {rank} of {num_ranks} has made its share; others are not done yet")
+        return
     total = images.length + sum(dropped.values())
     print(f"kept {description['count']:,} of {total:,} images; {describe_dropped(description['dropped'])}")
     tell_done(f"{given.out}, {description['count']:,} latents", f"distill RECIPE --set data.source={given.out}")

@@ -25,6 +25,10 @@ Places = Annotated[list[str], "a place"]
 """Texts that may be paths, or hub ids, or names of recipes; typed `~` is the home folder in them as in any Path."""
 Set = Annotated[list[str], Option("--set", metavar="KEY=VALUE", help="Override a setting; repeatable.")]
 Resume = Annotated[bool, Option("--resume", help="Continue the run in that folder.")]
+Ranks = Annotated[
+    int | None,
+    Option(metavar="N", min=1, max=1024, show_default=False, help="Processes of this machine that share the work."),
+]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace what the last one wrote there.")]
 
 
@@ -99,9 +103,7 @@ class Teach(Order):
     out: Path | None = option("Run folder; by default runs/RECIPE.")
     resume: Resume = False
     set_: Set = field(default_factory=list)
-    ranks: int | None = option(
-        "Processes of this machine that train together.", metavar="N", min=1, max=1024, show_default="1"
-    )
+    ranks: Ranks = None
 
     def arguments(self) -> tuple[Any, ...]:
         """Recipe, whose mistakes are told before torch is imported, run folder, and whether it goes on there."""
@@ -268,6 +270,7 @@ class Evaluate(Order):
     keep_images: bool = option("Leave all images in OUT/images.", False, "--keep-images")
     statistics: Path | None = option("Write mean and covariance of the reference's features.", metavar="NPZ")
     seed: Seed = 0
+    ranks: Ranks = None
     device: Device = "auto"
     config: PlaceIfAny = option("Of a file: diffusers folder of its family.", metavar="DIR")
     family: Family = None

@@ -13,6 +13,7 @@ from fewstep.commands.options import (
     Overwrite,
     Place,
     PlaceIfAny,
+    Ranks,
     Seed,
     Texts,
     option,
@@ -104,6 +105,7 @@ class Latents(Order):
     batch_size: int = option("Images per pass of the autoencoder.", 8, min=1, max=MOST)
     config: PlaceIfAny = option("Of a file: diffusers folder of its family.", metavar="DIR")
     seed: Seed = 0
+    ranks: Ranks = None
     device: Device = "auto"
 
 
@@ -122,6 +124,7 @@ class Pairs(Order):
     classes: str = option("Of a teacher with classes: turn, or uniform at random.", "turn")
     seed: Seed = 0
     batch_size: int | None = option("Pairs drawn at once; by default by size.", min=1, max=MOST)
+    ranks: Ranks = None
     device: Device = "auto"
     family: Family = None
     precision: str = option("float32, bfloat16 or float16 (paper) of the teacher.", "float32")

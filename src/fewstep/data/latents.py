@@ -50,8 +50,12 @@ def write_latents(
     dropped: dict[str, int] | None = None,
     batch_size: int = 8,
     report: Report = lambda done: None,
+    place: tuple[int, int] = (0, 1),
 ) -> dict[str, Any]:
     """Writes the latents of captioned images into the folder `out`, or goes on with it; returns its description.
+
+    Of several ranks each writes its own share (`place`: its number, and how many there are), and the description of one
+    that others are not done with has no `count`.
 
     `plan` is the model's `latent_space` with a `seed`, and what else decides; the noise of image i is a function of
     (seed, i). Unusable images are left out and counted in the description's `dropped`, on top of those given. Raises
@@ -66,7 +70,9 @@ def write_latents(
         latents, facts = _encode_rows(images, encode, plan, rows, batch_size, told)
         save_shard(path, {"latent": latents}, facts)
 
-    folder.fill(make, 2 * math.prod(plan["shape"]), report)
+    folder.fill(make, 2 * math.prod(plan["shape"]), report, *place)
+    if not all(path.exists() for path in folder.files):
+        return folder.plan
     all_facts = [open_shard(path)[1] for path in folder.files]
     left_out = sum((Counter(facts["dropped"]) for facts in all_facts), Counter(dropped))
     count = sum(len(facts["captions"]) for facts in all_facts)
