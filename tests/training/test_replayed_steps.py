@@ -71,7 +71,14 @@ def pixels(name: str, model: PixelModel, num: int = 2) -> Batches:
     return lambda step: in_parts(batch(name, model, step), NUM, num)
 
 
-@pytest.mark.parametrize("name", METHODS)
+QUICK = ("dmd2, cycle and a third of the reals", "dmd2, random times", "dmd2, weights of losses", "teacher")
+
+
+def slow_but(quick: Iterable[str], names: Iterable[str]) -> list[Any]:
+    return [pytest.param(name, marks=[] if name in quick else [pytest.mark.slow]) for name in names]
+
+
+@pytest.mark.parametrize("name", slow_but(QUICK, METHODS))
 def test_replayed_steps_are_the_eager_ones(tiny_model: PixelModel, name: str) -> None:
     """The batch in two parts."""
     eager, replayed = (on_a_gpu(METHODS[name](copy.deepcopy(tiny_model))) for _ in range(2))
@@ -110,8 +117,8 @@ def latents(
 
 
 @pytest.mark.parametrize("lora", [None, LoRASettings(rank=2, alpha=2.0)], ids=["whole", "lora"])
-@pytest.mark.parametrize("checkpointing", ["none", pytest.param("gan", marks=pytest.mark.slow), "blocks"])
-@pytest.mark.parametrize("family", [pytest.param("sd", marks=pytest.mark.slow), "sdxl"])
+@pytest.mark.parametrize("checkpointing", slow_but(["none"], ["none", "gan", "blocks"]))
+@pytest.mark.parametrize("family", slow_but(["sdxl"], ["sd", "sdxl"]))
 def test_what_follows_from_weights_is_as_new_as_they_are(
     tmp_path: Path, family: str, lora: LoRASettings | None, checkpointing: str
 ) -> None:
@@ -168,7 +175,9 @@ def test_a_trial_decides_and_says_so_once(tiny_model: PixelModel, seconds: float
         ),
     ],
 )
-@pytest.mark.parametrize("lora", [None, LoRASettings(rank=2, alpha=2.0)], ids=["whole", "lora"])
+@pytest.mark.parametrize(
+    "lora", [pytest.param(None, marks=pytest.mark.slow), LoRASettings(rank=2, alpha=2.0)], ids=["whole", "lora"]
+)
 def test_where_none_can_be_recorded_the_steps_go_on_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, line: str, lora: LoRASettings | None
 ) -> None:
@@ -302,7 +311,7 @@ def test_the_loop_runs_its_steps_by_graphs(
 
 DISTILLED = [name for name in recipe_names() if load_recipe(name).kind == "distill"]
 OF_PIXELS = ["model.block_out_channels=[8, 8]", "model.norm_num_groups=4"]
-FEW = {"sdxl-4step-lora", "sd15-1step-gan", "digits-4step"}
+FEW = {"sdxl-4step-lora", "digits-4step"}
 
 
 def small(name: str) -> tuple[DMD2, list]:
@@ -318,9 +327,7 @@ def small(name: str) -> tuple[DMD2, list]:
     return on_a_gpu(method), parts_of(recipe, outline, torch.device("cpu"))
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in FEW else [pytest.mark.slow]) for name in DISTILLED]
-)
+@pytest.mark.parametrize("name", slow_but(FEW, DISTILLED))
 def test_steps_of_every_recipe_look_at_nothing_and_are_replayed(name: str) -> None:
     (eager, parts), (replayed, _) = small(name), small(name)
     steps = [0, 1, 2 * eager.settings.student_every, 11, 4 * eager.settings.student_every, 21]
