@@ -90,7 +90,7 @@ def assert_the_same(ranks: list[dict[str, Any]], alone: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("names", "parts"),
     [
-        (["dmd2", "dmd2, cycle and a third of the reals"], 1),
+        (["dmd2, cycle and a third of the reals"], 1),
         pytest.param(list(METHODS), 1, marks=pytest.mark.slow),
         pytest.param([name for name in METHODS if "third" not in name], 3, marks=pytest.mark.slow),
     ],
