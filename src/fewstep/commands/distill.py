@@ -111,7 +111,7 @@ def _job(recipe: StudentRecipe, run: Path) -> Job:
 
 def _plan_of(recipe: DistillRecipe, model: ImageModel, device: torch.device, run: Path) -> Plan | None:
     """What a step takes of a GPU, before anything is there; raises UserError if it surely has less."""
-    if (memory := device_memory(device)) is None:
+    if (memory := device_memory(device)) is None or recipe.parallel.shard != "none":  # of which a plan knows nothing
         return None
     found = plan(recipe, Outline.of(model))
     if found.peak * (1 - ERROR) > memory:

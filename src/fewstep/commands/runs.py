@@ -32,6 +32,7 @@ from fewstep.training.batches import BatchAt
 from fewstep.training.loop import Evaluate, train
 from fewstep.training.method import Method
 from fewstep.training.optimization import check_optimizer, learning_rate_factor
+from fewstep.training.parallel import check_shard, check_units, shard
 from fewstep.training.roles import compile_roles
 from fewstep.training.settings import OptimizerSettings
 
@@ -211,7 +212,12 @@ def train_recipe(jobs: Jobs, recipe: AnyRecipe, run: Path, resume: bool, report:
     device, minutes = pick_device(recipe.device), recipe.parallel.stall_minutes
     with joined(device, minutes), advising("the same command with --resume goes on"), _locked(run):
         of_first(lambda: check_target(run, recipe, resume))  # before it makes the folder a run
+        if recipe.parallel.shard != "none" and rank() == 0:  # which tells it alone
+            check_shard(recipe)
         job = first_then_others(lambda: _prepared(jobs, recipe, run))
+        if recipe.parallel.shard != "none":  # behind what each does by itself: it takes all of them at once
+            method: Any = job.method
+            print(f"shard: each network in {shard(method, recipe.parallel)} units among {num_ranks()} ranks")
         start_run(job, run, recipe, report)
     return job
 
@@ -235,6 +241,9 @@ def _prepared(jobs: Jobs, recipe: AnyRecipe, run: Path) -> Job:
         keep_freed_memory()
     compiled = prepare_compiling(pick_device(recipe.device)) if recipe.speed.compile == "blocks" else None
     job = jobs[recipe.kind](recipe, run)
+    method: Any = job.method
+    if recipe.parallel.shard != "none":
+        check_units(method)
     job = _compiled(job, compiled) if compiled else job
     if shown and getattr(job.method.model, "kind", None) != "text":
         raise UserError("samples.prompts: the model takes no text; leave it out")

@@ -205,7 +205,7 @@ class ImageModel(ABC):
 
         Of low-rank weights these alone, which `pretrained.load` merges into the base beside them.
         """
-        prefix, own, description = f"network.{self.part}.", self.network.state_dict(), self.description()
+        prefix, own, description = f"network.{self.part}.", _state_of(self.network), self.description()
         given = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
         if settings := settings_of(self.denoiser):
             (folder / LORA).mkdir(parents=True)
@@ -227,6 +227,15 @@ class ImageModel(ABC):
     @abstractmethod
     def description(self) -> dict[str, Any]:
         """What fewstep needs to know of the model beside what diffusers keeps in its folder."""
+
+
+def _state_of(network: Any) -> dict[str, Tensor]:
+    """As `state_dict` gives it, but without its hooks: training may be using what they would put away."""
+    state = dict[str, Tensor](network.named_parameters(remove_duplicate=False))
+    for path, module in network.named_modules():
+        kept = [(name, x) for name, x in module._buffers.items() if name not in module._non_persistent_buffers_set]
+        state |= {f"{path}.{name}".lstrip("."): buffer for name, buffer in kept if buffer is not None}
+    return state
 
 
 def with_state(network: Any, state: Mapping[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:

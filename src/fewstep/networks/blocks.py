@@ -23,6 +23,18 @@ def blocks(network: nn.Module) -> Iterator[nn.Module]:
             yield module
 
 
+def named_units(network: nn.Module) -> list[tuple[str, nn.Module]]:
+    """What of a UNet is gathered at once where ranks share weights, inner ones first, by dotted names: of SDXL 18.
+
+    Each stack of transformer blocks with its projections, and each down, middle and up block with what is left in it.
+    """
+    named = [(name, module, name.split(".")) for name, module in network.named_modules()]
+    stacks = [(name, module) for name, module, _ in named if hasattr(module, "transformer_blocks")]
+    whole = [(name, module) for name, module, path in named if path[-2:-1] in (["down_blocks"], ["up_blocks"])]
+    middle = [(name, module) for name, module, path in named if path[-1] == "mid_block"]
+    return [*stacks, *whole, *middle]
+
+
 def check_blocks(network: nn.Module, setting: str = "checkpointing") -> list[nn.Module]:
     """Its blocks; raises UserError, which names the setting that wants them, where there are none."""
     found = list(blocks(network))

@@ -199,6 +199,15 @@ class _Instead(TorchDispatchMode):
         return next(self.given)
 
 
+def drop_copies(network: nn.Module) -> None:
+    """Undoes `hold_copies`: its layers multiply with their weights as they are."""
+    for number, hook in list(network._forward_pre_hooks.items()):
+        if isinstance(hook, WeightCopies):
+            del network._forward_pre_hooks[number]
+            for layer in hook.parts:
+                layer.held = Held()
+
+
 def hold_copies(network: nn.Module) -> None:
     """Gives its trained linear layers and convolutions copies in bfloat16, two bytes per weight, for good."""
     classes: dict[type, type] = {nn.Linear: CopiedLinear, nn.Conv2d: CopiedConv2d}  # no class that computes otherwise

@@ -8,7 +8,7 @@ this does anything in it.
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -174,14 +174,20 @@ def any_of(flag: int) -> int:
     return int(told)
 
 
-def of_first(work: Callable[[], Result]) -> Result | None:
-    """What the first rank finds, alone, while the others wait as long as it takes, and get None."""
+def of_first(work: Callable[[], Result], together: bool = False) -> Result | None:
+    """What the first rank finds, alone, while the others wait as long as it takes, and get None.
+
+    With `together` they do the same work beside it, as where it needs the weights that they hold.
+    """
     if num_ranks() == 1:
         return work()
-    found = None
-    if rank() == 0:
+    found, first = None, rank() == 0
+    if first:
         with apart():
             found = work()
+    elif together:
+        with apart(), open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):  # the first one's bars suffice
+            work()
     _wait_for_first()
     return found
 

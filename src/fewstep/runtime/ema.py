@@ -7,17 +7,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.runtime.sharding import is_shard, put, reshard
+
 
 def trainable_state(module: nn.Module) -> dict[str, Tensor]:
     """What is trained, by name, detached: all that checkpoints, averages and other runs take of a module."""
+    reshard(module)
     return {name: parameter.detach() for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
 def load_trainable(module: nn.Module, state: dict[str, Tensor]) -> None:
     """Puts back what `trainable_state` gave; raises KeyError or RuntimeError if it is of another module."""
-    if other := trainable_state(module).keys() ^ state.keys():
+    ours = trainable_state(module)
+    if other := ours.keys() ^ state.keys():
         raise KeyError(f"{sorted(other)[0]}, one of {len(other)} parameters on one side alone")
-    module.load_state_dict(state, strict=False)  # what is not trained is not in it
+    if not any(is_shard(each) for each in ours.values()):
+        module.load_state_dict(state, strict=False)  # what is not trained is not in it
+        return
+    for name, shard in ours.items():
+        put(shard, state[name])
 
 
 class EMA:
@@ -30,7 +38,7 @@ class EMA:
 
     def __init__(self, module: nn.Module, decay: float | Sequence[float]):
         decays = list(decay) if isinstance(decay, Sequence) else [decay]
-        self.num_updates = 0
+        self.num_updates, self.module = 0, module
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.first, *self.others = [ema_name(each) for each in decays]
         self.decays = {ema_name(each): each for each in decays if each}
@@ -59,12 +67,14 @@ class EMA:
         """
         parameters, copies = self.parameters.values(), self.copies.get(name or self.first, [])  # none of decay 0
         swapped: list[tuple[Tensor, Tensor]] = []
+        reshard(self.module)
         try:
             for parameter, average in zip(parameters, copies, strict=False):
                 _swap(parameter, average)
                 swapped.append((parameter, average))
             yield
         finally:
+            reshard(self.module)
             for pair in swapped:
                 _swap(*pair)
 
@@ -85,7 +95,7 @@ class EMA:
         saved = {self.first: state["averages"], **state.get("others", {})}
         for name, averages in self.copies.items():
             for average, value in zip(averages, saved[name], strict=True):
-                average.copy_(value)
+                put(average, value)
         self.num_updates = state["num_updates"]
 
 

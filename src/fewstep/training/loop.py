@@ -18,6 +18,7 @@ from fewstep.runtime import checkpoint
 from fewstep.runtime.distributed import any_of, at_step, first_then_others, num_ranks, of_first, rank
 from fewstep.runtime.graphs import CUDA, Graphs
 from fewstep.runtime.runs import best_steps
+from fewstep.runtime.sharding import whole
 from fewstep.runtime.tensorboard import Board, open_board
 from fewstep.runtime.tracking import Allowance, Metrics, Report, StepClock, read_metrics, rewind, write_line
 from fewstep.runtime.writing import Writer
@@ -75,12 +76,14 @@ def train(
             board.numbers("training", done, shown)
             if evaluate is not None and judged:
                 with _aside(clock, graphs), judging.spending():
-                    shown = (of_first(partial(_judge, evaluate, method, run, done, board)) or {}) | shown
+                    scores = of_first(partial(evaluate, method, done), method.sharded)
+                    shown = _keep_scores(scores, run, done, board) | shown
             stopped = any_of(stop_requested())  # asked once, so that what is saved and what is told agree
             report(done, shown)
             if done % settings.sample_every == 0 or last:
                 with _aside(clock, graphs):
-                    of_first(partial(_draw, method, noise, asked, run, done, board))
+                    pictures = of_first(partial(_draw, method, noise, asked), method.sharded)
+                    _keep_pictures(pictures, run, done, board)
             if done % settings.checkpoint_every == 0 or last or stopped or judged:
                 guard.check(done)
                 with clock.aside():
@@ -112,9 +115,10 @@ def _aside(clock: StepClock, graphs: Graphs | None) -> AbstractContextManager[No
     return clock.aside()
 
 
-def _judge(evaluate: Evaluate, method: Method, run: Path, step: int, board: Board) -> dict[str, float]:
-    """The scores of a step, which are kept."""
-    scores = evaluate(method, step)
+def _keep_scores(scores: dict[str, float] | None, run: Path, step: int, board: Board) -> dict[str, float]:
+    """Writes those of a step, which the first rank has."""
+    if scores is None:
+        return {}
     # Before the checkpoint: a kill in between makes it judge again, and no step is kept without its scores.
     write_line(run / checkpoint.EVALUATIONS, step, scores)
     board.numbers("evaluation", step, scores)
@@ -132,13 +136,18 @@ def _allowed(judging: Allowance, step: int) -> bool:
     return False
 
 
-def _draw(method: Method, noise: Tensor, asked: Asked, run: Path, step: int, board: Board) -> None:
-    """Writes the pictures of a step, in a folder of the run by what they are."""
+def _draw(method: Method, noise: Tensor, asked: Asked) -> dict[str, Image]:
+    """The pictures of a step, by what they are."""
     pictures = {"samples": sample_grid(method, noise, asked)}
     if panel := method.panel(noise.to(method.model.device), asked):
         pictures["panels"] = panel
     method.model.release()  # autoencoder and text encoders, which only pictures use
-    for folder, picture in pictures.items():
+    return pictures
+
+
+def _keep_pictures(pictures: dict[str, Image] | None, run: Path, step: int, board: Board) -> None:
+    """Writes those that the first rank has, in a folder of the run by what they are."""
+    for folder, picture in (pictures or {}).items():
         (run / folder).mkdir(exist_ok=True)
         save_png(picture, run / folder / f"{checkpoint.step_name(step)}.png")
         board.picture(folder, step, picture)
@@ -146,7 +155,7 @@ def _draw(method: Method, noise: Tensor, asked: Asked, run: Path, step: int, boa
 
 def _save(method: Method, metrics: Metrics, writer: Writer, step: int, judging: EvaluationSettings) -> None:
     """A checkpoint of finite numbers, which the first rank writes while training goes on."""
-    state = method.state_dict()  # of which each rank has its share
+    state = whole(method.state_dict(), wanted=rank() == 0)  # of which each rank has its share
     of_first(partial(_write, state, method, metrics, writer, step, judging))
 
 

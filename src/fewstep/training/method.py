@@ -87,6 +87,8 @@ class Method(ABC):
     """What the loop draws noise for: an `ImageModel`, or an autoencoder by itself."""
     ema: EMA
     seed: int = 0
+    sharded = False
+    """Whether ranks share its weights, so that all of them take part in what is drawn and judged, too."""
     num_noises: int = 1
     """How many noises per image `sample` wants: K for a student."""
 

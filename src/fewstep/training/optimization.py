@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fewstep.errors import UserError
 from fewstep.runtime.distributed import add_up, num_ranks
+from fewstep.runtime.sharding import cut, is_shard
 from fewstep.training.settings import OptimizerSettings
 
 
@@ -64,11 +65,22 @@ class Optimizer:
         self.lr: float = settings.lr
         self.peaks = [group["lr"] for group in self.adamw.param_groups]
         self.factor: Callable[[int], float] = lambda update: learning_rate_factor(update, num_updates, settings)
+        self.units: Sequence[Any] = ()
+        """What gathers the weights where ranks share them."""
         self.progress = 0
         """Updates that were made or skipped."""
         if not self.eight_bit and any(p.is_cuda for p in self.parameters):
             self.keep_rates(self.parameters[0].device)
         self._set_rates()
+
+    def exchange(self, others: Mapping[nn.Parameter, nn.Parameter], units: Sequence[Any]) -> None:
+        """Trains the others in place of those that it was made for, before its first update.
+
+        They are shards, which the units gather, and whose gradients are sums over ranks already.
+        """
+        self.units, self.parameters = units, [others[each] for each in self.parameters]
+        for group in self.adamw.param_groups:
+            group["params"] = [others[each] for each in group["params"]]
 
     def step(self, finite: Tensor) -> tuple[Tensor, Tensor]:
         """Clips, updates, clears the gradients; gives the gradient norm before clipping, and 1 if it was skipped, or 0.
@@ -76,16 +88,19 @@ class Optimizer:
         An update is skipped if its losses are not `finite` () or the norm is not. Weights, moments and AdamW's count of
         updates, on which its correction of the moments depends, stay as they were then.
         """
-        if num_ranks() > 1:  # of losses that are shares of the whole batch's
+        if num_ranks() > 1 and not self.units:  # of losses that are shares of the whole batch's
             for parameter in self.parameters:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
             add_up([p.grad for p in self.parameters if p.grad is not None])
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)  # (), over all parameters together
+        norm: Any = nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)  # (), over all parameters together
+        norm = norm.full_tensor() if is_shard(norm) else norm
         skipped = (~(norm.isfinite() & finite)).float()
         if self.eight_bit and skipped.item():
             # The host waits here, once: bitsandbytes waits for the device behind every tensor anyway.
             self.adamw.zero_grad()  # and what has no gradient stays as it is, with its moments and counts
+        for unit in self.units:
+            unit.reshard()  # a pass without gradient left weights gathered, as they were before this
         # The fused kernel looks at `found_inf` on the device, as for a gradient scaler: the host need not know.
         self.adamw.grad_scale, self.adamw.found_inf = None, skipped  # type: ignore[attr-defined]
         self.adamw.step()
@@ -124,7 +139,12 @@ class Optimizer:
         """Also takes the states of other devices and of earlier versions, whose settings are not those of here."""
         ours = [{name: value for name, value in group.items() if name != "params"} for group in self.adamw.param_groups]
         groups = [saved | own for saved, own in zip(state["adamw"]["param_groups"], ours, strict=True)]
-        self.adamw.load_state_dict(state["adamw"] | {"param_groups": groups})
+        ordered = [parameter for group in self.adamw.param_groups for parameter in group["params"]]
+        moments = {
+            index: {name: cut(value, ordered[index]) for name, value in each.items()}
+            for index, each in state["adamw"]["state"].items()
+        }
+        self.adamw.load_state_dict({"state": moments, "param_groups": groups})
         for group, own in zip(self.adamw.param_groups, ours, strict=True):
             group["lr"] = own["lr"]  # the very tensor, where it is one
         self.progress = state["schedule"]["last_epoch"]

@@ -143,6 +143,13 @@ class SpeedSettings(Settings):
 class ParallelSettings(Settings):
     """How several ranks train together (docs/scaling.md)."""
 
+    shard: Literal["none", "full", "hybrid"] = "none"
+    """Who holds the weights of a distillation, with their gradients, averages and moments: `none`, every rank all of
+    them; `full`, each some rows of every tensor, and gathers the rest when a pass needs it; `hybrid`, so among the
+    ranks of a machine, and every machine all of them. Numbers are the same."""
+    keep_gathered: bool = True
+    """Whether gathered weights stay until they change: half the messages, for the memory of one more set of each
+    network's weights, in the dtype that it computes in."""
     stall_minutes: float = Field(10.0, gt=0, le=1440)
     """How long a rank waits for the others in a step, before it takes them for lost."""
 
@@ -161,7 +168,7 @@ class LoopSettings(Settings):
     speed: SpeedSettings = SpeedSettings()
     """How a step is run (keys graphs, compile)."""
     parallel: ParallelSettings = ParallelSettings()
-    """How several ranks train together (key stall_minutes)."""
+    """How several ranks train together (keys shard, keep_gathered, stall_minutes)."""
     max_skipped: Count = 20
     """Updates in a row that may be skipped because a loss or a gradient is not finite, before the run ends."""
     log_every: Count = 50

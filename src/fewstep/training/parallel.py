@@ -1,0 +1,119 @@
+"""Weights that several ranks share: each holds some rows of every tensor, and of what it trains on them.
+
+FSDP2 is put on from outside, behind all that copies networks and before the first step: networks, losses and the order
+of a step know nothing of it. A unit's weights are gathered in one message and its gradients added up in another.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from fewstep.diffusion.denoiser import Denoiser, unguided
+from fewstep.errors import UserError
+from fewstep.networks.blocks import named_units
+from fewstep.networks.copies import drop_copies
+from fewstep.networks.precision import AutocastDenoiser
+from fewstep.runtime.distributed import environment, num_ranks
+from fewstep.runtime.ema import EMA
+from fewstep.training.dmd2 import DMD2
+from fewstep.training.settings import ParallelSettings
+
+FIELD = "parallel.shard"
+
+
+def check_shard(recipe: Any) -> None:
+    """Raises UserError where ranks can't share the weights of a recipe, or would not take the same passes."""
+    parts = num_ranks() * recipe.accumulate
+    if recipe.kind != "distill":
+        raise UserError(f"{FIELD}: ranks share the weights of a distillation alone; set none")
+    if num_ranks() == 1:
+        raise UserError(f"{FIELD}: one rank has nobody to share weights with; start several (--ranks N), or set none")
+    if recipe.lora:
+        raise UserError(f"{FIELD}: low-rank weights are beside a base that all networks share; set none, or lora null")
+    if "adamw8bit" in {recipe.student.optimizer.kind, recipe.critic.optimizer.kind}:
+        raise UserError(f"{FIELD}: adamw8bit does not know weights in shards; set optimizer.kind to adamw, or none")
+    if recipe.gan.student_weight and (reals := round(recipe.batch_size * recipe.gan.real_share)) < parts:
+        raise UserError(f"{FIELD}: {reals} real images a step are too few for {parts} parts; raise gan.real_share")
+    rows, stops = recipe.batch_size // parts, recipe.student.num_timesteps
+    if recipe.student.stops == "mixed" and rows < stops:
+        raise UserError(f"{FIELD}: parts of {rows} rows don't have all {stops} stops of student.stops=mixed; set none")
+    here = _ranks_here()
+    if recipe.parallel.shard == "hybrid" and (here in (1, num_ranks()) or num_ranks() % here):
+        raise UserError(f"{FIELD}: hybrid shares within each of several machines of several ranks; set full")
+
+
+def _ranks_here() -> int:
+    """How many are on this machine, as torchrun tells it; all of them without it."""
+    return environment("LOCAL_WORLD_SIZE", num_ranks())
+
+
+def check_units(method: DMD2) -> None:
+    """Raises UserError where a network has no units, or where the discriminator reads inside one."""
+    names = [name for name, _ in named_units(method.critic.network)]
+    if not names:
+        raise UserError(f"{FIELD}: the network has no down_blocks, mid_block and up_blocks to divide; set none")
+    if method.gan and method.feature_layer not in names:
+        ways = ", ".join(name for name in names if "up_blocks" not in name and "attentions" not in name)
+        raise UserError(f"gan.feature_layer: {method.feature_layer} is inside a unit of {FIELD}; take one of {ways}")
+
+
+def shard(method: DMD2, settings: ParallelSettings) -> int:
+    """Divides all networks of a method among the ranks, before its first step; gives the number of units of one.
+
+    Gradients are added up, for losses are shares of the whole batch's. Passes that ranks do not make alike wait for
+    ever: what is drawn and judged is, too, drawn by all.
+    """
+    mesh, keep = _mesh(method.model.device, settings.shard), settings.keep_gathered
+    trained: list[nn.Module] = [method.student, method.critic, *([method.discriminator] if method.gan else [])]
+    before = [dict(module.named_parameters()) for module in trained]
+    units = [_divide_network(each, mesh, keep) for each in (method.student, method.critic, unguided(method.teacher))]
+    # Its inner layers alone: `Discriminator` gives a view of what they give, which FSDP warns of.
+    head = _divide([method.discriminator.layers], mesh, keep) if method.gan else []
+    shards = {
+        old: module.get_parameter(name)
+        for module, parameters in zip(trained, before, strict=True)
+        for name, old in parameters.items()
+    }
+    method.student_optimizer.exchange(shards, units[0])
+    method.critic_optimizer.exchange(shards, [*units[1], *head])
+    method.ema = EMA(method.student, method.settings.student.ema_decay)
+    method.sharded = True
+    return len(units[0])
+
+
+def _mesh(device: torch.device, kind: str) -> Any:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    here, num = _ranks_here(), num_ranks()
+    # Of two dimensions the weights are divided along the last, and the same along the first.
+    sizes = (num // here, here) if kind == "hybrid" else (num,)
+    return init_device_mesh(device.type, sizes, mesh_dim_names=("machines", "ranks")[-len(sizes) :])
+
+
+def _divide_network(denoiser: Denoiser, mesh: Any, keep: bool) -> list[Any]:
+    """Its units and, as the root, its adapter, in which a critic's stop embedding lies."""
+    network = denoiser.network
+    drop_copies(network)  # gathered weights are the copies in bfloat16
+    units = [unit for _, unit in named_units(network)]
+    return _divide([*units, network], mesh, keep, isinstance(denoiser, AutocastDenoiser))
+
+
+def _divide(modules: Sequence[nn.Module], mesh: Any, keep: bool, autocast: bool = False) -> list[Any]:
+    """Puts FSDP on the modules, inner ones first, the root last."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    # Inputs stay as they are: bfloat16 would round native times and sizes in pixels.
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    if autocast:
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    divided: list[Any] = []
+    for module in modules:
+        # The root's weights stay for the backward pass: where features alone have a graph nothing gathers them again.
+        again = not keep and module is not modules[-1]
+        unit: Any = fully_shard(module, mesh=mesh, reshard_after_forward=again, mp_policy=policy)
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)  # by a plain sum, which gloo knows, too
+        divided.append(unit)
+    return divided
