@@ -96,12 +96,15 @@ def test_how_ranks_end(monkeypatch: pytest.MonkeyPatch, script: str, code: int, 
 @pytest.mark.slow
 def test_two_ranks_train_what_one_does_and_either_goes_on(start: Start) -> None:
     assert fewstep(f"teach digits-teacher {SMALL} --set num_steps=8 --out t")[0] == 0
-    lines = [f"{STUDENT} --set num_steps=12 --out one", f"{STUDENT} --set num_steps=12 --out two --ranks 2"]
-    lines += [f"{STUDENT} --set num_steps=8 --out half --ranks 2", f"{STUDENT} --set num_steps=8 --out other"]
-    lines += [
-        f"{STUDENT} --set num_steps=12 --out half --resume",
-        f"{STUDENT} --set num_steps=12 --out other --resume --ranks 2",
+    same_rates = f"{STUDENT} --set student.optimizer.decay=constant --set critic.optimizer.decay=constant"
+    whole, half = f"{same_rates} --set num_steps=12", f"{same_rates} --set num_steps=8"
+    lines = [
+        f"{whole} --out one",
+        f"{whole} --out two --ranks 2",
+        f"{half} --out half --ranks 2",
+        f"{half} --out other",
     ]
+    lines += [f"{whole} --out half --resume", f"{whole} --out other --resume --ranks 2"]
     for line in lines:
         _, errors = (process := start(line)).communicate(timeout=200)
         assert process.returncode == 0, errors
