@@ -137,7 +137,7 @@ def assert_close(ours: dict[str, Any], theirs: dict[str, Any], drawn: bool = Tru
 @pytest.mark.parametrize(
     ("names", "num", "ranks", "kind"),
     [
-        (["pixels"], 4, 2, "full"),
+        pytest.param(["pixels"], 4, 2, "full", marks=pytest.mark.slow),
         pytest.param(list(CASES), 20, 2, "full", marks=pytest.mark.slow),
         pytest.param(["pixels", "sdxl"], 20, 4, "hybrid", marks=pytest.mark.slow),
     ],
