@@ -89,7 +89,7 @@ def test_the_wait_for_batches_is_told_per_step(monkeypatch: pytest.MonkeyPatch) 
 class Counting:
     """A method that only counts."""
 
-    num_noises, learning_rates = 1, {}
+    num_noises, learning_rates, sharded = 1, {}, False
 
     class model:  # noqa: N801
         shape, device, sampling_batch, release = (1, 4, 4), CPU, 1, staticmethod(lambda: None)

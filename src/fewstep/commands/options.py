@@ -25,10 +25,6 @@ Places = Annotated[list[str], "a place"]
 """Texts that may be paths, or hub ids, or names of recipes; typed `~` is the home folder in them as in any Path."""
 Set = Annotated[list[str], Option("--set", metavar="KEY=VALUE", help="Override a setting; repeatable.")]
 Resume = Annotated[bool, Option("--resume", help="Continue the run in that folder.")]
-Ranks = Annotated[
-    int | None,
-    Option(metavar="N", min=1, max=1024, show_default=False, help="Processes of this machine that share the work."),
-]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace what the last one wrote there.")]
 
 
@@ -43,6 +39,10 @@ def bounded(least: int, most: int) -> Callable[[str | int], int]:
     return parse
 
 
+Ranks = Annotated[
+    int | None,
+    Option(metavar="N", parser=bounded(1, 1024), show_default=False, help="Processes here."),
+]
 Seed = Annotated[int, Option(metavar="N", parser=bounded(0, 2**63 - 1), help="Image i is a function of it and i.")]
 Device = Annotated[str, Option(help="auto, cpu or cuda.")]
 Family = Annotated[

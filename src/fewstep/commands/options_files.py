@@ -16,6 +16,7 @@ from fewstep.commands.options import (
     Ranks,
     Seed,
     Texts,
+    bounded,
     option,
     verb,
 )
@@ -102,7 +103,7 @@ class Latents(Order):
     caption_column: str | None = option("By default caption, text, txt or prompt.")
     split: str = option("Where there are several.", "train")
     background: str = option("Under what is transparent.", "white", metavar="COLOUR")
-    batch_size: int = option("Images per pass of the autoencoder.", 8, min=1, max=MOST)
+    batch_size: int = option("Images per pass.", 8, metavar="N", parser=bounded(1, MOST))
     config: PlaceIfAny = option("Of a file: diffusers folder of its family.", metavar="DIR")
     seed: Seed = 0
     ranks: Ranks = None
