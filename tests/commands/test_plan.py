@@ -68,7 +68,7 @@ def test_advice_ends_at_the_first_setting_that_fits_and_it_does(monkeypatch: pyt
             ["critic.samples=cycle", "gan.features=frozen"],
         ),
         pytest.param(
-            ["batch_size=1", "student_every=2", "student.backward_simulation=false"],
+            ["batch_size=1", "student_every=2", "student.backward_simulation=false", "gan.independent_noise=true"],
             ["gan.features=frozen", "gan.independent_noise=false"],
             marks=pytest.mark.slow,
         ),
