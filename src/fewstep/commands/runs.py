@@ -301,9 +301,8 @@ def check_ranks(recipe: Any) -> None:
     """Raises UserError unless every rank has equally many rows of a batch, in equal parts, and a real image."""
     num = num_ranks() * recipe.accumulate
     if recipe.batch_size % num:
-        told = (
-            f"{num_ranks()} ranks of accumulate={recipe.accumulate} parts don't divide batch_size {recipe.batch_size}"
-        )
+        parts = f"{num_ranks()} ranks of accumulate={recipe.accumulate} parts"
+        told = f"{parts} don't divide batch_size {recipe.batch_size}"
         raise UserError(f"{told}; take {recipe.batch_size // num * num or num}, or fewer parts")
     reals = round(recipe.batch_size * recipe.gan.real_share) if recipe.kind == "distill" else recipe.batch_size
     if recipe.kind == "distill" and recipe.gan.student_weight and reals < num_ranks():

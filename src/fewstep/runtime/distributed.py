@@ -127,10 +127,7 @@ def add_up(tensors: Sequence[Tensor]) -> None:
     if num_ranks() == 1 or not tensors:
         return
     for bucket in _buckets(tensors):
-        flat = torch.cat([each.detach().flatten() for each in bucket])
-        dist.all_reduce(flat)
-        parts = flat.split([each.numel() for each in bucket])
-        torch._foreach_copy_(bucket, [part.view_as(each) for part, each in zip(parts, bucket, strict=True)])
+        torch._foreach_copy_(bucket, _summed(bucket))
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
@@ -148,10 +145,16 @@ def sums(values: dict[str, Tensor]) -> dict[str, Tensor]:
     """The sums over ranks of small tensors, by name, in their own dtypes: one message in float64 for all of them."""
     if num_ranks() == 1 or not values:
         return values
-    flat = torch.cat([each.detach().double().flatten() for each in values.values()])
+    found = _summed([each.detach().double() for each in values.values()])
+    return {name: total.to(each.dtype) for (name, each), total in zip(values.items(), found, strict=True)}
+
+
+def _summed(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Of each its sum over ranks, by one message for all."""
+    flat = torch.cat([each.flatten() for each in tensors])
     dist.all_reduce(flat)
-    parts = flat.split([each.numel() for each in values.values()])
-    return {name: part.view_as(each).to(each.dtype) for (name, each), part in zip(values.items(), parts, strict=True)}
+    parts = flat.split([each.numel() for each in tensors])
+    return [part.view_as(each) for part, each in zip(parts, tensors, strict=True)]
 
 
 def gathered(x: Tensor) -> Tensor:

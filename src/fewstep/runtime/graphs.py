@@ -116,10 +116,9 @@ class Graphs:
             return self.work(inputs, turn, random)
         kind = self.kinds.setdefault((turn, _signature(inputs)), Kind())
         self.calls += 1
-        if any(isinstance(each, str) for each in _leaves(inputs)):
-            return self._without(
-                "texts are embedded in every step (embeddings.max_gb keeps them)", inputs, turn, random
-            )
+        if kind.drawn is None and any(isinstance(each, str) for each in _leaves(inputs)):
+            why = "texts are embedded in every step (embeddings.max_gb keeps them)"
+            return self._without(why, inputs, turn, random)
         if len(self.kinds) > MOST:
             return self._without(f"steps come in more than {MOST} kinds", inputs, turn, random)
         if kind.replay is None:
