@@ -104,13 +104,17 @@ def test_two_ranks_train_what_one_does_and_either_goes_on(start: Start) -> None:
         f"{half} --out half --ranks 2",
         f"{half} --out other",
     ]
-    lines += [f"{whole} --out half --resume", f"{whole} --out other --resume --ranks 2"]
+    # Batches of 8, in parts of 2 rows: two of each rank, then four.
+    few = "--set parallel.max_rows_per_part=2"
+    lines += [f"{whole} --out rows --ranks 2 {few}", f"{half} --out rows-half --ranks 2 {few}"]
+    lines += [f"{whole} --out half --resume {few}", f"{whole} --out other --resume --ranks 2"]
+    lines += [f"{whole} --out rows-half --resume {few}"]
     for line in lines:
         _, errors = (process := start(line)).communicate(timeout=200)
         assert process.returncode == 0, errors
     assert checkpoint_steps(Path("two")) == checkpoint_steps(Path("one"))
     assert sorted(path.name for path in Path("two/samples").iterdir()) == ["00000006.png", "00000012.png"]
-    for run in ("two", "half", "other"):
+    for run in ("two", "half", "other", "rows", "rows-half"):
         for part in ("student", "critic", "discriminator", "ema"):
             ours, theirs = (last_state(Path(each))["method"][part] for each in (run, "one"))
             assert apart(ours, theirs) < 1e-5, (run, part)
@@ -151,7 +155,7 @@ def test_where_one_rank_is_gone_all_end_and_the_run_goes_on(start: Start, how: s
 def test_mistakes_of_ranks_are_one_line(start: Start) -> None:
     assert fewstep(f"teach digits-teacher {SMALL} --set num_steps=8 --out t")[0] == 0
     for more, line in (
-        ("--out x --ranks 3", "3 ranks of accumulate=1 parts don't divide batch_size 8; take 6, or fewer parts"),
+        ("--out x --ranks 3", "3 ranks don't divide batch_size 8; take 6, or fewer ranks"),
         ("--out x --set gan.real_share=0.125 --ranks 2", "1 real images a step are too few for 2 ranks"),
         ("--out t --ranks 2", "exists already"),
         ("--out x --set teacher=nothing --ranks 2", "teacher: 'nothing'"),

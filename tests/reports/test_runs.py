@@ -322,6 +322,10 @@ def test_out_of_memory_names_the_settings_that_take_less(
         answer,
         "precision=bfloat16 or optimizer.kind=adamw8bit or a lora or a smaller batch_size (8); `fewstep plan run/",
     )
+    answer = fewstep("distill d.yaml --out run-3 --set batch_size=8 --set parallel.max_rows_per_part=3")
+    refused(answer, "--resume with a smaller parallel.max_rows_per_part (3) and checkpointing=gan or blocks")
+    answer = fewstep("distill d.yaml --out run-1 --set batch_size=8 --set parallel.max_rows_per_part=1")
+    refused(answer, "--resume with checkpointing=gan or blocks")
     monkeypatch.undo()
 
 

@@ -13,6 +13,7 @@ import torch
 from fewstep.errors import UserError
 from fewstep.runtime.checkpoint import checkpoints
 from fewstep.runtime.tracking import StepClock
+from fewstep.training import batches
 from fewstep.training.batches import NUM_AHEAD, parts_ahead
 from fewstep.training.loop import train
 from fewstep.training.settings import LoopSettings
@@ -46,6 +47,28 @@ def test_every_step_has_its_own_parts_in_order(start: int, accumulate: int) -> N
         assert all(len(batch["deep"]["text"]) == len(rows) for rows, batch in each)
     assert asked == sorted(asked, key=lambda each: (each[0], each[1].start))
     assert not threads()
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "most", "ranks", "parts"),
+    [(280, 40, 1, 7), (280, 40, 7, 1), (280, 40, 2, 4), (280, 39, 1, 8), (280, 280, 1, 1), (7, 2, 1, 7), (8, 3, 2, 2)],
+)
+def test_parts_have_at_most_so_many_rows_however_many_ranks_there_are(
+    monkeypatch: pytest.MonkeyPatch, batch_size: int, most: int, ranks: int, parts: int
+) -> None:
+    given = settings(num_steps=1, batch_size=batch_size, parallel={"max_rows_per_part": most})
+    monkeypatch.setattr(batches, "num_ranks", lambda: ranks)
+    found: list[list[range]] = []
+    for number in range(ranks):
+        monkeypatch.setattr(batches, "rank", lambda number=number: number)
+        with parts_ahead(lambda step, rows: {}, given, 0, CPU) as steps:
+            found += [[rows for rows, _ in each] for each in steps]
+    assert [len(each) for each in found] == [parts] * ranks
+    assert [row for each in found for rows in each for row in rows] == list(range(batch_size))
+    assert len({len(rows) for each in found for rows in each}) == 1  # losses are means over parts
+    # No fewer parts would do.
+    mine = batch_size // ranks
+    assert parts == min(num for num in range(1, mine + 1) if mine % num == 0 and mine // num <= most)
 
 
 def test_they_are_made_while_a_step_is_computed_and_not_many_more() -> None:

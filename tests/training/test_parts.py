@@ -223,3 +223,5 @@ def test_what_waits_is_seen(tiny_model: PixelModel, monkeypatch: pytest.MonkeyPa
 def test_parts_that_do_not_divide_the_batch_are_refused_at_the_door() -> None:
     with pytest.raises(UserError, match="accumulate: 3 parts don't divide batch_size 64"):
         load_recipe("digits-1step", ["batch_size=64", "accumulate=3"])
+    with pytest.raises(UserError, match=r"accumulate=2 and parallel\.max_rows_per_part=8 both say what a part is"):
+        load_recipe("digits-1step", ["batch_size=64", "accumulate=2", "parallel.max_rows_per_part=8"])

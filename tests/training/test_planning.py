@@ -141,6 +141,7 @@ def test_parts_take_the_arithmetic_of_one_and_less_memory() -> None:
     assert divided.operations == pytest.approx(whole.operations, rel=1e-3)
     assert divided.peak - divided.resting < 0.5 * (whole.peak - whole.resting)
     assert whole.where == f"{TURNS[0]}, in a pass of the critic for the student's losses"
+    assert plan(digits("batch_size=12", "parallel.max_rows_per_part=2")[0], Outline.of(model)) == divided
 
 
 def test_attention_keeps_no_matrix_and_functions_are_put_back() -> None:

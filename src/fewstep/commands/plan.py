@@ -16,6 +16,7 @@ from fewstep.recipes.loading import load_recipe
 from fewstep.recipes.schema import DistillRecipe
 from fewstep.training.planning import TURNS, Plan, picture_bytes
 from fewstep.training.planning import plan as plan_of
+from fewstep.training.settings import ParallelSettings
 
 GB, SPARE = 1e9, 10**9  # bytes that CUDA's context, workspaces and fragmentation take beside what is counted
 ROLES = ("teacher", "student", "critic", "discriminator")
@@ -35,7 +36,7 @@ def plan(recipe: DistillRecipe, asked: Order) -> None:
     card = None if asked.memory is None else parse_memory(asked.memory)
     outline, told = find_outline(recipe, asked.recipe, asked.architecture)
     found, console = plan_of(recipe, outline), Console()
-    parts = "one part" if recipe.accumulate == 1 else f"{recipe.accumulate} parts"
+    parts = "one part" if recipe.num_parts() == 1 else f"{recipe.num_parts()} parts"
     print(f"{asked.recipe}: {told}, batches of {recipe.batch_size} in {parts}, {recipe.precision}")
     console.print(_table(found))
     for line in _lines(found, recipe, outline, asked.tflops):
@@ -108,8 +109,10 @@ def _advise(found: Plan, recipe: DistillRecipe, outline: Outline, asked: Order, 
     has = f"{card / GB:.1f} GB, {room / GB:.1f} without what is to spare"
     print(f"a card of {asked.memory}, taken as {card / 2**30:g} GiB, has {has}")
     if _needs(found, recipe, outline) <= room:
-        size = recipe.batch_size // recipe.accumulate
-        larger = recipe.model_copy(update={"batch_size": 2 * recipe.batch_size})  # whose reals are a whole number, too
+        size = recipe.batch_size // recipe.num_parts()
+        of_so_many = {"accumulate": recipe.num_parts(), "parallel": ParallelSettings()}
+        # Whose reals are a whole number, too.
+        larger = recipe.model_copy(update={"batch_size": 2 * recipe.batch_size} | of_so_many)
         each = (plan_of(larger, outline).peak - found.peak) / size
         most = size + int((room - found.peak) // max(each, 1))
         print(f"it fits; a further sample in a part takes {_size(each)}, so that parts of about {most:,} fit, too")
@@ -129,8 +132,9 @@ def _advise(found: Plan, recipe: DistillRecipe, outline: Outline, asked: Order, 
 
 def changes(recipe: DistillRecipe) -> Iterator[tuple[list[str], str]]:
     """Settings that take less memory, and what they change: first those that change no number."""
-    if recipe.accumulate < recipe.batch_size:
-        yield [f"accumulate={recipe.batch_size}"], "the same numbers"
+    if recipe.num_parts() < recipe.batch_size:
+        by_rows = recipe.parallel.max_rows_per_part
+        yield ["parallel.max_rows_per_part=1" if by_rows else f"accumulate={recipe.batch_size}"], "the same numbers"
     if recipe.checkpointing == "none" and recipe.gan.student_weight:
         yield ["checkpointing=gan"], "the same numbers, computed again"
     if recipe.checkpointing != "blocks":

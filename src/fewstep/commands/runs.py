@@ -268,7 +268,7 @@ def naming_memory(run: Path, recipe: Any) -> Iterator[None]:
         told = out_of_memory(error)
         if told is None:
             raise
-        exact = [f"a larger accumulate ({recipe.accumulate})"] if recipe.accumulate < recipe.batch_size else []
+        exact = _smaller_parts(recipe)
         exact += [f"checkpointing={' or '.join(more)}"] if (more := _checkpointing_more(recipe)) else []
         # In the order of what they change: rounding, more rounding, what is trained, how much it sees.
         other = ["precision=bfloat16"] if getattr(recipe, "precision", None) == "float32" else []
@@ -279,6 +279,14 @@ def naming_memory(run: Path, recipe: Any) -> Iterator[None]:
         ways += [f"begin anew with {' or '.join(other)}"] if other else []
         plan = f"; `fewstep plan {run / RECIPE}` tells what each saves" if recipe.kind == "distill" else ""
         raise UserError(f"{run}: {told}; {', or '.join(ways) or 'take a smaller model'}{plan}") from error
+
+
+def _smaller_parts(recipe: Any) -> list[str]:
+    """What makes them smaller, where they have more than a row."""
+    if recipe.batch_size // num_ranks() == recipe.num_parts(num_ranks()):
+        return []
+    most = recipe.parallel.max_rows_per_part
+    return [f"a smaller parallel.max_rows_per_part ({most})" if most else f"a larger accumulate ({recipe.accumulate})"]
 
 
 def _checkpointing_more(recipe: Any) -> list[str]:
@@ -299,11 +307,11 @@ def start_run(job: Job, run: Path, recipe: AnyRecipe, report: Report | None) -> 
 
 def check_ranks(recipe: Any) -> None:
     """Raises UserError unless every rank has equally many rows of a batch, in equal parts, and a real image."""
-    num = num_ranks() * recipe.accumulate
+    num, several = num_ranks() * recipe.accumulate, recipe.accumulate > 1  # of max_rows_per_part there are always some
     if recipe.batch_size % num:
-        parts = f"{num_ranks()} ranks of accumulate={recipe.accumulate} parts"
-        told = f"{parts} don't divide batch_size {recipe.batch_size}"
-        raise UserError(f"{told}; take {recipe.batch_size // num * num or num}, or fewer parts")
+        ranks = f"{num_ranks()} ranks{f' of accumulate={recipe.accumulate} parts' if several else ''}"
+        told = f"{ranks} don't divide batch_size {recipe.batch_size}; take {recipe.batch_size // num * num or num}"
+        raise UserError(f"{told}, or fewer {'parts' if several else 'ranks'}")
     reals = round(recipe.batch_size * recipe.gan.real_share) if recipe.kind == "distill" else recipe.batch_size
     if recipe.kind == "distill" and recipe.gan.student_weight and reals < num_ranks():
         raise UserError(f"gan.real_share: {reals} real images a step are too few for {num_ranks()} ranks; raise it")

@@ -39,10 +39,10 @@ def parts_ahead(
 
     An error in making a batch is raised where it is asked for; the thread ends with the context.
     """
-    size = settings.batch_size // settings.accumulate // num_ranks()  # that it divides is checked at the door
-    start_row = rank() * settings.accumulate * size
+    mine = settings.batch_size // num_ranks()  # that they divide is checked at the door
+    size = mine // settings.num_parts(num_ranks())
     way = torch.cuda.Stream(device) if device.type == "cuda" else None  # beside the one that computes
-    rows = [range(first, first + size) for first in range(start_row, start_row + settings.accumulate * size, size)]
+    rows = [range(first, first + size) for first in range(rank() * mine, (rank() + 1) * mine, size)]
 
     def make(step: int) -> list[Part]:
         return [(each, _sent(batch_at(step, each), device, way)) for each in rows]

@@ -76,7 +76,7 @@ def initialize(network: nn.Module) -> None:
 
 def parts_of(recipe: Any, outline: Outline, device: torch.device) -> list[Part]:
     """A batch in its parts, on the device."""
-    size = recipe.batch_size // recipe.accumulate
+    size = recipe.batch_size // recipe.num_parts()
     batch = {name: value.to(device) for name, value in outline.batch(size).items()}
     batch["x0"] = torch.randn_like(batch["x0"])
     return [(range(first, first + size), batch) for first in range(0, recipe.batch_size, size)]

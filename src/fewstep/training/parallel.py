@@ -25,7 +25,7 @@ FIELD = "parallel.shard"
 
 def check_shard(recipe: Any) -> None:
     """Raises UserError where ranks can't share the weights of a recipe, or would not take the same passes."""
-    parts = num_ranks() * recipe.accumulate
+    parts = num_ranks() * recipe.num_parts(num_ranks())
     if recipe.kind != "distill":
         raise UserError(f"{FIELD}: ranks share the weights of a distillation alone; set none")
     if num_ranks() == 1:

@@ -67,7 +67,8 @@ def plan(recipe: Any, outline: Outline, granule: int = GRANULE) -> Plan:
 
     The stop of a rollout adds passes without gradient, which take time and no memory: one stop is run.
     """
-    size, parts = recipe.batch_size // recipe.accumulate, min(recipe.accumulate, 2)  # further parts are as the second
+    num_parts = recipe.num_parts()
+    size, parts = recipe.batch_size // num_parts, min(num_parts, 2)  # further parts are as the second
     meter, on_cuda, model = Meter(granule), AsOnCUDA(), outline.fresh()  # not inside: the outline itself counts nothing
     with meter, on_cuda:
         method = _method(recipe, model, parts * size, on_cuda)
@@ -82,7 +83,7 @@ def plan(recipe: Any, outline: Outline, granule: int = GRANULE) -> Plan:
     for name, turn in found.items():
         calls = mean(mean(_calls(recipe, name, stop, num) for stop in range(first, num)) for num in grids)
         of_part = turn.operations.total() / parts + (calls - turn.calls["student"] / parts) * call
-        operations[name] = of_part * recipe.accumulate
+        operations[name] = of_part * num_parts
     return Plan(
         trained=trained(method),
         base=sum(p.numel() for p in method.teacher.parameters()),

@@ -152,6 +152,9 @@ class ParallelSettings(Settings):
     network's weights, in the dtype that it computes in."""
     stall_minutes: float = Field(10.0, gt=0, le=1440)
     """How long a rank waits for the others in a step, before it takes them for lost."""
+    max_rows_per_part: int | None = Field(None, ge=1, le=65_536)
+    """In place of `accumulate`: each rank computes its rows of a batch in as few equal parts as have at most so many,
+    however many ranks there are. 40 of a batch of 280 are seven parts on one GPU, and one on each of seven."""
 
 
 class LoopSettings(Settings):
@@ -164,11 +167,12 @@ class LoopSettings(Settings):
     batch_size: int = Field(64, ge=1, le=65_536)
     """Samples per step."""
     accumulate: Count = 1
-    """Parts that a batch is computed in, one after the other, for want of memory; the numbers are those of one."""
+    """Parts that each rank computes its rows of a batch in, one after the other, for want of memory; the numbers are
+    those of one part."""
     speed: SpeedSettings = SpeedSettings()
     """How a step is run (keys graphs, compile)."""
     parallel: ParallelSettings = ParallelSettings()
-    """How several ranks train together (keys shard, keep_gathered, stall_minutes)."""
+    """How several ranks train together (keys shard, keep_gathered, stall_minutes, max_rows_per_part)."""
     max_skipped: Count = 20
     """Updates in a row that may be skipped because a loss or a gradient is not finite, before the run ends."""
     log_every: Count = 50
@@ -190,7 +194,17 @@ class LoopSettings(Settings):
     def _parts_are_equal(self) -> Self:
         if self.batch_size % self.accumulate:
             raise ValueError(f"accumulate: {self.accumulate} parts don't divide batch_size {self.batch_size}")
+        if self.accumulate > 1 and (most := self.parallel.max_rows_per_part):
+            told = f"accumulate={self.accumulate} and parallel.max_rows_per_part={most} both say what a part is"
+            raise ValueError(f"accumulate: {told}; set accumulate to 1, or the other to null")
         return self
+
+    def num_parts(self, num_ranks: int = 1) -> int:
+        """Equal parts that each of so many ranks computes its rows of a batch in."""
+        if not (most := self.parallel.max_rows_per_part):
+            return self.accumulate
+        rows = max(1, self.batch_size // num_ranks)  # that they divide is checked once the ranks are there
+        return next(num for num in range(-(-rows // most), rows + 1) if rows % num == 0)
 
 
 class TeacherSettings(Settings):
