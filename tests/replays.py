@@ -1,12 +1,14 @@
 """A CPU that records what it does: operations on the same memory, run again without the Python around them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
+
+from fewstep.runtime.between import Work, cut_by
 
 
 class Recorder(TorchDispatchMode):
@@ -26,6 +28,11 @@ class Recorder(TorchDispatchMode):
             assert not fresh or len(fresh) == len(made)
             self.operations.append((func, args, kwargs, fresh))
         return found
+
+    def cut(self, work: Work, given: Sequence[Tensor]) -> None:
+        with _disable_current_modes():
+            work(given)
+        self.operations.append((work, (given,), {}, []))
 
     @torch.no_grad()
     def replay(self) -> None:
@@ -51,7 +58,7 @@ class CPU:
     def record(self, function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
         if self.fails:
             raise self.fails
-        with Recorder() as recorder:
+        with Recorder() as recorder, cut_by(recorder.cut):
             found = function()
         self.recorded += 1
 

@@ -4,12 +4,13 @@ import copy
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fewstep.models.pixel_model import PixelModel
 from fewstep.models.sampler import Sampler, generate, generate_stops
 from fewstep.runtime import graphs
-from fewstep.runtime.graphs import MOST, Graphs
+from fewstep.runtime.between import between
+from fewstep.runtime.graphs import MOST, Graphs, Machine
 from replays import CPU
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
@@ -58,6 +59,44 @@ def test_shapes_that_never_come_again_end_it() -> None:
         assert torch.equal(calls(torch.ones(size), None), torch.full((size,), 2.0))
     assert told == [f"graphs: off, steps come in more than {MOST} kinds"]
     assert not calls.kinds
+
+
+def others(told: list[float], x: Tensor) -> Tensor:
+    """x^2, plus what is told in the middle, times 3."""
+    middle = x.square()
+    between(lambda tensors: tensors[0].add_(told.pop()), [middle])
+    return middle * 3
+
+
+def assert_between(machine: Machine, device: str) -> None:
+    told = [float(number) for number in range(8)]
+    calls = Graphs(lambda x, turn, random: others(told, x), machine, trial=None)
+    for number in range(8, 0, -1):
+        x = torch.full((4,), float(number), device=device)
+        assert torch.equal(calls(x, None).cpu(), torch.full((4,), 3.0 * (number**2 + number - 1)))
+    assert not told  # once a call, the recorded one too
+
+
+def test_what_is_between_recordings_is_done_anew() -> None:
+    assert_between(CPU(), "cpu")
+
+
+@GPU
+def test_what_is_between_recordings_of_a_gpu_is_done_anew_and_keeps_no_memory() -> None:
+    assert_between(graphs.CUDA(torch.device("cuda")), "cuda")
+
+    def work(x: Tensor, turn: object, random: object) -> Tensor:
+        for _ in range(4):
+            large = x.expand(2**24, 4).contiguous()  # 256 MiB
+            between(lambda tensors: None, [large])
+            x = large.mean(0)
+            del large
+        return x
+
+    calls, x = Graphs(work, machine := graphs.CUDA(torch.device("cuda")), trial=None), torch.ones(4, device="cuda")
+    for _ in range(4):
+        assert torch.equal(calls(x, None), x)
+    assert machine.held < 2 * 2**28
 
 
 @GPU

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from test_parts import METHODS, NUM, batch
-from test_replayed_steps import latents
+from test_replayed_steps import graphs_of, latents, on_a_gpu, run
 from torch import Tensor
 
 from fewstep.models.pixel_model import PixelModel
@@ -16,7 +16,8 @@ from fewstep.networks.settings import LoRASettings, PixelModelConfig
 from fewstep.runtime.distributed import num_ranks, rank
 from fewstep.training.method import Method
 from ranks import in_ranks
-from steps import apart, in_parts
+from replays import CPU
+from steps import apart, in_parts, same
 
 STEPS = 6
 LATENTS = {
@@ -103,3 +104,35 @@ def test_two_ranks_take_the_steps_of_one(tmp_path: Path, names: list[str], parts
 def test_two_ranks_on_latents(tmp_path: Path) -> None:
     names = list(LATENTS)
     assert_the_same(in_ranks(2, tmp_path, of_latents, names, tmp_path), of_latents(names, tmp_path))
+
+
+def recorded(names: list[str], folder: Path) -> dict[str, Any]:
+    """How often a rank replayed steps, and how its state and metrics differ from those of steps that were not."""
+    found = {}
+    for name in names:
+        states, lines, cpu = [], [], CPU()
+        for way in ("eager", "graphs"):
+            if name in LATENTS:
+                family, lora, settings = LATENTS[name]
+                place = folder / f"{name}-{rank()}-{way}"
+                method, ((_, given),) = latents(place, family, lora, torch.bfloat16, **settings)
+                parts = lambda step, given=given: in_parts(given, 2, 2)[rank() :][:1]  # noqa: E731
+            else:
+                method = on_a_gpu(METHODS[name](copy.deepcopy(pixels())))
+                parts = lambda step, name=name: in_parts(batch(name, pixels(), step), NUM, 2)[rank() :][:1]  # noqa: E731
+            lines.append(run(method, parts, range(8), graphs_of(method, cpu) if way == "graphs" else None))
+            states.append(method.state_dict())
+        found[name] = {"replays": cpu.replays, "same": same(*states) and same(*lines), "state": states[1]}
+    return found
+
+
+@pytest.mark.slow
+def test_what_ranks_tell_each_other_is_between_recordings(tmp_path: Path) -> None:
+    """Pieces of steps are replayed, and sums over ranks are made anew between them: the same, bit for bit."""
+    names = [*METHODS, *LATENTS]
+    ranks = in_ranks(2, tmp_path, recorded, names, tmp_path)
+    for name in names:
+        for each in ranks:
+            assert each[name]["same"], name
+            assert each[name]["replays"] >= 4, name
+        assert apart(ranks[0][name]["state"], ranks[1][name]["state"]) == 0

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fewstep.errors import Lost, UserError, brief
+from fewstep.runtime.between import between
 
 Result = TypeVar("Result")
 BUCKET = 2**26  # numbers that travel at once
@@ -124,10 +125,15 @@ def at_step(step: int) -> None:
 @torch.no_grad()
 def add_up(tensors: Sequence[Tensor]) -> None:
     """Puts into each of the tensors, of one dtype and device, the sum over ranks; all have the same shapes there."""
-    if num_ranks() == 1 or not tensors:
-        return
+    if num_ranks() > 1 and tensors:
+        between(_add_up, [each.detach() for each in tensors])
+
+
+def _add_up(tensors: Sequence[Tensor]) -> None:
     for bucket in _buckets(tensors):
-        torch._foreach_copy_(bucket, _summed(bucket))
+        flat = torch.cat([each.flatten() for each in bucket])
+        dist.all_reduce(flat)
+        torch._foreach_copy_(bucket, _parts(flat, bucket))
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
@@ -136,7 +142,7 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         if bucket and size + each.numel() > BUCKET:
             yield bucket
             bucket, size = [], 0
-        bucket.append(each.detach())
+        bucket.append(each)
         size += each.numel()
     yield bucket
 
@@ -145,16 +151,15 @@ def sums(values: dict[str, Tensor]) -> dict[str, Tensor]:
     """The sums over ranks of small tensors, by name, in their own dtypes: one message in float64 for all of them."""
     if num_ranks() == 1 or not values:
         return values
-    found = _summed([each.detach().double() for each in values.values()])
-    return {name: total.to(each.dtype) for (name, each), total in zip(values.items(), found, strict=True)}
+    flat = torch.cat([each.detach().double().flatten() for each in values.values()])
+    between(lambda tensors: dist.all_reduce(tensors[0]), [flat])
+    parts = _parts(flat, [*values.values()])
+    return {name: total.to(each.dtype) for (name, each), total in zip(values.items(), parts, strict=True)}
 
 
-def _summed(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Of each its sum over ranks, by one message for all."""
-    flat = torch.cat([each.flatten() for each in tensors])
-    dist.all_reduce(flat)
-    parts = flat.split([each.numel() for each in tensors])
-    return [part.view_as(each) for part, each in zip(parts, tensors, strict=True)]
+def _parts(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    parts = flat.split([each.numel() for each in like])
+    return [part.view_as(each) for part, each in zip(parts, like, strict=True)]
 
 
 def gathered(x: Tensor) -> Tensor:
@@ -162,7 +167,7 @@ def gathered(x: Tensor) -> Tensor:
     if num_ranks() == 1:
         return x
     parts = [torch.empty_like(x) for _ in range(num_ranks())]
-    dist.all_gather(parts, x.contiguous())
+    between(lambda tensors: dist.all_gather([*tensors[1:]], tensors[0]), [x.contiguous(), *parts])
     return torch.cat(parts)
 
 

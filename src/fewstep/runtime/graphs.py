@@ -8,14 +8,16 @@ remembers is in no replay, so that calls that differ by it are told apart by the
 import gc
 import sys
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Generator, Tensor, nn
 
 from fewstep.errors import brief, out_of_memory
+from fewstep.runtime.between import Work, cut_by
 from fewstep.seeding import Draws, Random
 
 TRIAL = 20  # calls that are timed without graphs, and as many with them
@@ -51,13 +53,32 @@ class CUDA:
         self.pool = torch.cuda.graph_pool_handle()
 
     def record(self, function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
-        graph, before = torch.cuda.CUDAGraph(), torch.cuda.memory_reserved(self.device)
-        # Of this thread alone: batches are made beside it, whose allocations would end a recording of all threads.
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-            found = function()
+        pieces, before = list[Callable[[], object]](), torch.cuda.memory_reserved(self.device)
+        with ExitStack() as recording:
+
+            def begin() -> None:
+                graph = torch.cuda.CUDAGraph()
+                # Of this thread alone: batches are made beside it, whose allocations would end a recording of all.
+                mode = torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local")
+                recording.enter_context(mode)
+                pieces.append(graph.replay)
+
+            def cut(work: Work, tensors: Sequence[Tensor]) -> None:
+                recording.close()
+                pieces.append(partial(work, [*map(_unowned, tensors)]))
+                begin()
+
+            begin()
+            with cut_by(cut):
+                found = function()
         self.held += torch.cuda.memory_reserved(self.device) - before
-        graph.replay()  # recording ran nothing
-        return found, graph.replay
+
+        def replay() -> None:
+            for piece in pieces:
+                piece()
+
+        replay()  # recording ran nothing
+        return found, replay
 
     def now(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
@@ -75,6 +96,13 @@ class CUDA:
         gc.collect()
         torch.cuda.empty_cache()
         self.pool, self.held = torch.cuda.graph_pool_handle(), 0
+
+
+def _unowned(x: Tensor) -> Tensor:
+    """The same numbers, in memory that the graphs may use for others before and behind: gradients above all."""
+    memory = x.untyped_storage()
+    found: Any = torch._C._construct_storage_from_data_pointer(memory.data_ptr(), x.device, memory.nbytes())
+    return x.new_empty(0).set_(found, x.storage_offset(), x.shape, x.stride())
 
 
 @dataclass

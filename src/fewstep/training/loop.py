@@ -15,7 +15,7 @@ from fewstep.errors import Interrupted, UserError
 from fewstep.models.image_model import Asked
 from fewstep.pictures import grid, num_columns, save_png
 from fewstep.runtime import checkpoint
-from fewstep.runtime.distributed import any_of, at_step, first_then_others, num_ranks, of_first, rank
+from fewstep.runtime.distributed import any_of, at_step, first_then_others, of_first, rank
 from fewstep.runtime.graphs import CUDA, Graphs
 from fewstep.runtime.runs import best_steps
 from fewstep.runtime.sharding import whole
@@ -99,13 +99,18 @@ def _graphs(method: Method, settings: LoopSettings) -> Graphs | None:
     if method.model.device.type != "cuda":
         print("graphs: off, they are for CUDA")
         return None
-    if num_ranks() > 1:
-        print("graphs: off, ranks that wait for each other were never recorded")
+    if method.sharded:
+        print("graphs: off, ranks that gather weights in a step were never recorded")
         return None
     if any(isinstance(each := getattr(method, name), Optimizer) and each.eight_bit for name in method.STATE):
         print("graphs: off, adamw8bit looks at numbers in every update")
         return None
-    return Graphs(method.compute, CUDA(method.model.device), method.settle)
+    return Graphs(method.compute, CUDA(method.model.device), method.settle, say=_tell)
+
+
+def _tell(line: str) -> None:
+    if rank() == 0:
+        print(line, file=sys.stderr)
 
 
 def _aside(clock: StepClock, graphs: Graphs | None) -> AbstractContextManager[None]:
