@@ -18,8 +18,10 @@ from fewstep.runtime.tracking import read_metrics
 from fewstep.seeding import Draws
 from fewstep.training.dmd2 import DMD2
 from fewstep.training.dmd2_settings import DMD2Settings
+from fewstep.training.parallel import divide
 from fewstep.training.regression import PairLoss
 from fewstep.training.roles import make_roles
+from fewstep.training.settings import ParallelSettings
 
 SHORT = ["batch_size=8", "log_every=50", "sample_every=100", "num_steps=12", "device=cpu"]
 SMALL = ["model.block_out_channels=[8, 8]", "model.norm_num_groups=4"]
@@ -30,16 +32,26 @@ OF_THE_MACHINE = ("seconds_per_step", "data_wait", "peak_memory_gb")  # which di
 
 
 def make_dmd2(
-    model: ImageModel, batch_size: int, guidance_scale: float = 1.0, dtype: torch.dtype = torch.float32, **settings
+    model: ImageModel,
+    batch_size: int,
+    guidance_scale: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+    shared: ParallelSettings | None = None,
+    **settings,
 ) -> DMD2:
-    """Of 20 steps on the model itself; a GAN and three timesteps unless the settings say otherwise."""
+    """Of 20 steps on the model itself; a GAN and three timesteps unless the settings say otherwise.
+
+    The ranks may have `shared` its weights.
+    """
     torch.manual_seed(1)
     settings = DMD2Settings(
         **{"student_every": 2, "student": {"num_timesteps": 3, **LR}, "critic": LR, "gan": GAN, **settings}
     )
     num_stops = settings.student.num_timesteps if settings.critic.condition_on_stop else 0
-    roles = make_roles(model, guidance_scale, num_stops=num_stops, dtype=dtype)
-    return DMD2(settings, model, roles, 20, batch_size, seed=0, pair_loss=PairLoss(model))
+    roles = make_roles(model, guidance_scale, num_stops=num_stops, dtype=dtype, divided=shared is not None)
+    units = divide(roles, shared, torch.device("cpu"), dtype, settings.gan.student_weight > 0) if shared else None
+    method = DMD2(settings, model, roles, 20, batch_size, seed=0, pair_loss=PairLoss(model))
+    return units.given_to(method) if units else method
 
 
 def whole(batch: dict, num: int) -> list[tuple[range, dict]]:

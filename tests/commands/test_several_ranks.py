@@ -123,6 +123,33 @@ def test_two_ranks_train_what_one_does_and_either_goes_on(start: Start) -> None:
 
 
 @pytest.mark.slow
+def test_ranks_that_share_weights_start_and_go_on_as_one_does(start: Start) -> None:
+    """From another run's weights, with real images that the teacher's errors are told of, and through a stop."""
+    same_rates = f"{STUDENT} --set student.optimizer.decay=constant --set critic.optimizer.decay=constant"
+    whole, half = (f"{same_rates} --set init_from=first --set num_steps={num}" for num in (8, 4))
+    for line in (
+        f"teach digits-teacher {SMALL} --set num_steps=8 --out t",
+        f"{STUDENT} --set init_from=null --set num_steps=4 --out first",
+        f"{whole} --out one",
+        f"{half} --out then",
+    ):
+        assert fewstep(line)[0] == 0
+    shared = "--ranks 2 --set parallel.shard=full"
+    lines = [f"{whole} --out two {shared}", f"{whole} --out then --resume {shared}"]
+    lines += [f"{half} --out half {shared}", f"{whole} --out half --resume"]
+    for line in lines:
+        told, errors = (process := start(line)).communicate(timeout=300)
+        assert process.returncode == 0, errors
+        assert ("shard: each network in " in told) == ("shard" in line)
+    for run in ("two", "then", "half"):
+        for part in ("student", "critic", "discriminator", "ema"):
+            ours, theirs = (last_state(Path(each))["method"][part] for each in (run, "one"))
+            assert apart(ours, theirs) < 1e-5, (run, part)
+        for ours, theirs in zip(curves(Path(run)), curves(Path("one")), strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5, nan_ok=True)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["kill -9", "Ctrl-C", "frozen"])
 def test_where_one_rank_is_gone_all_end_and_the_run_goes_on(start: Start, how: str) -> None:
     assert fewstep(f"teach digits-teacher {SMALL} --set num_steps=8 --out t")[0] == 0

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from diffusers import UNet2DConditionModel
 from test_parts import SLOW
 from test_ranks import train
+from torch.distributed.fsdp._fully_shard import _fsdp_init
 
 import real_sizes
 from fewstep.errors import UserError
@@ -23,8 +24,10 @@ from fewstep.recipes.loading import load_recipe
 from fewstep.runtime.distributed import rank
 from fewstep.runtime.sharding import is_shard, whole
 from fewstep.training import parallel
+from fewstep.training.budget import Meter
 from fewstep.training.dmd2 import DMD2
-from fewstep.training.parallel import check_shard, check_units, shard
+from fewstep.training.parallel import check_shard, check_units
+from fewstep.training.roles import make_roles
 from fewstep.training.settings import ParallelSettings
 from ranks import in_ranks
 from steps import GAN, apart, in_parts, make_dmd2, same
@@ -78,10 +81,9 @@ def batch(method: DMD2, step: int) -> tuple[dict[str, Any], int]:
 def run(
     name: str, folder: Path, kind: str, steps: range, parts: int = 1, state: Any = None, keep: bool = True, **given: Any
 ) -> dict[str, Any]:
-    method = method_of(name, folder, **given)
-    if kind != "none":
-        shard(method, ParallelSettings(shard=kind, keep_gathered=keep))
-        assert all(is_shard(p) for p in method.student.parameters())
+    shared = None if kind == "none" else ParallelSettings(shard=kind, keep_gathered=keep)
+    method = method_of(name, folder, shared=shared, **given)
+    assert {is_shard(p) for p in (*method.student.parameters(), *method.teacher.parameters())} == {kind != "none"}
     if state is not None:
         method.load_state_dict(copy.deepcopy(state))
     lines = train(method, lambda step: batch(method, step), steps[:5], parts)
@@ -204,8 +206,8 @@ def counted_both(folder: Path) -> list[dict[str, float]]:
 
 def counted(folder: Path, keep: bool) -> dict[str, float]:
     """Messages of weights and gradients of a mean step, over cycles of five that stop everywhere, and of all else."""
-    method = method_of("narrow xl", folder, student_every=5, student={"num_timesteps": 4, **TRAINED})
-    shard(method, ParallelSettings(shard="full", keep_gathered=keep))
+    shared = ParallelSettings(shard="full", keep_gathered=keep)
+    method = method_of("narrow xl", folder, shared=shared, student_every=5, student={"num_timesteps": 4, **TRAINED})
     counts = dict.fromkeys(("all_gather_single", "reduce_scatter_single", "all_reduce"), 0)
 
     def counting(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -237,6 +239,32 @@ def test_messages_of_a_step_of_sdxl(tmp_path: Path) -> None:
     assert kept["reduce_scatter_single"] == again["reduce_scatter_single"]
     assert again["all_gather_single"] < 120
     assert kept["all_reduce"] == again["all_reduce"] < 4
+
+
+def arriving(folder: Path, dtype: str) -> dict[str, int]:
+    """Bytes that come to the device: of one unit, at most at once, all together, what is left; and of all networks."""
+    meter, came = Meter(granule=1), list[int]()
+
+    def move(parameters: list[Any], buffers: list[Any], device: torch.device) -> None:
+        for each in parameters + buffers:
+            each.data = each.detach().clone()  # as on another device
+            meter.note(each.data)
+        came.append(sum(each.nbytes for each in parameters + buffers))
+
+    _fsdp_init._move_states_to_device = move
+    method = method_of("narrow xl", folder, dtype=getattr(torch, dtype), shared=ParallelSettings(shard="full"))
+    roles = (method.teacher, method.student, method.critic, method.discriminator)
+    num = sum(p.numel() * p.element_size() for role in roles for p in role.parameters())
+    return {"unit": max(came), "most": meter.now.peak, "all": sum(came), "left": meter.total, "networks": num}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_rank_never_holds_more_on_its_device_than_its_rows_and_a_unit(tmp_path: Path, dtype: str) -> None:
+    for found in in_ranks(2, tmp_path, arriving, tmp_path, dtype):
+        assert found["all"] == found["networks"]
+        assert found["most"] == found["unit"] < found["all"] / 10
+        assert found["left"] == 0
 
 
 def test_units_of_the_released_models() -> None:
@@ -291,8 +319,7 @@ def test_other_recipes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def broken(folder: Path) -> dict[str, Any]:
     """Updates that one rank's gradients, or the losses, forbid; and one that nothing does."""
-    method = method_of("pixels", folder)
-    shard(method, ParallelSettings(shard="full"))
+    method = method_of("pixels", folder, shared=ParallelSettings(shard="full"))
     given, rows = batch(method, 0)
     method.step([in_parts(given, rows, 2)[rank()]], 0)
     found = {}
@@ -317,9 +344,8 @@ def test_an_update_is_skipped_by_all_or_by_none(tmp_path: Path) -> None:
 
 
 def in_bfloat16(folder: Path, kind: str) -> dict[str, Any]:
-    method = method_of("sdxl", folder, dtype=torch.bfloat16)
-    if kind != "none":
-        shard(method, ParallelSettings(shard=kind))
+    shared = None if kind == "none" else ParallelSettings(shard=kind)
+    method = method_of("sdxl", folder, dtype=torch.bfloat16, shared=shared)
     lines = train(method, lambda step: batch(method, step), range(3))
     return {"metrics": lines, "dtypes": sorted({str(p.dtype) for p in method.student.parameters()})}
 
@@ -334,13 +360,14 @@ def test_bfloat16_is_that_of_one_rank(tmp_path: Path) -> None:
 
 
 def test_a_head_that_reads_inside_a_unit_is_refused(tmp_path: Path) -> None:
-    method = method_of("pixels", tmp_path)
-    check_units(method)
-    method.feature_layer = "unet.mid_block.resnets.0"
+    roles = make_roles(pixels(tmp_path))
+    check_units(roles, gan=True)
+    roles.feature_layer = "unet.mid_block.resnets.0"
+    check_units(roles, gan=False)
     with pytest.raises(
         UserError, match=r"inside a unit .* take one of unet.down_blocks.0, unet.down_blocks.1, unet.mid"
     ):
-        check_units(method)
-    method.critic.network = torch.nn.Linear(1, 1)
+        check_units(roles, gan=True)
+    roles.critic.network = torch.nn.Linear(1, 1)
     with pytest.raises(UserError, match="no down_blocks"):
-        check_units(method)
+        check_units(roles, gan=True)

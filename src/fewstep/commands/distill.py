@@ -3,7 +3,7 @@
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -39,11 +39,13 @@ from fewstep.networks.precision import DTYPES, trainable
 from fewstep.recipes.loading import recipe_names
 from fewstep.recipes.schema import DistillRecipe, StudentRecipe
 from fewstep.runtime.checkpoint import RECIPE, STATES, checkpoints
+from fewstep.runtime.distributed import first_then_others, num_ranks
 from fewstep.runtime.runs import find, is_run, run_folder
 from fewstep.runtime.tracking import Report
 from fewstep.training.batches import BatchAt, image_batches, pair_batches, text_batches
 from fewstep.training.dmd2 import DMD2
 from fewstep.training.method import Method
+from fewstep.training.parallel import check_units, divide
 from fewstep.training.planning import Plan, checkpoint_bytes, plan, trained
 from fewstep.training.regression import PairLoss, Regression
 from fewstep.training.roles import Roles, roles_of, start_from
@@ -67,46 +69,76 @@ def distill(recipe: StudentRecipe, run: Path, resume: bool = False, report: Repo
     tell_health(run, recipe)
 
 
+class Opened(NamedTuple):
+    """What each rank finds by itself, and before anything lies on a device."""
+
+    model: Any
+    told_from_others: str
+    pairs: Any
+    plan: Plan | None
+
+
 def _job(recipe: StudentRecipe, run: Path) -> Job:
-    model, runs, dtype = open_teacher(recipe, run.parent), run.parent, DTYPES[recipe.precision]
-    told_from_others = fingerprint([model.network], first=64)  # quick, also for the largest
-    pairs: Any = None
-    settings = recipe.regression
-    if settings and (recipe.kind == "regress" or recipe.regression_weight):
-        # Raises UserError if they are another teacher's than the one that was loaded, or drawn otherwise.
-        pairs = open_pairs(recipe, model, runs)
-    new = not checkpoints(run)  # a run that has begun goes on with its own weights
-    model.encode_in(dtype)
-    device = pick_device(recipe.device)
-    found = _plan_of(recipe, model, device, run) if recipe.kind == "distill" else None
-    if recipe.kind == "distill" and recipe.init_from and new:
-        finish_start(recipe, recipe.init_from, run, told_from_others)  # before anything lies on the device
-    model.to(device)
-    pair_loss: Any = open_pair_loss(settings, model) if settings and pairs else None
+    opened = first_then_others(lambda: _open(recipe, run))
+    model, device = opened.model, pick_device(recipe.device)
+    if recipe.parallel.shard == "none":
+        model.to(device)
     torch.manual_seed(recipe.seed)
     method: Method
     if recipe.kind == "distill":
-        roles = roles_of(recipe, model)
-        if not recipe.gan.student_weight:
-            roles.discriminator.to("cpu")  # 0.4 GB of SDXL's, which no pass needs
-        if recipe.init_from and new:
-            initialize(roles, recipe.init_from, runs)
-        method = DMD2(recipe, model, roles, recipe.num_steps, recipe.batch_size, recipe.seed, pair_loss=pair_loss)
-        print(*summary(recipe, method, found, run), sep="\n")
-        batch_at, asked = open_batches(recipe, model, runs)
-        if method.gan:
-            method.teacher_errors = teacher_errors(unguided(method.teacher), model, batch_at, recipe)
-            if isinstance(method.teacher, Guided):
-                method.null_error = null_error(method.teacher, model, batch_at, recipe)
-        if pairs:
-            pairs_at, _ = pair_batches(model, pairs, recipe, recipe.embeddings, runs)
-            batch_at = with_pairs(batch_at, pairs_at, recipe.student_every)
+        method, batch_at, asked = _distillation(recipe, run, opened, device)
     else:
-        method = Regression(recipe, model, trainable(model.denoiser.eval(), dtype), pair_loss, recipe.num_steps)
-        batch_at, asked = pair_batches(model, pairs, recipe, recipe.embeddings, runs)
+        pair_loss: Any = open_pair_loss(recipe.regression, model)
+        student = trainable(model.denoiser.eval(), DTYPES[recipe.precision])
+        method = Regression(recipe, model, student, pair_loss, recipe.num_steps)
+        batch_at, asked = pair_batches(model, opened.pairs, recipe, recipe.embeddings, run.parent)
     evaluate = make_evaluation(recipe, model, run)
     model.release()
-    return Job(method, batch_at, evaluate, asked, told_from_others)
+    return Job(method, batch_at, evaluate, asked, opened.told_from_others)
+
+
+def _open(recipe: StudentRecipe, run: Path) -> Opened:
+    model, runs = open_teacher(recipe, run.parent), run.parent
+    told_from_others = fingerprint([model.network], first=64)  # quick, also for the largest
+    pairs: Any = None
+    if recipe.regression and (recipe.kind == "regress" or recipe.regression_weight):
+        # Raises UserError if they are another teacher's than the one that was loaded, or drawn otherwise.
+        pairs = open_pairs(recipe, model, runs)
+    model.encode_in(DTYPES[recipe.precision])
+    found = _plan_of(recipe, model, pick_device(recipe.device), run) if recipe.kind == "distill" else None
+    if recipe.kind == "distill" and recipe.init_from and not checkpoints(run):
+        finish_start(recipe, recipe.init_from, run, told_from_others)
+    return Opened(model, told_from_others, pairs, found)
+
+
+def _distillation(
+    recipe: DistillRecipe, run: Path, opened: Opened, device: torch.device
+) -> tuple[DMD2, BatchAt, Asked]:
+    """The method, and what it is trained on; ranks that share weights come here together."""
+    model, runs, settings, gan = opened.model, run.parent, recipe.parallel, recipe.gan.student_weight > 0
+    roles, units = roles_of(recipe, model, settings.shard != "none"), None
+    if not gan:
+        roles.discriminator.to("cpu")  # 0.4 GB of SDXL's, which no pass needs
+    if settings.shard != "none":
+        check_units(roles, gan)
+        units = divide(roles, settings, device, DTYPES[recipe.precision], gan)
+        print(f"shard: each network in {len(units.student)} units among {num_ranks()} ranks")
+    if recipe.init_from and not checkpoints(run):  # a run that has begun goes on with its own weights
+        initialize(roles, recipe.init_from, runs)
+    pair_loss: Any = open_pair_loss(recipe.regression, model) if recipe.regression and opened.pairs else None
+    method = DMD2(recipe, model, roles, recipe.num_steps, recipe.batch_size, recipe.seed, pair_loss=pair_loss)
+    if units:
+        units.given_to(method)
+    print(*summary(recipe, method, opened.plan, run), sep="\n")
+    batch_at, asked = first_then_others(lambda: open_batches(recipe, model, runs))
+    if gan:
+        method.teacher_errors = teacher_errors(unguided(method.teacher), model, batch_at, recipe)
+        if isinstance(method.teacher, Guided):
+            method.null_error = null_error(method.teacher, model, batch_at, recipe)
+    if opened.pairs:
+        pairs_at, _ = first_then_others(lambda: pair_batches(model, opened.pairs, recipe, recipe.embeddings, runs))
+        batch_at = with_pairs(batch_at, pairs_at, recipe.student_every)
+    return method, batch_at, asked
 
 
 def _plan_of(recipe: DistillRecipe, model: ImageModel, device: torch.device, run: Path) -> Plan | None:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +33,7 @@ from fewstep.training.batches import BatchAt
 from fewstep.training.loop import Evaluate, train
 from fewstep.training.method import Method
 from fewstep.training.optimization import check_optimizer, learning_rate_factor
-from fewstep.training.parallel import check_shard, check_units, shard
+from fewstep.training.parallel import check_shard
 from fewstep.training.roles import compile_roles
 from fewstep.training.settings import OptimizerSettings
 
@@ -214,10 +215,9 @@ def train_recipe(jobs: Jobs, recipe: AnyRecipe, run: Path, resume: bool, report:
         of_first(lambda: check_target(run, recipe, resume))  # before it makes the folder a run
         if recipe.parallel.shard != "none" and rank() == 0:  # which tells it alone
             check_shard(recipe)
-        job = first_then_others(lambda: _prepared(jobs, recipe, run))
-        if recipe.parallel.shard != "none":  # behind what each does by itself: it takes all of them at once
-            method: Any = job.method
-            print(f"shard: each network in {shard(method, recipe.parallel)} units among {num_ranks()} ranks")
+        prepare = partial(_prepared, jobs, recipe, run)
+        # Ranks that share weights take their networks' first passes together, and what each does by itself inside.
+        job = prepare() if recipe.parallel.shard != "none" else first_then_others(prepare)
         start_run(job, run, recipe, report)
     return job
 
@@ -241,9 +241,6 @@ def _prepared(jobs: Jobs, recipe: AnyRecipe, run: Path) -> Job:
         keep_freed_memory()
     compiled = prepare_compiling(pick_device(recipe.device)) if recipe.speed.compile == "blocks" else None
     job = jobs[recipe.kind](recipe, run)
-    method: Any = job.method
-    if recipe.parallel.shard != "none":
-        check_units(method)
     job = _compiled(job, compiled) if compiled else job
     if shown and getattr(job.method.model, "kind", None) != "text":
         raise UserError("samples.prompts: the model takes no text; leave it out")

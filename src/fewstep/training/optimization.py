@@ -66,21 +66,12 @@ class Optimizer:
         self.peaks = [group["lr"] for group in self.adamw.param_groups]
         self.factor: Callable[[int], float] = lambda update: learning_rate_factor(update, num_updates, settings)
         self.units: Sequence[Any] = ()
-        """What gathers the weights where ranks share them."""
+        """What gathers the weights where ranks share them, and has added their gradients up."""
         self.progress = 0
         """Updates that were made or skipped."""
         if not self.eight_bit and any(p.is_cuda for p in self.parameters):
             self.keep_rates(self.parameters[0].device)
         self._set_rates()
-
-    def exchange(self, others: Mapping[nn.Parameter, nn.Parameter], units: Sequence[Any]) -> None:
-        """Trains the others in place of those that it was made for, before its first update.
-
-        They are shards, which the units gather, and whose gradients are sums over ranks already.
-        """
-        self.units, self.parameters = units, [others[each] for each in self.parameters]
-        for group in self.adamw.param_groups:
-            group["params"] = [others[each] for each in group["params"]]
 
     def step(self, finite: Tensor) -> tuple[Tensor, Tensor]:
         """Clips, updates, clears the gradients; gives the gradient norm before clipping, and 1 if it was skipped, or 0.

@@ -1,23 +1,26 @@
 """Weights that several ranks share: each holds some rows of every tensor, and of what it trains on them.
 
-FSDP2 is put on from outside, behind all that copies networks and before the first step: networks, losses and the order
-of a step know nothing of it. A unit's weights are gathered in one message and its gradients added up in another.
+FSDP2 is put on from outside, behind all that copies networks and before optimizers and the first pass: networks, losses
+and the order of a step know nothing of it. A unit's weights are gathered in one message and its gradients added up in
+another.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from fewstep.diffusion.denoiser import Denoiser, unguided
+from fewstep.diffusion.denoiser import Denoiser, Guided, unguided
 from fewstep.errors import UserError
 from fewstep.networks.blocks import named_units
 from fewstep.networks.copies import drop_copies
 from fewstep.networks.precision import AutocastDenoiser
 from fewstep.runtime.distributed import environment, num_ranks
-from fewstep.runtime.ema import EMA
+from fewstep.runtime.sharding import is_shard
 from fewstep.training.dmd2 import DMD2
+from fewstep.training.roles import Roles
 from fewstep.training.settings import ParallelSettings
 
 FIELD = "parallel.shard"
@@ -51,38 +54,48 @@ def _ranks_here() -> int:
     return environment("LOCAL_WORLD_SIZE", num_ranks())
 
 
-def check_units(method: DMD2) -> None:
+def check_units(roles: Roles, gan: bool) -> None:
     """Raises UserError where a network has no units, or where the discriminator reads inside one."""
-    names = [name for name, _ in named_units(method.critic.network)]
+    names = [name for name, _ in named_units(roles.critic.network)]
     if not names:
         raise UserError(f"{FIELD}: the network has no down_blocks, mid_block and up_blocks to divide; set none")
-    if method.gan and method.feature_layer not in names:
+    if gan and roles.feature_layer not in names:
         ways = ", ".join(name for name in names if "up_blocks" not in name and "attentions" not in name)
-        raise UserError(f"gan.feature_layer: {method.feature_layer} is inside a unit of {FIELD}; take one of {ways}")
+        raise UserError(f"gan.feature_layer: {roles.feature_layer} is inside a unit of {FIELD}; take one of {ways}")
 
 
-def shard(method: DMD2, settings: ParallelSettings) -> int:
-    """Divides all networks of a method among the ranks, before its first step; gives the number of units of one.
+@dataclass(frozen=True)
+class Units:
+    """What gathers the weights of student and critic, the discriminator's among those of the critic."""
 
-    Gradients are added up, for losses are shares of the whole batch's. Passes that ranks do not make alike wait for
-    ever: what is drawn and judged is, too, drawn by all.
+    student: Sequence[Any]
+    critic: Sequence[Any]
+
+    def given_to(self, method: DMD2) -> DMD2:
+        """The method, which was made of the divided roles before any pass of them.
+
+        Gradients are added up, for losses are shares of the whole batch's. Passes that ranks do not make alike wait for
+        ever: what is drawn and judged is, too, drawn by all.
+        """
+        method.student_optimizer.units, method.critic_optimizer.units = self.student, self.critic
+        method.sharded = True
+        return method
+
+
+def divide(roles: Roles, settings: ParallelSettings, device: torch.device, dtype: torch.dtype, gan: bool) -> Units:
+    """Divides all networks among the ranks, unit by unit: what a rank does not hold is never on its device.
+
+    In bfloat16 the teacher is held in it from here on.
     """
-    mesh, keep = _mesh(method.model.device, settings.shard), settings.keep_gathered
-    trained: list[nn.Module] = [method.student, method.critic, *([method.discriminator] if method.gan else [])]
-    before = [dict(module.named_parameters()) for module in trained]
-    units = [_divide_network(each, mesh, keep) for each in (method.student, method.critic, unguided(method.teacher))]
-    # Its inner layers alone: `Discriminator` gives a view of what they give, which FSDP warns of.
-    head = _divide([method.discriminator.layers], mesh, keep) if method.gan else []
-    shards = {
-        old: module.get_parameter(name)
-        for module, parameters in zip(trained, before, strict=True)
-        for name, old in parameters.items()
-    }
-    method.student_optimizer.exchange(shards, units[0])
-    method.critic_optimizer.exchange(shards, [*units[1], *head])
-    method.ema = EMA(method.student, method.settings.student.ema_decay)
-    method.sharded = True
-    return len(units[0])
+    mesh, keep = _mesh(device, settings.shard), settings.keep_gathered
+    student, critic = (_divide_network(each, mesh, keep) for each in (roles.student, roles.critic))
+    _divide_network(unguided(roles.teacher), mesh, keep, dtype)
+    if isinstance(roles.teacher, Guided):
+        null = roles.teacher.null_condition
+        roles.teacher.null_condition = {name: value.to(device) for name, value in null.items()}
+    # Of the head its inner layers alone: `Discriminator` gives a view of what they give, which FSDP warns of.
+    head = _divide([roles.discriminator.layers], mesh, keep) if gan else []
+    return Units(student, [*critic, *head])
 
 
 def _mesh(device: torch.device, kind: str) -> Any:
@@ -94,15 +107,17 @@ def _mesh(device: torch.device, kind: str) -> Any:
     return init_device_mesh(device.type, sizes, mesh_dim_names=("machines", "ranks")[-len(sizes) :])
 
 
-def _divide_network(denoiser: Denoiser, mesh: Any, keep: bool) -> list[Any]:
-    """Its units and, as the root, its adapter, in which a critic's stop embedding lies."""
+def _divide_network(denoiser: Denoiser, mesh: Any, keep: bool, dtype: torch.dtype | None = None) -> list[Any]:
+    """Its units and, as the root, its adapter, in which a critic's stop embedding lies; held in `dtype`, if any."""
     network = denoiser.network
     drop_copies(network)  # gathered weights are the copies in bfloat16
     units = [unit for _, unit in named_units(network)]
-    return _divide([*units, network], mesh, keep, isinstance(denoiser, AutocastDenoiser))
+    return _divide([*units, network], mesh, keep, isinstance(denoiser, AutocastDenoiser), dtype)
 
 
-def _divide(modules: Sequence[nn.Module], mesh: Any, keep: bool, autocast: bool = False) -> list[Any]:
+def _divide(
+    modules: Sequence[nn.Module], mesh: Any, keep: bool, autocast: bool = False, dtype: torch.dtype | None = None
+) -> list[Any]:
     """Puts FSDP on the modules, inner ones first, the root last."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -114,6 +129,10 @@ def _divide(modules: Sequence[nn.Module], mesh: Any, keep: bool, autocast: bool 
     for module in modules:
         # The root's weights stay for the backward pass: where features alone have a graph nothing gathers them again.
         again = not keep and module is not modules[-1]
+        for tensor in (*module.parameters(), *module.buffers()) if dtype else ():
+            if tensor.is_floating_point() and not is_shard(tensor):
+                tensor.data = tensor.to(dtype)
+        # What is left in it comes to the mesh's device here, and goes from there but for this rank's rows.
         unit: Any = fully_shard(module, mesh=mesh, reshard_after_forward=again, mp_policy=policy)
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)  # by a plain sum, which gloo knows, too

@@ -23,6 +23,7 @@ from fewstep.networks.settings import LoRASettings
 from fewstep.networks.stop_embedding import condition_on_stop
 from fewstep.runtime.checkpoint import load_state
 from fewstep.runtime.ema import trainable_state
+from fewstep.runtime.sharding import put
 
 STOP_EMBEDDING = "network.stop_embedding.weight"  # of a critic with `condition_on_stop`, zero at first
 
@@ -46,6 +47,7 @@ def make_roles(
     dtype: torch.dtype = torch.float32,
     checkpointing: Literal["none", "gan", "blocks"] = "none",
     lora: LoRASettings | None = None,
+    divided: bool = False,
 ) -> Roles:
     """Freezes the model as teacher (guided, unless the scale is 1) and copies it as student and critic.
 
@@ -53,11 +55,13 @@ def make_roles(
 
     All run without dropout, as in the official system. `feature_layer` is the critic's that the discriminator reads, by
     default the bottleneck. With `num_stops` the critic is told the student's timestep, of so many. In bfloat16 the
-    teacher is held in it, and the copies only compute in it; the head stays in float32. Raises UserError where the
-    model has no null class, no such layer, or none that `lora` means.
+    teacher is held in it, and the copies only compute in it; the head stays in float32. Those that are to be `divided`
+    among ranks are written to only then: until then the copies lie on the teacher's tensors, in float32 all of them.
+    Raises UserError where the model has no null class, no such layer, or none that `lora` means.
     """
-    copies = [] if lora else [*_copies(model.denoiser, dtype)]  # before the teacher is cast
-    base = model.denoiser.eval().requires_grad_(False).to(dtype)
+    copies = [] if lora else [*_copies(model.denoiser, dtype, divided)]  # before the teacher is cast
+    base = model.denoiser.eval().requires_grad_(False)
+    base = base if divided else base.to(dtype)
     student, critic = (with_lora(base, lora), with_lora(base, lora)) if lora else copies
     layer = feature_layer or model.bottleneck
     null_condition = model.null_condition if guidance_scale != 1 else None
@@ -76,7 +80,7 @@ def make_roles(
     return Roles(teacher, student, critic, _make_discriminator(model, layer), layer)
 
 
-def roles_of(recipe: Any, model: ImageModel) -> Roles:
+def roles_of(recipe: Any, model: ImageModel, divided: bool = False) -> Roles:
     """As a `distill` recipe has them."""
     return make_roles(
         model,
@@ -86,23 +90,26 @@ def roles_of(recipe: Any, model: ImageModel) -> Roles:
         DTYPES[recipe.precision],
         recipe.checkpointing,
         recipe.lora,
+        divided,
     )
 
 
-def _copies(denoiser: Denoiser, dtype: torch.dtype) -> Iterator[Denoiser]:
+def _copies(denoiser: Denoiser, dtype: torch.dtype, divided: bool) -> Iterator[Denoiser]:
     """Student and critic, which are trained in float32 weights."""
-    copies = (copy.deepcopy(denoiser).eval().requires_grad_(True) for _ in range(2))
-    return (trainable(each, dtype) for each in copies)
+    for _ in range(2):
+        same = {id(p): nn.Parameter(p.detach()) for p in denoiser.parameters()} if divided else {}
+        yield trainable(copy.deepcopy(denoiser, same).eval().requires_grad_(True), dtype)
 
 
 def _make_discriminator(model: ImageModel, layer: str) -> Discriminator:
-    """A head for what the layer gives, found out by one pass."""
-    # of one sample: only the shape of its features counts
-    x_t, t = torch.zeros(1, *model.shape, device=model.device), torch.ones(1, device=model.device)
-    feature = None
-    if layer in dict(model.denoiser.network.named_modules()):
+    """A head for what the layer gives, found out by one pass of one sample on weights without memory."""
+    bare = {id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in model.denoiser.parameters()}
+    denoiser, condition = copy.deepcopy(model.denoiser, bare).to("meta"), model.conditions(range(1))
+    x_t, t, feature = torch.zeros(1, *model.shape, device="meta"), torch.ones(1, device="meta"), None
+    if layer in dict(denoiser.network.named_modules()):
         with torch.no_grad(), suppress(IndexError):  # a layer that the forward pass does not call
-            feature = features(model.denoiser, layer, x_t, t, model.conditions(range(1)))
+            given = {name: value.to("meta") for name, value in condition.items()}
+            feature = features(denoiser, layer, x_t, t, given)
     if feature is None or feature.ndim != 4:
         raise UserError(f"gan.feature_layer: no layer {layer!r} gives (B, C, H, W) features; try {model.bottleneck!r}")
     return Discriminator(*feature.shape[1:]).to(model.device)
@@ -165,4 +172,5 @@ def _load(module: nn.Module, weights: dict[str, Tensor], what: str) -> None:
     if other:
         stops = "another number of timesteps" if other == [STOP_EMBEDDING] else "another architecture"
         raise UserError(f"{what} is of {stops} than this recipe's: {other[0]} differs, one of {len(other)}")
-    module.load_state_dict(shared, strict=False)
+    for name, weight in shared.items():
+        put(ours[name], weight)  # or this rank's rows of it
