@@ -133,6 +133,7 @@ def test_one_module_knows_of_graphs() -> None:
     """Networks, losses and methods are the same with and without."""
     known = {"runtime/graphs.py"}
     users = {"models/latent_model.py", "models/sampler.py", "training/loop.py", "training/benchmarking.py"}
+    users |= {"runtime/main_memory.py"}
     for path in FILES:
         here, text = str(path.relative_to(SOURCE)), path.read_text()
         assert here in known or "CUDAGraph" not in text, path

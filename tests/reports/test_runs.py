@@ -20,10 +20,11 @@ from safetensors.torch import load_file, save_file
 
 from command_line import OF_EVERY_RUN, fewstep, refused
 from fewstep.cli.verbs import run
+from fewstep.commands import runs
 from fewstep.commands.distill import distill
-from fewstep.commands.runs import check_target
+from fewstep.commands.runs import check_target, naming_memory
 from fewstep.commands.teach import teach
-from fewstep.errors import Interrupted
+from fewstep.errors import Interrupted, UserError
 from fewstep.files import folder_lock
 from fewstep.recipes.loading import documented, load_recipe, read_run_recipe
 from fewstep.runtime.checkpoint import checkpoints
@@ -326,6 +327,11 @@ def test_out_of_memory_names_the_settings_that_take_less(
     refused(answer, "--resume with a smaller parallel.max_rows_per_part (3) and checkpointing=gan or blocks")
     answer = fewstep("distill d.yaml --out run-1 --set batch_size=8 --set parallel.max_rows_per_part=1")
     refused(answer, "--resume with checkpointing=gan or blocks")
+    recipe = load_recipe("d.yaml", ["device=cuda", "batch_size=1"])
+    monkeypatch.setattr(runs, "pick_device", torch.device)
+    where = r"with parallel\.offload_student_optimizer=true and checkpointing=gan or blocks"
+    with pytest.raises(UserError, match=where), naming_memory(Path("run"), recipe):
+        raise error
     monkeypatch.undo()
 
 

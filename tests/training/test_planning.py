@@ -144,6 +144,19 @@ def test_parts_take_the_arithmetic_of_one_and_less_memory() -> None:
     assert plan(digits("batch_size=12", "parallel.max_rows_per_part=2")[0], Outline.of(model)) == divided
 
 
+def test_what_is_offloaded_is_not_on_the_card() -> None:
+    (recipe, model), (offloaded, _) = (
+        digits("batch_size=2", "student.ema_decay=[0.9, 0.5]", *more)
+        for more in ([], ["parallel.offload_student_optimizer=true"])
+    )
+    there, less = (plan(each, Outline.of(model), granule=1) for each in (recipe, offloaded))
+    student = there.trained["student"]
+    assert less.resting == there.resting - (8 + 2 * 4) * student
+    assert less.peak == there.peak - (8 + 2 * 4) * student
+    assert less.main_memory == (4 + 4 + 8 + 2 * 4) * student
+    assert (less.operations, less.checkpoint, there.main_memory) == (there.operations, there.checkpoint, 0)
+
+
 def test_attention_keeps_no_matrix_and_functions_are_put_back() -> None:
     before = nn.functional.scaled_dot_product_attention, nn.functional.linear
     length, width = 4096, 64

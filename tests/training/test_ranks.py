@@ -15,6 +15,7 @@ from fewstep.networks.families.edm import build_unet
 from fewstep.networks.settings import LoRASettings, PixelModelConfig
 from fewstep.runtime.distributed import num_ranks, rank
 from fewstep.training.method import Method
+from fewstep.training.parallel import offload
 from ranks import in_ranks
 from replays import CPU
 from steps import apart, in_parts, same
@@ -47,10 +48,12 @@ def result(method: Method, lines: list[dict[str, Tensor]]) -> dict[str, Any]:
     return {"metrics": lines, "state": copy.deepcopy(method.state_dict())}
 
 
-def of_pixels(names: list[str], parts: int, resumed: bool = False) -> dict[str, Any]:
+def of_pixels(names: list[str], parts: int, moved: bool = False) -> dict[str, Any]:
     found = {}
     for name in names:
         method = METHODS[name](copy.deepcopy(pixels()))
+        if moved:
+            offload(method)
         lines = train(method, lambda step, name=name: (batch(name, pixels(), step), NUM), range(STEPS), parts)
         found[name] = result(method, lines)
     return found
@@ -98,6 +101,12 @@ def assert_the_same(ranks: list[dict[str, Any]], alone: dict[str, Any]) -> None:
 )
 def test_two_ranks_take_the_steps_of_one(tmp_path: Path, names: list[str], parts: int) -> None:
     assert_the_same(in_ranks(2, tmp_path, of_pixels, names, parts), of_pixels(names, 1))
+
+
+@pytest.mark.slow
+def test_two_ranks_that_update_the_student_in_main_memory(tmp_path: Path) -> None:
+    names = [name for name in METHODS if name.startswith("dmd2")]
+    assert_the_same(in_ranks(2, tmp_path, of_pixels, names, 1, True), of_pixels(names, 1))
 
 
 @pytest.mark.slow

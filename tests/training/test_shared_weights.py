@@ -26,7 +26,7 @@ from fewstep.runtime.sharding import is_shard, whole
 from fewstep.training import parallel
 from fewstep.training.budget import Meter
 from fewstep.training.dmd2 import DMD2
-from fewstep.training.parallel import check_shard, check_units
+from fewstep.training.parallel import check_shard, check_units, offload
 from fewstep.training.roles import make_roles
 from fewstep.training.settings import ParallelSettings
 from ranks import in_ranks
@@ -79,11 +79,21 @@ def batch(method: DMD2, step: int) -> tuple[dict[str, Any], int]:
 
 
 def run(
-    name: str, folder: Path, kind: str, steps: range, parts: int = 1, state: Any = None, keep: bool = True, **given: Any
+    name: str,
+    folder: Path,
+    kind: str,
+    steps: range,
+    parts: int = 1,
+    state: Any = None,
+    keep: bool = True,
+    moved: bool = False,
+    **given: Any,
 ) -> dict[str, Any]:
     shared = None if kind == "none" else ParallelSettings(shard=kind, keep_gathered=keep)
     method = method_of(name, folder, shared=shared, **given)
     assert {is_shard(p) for p in (*method.student.parameters(), *method.teacher.parameters())} == {kind != "none"}
+    if moved:
+        offload(method)
     if state is not None:
         method.load_state_dict(copy.deepcopy(state))
     lines = train(method, lambda step: batch(method, step), steps[:5], parts)
@@ -104,6 +114,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "pixels",
         {"critic": {**TRAINED, "condition_on_stop": True, "samples": "cycle", "student_share": 0.1}},
     ),
+    "updated in main memory": ("sdxl", {"parts": 2, "moved": True, "student": TRAINED | {"ema_decay": [0.5, 0.9]}}),
     "features that are not trained": (
         "pixels",
         {"gan": GAN | {"independent_noise": True, "features": "frozen", "r1_weight": 0.5}, "student_every": 1},
@@ -120,7 +131,7 @@ def cases(names: list[str], folder: Path, kind: str, num: int) -> dict[str, Any]
     for name in names:
         model, given = CASES[name]
         if kind == "none":
-            given = {key: value for key, value in given.items() if key not in ("keep", "parts")}
+            given = {key: value for key, value in given.items() if key not in ("keep", "parts", "moved")}
         found[name] = run(model, folder, kind, range(num), **given)
     return found
 
@@ -172,8 +183,10 @@ def test_a_state_goes_on_in_shards_and_back(tmp_path: Path) -> None:
 def there_and_back(folder: Path, of_one: dict[str, Any]) -> dict[str, Any]:
     """What one rank began, in shards; and what shards began, from shards, bit for bit."""
     half = run("sdxl", folder, "full", range(6))["state"]
-    straight, resumed = run("sdxl", folder, "full", range(12)), run("sdxl", folder, "full", range(6, 12), state=half)
-    assert same(resumed["state"], straight["state"])
+    straight = run("sdxl", folder, "full", range(12))
+    for moved in (False, True):
+        resumed = run("sdxl", folder, "full", range(6, 12), state=half, moved=moved)
+        assert same(resumed["state"], straight["state"])
     return {**go_on(of_one, folder, "full"), "half": half}
 
 

@@ -20,7 +20,6 @@ from fewstep.training.settings import ParallelSettings
 
 GB, SPARE = 1e9, 10**9  # bytes that CUDA's context, workspaces and fragmentation take beside what is counted
 ROLES = ("teacher", "student", "critic", "discriminator")
-EIGHT_BITS = [f"{role}.optimizer.kind=adamw8bit" for role in ("student", "critic")]
 LESS = {  # settings that take less arithmetic -> what they change
     "critic.samples=cycle": "one rollout a cycle: fakes are up to a cycle old",
     "gan.features=frozen": "the GAN trains the critic's encoder on no reals",
@@ -79,6 +78,9 @@ def _lines(found: Plan, recipe: DistillRecipe, outline: Outline, tflops: float) 
     trained = " + ".join(f"{num / 1e6:,.1f} M of the {role}" for role, num in found.trained.items())
     yield f"trained: {trained}; the teacher has {found.base / 1e6:,.1f} M"
     yield f"peak: {_size(found.peak)}, {found.where}; between steps {_size(found.resting)}"
+    if found.main_memory:
+        what = "the student's weights, gradients, moments and averages, for its update"
+        yield f"in main memory, of each process: {_size(found.main_memory)}, {what}"
     yield f"to spare on the card: {SPARE / GB:.0f} GB for CUDA's context, workspaces and fragmentation (a guess)"
     if around := picture_bytes(recipe, outline):
         yield (
@@ -137,13 +139,16 @@ def changes(recipe: DistillRecipe) -> Iterator[tuple[list[str], str]]:
         yield ["parallel.max_rows_per_part=1" if by_rows else f"accumulate={recipe.batch_size}"], "the same numbers"
     if recipe.checkpointing == "none" and recipe.gan.student_weight:
         yield ["checkpointing=gan"], "the same numbers, computed again"
+    offloaded = recipe.student.optimizer.kind == "adamw"  # then or now
+    if offloaded and not recipe.parallel.offload_student_optimizer:
+        yield ["parallel.offload_student_optimizer=true"], "the same numbers, updated in main memory"
     if recipe.checkpointing != "blocks":
         yield ["checkpointing=blocks"], "the same numbers, computed again"
-    if recipe.student.optimizer.kind == "adamw":
-        yield EIGHT_BITS, "moments rounded to 8 bits; pip install fewstep[8bit]"
+    if recipe.critic.optimizer.kind == "adamw":
+        yield ["critic.optimizer.kind=adamw8bit"], "moments rounded to 8 bits; pip install fewstep[8bit]"
     if recipe.precision == "float32":
         yield ["precision=bfloat16"], "passes in bfloat16"
-    if recipe.student.ema_decay != 0:
+    if recipe.student.ema_decay != 0 and not offloaded:
         yield ["student.ema_decay=0"], "the weights as trained, not their average"
     if recipe.lora is None:
         yield ["lora={rank: 64}"], "low-rank weights in place of all"

@@ -17,7 +17,7 @@ from fewstep.data.latents import LatentSet
 from fewstep.data.texts import load_prompts
 from fewstep.embedded.sources import origin
 from fewstep.errors import Interrupted, UserError, out_of_memory
-from fewstep.files import folder_lock, read_json, write_text
+from fewstep.files import folder_lock, read_json, size, write_text
 from fewstep.models.image_model import Asked, ImageModel
 from fewstep.models.loading.pretrained import SUFFIX
 from fewstep.networks.compiling import prepare_compiling, uncompiled
@@ -33,7 +33,7 @@ from fewstep.training.batches import BatchAt
 from fewstep.training.loop import Evaluate, train
 from fewstep.training.method import Method
 from fewstep.training.optimization import check_optimizer, learning_rate_factor
-from fewstep.training.parallel import check_shard
+from fewstep.training.parallel import check_shard, offload
 from fewstep.training.roles import compile_roles
 from fewstep.training.settings import OptimizerSettings
 
@@ -218,6 +218,9 @@ def train_recipe(jobs: Jobs, recipe: AnyRecipe, run: Path, resume: bool, report:
         prepare = partial(_prepared, jobs, recipe, run)
         # Ranks that share weights take their networks' first passes together, and what each does by itself inside.
         job = prepare() if recipe.parallel.shard != "none" else first_then_others(prepare)
+        if recipe.parallel.offload_student_optimizer:
+            method: Any = job.method
+            print(f"offload: the student's updates take {size(offload(method))} of main memory, of each rank")
         start_run(job, run, recipe, report)
     return job
 
@@ -266,6 +269,7 @@ def naming_memory(run: Path, recipe: Any) -> Iterator[None]:
         if told is None:
             raise
         exact = _smaller_parts(recipe)
+        exact += ["parallel.offload_student_optimizer=true"] if _could_offload(recipe) else []
         exact += [f"checkpointing={' or '.join(more)}"] if (more := _checkpointing_more(recipe)) else []
         # In the order of what they change: rounding, more rounding, what is trained, how much it sees.
         other = ["precision=bfloat16"] if getattr(recipe, "precision", None) == "float32" else []
@@ -284,6 +288,13 @@ def _smaller_parts(recipe: Any) -> list[str]:
         return []
     most = recipe.parallel.max_rows_per_part
     return [f"a smaller parallel.max_rows_per_part ({most})" if most else f"a larger accumulate ({recipe.accumulate})"]
+
+
+def _could_offload(recipe: Any) -> bool:
+    """Whether main memory, where it is another, can take what updates the student."""
+    if recipe.kind != "distill" or recipe.parallel.offload_student_optimizer:
+        return False
+    return bool(recipe.student.optimizer.kind == "adamw") and pick_device(recipe.device).type == "cuda"
 
 
 def _checkpointing_more(recipe: Any) -> list[str]:

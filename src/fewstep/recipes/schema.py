@@ -21,6 +21,16 @@ class RunSettings(LoopSettings):
     """`auto` takes a GPU if there is one."""
     data: DataSettings = DataSettings()
 
+    @model_validator(mode="after")
+    def _what_is_offloaded_steps_seldom_and_in_float32(self) -> Self:
+        given: Any = self
+        told = "parallel.offload_student_optimizer: "
+        if self.parallel.offload_student_optimizer and given.kind != "distill":
+            raise ValueError(f"{told}is for a distillation, whose student steps seldom; set false")
+        if self.parallel.offload_student_optimizer and given.student.optimizer.kind == "adamw8bit":
+            raise ValueError(f"{told}adamw8bit updates on a GPU alone; set student.optimizer.kind to adamw, or false")
+        return self
+
     def gives(self, key: str) -> bool:
         """Whether the user gave this dotted key, by --set or in a recipe of their own: not one that fewstep brings."""
         at: Any = self

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.runtime.main_memory import beside
 from fewstep.runtime.sharding import is_shard, put, reshard
 
 
@@ -43,6 +44,12 @@ class EMA:
         self.first, *self.others = [ema_name(each) for each in decays]
         self.decays = {ema_name(each): each for each in decays if each}
         self.copies = {name: [p.detach().clone() for p in self.parameters.values()] for name in self.decays}
+        self.averaged: list[Tensor] = list(self.parameters.values())
+
+    def move(self, weights: Sequence[Tensor]) -> None:
+        """Keeps averages in main memory from now on, where the same `weights` lie, and takes in those."""
+        self.averaged = list(weights)
+        self.copies = {name: [beside(each) for each in copies] for name, copies in self.copies.items()}
 
     def averages_of(self, name: str | None = None) -> dict[str, Tensor]:
         """The first averages, or those of `name`, by the parameters' names; not to be asked for inside `applied`."""
@@ -53,9 +60,8 @@ class EMA:
     def update(self) -> None:
         """Takes in the parameters as they are now."""
         ramp = (1 + self.num_updates) / (10 + self.num_updates)
-        parameters = [p.detach() for p in self.parameters.values()]
         for name, decay in self.decays.items():
-            torch._foreach_lerp_(self.copies[name], parameters, 1 - min(decay, ramp))
+            torch._foreach_lerp_(self.copies[name], self.averaged, 1 - min(decay, ramp))
         self.num_updates += 1
 
     @contextmanager

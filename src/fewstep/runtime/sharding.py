@@ -14,6 +14,11 @@ def is_shard(x: Any) -> bool:
     return hasattr(x, "full_tensor")
 
 
+def mine(x: Any) -> Any:
+    """This rank's rows of a shard; of what is none, itself."""
+    return x.to_local() if is_shard(x) else x
+
+
 def reshard(module: nn.Module) -> None:
     """Puts gathered weights away: `parameters()` gives shards then, and the next pass sees what is written to them."""
     every: Iterator[Any] = module.modules()
@@ -45,6 +50,16 @@ def put(target: Any, value: Tensor) -> None:
         target.to_local().copy_(_rows(value, target))
     else:
         target.copy_(value)
+
+
+def as_shard(rows: Tensor, like: Any) -> Any:
+    """This rank's rows, on whichever device, as a shard divided as `like` is; of what is none, themselves."""
+    if not is_shard(like):
+        return rows
+    from torch.distributed.tensor import DTensor
+
+    made: Any = DTensor  # as FSDP2 makes its own
+    return made(rows, like._spec, requires_grad=False)
 
 
 def cut(value: Any, like: Any) -> Any:

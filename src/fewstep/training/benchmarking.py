@@ -17,6 +17,7 @@ from fewstep.runtime.graphs import CUDA, Graphs
 from fewstep.runtime.tracking import peak_memory
 from fewstep.training.dmd2 import DMD2
 from fewstep.training.method import Compute, Part
+from fewstep.training.parallel import offload
 from fewstep.training.roles import compile_roles, roles_of, uncompile_roles
 
 SECONDS = 0.5  # of products of matrices, behind which a rate no longer rises
@@ -61,7 +62,10 @@ def make_method(recipe: Any, outline: Outline, device: torch.device) -> DMD2:
     torch.manual_seed(0)
     initialize(model.denoiser.to_empty(device=device))
     model.device = device
-    return DMD2(recipe, model, roles_of(recipe, model), recipe.num_steps, recipe.batch_size, recipe.seed)
+    method = DMD2(recipe, model, roles_of(recipe, model), recipe.num_steps, recipe.batch_size, recipe.seed)
+    if recipe.parallel.offload_student_optimizer:
+        offload(method)
+    return method
 
 
 @torch.no_grad()

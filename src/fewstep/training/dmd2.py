@@ -277,6 +277,7 @@ class DMD2(StudentMethod):
     def _follow_student(self) -> None:
         """critic <- (1 - s) critic + s student (IDA, arXiv 2506.00523)."""
         if share := self.settings.critic.student_share:
+            self.student_optimizer.finish()  # which is else done when the critic's passes are on their way
             ours, theirs = trainable_state(self.critic), trainable_state(self.student)  # of one architecture,
             names = [name for name in ours if name in theirs]  # but for what tells the critic the stop
             torch._foreach_lerp_([ours[name] for name in names], [theirs[name] for name in names], share)

@@ -123,7 +123,7 @@ class Method(ABC):
             if isinstance(part, nn.Module):
                 write_copies(part, anew=failed)
             elif isinstance(part, Optimizer) and failed:
-                part.adamw.zero_grad()
+                part.clear()
 
     @abstractmethod
     def sample(self, noise: Tensor, first: int = 0, asked: Asked = None) -> Tensor:

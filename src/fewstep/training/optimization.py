@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fewstep.errors import UserError
 from fewstep.runtime.distributed import add_up, num_ranks
+from fewstep.runtime.main_memory import MainMemory
 from fewstep.runtime.sharding import cut, is_shard
 from fewstep.training.settings import OptimizerSettings
 
@@ -67,11 +68,28 @@ class Optimizer:
         self.factor: Callable[[int], float] = lambda update: learning_rate_factor(update, num_updates, settings)
         self.units: Sequence[Any] = ()
         """What gathers the weights where ranks share them, and has added their gradients up."""
+        self.main_memory: MainMemory | None = None
+        self.finished = False
+        """Where weights and moments lie if not beside the parameters, and whether the last update has been made."""
         self.progress = 0
         """Updates that were made or skipped."""
         if not self.eight_bit and any(p.is_cuda for p in self.parameters):
             self.keep_rates(self.parameters[0].device)
         self._set_rates()
+
+    def offload(self) -> MainMemory:
+        """Keeps moments and makes updates in main memory, from before its first one on; gives what is there.
+
+        What `step` begins is then done by `finish`, or by `advance`: the device goes on with what needs no new weights.
+        """
+        self.main_memory = MainMemory(self.parameters)
+        others = dict(zip(self.parameters, self.main_memory.weights, strict=True))
+        for group in self.adamw.param_groups:
+            group["params"] = [others[each] for each in group["params"]]
+        if isinstance(self.adamw.param_groups[0]["lr"], Tensor):
+            self.keep_rates(torch.device("cpu"))  # with the rounding that they have on the device
+            self._set_rates()
+        return self.main_memory
 
     def step(self, finite: Tensor) -> tuple[Tensor, Tensor]:
         """Clips, updates, clears the gradients; gives the gradient norm before clipping, and 1 if it was skipped, or 0.
@@ -89,7 +107,15 @@ class Optimizer:
         skipped = (~(norm.isfinite() & finite)).float()
         if self.eight_bit and skipped.item():
             # The host waits here, once: bitsandbytes waits for the device behind every tensor anyway.
-            self.adamw.zero_grad()  # and what has no gradient stays as it is, with its moments and counts
+            self.clear()  # and what has no gradient stays as it is, with its moments and counts
+        if self.main_memory:
+            self.main_memory.take(skipped)
+        else:
+            self._update(skipped)
+        self.clear()  # frees them, and with them what was not finite
+        return norm, skipped
+
+    def _update(self, skipped: Tensor) -> None:
         for unit in self.units:
             unit.reshard()  # a pass without gradient left weights gathered, as they were before this
         # The fused kernel looks at `found_inf` on the device, as for a gradient scaler: the host need not know.
@@ -97,11 +123,23 @@ class Optimizer:
         self.adamw.step()
         # Both kinds write unseen by autograd, and copies of low-rank weights go by their versions.
         torch.autograd.graph.increment_version(self.parameters)
-        self.adamw.zero_grad()  # frees them, and with them what was not finite
-        return norm, skipped
+
+    def clear(self) -> None:
+        """Frees the gradients."""
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def finish(self) -> None:
+        """Makes the update that `step` left to main memory, unless that has been done."""
+        if self.main_memory and not self.finished:
+            self._update(self.main_memory.arrived())
+            self.main_memory.give()
+            self.finished = True
 
     def advance(self) -> None:
         """Sets the rate of the next update, also behind one that was skipped: it is a function of the progress."""
+        self.finish()
+        self.finished = False
         self.progress += 1
         self._set_rates()
 
@@ -140,3 +178,5 @@ class Optimizer:
             group["lr"] = own["lr"]  # the very tensor, where it is one
         self.progress = state["schedule"]["last_epoch"]
         self._set_rates()
+        if self.main_memory:
+            self.main_memory.fetch()  # the weights, which are loaded before their optimizer

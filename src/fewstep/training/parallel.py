@@ -14,12 +14,15 @@ from torch import nn
 
 from fewstep.diffusion.denoiser import Denoiser, Guided, unguided
 from fewstep.errors import UserError
+from fewstep.files import size
 from fewstep.networks.blocks import named_units
 from fewstep.networks.copies import drop_copies
 from fewstep.networks.precision import AutocastDenoiser
 from fewstep.runtime.distributed import environment, num_ranks
-from fewstep.runtime.sharding import is_shard
+from fewstep.runtime.sharding import is_shard, mine
+from fewstep.runtime.writing import free_memory
 from fewstep.training.dmd2 import DMD2
+from fewstep.training.method import StudentMethod
 from fewstep.training.roles import Roles
 from fewstep.training.settings import ParallelSettings
 
@@ -96,6 +99,25 @@ def divide(roles: Roles, settings: ParallelSettings, device: torch.device, dtype
     # Of the head its inner layers alone: `Discriminator` gives a view of what they give, which FSDP warns of.
     head = _divide([roles.discriminator.layers], mesh, keep) if gan else []
     return Units(student, [*critic, *head])
+
+
+def offload(method: StudentMethod) -> int:
+    """Moves a student's moments, averages and updates to main memory, before its first step; gives their bytes there.
+
+    Of what ranks share each keeps its rows. Raises UserError if there is no room for it.
+    """
+    needed = offloaded_bytes(method)
+    if (all_here := needed * _ranks_here()) > (free := free_memory()):
+        told = f"takes {size(all_here)} of main memory, and {size(free)} are free"
+        raise UserError(f"parallel.offload_student_optimizer: {told}; set false, or share the weights (shard)")
+    method.ema.move(method.student_optimizer.offload().weights)
+    return needed
+
+
+def offloaded_bytes(method: StudentMethod) -> int:
+    """Of the student's weights, their gradients, two moments and the averages."""
+    weights: int = sum(mine(each).nbytes for each in method.student_optimizer.parameters)
+    return (4 + len(method.ema.decays)) * weights
 
 
 def _mesh(device: torch.device, kind: str) -> Any:

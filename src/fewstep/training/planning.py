@@ -18,6 +18,7 @@ from fewstep.networks.precision import DTYPES, AutocastDenoiser
 from fewstep.training.budget import GRANULE, AsOnCUDA, Meter
 from fewstep.training.dmd2 import DMD2
 from fewstep.training.optimization import Optimizer
+from fewstep.training.parallel import offloaded_bytes
 from fewstep.training.roles import roles_of
 
 ROLES = ("student", "critic", "discriminator")  # those that are trained, the last by a GAN alone
@@ -46,6 +47,8 @@ class Plan:
     """By turn, the mean over the stops of a rollout."""
     forward: float
     """Operations of one pass of the teacher's network, of one sample."""
+    main_memory: int
+    """Bytes there, of what is offloaded."""
     checkpoint: int
     """Bytes on disk of one checkpoint, beside what lies once in the run's `frozen/`."""
     student_every: int
@@ -93,6 +96,7 @@ def plan(recipe: Any, outline: Outline, granule: int = GRANULE) -> Plan:
         resting=resting,
         operations=operations,
         forward=forward / size,
+        main_memory=offloaded_bytes(method) if recipe.parallel.offload_student_optimizer else 0,
         checkpoint=checkpoint_bytes(method, recipe),
         student_every=recipe.student_every,
     )
@@ -155,9 +159,13 @@ def _name(meter: Meter, method: DMD2, recipe: Any) -> None:
         meter.note([each.copies for each in copies_in(module)], f"copies of the {role}'s weights")
         for parameter in _trained(module):
             parameter.register_post_accumulate_grad_hook(partial(_name_gradient, meter, f"gradients of the {role}"))
+    away = recipe.parallel.offload_student_optimizer
+    if away:  # and with them what updates them
+        method.ema.copies, method.ema.update = {}, lambda: None  # type: ignore[method-assign]
     meter.note([*method.ema.copies.values()], "averages of the student")
     for role, optimizer in (("student", method.student_optimizer), ("critic", method.critic_optimizer)):
-        sizes = [round(_moment(recipe, role) * p.numel()) for p in optimizer.parameters]
+        moment = 0 if away and role == "student" else _moment(recipe, role)
+        sizes = [round(moment * p.numel()) for p in optimizer.parameters]
         moments = [torch.empty(size, dtype=torch.uint8, device="meta") for size in sizes]
         meter.note(moments, f"moments of the {role}")
         optimizer.step = partial(_step, optimizer, moments)  # type: ignore[method-assign]
@@ -203,7 +211,7 @@ def checkpoint_bytes(method: DMD2, recipe: Any) -> int:
     model = weights["student"] if recipe.lora else WEIGHT * sum(p.numel() for p in method.student.parameters())
     optimizers = (("student", method.student_optimizer), ("critic", method.critic_optimizer))
     moments = sum(_moment(recipe, role) * p.numel() for role, each in optimizers for p in each.parameters)
-    averages = weights["student"] * len(method.ema.copies)
+    averages = weights["student"] * len(method.ema.decays)
     return round(model * (1 + len(method.ema.others)) + sum(weights.values()) + averages + moments)
 
 

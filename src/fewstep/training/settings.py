@@ -150,6 +150,10 @@ class ParallelSettings(Settings):
     keep_gathered: bool = True
     """Whether gathered weights stay until they change: half the messages, for the memory of one more set of each
     network's weights, in the dtype that it computes in."""
+    offload_student_optimizer: bool = False
+    """Keeps the moments and averages of a distillation's student in main memory, and updates it there: 8 bytes per
+    weight and 4 per average less on the device (SDXL: 31 GB), and 16 and 4 in main memory, for the same numbers. Each
+    of the student's turns takes its gradients there, and its weights back; the critic's turns wait for nothing."""
     stall_minutes: float = Field(10.0, gt=0, le=1440)
     """How long a rank waits for the others in a step, before it takes them for lost."""
     max_rows_per_part: int | None = Field(None, ge=1, le=65_536)
@@ -172,7 +176,8 @@ class LoopSettings(Settings):
     speed: SpeedSettings = SpeedSettings()
     """How a step is run (keys graphs, compile)."""
     parallel: ParallelSettings = ParallelSettings()
-    """How several ranks train together (keys shard, keep_gathered, stall_minutes, max_rows_per_part)."""
+    """How several ranks train together (keys shard, keep_gathered, offload_student_optimizer, stall_minutes,
+    max_rows_per_part)."""
     max_skipped: Count = 20
     """Updates in a row that may be skipped because a loss or a gradient is not finite, before the run ends."""
     log_every: Count = 50
