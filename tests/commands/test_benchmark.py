@@ -1,6 +1,9 @@
 """`fewstep benchmark`: the recipe's own steps, on random weights, and numbers that hold."""
 
 import json
+import shlex
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -156,3 +159,27 @@ def test_what_the_machine_can_t_hold_is_refused_before_it_is_made(monkeypatch: p
 )
 def test_mistakes_are_one_line(line: str, told: str) -> None:
     refused(fewstep(f"benchmark {line}"), told)
+
+
+def test_each_rank_times_its_own_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = load_recipe("digits-4step", ["batch_size=12", "device=cpu", "accumulate=2"])
+    outline = of_recipe(load_recipe("digits-teacher", SMALL))
+    monkeypatch.setattr("fewstep.training.batches.num_ranks", lambda: 3)
+    monkeypatch.setattr("fewstep.training.batches.rank", lambda: 1)
+    parts = parts_of(recipe, outline, CPU)
+    assert [rows for rows, _ in parts] == [range(4, 6), range(6, 8)]
+    assert parts[0][1]["x0"].shape[0] == 2
+
+
+@pytest.mark.slow
+def test_ranks_are_timed_together(tmp_path: Path) -> None:
+    """Replicated, and in shards; the operations of a rank are those of fewer rows, and what it tells the others."""
+    line = "benchmark digits-4step --set device=cpu --set batch_size=8 --cycles 1 --ranks 2"
+    for shard in ("none", "full"):
+        words = shlex.split(f"{line} --set parallel.shard={shard} --out {shard}.json")
+        done = subprocess.run([sys.executable, "-m", "fewstep", *words], capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("8 by 2 ranks") == 1
+        numbers = json.loads(Path(f"{shard}.json").read_text())
+        assert (numbers["ranks"], numbers["shard"]) == (2, shard)
+        assert numbers["ways"]["eager"]["seconds_per_cycle"] > 0

@@ -13,15 +13,18 @@ from rich.table import Table
 
 from fewstep.commands.options import Benchmark as Order
 from fewstep.commands.places import check_writable, free_place
-from fewstep.commands.runs import device_memory, pick_device
+from fewstep.commands.runs import check_ranks, device_memory, pick_device
 from fewstep.commands.teachers import find_outline
 from fewstep.errors import UserError
 from fewstep.files import write_text
+from fewstep.models.outline import Outline
 from fewstep.networks.compiling import prepare_compiling
 from fewstep.networks.precision import DTYPES
 from fewstep.recipes.schema import DistillRecipe
+from fewstep.runtime.distributed import joined, num_ranks, rank
 from fewstep.training.benchmarking import WAYS, Timing, make_method, matrix_rate, parts_of, time_ways
 from fewstep.training.optimization import check_optimizer
+from fewstep.training.parallel import check_shard
 from fewstep.training.planning import plan
 
 GB = 1e9
@@ -38,34 +41,47 @@ def benchmark(recipe: DistillRecipe, asked: Order) -> None:
         check_optimizer(optimizer)
     outline, told = find_outline(recipe, asked.recipe, asked.architecture)
     device = pick_device(recipe.device)
-    ways, found = _ways(asked.ways, device), plan(recipe, outline)
+    with joined(device, recipe.parallel.stall_minutes):
+        _measure(recipe, asked, outline, told, device)
+
+
+def _measure(recipe: DistillRecipe, asked: Order, outline: Outline, told: str, device: torch.device) -> None:
+    """On this rank; the first one tells."""
+    check_ranks(recipe)
+    if shared := recipe.parallel.shard != "none":
+        check_shard(recipe)
+    ways, found = _ways(asked.ways, device, shared), plan(recipe, outline)
     memory = device_memory(device) or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if memory < found.peak:
         has, takes = f"{memory / GB:.1f} GB", f"{found.peak / GB:.1f} GB ({found.where})"
         raise UserError(f"device: has {has}, and this recipe takes {takes}; ask `fewstep plan` what takes less")
     method = make_method(recipe, outline, device)
     rate, facts = matrix_rate(device, DTYPES[recipe.precision]), {**_machine(device), "teacher": told}
-    print(f"{asked.recipe}: {told}, batches of {recipe.batch_size}, {recipe.precision}, on {facts['device']}")
+    facts |= {"ranks": num_ranks(), "shard": recipe.parallel.shard}
+    each = f" by {num_ranks()} ranks" if num_ranks() > 1 else ""
+    print(f"{asked.recipe}: {told}, batches of {recipe.batch_size}{each}, {recipe.precision}, on {facts['device']}")
     numbers: dict[str, dict[str, Any]] = {}
     for way, timing in time_ways(method, parts_of(recipe, outline, device), asked.cycles, ways):
         if isinstance(timing, str):
             print(f"{way}: {timing}")
         else:
-            numbers[way] = _numbers(recipe, timing, found.cycle, rate)
+            numbers[way] = _numbers(recipe, timing, found.cycle / num_ranks(), rate)
     Console().print(_table(numbers))
     print(*_lines(recipe, numbers, rate), sep="\n")
-    if asked.out:
+    if asked.out and rank() == 0:
         write_text(asked.out, json.dumps({**facts, "settings": asked.set_, "ways": numbers}, indent=2) + "\n")
         print(f"wrote {asked.out}")
 
 
-def _ways(asked: str | None, device: torch.device) -> Sequence[str]:
+def _ways(asked: str | None, device: torch.device, shared: bool) -> Sequence[str]:
     """Those that are asked for, or all of a GPU; raises UserError for others."""
-    ways = asked.split(",") if asked else WAYS if device.type == "cuda" else WAYS[:1]
+    ways = asked.split(",") if asked else WAYS if device.type == "cuda" and not shared else WAYS[:1]
     if unknown := [way for way in ways if way not in WAYS]:
         raise UserError(f"--ways {unknown[0]!r}: write some of {', '.join(WAYS)}")
     if device.type != "cuda" and (of_cuda := [way for way in ways if "graphs" in way]):
         raise UserError(f"--ways {of_cuda[0]}: is for CUDA; here are eager and compiled")
+    if shared and [*ways] != ["eager"]:
+        raise UserError(f"--ways {asked}: ranks that share weights are timed eager alone")
     if any("compiled" in way for way in ways):
         prepare_compiling(device)
     return ways
@@ -122,6 +138,8 @@ def _lines(recipe: DistillRecipe, numbers: dict[str, dict[str, Any]], rate: floa
     stops = ", all stops equally often" if shared else ""
     reach = f"products of matrices reach {rate / 1e12:.3g} TFLOP/s here"
     yield f"{num} cycles of {recipe.student_every} steps{stops}; {reach}"
+    if num_ranks() > 1:
+        yield f"peak memory, TFLOP and operations are those of the first of {num_ranks()} ranks"
     if len(numbers) > 1 and "eager" in numbers:
         own = {way: each["seconds_per_cycle"] for way, each in numbers.items()}
         yield ", ".join(f"{way} {own['eager'] / own[way]:.2f} times as fast" for way in own if way != "eager")

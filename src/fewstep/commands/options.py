@@ -167,6 +167,7 @@ class Benchmark(Order):
         show_default="all on a GPU, eager on a CPU",
     )
     cycles: int = option("That are measured, at least, behind those that warm up.", 4, metavar="N", min=1, max=10_000)
+    ranks: Ranks = None
     out: Path | None = option("Also writes the numbers.", metavar="JSON", show_default=False)
     overwrite: Overwrite = False
 

@@ -19,7 +19,7 @@ from fewstep.networks.families.edm import build_unet
 from fewstep.networks.settings import PixelModelConfig
 from fewstep.recipes.loading import explained, idle, load_recipe
 from fewstep.training.dmd2 import DMD2
-from fewstep.training.roles import make_roles
+from fewstep.training.roles import roles_of
 from fewstep.training.teacher import TeacherTraining
 
 TUNED_AT = 3 * 64 * 64  # numbers of an image, for which the GAN weights 3e-3 and 1e-2 were found (losses.py)
@@ -179,8 +179,7 @@ def seconds_per_step(recipe: Any, model: PixelModelConfig, device: torch.device)
     if recipe.kind == "teach":
         method: Any = TeacherTraining(*start, *length)
     else:
-        num_stops = recipe.student.num_timesteps if recipe.critic.condition_on_stop else 0
-        method = DMD2(*start, make_roles(start[1], num_stops=num_stops), *length)
+        method = DMD2(*start, roles_of(recipe, start[1]), *length)
 
     def seconds(step: int, clock: Callable[[], float]) -> float:
         done, begun, end = 0, clock(), time.perf_counter() + SECONDS

@@ -31,6 +31,13 @@ BatchAt = Callable[[int, range], Batch]
 """The rows of a step's batch; a pure function, so that a run goes on where it was."""
 
 
+def rows_of_rank(settings: LoopSettings) -> list[range]:
+    """The rows of a batch that this rank computes, part by part."""
+    mine = settings.batch_size // num_ranks()  # that they divide is checked at the door
+    size = mine // settings.num_parts(num_ranks())
+    return [range(first, first + size) for first in range(rank() * mine, (rank() + 1) * mine, size)]
+
+
 @contextmanager
 def parts_ahead(
     batch_at: BatchAt, settings: LoopSettings, start: int, device: torch.device
@@ -39,10 +46,8 @@ def parts_ahead(
 
     An error in making a batch is raised where it is asked for; the thread ends with the context.
     """
-    mine = settings.batch_size // num_ranks()  # that they divide is checked at the door
-    size = mine // settings.num_parts(num_ranks())
+    rows = rows_of_rank(settings)
     way = torch.cuda.Stream(device) if device.type == "cuda" else None  # beside the one that computes
-    rows = [range(first, first + size) for first in range(rank() * mine, (rank() + 1) * mine, size)]
 
     def make(step: int) -> list[Part]:
         return [(each, _sent(batch_at(step, each), device, way)) for each in rows]

@@ -13,11 +13,13 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fewstep.models.outline import Outline
+from fewstep.networks.precision import DTYPES
 from fewstep.runtime.graphs import CUDA, Graphs
 from fewstep.runtime.tracking import peak_memory
+from fewstep.training.batches import rows_of_rank
 from fewstep.training.dmd2 import DMD2
 from fewstep.training.method import Compute, Part
-from fewstep.training.parallel import offload
+from fewstep.training.parallel import check_units, divide, offload
 from fewstep.training.roles import compile_roles, roles_of, uncompile_roles
 
 SECONDS = 0.5  # of products of matrices, behind which a rate no longer rises
@@ -58,11 +60,18 @@ class _Counter(TorchDispatchMode):
 
 def make_method(recipe: Any, outline: Outline, device: torch.device) -> DMD2:
     """The recipe's method around freshly initialised networks; losses on pairs are left out."""
-    model = outline.fresh()
+    model, shared, gan = outline.fresh(), recipe.parallel.shard != "none", recipe.gan.student_weight > 0
     torch.manual_seed(0)
-    initialize(model.denoiser.to_empty(device=device))
-    model.device = device
-    method = DMD2(recipe, model, roles_of(recipe, model), recipe.num_steps, recipe.batch_size, recipe.seed)
+    model.device = torch.device("cpu") if shared else device
+    initialize(model.denoiser.to_empty(device=model.device))
+    roles, units = roles_of(recipe, model, shared), None
+    if shared:
+        check_units(roles, gan)
+        units = divide(roles, recipe.parallel, device, DTYPES[recipe.precision], gan)
+        model.device = device
+    method = DMD2(recipe, model, roles, recipe.num_steps, recipe.batch_size, recipe.seed)
+    if units:
+        units.given_to(method)
     if recipe.parallel.offload_student_optimizer:
         offload(method)
     return method
@@ -79,11 +88,11 @@ def initialize(network: nn.Module) -> None:
 
 
 def parts_of(recipe: Any, outline: Outline, device: torch.device) -> list[Part]:
-    """A batch in its parts, on the device."""
-    size = recipe.batch_size // recipe.num_parts()
-    batch = {name: value.to(device) for name, value in outline.batch(size).items()}
+    """This rank's rows of a batch in their parts, on the device."""
+    parts = rows_of_rank(recipe)
+    batch = {name: value.to(device) for name, value in outline.batch(len(parts[0])).items()}
     batch["x0"] = torch.randn_like(batch["x0"])
-    return [(range(first, first + size), batch) for first in range(0, recipe.batch_size, size)]
+    return [(rows, batch) for rows in parts]
 
 
 def time_ways(method: DMD2, parts: list[Part], num: int, ways: Sequence[str]) -> Iterator[tuple[str, Timing | str]]:
