@@ -6,6 +6,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +15,13 @@ from torch import Tensor, nn
 from fewstep.models.image_model import ImageModel
 from fewstep.runtime.checkpoint import checkpoints, load_state
 from fewstep.runtime.manifest import write_manifest
+from fewstep.runtime.sharding import share_of
+from fewstep.runtime.shards import Divided, all_rows, packed, shard_name, write_index, write_shard
 from fewstep.runtime.tracking import read_metrics
 from fewstep.seeding import Draws
 from fewstep.training.dmd2 import DMD2
 from fewstep.training.dmd2_settings import DMD2Settings
+from fewstep.training.guard import check_finite
 from fewstep.training.parallel import divide
 from fewstep.training.regression import PairLoss
 from fewstep.training.roles import make_roles
@@ -129,12 +133,39 @@ def curves(run: Path) -> list[dict[str, float]]:
 
 
 def last_state(run: Path) -> dict:
-    return load_state(checkpoints(run)[-1])
+    found: dict = gathered(load_state(checkpoints(run)[-1]))
+    return found
+
+
+def gathered(state: Any) -> Any:
+    """A nested state with all rows of what is divided, in new memory; all ranks call it alike where they share it."""
+    if isinstance(state, dict):
+        return {key: gathered(value) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(gathered(value) for value in state)
+    if hasattr(state, "full_tensor"):
+        state = state.full_tensor()
+    return all_rows(state).clone() if isinstance(state, Tensor | Divided) else state
+
+
+def checked(state: dict[str, Any]) -> None:
+    """Looks at all numbers of a method's state, as the loop does at step 3."""
+    slices = share_of({"method": state}, 0, 1).slices
+    check_finite({name: tensor for name, (tensor, _) in slices.items()}, list(state), 3)
+
+
+def write_state(folder: Path, step: int, state: Any) -> None:
+    """As the one writer of all of it."""
+    share = share_of(state, 0, 1)
+    folder.mkdir()
+    for number, slices in enumerate(shards := packed(share.slices)):
+        write_shard(folder / shard_name(number), step, slices)
+    write_index(folder, step, len(shards), share.content)
 
 
 def as_before(checkpoint: Path) -> Path:
     """Makes it one of an earlier version, whose state was a pickle of tensors."""
-    torch.save(load_state(checkpoint), checkpoint / "state.pt")
+    torch.save(gathered(load_state(checkpoint)), checkpoint / "state.pt")
     shutil.rmtree(checkpoint / "state")
     write_manifest(checkpoint)
     return checkpoint

@@ -145,11 +145,11 @@ def _locked(path: Path, wait: bool) -> int:
 
 
 @contextmanager
-def written_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder beside `out` that takes its name if the block ends well; else nothing is left of it."""
+def written_folder(out: Path, hidden: Path | None = None) -> Iterator[Path]:
+    """A temporary folder beside `out`, `hidden` or another, that takes its name if all ends well; else none is left."""
     out = out.resolve()
-    with temporary(_hidden(out, "tmp")) as hidden, writing(out):
-        hidden.mkdir(parents=True)
+    with temporary(hidden or _hidden(out, "tmp")) as hidden, writing(out):
+        hidden.mkdir(parents=True, exist_ok=True)
         yield hidden
         _take_place(hidden, out)
 

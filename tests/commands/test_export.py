@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from command_line import Run, fewstep, refused
 from fewstep.models.loading.pretrained import load
 from fewstep.runtime.checkpoint import load_state
-from fewstep.runtime.shards import write_state
+from steps import write_state
 from tiny_pipelines import TINY
 
 MODEL = {"num_classes": 10, "null_class": True, "block_out_channels": [8, 8], "norm_num_groups": 4}

@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from command_line import Answer, fewstep
 from fewstep.runtime.checkpoint import load_state
 from fewstep.runtime.manifest import write_manifest
-from fewstep.runtime.shards import write_state
 from image_sets import encoded
 from small_runs import VERBS, bounded, make_place
+from steps import write_state
 
 Act = Callable[[Path], object]
 CHECKPOINT = "student/checkpoints/00000004"

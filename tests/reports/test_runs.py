@@ -363,7 +363,7 @@ def test_a_disk_without_room_for_a_checkpoint_is_told_before_it_is_written(monke
     monkeypatch.undo()
 
 
-@pytest.mark.parametrize("name", ["tracking.to_line", "shards.write_shard"])
+@pytest.mark.parametrize("name", ["tracking.to_line", "writing.write_shard"])
 def test_a_disk_that_fills_up_is_told_and_the_last_checkpoint_stands(
     name: str, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

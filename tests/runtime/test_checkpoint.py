@@ -22,10 +22,11 @@ from safetensors.torch import save_file
 
 from fewstep.errors import Interrupted, UserError
 from fewstep.files import write_text
-from fewstep.runtime import checkpoint, manifest, writing
-from fewstep.runtime.checkpoint import STATES, checkpoints, load_state, newest_whole, save_checkpoint
+from fewstep.runtime import manifest, writing
+from fewstep.runtime.checkpoint import STATES, checkpoints, load_state, newest_whole
 from fewstep.runtime.manifest import MANIFEST, write_manifest
 from fewstep.runtime.runs import Found, find
+from fewstep.runtime.sharding import Share, share_of
 from fewstep.runtime.writing import SaveModel, Writer
 from fewstep.stopping import end_on_signals
 from steps import as_before
@@ -44,10 +45,19 @@ def state_of(step: int) -> dict[str, Any]:
     return {"weight": torch.full((3,), float(step)), "rate": 0.1 * step}
 
 
+def share(state: dict[str, Any]) -> Share:
+    return share_of(state, 0, 1)
+
+
 def save(run: Path, *steps: int) -> None:
     with Writer(run) as writer:
         for step in steps:
-            writer.save(step, state_of(step), model(f"model {step}"), ())
+            writer.save(step, share(state_of(step)), model(f"model {step}"), ())
+
+
+def save_model_by(run: Path, step: int, save_model: Callable[[Path], object]) -> None:
+    with Writer(run) as writer:
+        writer.save(step, share({}), lambda folder, state: save_model(folder), ())
 
 
 def assert_whole(run: Path, step: int) -> None:
@@ -84,7 +94,7 @@ def test_unfinished_checkpoints_and_stray_files_are_no_checkpoints_and_the_first
 
 
 def test_a_step_that_is_saved_again_is_replaced(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path, 3, {"weight": torch.zeros(1)}, lambda folder: model("old")(folder, {}))
+    save_model_by(tmp_path, 3, lambda folder: model("old")(folder, {}))
     save(tmp_path, 3)
     assert_whole(tmp_path, 3)
 
@@ -103,9 +113,9 @@ def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(place: str, tm
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))
     try:
         writer = Writer(tmp_path)
-        writer.save(2, state, save_model, ())
+        writer.save(2, share(state), save_model, ())
         with pytest.raises(UserError, match=r"00000002: can't be written \(.*\); make room and --resume") as refused:
-            writer.save(3, state, save_model, ()) if place == "text" else writer.wait()
+            writer.save(3, share(state), save_model, ()) if place == "text" else writer.wait()
         writer.wait()  # which was told once
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
@@ -134,7 +144,7 @@ def die_in_removal(folder: Path, ignore_errors: bool) -> None:
 @pytest.mark.parametrize(
     ("place", "name", "function", "left"),
     [
-        (checkpoint, "write_manifest", die, [1, 2]),
+        (writing, "write_manifest", die, [1, 2]),
         (safetensors.torch, "save_file", die_in_state, [1, 2]),
         (Path, "rename", die, [1, 2]),
         (shutil, "rmtree", die_in_removal, [2, 3]),
@@ -401,7 +411,7 @@ def linking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(manifest, "digest", lambda path: (hashed.append(path.name), digest(path))[1])
     write_text(tmp_path / "recipe.yaml", "kind: distill")
     for step in (1, 2):
-        save_checkpoint(tmp_path, step, {}, lambda folder: link_frozen(tmp_path, folder))
+        save_model_by(tmp_path, step, lambda folder: link_frozen(tmp_path, folder))
     return hashed
 
 
@@ -426,7 +436,7 @@ def test_damage_in_what_all_checkpoints_share_costs_none_of_them(
     assert capsys.readouterr().err == f"fewstep: {tmp_path}/{wanted}"
     with pytest.raises(UserError, match=r"00000002: model/vae has other bytes than were written; take .*@1$"):
         find(tmp_path).check()
-    save_checkpoint(tmp_path, 3, {}, lambda folder: link_frozen(tmp_path, folder))
+    save_model_by(tmp_path, 3, lambda folder: link_frozen(tmp_path, folder))
     find(tmp_path).check()
 
 
@@ -462,7 +472,7 @@ def test_what_the_next_checkpoint_would_lack_or_have_damaged_is_written_anew(
     damage(tmp_path)
     assert newest_whole(tmp_path) == checkpoints(tmp_path)[1]
     assert capsys.readouterr().err == f"fewstep: {tmp_path}/frozen: {told}; it is set aside as frozen.damaged\n"
-    save_checkpoint(tmp_path, 3, {}, lambda folder: link_frozen(tmp_path, folder))
+    save_model_by(tmp_path, 3, lambda folder: link_frozen(tmp_path, folder))
     assert (checkpoints(tmp_path)[-1] / "model" / "vae").read_text() == "as it was loaded"
     assert not (tmp_path / "frozen.damaged").exists()
 
@@ -558,7 +568,7 @@ def test_what_is_written_is_the_state_as_it_was_saved_though_training_goes_on(tm
         (folder / "weights").write_text(str(state["weight"].sum().item()))
 
     with Writer(tmp_path) as writer:
-        writer.save(1, {"weight": weight, "counts": counts}, save_model, ())
+        writer.save(1, share({"weight": weight, "counts": counts}), save_model, ())
         weight += 1
         counts["updates"].append(2)
         assert checkpoints(tmp_path) == []
@@ -580,7 +590,7 @@ def test_one_is_written_at_a_time_and_the_end_waits(tmp_path: Path) -> None:
 
     with Writer(tmp_path) as writer:
         for step in (1, 2, 3):
-            writer.save(step, state_of(step), save_model, ())
+            writer.save(step, share(state_of(step)), save_model, ())
     assert [path.name for path in checkpoints(tmp_path)] == ["00000002", "00000003"]
 
 
@@ -591,7 +601,7 @@ def test_without_memory_for_a_copy_all_is_waited_for_which_is_told_once(
     monkeypatch.setattr(writing, "free_memory", lambda: next(free))
     with Writer(tmp_path) as writer:
         for step in (1, 2):
-            writer.save(step, state_of(step), model(f"model {step}"), ())
+            writer.save(step, share(state_of(step)), model(f"model {step}"), ())
             assert_whole(tmp_path, step)
             assert writer.buffers == {}
     told = (
@@ -619,7 +629,7 @@ def refuse(folder: Path, state: dict[str, Any]) -> None:
 
 def end(writer: Writer, error: Exception) -> None:
     """By another error than the one in the thread."""
-    writer.save(2, state_of(2), refuse, ())
+    writer.save(2, share(state_of(2)), refuse, ())
     raise error
 
 
@@ -628,7 +638,7 @@ def test_what_fails_in_the_thread_is_raised_where_it_is_waited_for(
 ) -> None:
     save(tmp_path, 1)
     with pytest.raises(ValueError, match="no such model"), Writer(tmp_path) as writer:
-        writer.save(2, state_of(2), refuse, ())
+        writer.save(2, share(state_of(2)), refuse, ())
     with pytest.raises(LookupError, match="another"), Writer(tmp_path) as writer:
         end(writer, LookupError("another"))
     assert capsys.readouterr().err == "fewstep: no such model\n"
@@ -645,7 +655,9 @@ def test_a_second_signal_in_a_write_ends_at_once_and_leaves_what_was_there(tmp_p
         end_on_signals()
         os.close(2)
         with Writer(tmp_path) as writer:
-            writer.save(2, state_of(2), lambda folder, state: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(9)), ())
+            writer.save(
+                2, share(state_of(2)), lambda folder, state: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(9)), ()
+            )
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + signal.SIGTERM
     assert os.listdir(tmp_path / "checkpoints") == ["00000001"]

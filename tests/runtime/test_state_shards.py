@@ -12,7 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-from fewstep.runtime.shards import flatten, read_state, shard_name, stage, tensors, write_shard, write_state
+from fewstep.runtime import shards
+from fewstep.runtime.sharding import share_of
+from fewstep.runtime.shards import flatten, shard_name, stage, unflatten, write_index, write_shard
+from steps import flat, gathered, write_state
 
 NAN = torch.tensor([0x7FC00001, 0x7F800000, -(2**31), 1], dtype=torch.int32).view(torch.float32)  # payload, inf, -0
 STATES: dict[str, Any] = {
@@ -32,6 +35,11 @@ STATES: dict[str, Any] = {
     "names": {"method": {"a.b": torch.zeros(1), "a": {"b": torch.ones(1)}, "state": {"a.b": torch.ones(1) * 2}}},
     "eight bit": {"adamw": {"state": {0: {"state1": torch.arange(256, dtype=torch.uint8), "absmax1": torch.ones(1)}}}},
 }
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = gathered(shards.read_state(folder))
+    return found
 
 
 def alike(first: Any, second: Any) -> bool:
@@ -54,9 +62,10 @@ def test_a_nested_state_comes_back_bit_for_bit(name: str, tmp_path: Path) -> Non
     write_state(tmp_path / "state", 3, STATES[name])
     assert alike(read_state(tmp_path / "state"), {"step": 3, **STATES[name]})
     json.loads((tmp_path / "state" / "state.json").read_text(), parse_constant=pytest.fail)  # JSON to the letter
-    copy = stage(STATES[name], {})
-    assert alike(copy, STATES[name])
-    assert not {t.data_ptr() for t in tensors(copy) if t.numel()} & {t.data_ptr() for t in tensors(STATES[name])}
+    share = share_of(STATES[name], 0, 1)
+    copy = stage(share.slices, {})
+    assert alike(unflatten(share.content, lambda name, shape: copy[name][0]), STATES[name])
+    assert not {t.data_ptr() for t, _ in copy.values() if t.numel()} & {t.data_ptr() for t in flat(STATES[name])}
 
 
 def test_numbers_keep_their_order_in_memory(tmp_path: Path) -> None:
@@ -86,11 +95,15 @@ def test_names_are_plain() -> None:
 
 def test_a_copy_is_written_where_the_one_before_lay_unless_sizes_differ() -> None:
     buffers: dict[str, Tensor] = {}
-    first = stage({"a": torch.ones(3), "b": [torch.ones(2)]}, buffers)
-    second = stage({"a": torch.zeros(3), "b": [torch.zeros(4)]}, buffers)
-    assert first["a"] is second["a"]
+    first = stage({"a": (torch.ones(3), [0]), "b": (torch.ones(2), [0]), "c": (torch.ones(1), [0])}, buffers)
+    second = stage({"a": (torch.zeros(3), [0]), "b": (torch.zeros(4), [2])}, buffers)
+    assert first["a"][0] is second["a"][0]
     assert first["b"][0] is not second["b"][0]
-    assert [t.tolist() for t in tensors(second)] == [[0] * 3, [0] * 4]
+    assert {name: (tensor.tolist(), at) for name, (tensor, at) in second.items()} == {
+        "a": ([0] * 3, [0]),
+        "b": ([0] * 4, [2]),
+    }
+    assert buffers.keys() == second.keys()
 
 
 def test_much_is_written_in_shards_of_bounded_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,27 +139,38 @@ def test_torch_reads_what_we_write(name: str, tmp_path: Path) -> None:
     assert alike(found, wanted)
 
 
-def shards(folder: Path, count: int = 3) -> dict[str, Tensor]:
-    """A state of which each of several writers had some rows or columns, or a whole tensor."""
-    whole = {"student.rows": torch.randn(7, 3), "ema.0": torch.randn(2, 7), "step": torch.tensor(4)}
+def divided(folder: Path, count: int = 3) -> dict[str, Tensor]:
+    """A state of which each of several writers had some rows, the last one fewer, or a whole tensor, or nothing."""
+    whole = {"student.rows": torch.randn(7, 3), "ema.0": torch.randn(7, 2, 2), "step": torch.tensor(4)}
     folder.mkdir()
     for rank in range(count):
         mine = slice(rank * 3, rank * 3 + 3)
         slices = {
             "student.rows": (whole["student.rows"][mine], [rank * 3, 0]),
-            "ema.0": (whole["ema.0"][:, mine], [0, rank * 3]),
+            "ema.0": (whole["ema.0"][mine], [rank * 3, 0, 0]),
         }
         write_shard(folder / shard_name(rank), 3, slices | ({} if rank else {"step": (whole["step"], [])}))
+    write_shard(folder / shard_name(count), 3, {})
     tensor = {name: {"$tensor": name, "shape": list(t.shape)} for name, t in whole.items()}
-    (folder / "state.json").write_text(json.dumps({"step": 3, "shards": 3, "state": tensor}))
+    write_index(folder, 3, count + 1, tensor)
     return whole
 
 
 def test_slices_of_several_writers_are_one_state_for_us_and_for_torch(tmp_path: Path) -> None:
-    whole = shards(tmp_path / "state")
-    assert alike(read_state(tmp_path / "state"), {"step": 3, **whole})
+    whole = divided(tmp_path / "state")
+    assert alike(read_state(tmp_path / "state"), {"step": whole["step"], **whole})
     dcp.load(found := empty(whole), storage_reader=HuggingFaceStorageReader(str(tmp_path / "state")), no_dist=True)
     assert alike(found, whole)
+
+
+def test_any_rows_are_read_of_any_writers(tmp_path: Path) -> None:
+    whole = divided(tmp_path / "state")["student.rows"]
+    lazy = shards.read_state(tmp_path / "state")["student.rows"]
+    assert lazy.shape == whole.shape
+    for first in range(8):
+        for num in range(8 - first):
+            assert alike(lazy.rows(first, num), whole[first : first + num])
+    assert lazy.rows(3, 2).data_ptr() == lazy.parts[1].data_ptr()  # no new memory for what one shard has
 
 
 def test_the_offsets_stand_as_torch_writes_them(tmp_path: Path) -> None:
@@ -181,19 +205,19 @@ BROKEN = {
     "a shard is missing": (lambda folder: (folder / shard_name(1)).unlink(), "shard-00001.safetensors is missing"),
     "of another step": (lambda folder: put(folder, 2, about={"step": "4"}), "is of step 4, not of 3"),
     "of no step": (lambda folder: put(folder, 2, about={"step": ""}), "is of step , not of 3"),
-    "a slice is lost": (lambda folder: put(folder, 1, tensors={"ema.0": torch.ones(2, 1)}), "slices are missing"),
-    "a slice out of it": (lambda folder: put(folder, 2, offsets={"ema.0": {"saved_offsets": [0, 9]}}), "is none of"),
-    "a slice of one axis": (lambda folder: put(folder, 2, offsets={"ema.0": {"saved_offsets": [0]}}), "zip"),
-    "two slices on one": (
-        lambda folder: put(folder, 1, offsets={"ema.0": {"saved_offsets": [0, 0]}}),
-        "slices are missing",
-    ),
+    "a slice is lost": (lambda folder: put(folder, 2, tensors={"ema.0": torch.ones(0, 2, 2)}), "slices are missing"),
+    "a slice is short": (lambda folder: put(folder, 1, tensors={"ema.0": torch.ones(1, 2, 2)}), "those before it lack"),
+    "a narrow slice": (lambda folder: put(folder, 1, tensors={"ema.0": torch.ones(3, 2, 1)}), "is none of"),
+    "a slice out of it": (lambda folder: put(folder, 2, offsets={"ema.0": {"saved_offsets": [9, 0, 0]}}), "is none of"),
+    "a slice of columns": (lambda folder: put(folder, 1, offsets={"ema.0": {"saved_offsets": [3, 1, 0]}}), "is none"),
+    "a slice of one axis": (lambda folder: put(folder, 2, offsets={"ema.0": {"saved_offsets": [6]}}), "is none of"),
+    "two slices on one": (lambda folder: put(folder, 1, offsets={"ema.0": {"saved_offsets": [0, 0, 0]}}), "is none of"),
 }
 
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_slices_that_make_no_tensor_are_refused(name: str, tmp_path: Path) -> None:
-    shards(tmp_path / "state")
+    divided(tmp_path / "state")
     harm, told = BROKEN[name]
     harm(tmp_path / "state")
     with pytest.raises(ValueError, match=told):

@@ -18,11 +18,9 @@ from fewstep.networks.lora import merged
 from fewstep.networks.lora_layers import lora_of, with_lora
 from fewstep.networks.settings import LoRASettings
 from fewstep.recipes.loading import load_recipe
-from fewstep.runtime.checkpoint import tensors
-from fewstep.training.guard import check_finite
 from fewstep.training.optimization import Optimizer
 from fewstep.training.settings import OptimizerSettings
-from steps import SHORT, curves, interrupt_at, last_state, quiet, same
+from steps import SHORT, checked, curves, flat, interrupt_at, last_state, quiet, same
 
 with_package = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 SETTINGS = {"lr": 1e-3, "betas": (0.8, 0.95), "weight_decay": 0.3, "eps": 1e-7, "clip_norm": 1.0, "decay": "linear"}
@@ -65,7 +63,7 @@ def test_twenty_updates_are_those_of_adamw_in_a_quarter_of_the_memory() -> None:
     kept = [
         {name: x for name, x in ours_by.adamw.state[p].items() if "qmap" not in name} for p in ours
     ]  # maps are shared
-    sizes = [sum(x.nbytes for x in tensors(state)) / p.numel() for state, p in zip(kept, ours, strict=True)]
+    sizes = [sum(x.nbytes for x in flat(state)) / p.numel() for state, p in zip(kept, ours, strict=True)]
     assert sizes == pytest.approx([2.031, 8, 2.031], abs=2e-3)
 
 
@@ -99,16 +97,16 @@ def test_the_state_is_plain_tensors_that_go_on_bit_for_bit(tmp_path: Path) -> No
     again = [nn.Parameter(p.detach().clone()) for p in stopped]
     again_by = optimizer("adamw8bit", again)
     state = torch.load(tmp_path / "state.pt", weights_only=True)
-    assert {type(x) for x in tensors(state)} == {Tensor}
+    assert {type(x) for x in flat(state)} == {Tensor}
     again_by.load_state_dict(state)
     assert update(again_by, 3) == update(whole_by, 3)
     assert same(again, whole)
     assert same(again_by.state_dict(), whole_by.state_dict())
-    check_finite({"critic_optimizer": state}, 3)
-    scales = next(x for x in tensors(state) if x.shape == (64 * 128 // 256,))
+    checked({"critic_optimizer": state})
+    scales = next(x for x in flat(state) if x.shape == (64 * 128 // 256,))
     scales[0] = float("inf")  # what an overflow leaves
     with pytest.raises(UserError, match="critic_optimizer is not finite"):
-        check_finite({"critic_optimizer": state}, 3)
+        checked({"critic_optimizer": state})
 
 
 @with_package
@@ -153,7 +151,7 @@ def test_a_run_that_was_interrupted_ends_as_one_that_was_not(tmp_path: Path) -> 
     distill(recipe, tmp_path / "stopped", resume=True, report=quiet)
     assert curves(tmp_path / "whole") == curves(tmp_path / "stopped")
     assert same(last_state(tmp_path / "whole"), last_state(tmp_path / "stopped"))
-    moments = {x.dtype for x in tensors(last_state(tmp_path / "whole")["method"]["student_optimizer"])}
+    moments = {x.dtype for x in flat(last_state(tmp_path / "whole")["method"]["student_optimizer"])}
     assert torch.uint8 in moments
     code, _, told = fewstep(f"distill digits-1step --resume --out {tmp_path / 'stopped'} --set teacher={tmp_path}")
     assert code == 2

@@ -22,7 +22,7 @@ from fewstep.networks.families.edm import build_unet
 from fewstep.networks.settings import PixelModelConfig
 from fewstep.recipes.loading import load_recipe
 from fewstep.runtime.distributed import rank
-from fewstep.runtime.sharding import is_shard, whole
+from fewstep.runtime.sharding import is_shard
 from fewstep.training import parallel
 from fewstep.training.budget import Meter
 from fewstep.training.dmd2 import DMD2
@@ -30,7 +30,7 @@ from fewstep.training.parallel import check_shard, check_units, offload
 from fewstep.training.roles import make_roles
 from fewstep.training.settings import ParallelSettings
 from ranks import in_ranks
-from steps import GAN, apart, in_parts, make_dmd2, same
+from steps import GAN, apart, gathered, in_parts, make_dmd2, same
 from tiny_pipelines import TINY
 
 NUM = 8
@@ -100,7 +100,7 @@ def run(
     noise = torch.randn(method.num_noises, 2, *method.model.shape, generator=torch.Generator().manual_seed(5))
     drawn = method.sample(noise)  # with averages in place of weights, for a moment
     lines += train(method, lambda step: batch(method, step), steps[5:], parts)
-    return {"state": whole(method.state_dict()), "metrics": lines, "drawn": drawn}
+    return {"state": gathered(method.state_dict()), "metrics": lines, "drawn": drawn}
 
 
 TRAINED = {"optimizer": SLOW}
@@ -337,13 +337,13 @@ def broken(folder: Path) -> dict[str, Any]:
     method.step([in_parts(given, rows, 2)[rank()]], 0)
     found = {}
     for name, finite, number in (("a gradient", True, torch.inf), ("a loss", False, 1.0), ("none", True, 1.0)):
-        before = copy.deepcopy(whole([method.critic.state_dict(), method.critic_optimizer.state_dict()]))
+        before = copy.deepcopy(gathered([method.critic.state_dict(), method.critic_optimizer.state_dict()]))
         for parameter in method.critic_optimizer.parameters:
             parameter.grad = torch.ones_like(parameter)
         if rank() == 1:
             method.critic_optimizer.parameters[0].grad.to_local().fill_(number)
         norm, skipped = method.critic_optimizer.step(torch.tensor(finite))
-        after = whole([method.critic.state_dict(), method.critic_optimizer.state_dict()])
+        after = gathered([method.critic.state_dict(), method.critic_optimizer.state_dict()])
         found[name] = {"skipped": skipped, "norm": norm, "same": same(before, after)}
     return found | {"numbers": sum(p.numel() for p in method.critic_optimizer.parameters)}
 

@@ -43,6 +43,7 @@ from fewstep.recipes.schema import StudentRecipe
 from fewstep.runtime.checkpoint import EVALUATIONS, RECIPE, STATES, check_run, load_state, state_path, step_name
 from fewstep.runtime.ema import ema_name
 from fewstep.runtime.runs import Found, find, run_folder
+from fewstep.runtime.shards import all_rows
 from fewstep.runtime.tracking import progress_bar, read_metrics
 from fewstep.settings import is_path
 
@@ -55,8 +56,9 @@ def export(given: Export) -> None:
     recipe = student_recipe(run_folder(given.run))
     found = find(given.run, None if given.ema == first_decay(recipe) else given.ema)
     found.check(found.folder.name, *(STATES if given.raw else []))
-    raw = load_state(found.checkpoint, only=["student"])["method"]["student"] if given.raw else None
-    stored = open_stored(found.folder, raw and (state_path(found.checkpoint), raw))
+    raw = load_state(found.checkpoint)["method"]["student"] if given.raw else {}
+    tensors = {name: all_rows(tensor) for name, tensor in raw.items()}
+    stored = open_stored(found.folder, (state_path(found.checkpoint), tensors) if given.raw else None)
     provenance = trace(found, stored, recipe, given)
     if target == "lora":
         export_lora(found, stored, provenance, recipe, given, dtype)

@@ -12,14 +12,15 @@ import os
 import shutil
 import sys
 import zipfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fewstep.errors import UserError
+from fewstep.errors import Lost, UserError
 from fewstep.files import check_room, read_json, size, written_folder
-from fewstep.runtime.manifest import MANIFEST, digest, faults, names, write_manifest
-from fewstep.runtime.shards import INDEX, STATE, read_state, shard_name, tensors, write_state
+from fewstep.runtime.manifest import MANIFEST, digest, faults, names
+from fewstep.runtime.shards import INDEX, STATE, read_state, shard_name
 from fewstep.stopping import temporary
 
 RECIPE = "recipe.yaml"
@@ -59,24 +60,21 @@ def ema_folder(model: Path, ema: str) -> Path:
     return model.with_name(f"{model.name}-ema{ema}")
 
 
-def save_checkpoint(
-    run: Path, step: int, state: dict[str, Any], save_model: Callable[[Path], None], best: Collection[int] = ()
-) -> None:
-    """Writes checkpoints/STEP whole or not at all, then removes those behind the newest two, but for the `best` steps.
+@contextmanager
+def new_checkpoint(run: Path, step: int, hidden: Path, needed: int, best: Collection[int]) -> Iterator[None]:
+    """Inside, checkpoints/STEP is written as the folder `hidden`, then renamed: it is there whole or not at all.
 
-    `save_model` writes what `sample` and `evaluate` load, beside the `state`; UserError if it can't be written.
+    Those behind the newest two are then removed, but for the `best` steps. UserError, if it can't be written, says that
+    one with a state of `needed` bytes was to be.
     """
-    folder, there = checkpoint_folder(run, step), checkpoints(run)
-    needed, advice = _needs(run, state)
+    size_, advice = _needs(run, needed)
     try:
-        with written_folder(folder) as hidden:
-            (hidden / "model").mkdir()
-            save_model(hidden / "model")
-            check_room(folder, state_bytes(state), "a state", "the model beside it took the rest")
-            write_state(hidden / STATE, step, state)
-            write_manifest(hidden, there)
+        with written_folder(checkpoint_folder(run, step), hidden):
+            yield
+    except Lost:
+        raise
     except UserError as error:
-        raise UserError(f"{error}; {advice} (a checkpoint takes {size(needed)})") from error
+        raise UserError(f"{error}; {advice} (a checkpoint takes {size(size_)})") from error
     for damaged in (*(run / "checkpoints").glob("*.damaged"), *run.glob(f"{FROZEN}.damaged")):
         shutil.rmtree(damaged, ignore_errors=True)  # for there is a newer one
     for old in checkpoint_steps(run)[:-KEEP]:
@@ -86,24 +84,19 @@ def save_checkpoint(
                 outdated.rename(hidden)  # so that half of it never counts as a checkpoint
 
 
-def make_room(run: Path, step: int, state: dict[str, Any]) -> None:
-    """Removes what a killed process left; raises UserError if a checkpoint of the `state` has no room on the disk."""
+def make_room(run: Path, step: int, state_bytes: int) -> None:
+    """Removes what a killed process left; UserError if a checkpoint of such a state has no room on the disk."""
     for left in (run / "checkpoints").glob(".*"):
         shutil.rmtree(left, ignore_errors=True)
-    needed, advice = _needs(run, state)
+    needed, advice = _needs(run, state_bytes)
     check_room(checkpoint_folder(run, step), needed, "a checkpoint", advice)
 
 
-def _needs(run: Path, state: dict[str, Any]) -> tuple[int, str]:
+def _needs(run: Path, state_bytes: int) -> tuple[int, str]:
     """Bytes of a checkpoint, as far as they are known, and what helps where there is no room for them."""
     there = checkpoints(run)
     advice = f"make room and --resume, which {'goes on from the checkpoint before it' if there else 'begins anew'}"
-    return max(_own_bytes(there[-1]) if there else 0, state_bytes(state)), advice
-
-
-def state_bytes(state: dict[str, Any]) -> int:
-    """Of its tensors."""
-    return sum(tensor.nbytes for tensor in tensors(state))
+    return max(_own_bytes(there[-1]) if there else 0, state_bytes), advice
 
 
 def _own_bytes(checkpoint: Path) -> int:
@@ -202,14 +195,11 @@ def _set_aside(folder: Path, fault: str) -> None:
     print(f"fewstep: {folder}: {fault}; it is set aside as {aside.name}", file=sys.stderr)
 
 
-def load_state(checkpoint: Path, only: Collection[str] = ()) -> dict[str, Any]:
-    """What `save_checkpoint` was given; raises UserError if files are missing or damaged.
-
-    `only` are the parts of the method that are wanted: their tensors stay on the disk until they are used.
-    """
+def load_state(checkpoint: Path) -> dict[str, Any]:
+    """What was saved, as `read_state` gives it; raises UserError if files are missing or damaged."""
     path = state_path(checkpoint)
     try:
-        return read_state(path, only) if path.name == STATE else _load_old(path, lazy=bool(only))
+        return read_state(path) if path.name == STATE else _load_old(path)
     except Exception as error:  # a truncated file shows itself as almost any error
         advice = f"remove {checkpoint} to fall back on the one before it"
         raise UserError(f"{path}: the checkpoint can't be read; {advice}") from error
@@ -221,10 +211,10 @@ def state_path(checkpoint: Path) -> Path:
     return old if old.exists() else checkpoint / STATE
 
 
-def _load_old(path: Path, lazy: bool) -> dict[str, Any]:
+def _load_old(path: Path) -> dict[str, Any]:
     import torch
 
-    return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=lazy))
+    return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
 
 
 def check_run(run: Path) -> None:

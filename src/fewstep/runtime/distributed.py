@@ -5,12 +5,13 @@ rank takes the same step; what is written, the first rank writes. A process by i
 this does anything in it.
 """
 
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, suppress
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -35,6 +36,11 @@ def num_ranks() -> int:
 def rank() -> int:
     """The number of this one; the first is 0."""
     return dist.get_rank() if _together() else 0
+
+
+def ranks_here() -> int:
+    """How many are on this machine, as torchrun tells it; all of them without it."""
+    return min(num_ranks(), environment("LOCAL_WORLD_SIZE", num_ranks()))
 
 
 def _together() -> bool:
@@ -92,10 +98,15 @@ def joined(device: torch.device, stall_minutes: float) -> Iterator[None]:
     except (RuntimeError, dist.DistError) as error:
         if not _of_another(error):
             raise
-        raise Lost(f"another rank ended, or was silent, behind step {_step[0]}; --resume goes on") from error
+        raise lost() from error
     finally:
         with suppress(RuntimeError):
             dist.destroy_process_group()
+
+
+def lost() -> Lost:
+    """What is told where another rank is gone."""
+    return Lost(f"another rank ended, or was silent, behind step {_step[0]}; --resume goes on")
 
 
 def _of_another(error: BaseException) -> bool:
@@ -213,6 +224,34 @@ def first_then_others(work: Callable[[], Result]) -> Result:
     if not number:
         _wait_for_first()
     return found
+
+
+def told_by_first(work: Callable[[], Result]) -> Result:
+    """What the first rank finds, as JSON has it, in all of them; and so the UserError that keeps it from that."""
+    if num_ranks() == 1:
+        return work()
+    key = f"fewstep/found/{_turns[0]}"
+    if rank() == 0:
+        try:
+            with apart():
+                told: dict[str, Any] = {"found": work()}
+        except UserError as error:
+            told = {"error": str(error)}
+        _store.set(key, json.dumps(told))
+    _wait_for_first()
+    told = json.loads(_store.get(key))
+    if "error" in told:
+        raise UserError(told["error"])
+    found: Result = told["found"]
+    return found
+
+
+def own_store() -> Any:
+    """Another connection to what ranks tell each other by, for a thread: of one only one at a time can wait."""
+    store, kinds = _store, cast(Any, dist)
+    while isinstance(store, kinds.PrefixStore):
+        store = store.underlying_store
+    return kinds.TCPStore(store.host, store.port, wait_for_workers=False)
 
 
 _turns = [0]

@@ -1,6 +1,6 @@
 """Exponential moving averages of a module's trainable parameters."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.runtime.main_memory import beside
-from fewstep.runtime.sharding import is_shard, put, reshard
+from fewstep.runtime.sharding import put, reshard
+from fewstep.runtime.shards import Divided
 
 
 def trainable_state(module: nn.Module) -> dict[str, Tensor]:
@@ -17,16 +18,13 @@ def trainable_state(module: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
-def load_trainable(module: nn.Module, state: dict[str, Tensor]) -> None:
+def load_trainable(module: nn.Module, state: Mapping[str, Tensor | Divided]) -> None:
     """Puts back what `trainable_state` gave; raises KeyError or RuntimeError if it is of another module."""
     ours = trainable_state(module)
     if other := ours.keys() ^ state.keys():
         raise KeyError(f"{sorted(other)[0]}, one of {len(other)} parameters on one side alone")
-    if not any(is_shard(each) for each in ours.values()):
-        module.load_state_dict(state, strict=False)  # what is not trained is not in it
-        return
-    for name, shard in ours.items():
-        put(shard, state[name])
+    for name, parameter in ours.items():
+        put(parameter, state[name])
 
 
 class EMA:

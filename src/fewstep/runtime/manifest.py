@@ -3,14 +3,16 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 
 from fewstep.errors import UserError
 from fewstep.files import read_json
 
 MANIFEST = "manifest.json"
+Entry = dict[str, str | int]
 
 
 def names(folder: Path) -> set[str]:
@@ -18,19 +20,29 @@ def names(folder: Path) -> set[str]:
     return set(_read(folder))
 
 
-def write_manifest(folder: Path, siblings: Iterable[Path] = ()) -> None:
-    """Of all files in `folder`; one that it shares with a sibling, by a hard link, is not read again."""
+def write_manifest(
+    folder: Path, siblings: Iterable[Path] = (), told: Mapping[str, Entry] = MappingProxyType({})
+) -> None:
+    """Of all files in `folder`: those that are `told`, and others that are looked for.
+
+    One that it shares with a sibling, by a hard link, is not read again.
+    """
     known = dict[tuple[int, int], str | int]()
     for sibling in siblings:
         with suppress(UserError):  # a damaged one gives nothing
             there = {sibling / name: entry["sha256"] for name, entry in _read(sibling).items()}
             known |= {_identity(path): sha256 for path, sha256 in there.items() if path.is_file()}
-    entries = {}
+    entries = dict(told)
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != MANIFEST:
-            sha256 = known.get(_identity(path)) or digest(path)
-            entries[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": sha256}
-    (folder / MANIFEST).write_text(json.dumps(entries, indent=1) + "\n")
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name != MANIFEST and name not in told:
+            entries[name] = entry(path, known.get(_identity(path)))
+    (folder / MANIFEST).write_text(json.dumps(entries, indent=1, sort_keys=True) + "\n")
+
+
+def entry(path: Path, sha256: str | int | None = None) -> Entry:
+    """What a manifest tells of a file, which is read unless its digest is known."""
+    return {"size": path.stat().st_size, "sha256": sha256 or digest(path)}
 
 
 def digest(path: Path) -> str:
@@ -62,7 +74,7 @@ def faults(folder: Path, parts: Iterable[str] = (), digests: bool = True) -> Ite
             yield path, f"{name} has other bytes than were written"
 
 
-def _read(folder: Path) -> dict[str, dict[str, str | int]]:
+def _read(folder: Path) -> dict[str, Entry]:
     """File -> size and sha256; raises UserError if that is damaged."""
     path = folder / MANIFEST
     entries = read_json(path) if os.path.lexists(path) else {}

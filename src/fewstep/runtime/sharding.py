@@ -3,10 +3,13 @@
 from __future__ import annotations  # what divides weights is imported only where they are divided
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from fewstep.runtime.shards import Divided, Slice, all_rows, flatten
 
 
 def is_shard(x: Any) -> bool:
@@ -27,29 +30,57 @@ def reshard(module: nn.Module) -> None:
             each.reshard()
 
 
-def whole(state: Any, wanted: bool = True) -> Any:
-    """A nested state with all rows of its shards, in main memory, or None of them where that is not `wanted`.
+@dataclass
+class Share:
+    """What one rank writes of a state: some tensors, or the rows that it alone has."""
 
-    All ranks call it alike, for they tell each other their rows, tensor by tensor.
+    content: Any
+    """All of the state but what tensors hold, as JSON."""
+    slices: dict[str, Slice]
+    num_bytes: int
+    """Of the tensors of all ranks."""
+
+    @property
+    def own_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor, _ in self.slices.values())
+
+
+def share_of(state: Any, number: int, num: int) -> Share:
+    """That of one of `num` ranks, which all have the same state but for the rows of shards: each part has one writer.
+
+    Of tensors that all have each goes to the rank with the fewest bytes; machines that have the same shards take turns.
     """
-    if is_shard(state):
-        full = state.full_tensor()
-        return full.cpu() if wanted else None
-    if isinstance(state, dict):
-        return {key: whole(value, wanted) for key, value in state.items()}
-    if isinstance(state, list | tuple):
-        values = [whole(value, wanted) for value in state]
-        return values if isinstance(state, list) else tuple(values)
-    return state
+    found: dict[str, Tensor] = {}
+    content, slices, loads = flatten(state, found), dict[str, Slice](), [0] * num
+    for turn, (name, tensor) in enumerate(found.items()):
+        if is_shard(tensor):
+            if (slice_ := _local(tensor, turn)) is not None:
+                slices[name] = slice_
+            continue
+        writer = loads.index(min(loads))
+        loads[writer] += tensor.nbytes
+        if writer == number:
+            slices[name] = tensor, [0] * tensor.ndim
+    return Share(content, slices, sum(tensor.numel() * tensor.element_size() for tensor in found.values()))
+
+
+def _local(tensor: Any, turn: int) -> Slice | None:
+    """The rows of a shard that this rank writes, in its turn where other machines have the same; None where none."""
+    mesh, rows = tensor.device_mesh, mine(tensor)
+    ours = mesh.ndim == 1 or turn % mesh.size(0) == mesh.get_local_rank(0)
+    return (rows, [_first_row(tensor), *[0] * (rows.ndim - 1)]) if ours and len(rows) else None
 
 
 @torch.no_grad()
-def put(target: Any, value: Tensor) -> None:
-    """Copies a whole tensor into one of its shape, or the rows of this rank; raises RuntimeError for other shapes."""
+def put(target: Any, value: Tensor | Divided) -> None:
+    """Copies a tensor, or the rows of it that this rank has, into one of its shape; RuntimeError for other shapes."""
+    if value.shape != target.shape:
+        raise RuntimeError(f"a tensor of {list(value.shape)} where one of {list(target.shape)} is trained")
+    own = mine(target)
     if is_shard(target):
-        target.to_local().copy_(_rows(value, target))
-    else:
-        target.copy_(value)
+        first, num = _first_row(target), len(own)
+        value = value.rows(first, num) if isinstance(value, Divided) else value[first : first + num]
+    own.copy_(all_rows(value))
 
 
 def as_shard(rows: Tensor, like: Any) -> Any:
@@ -62,20 +93,19 @@ def as_shard(rows: Tensor, like: Any) -> Any:
     return made(rows, like._spec, requires_grad=False)
 
 
-def cut(value: Any, like: Any) -> Any:
-    """This rank's shard of a whole tensor, divided as `like` is; of what has another shape, or is none, itself."""
-    if not is_shard(like) or not isinstance(value, Tensor) or value.shape != like.shape:
+def placed(value: Any, like: Any) -> Any:
+    """New memory with a tensor of the shape of `like`, divided and placed as that is; other tensors as they are."""
+    if not isinstance(value, Tensor | Divided):
         return value
-    rows = torch.empty_like(like)
-    put(rows, value)
-    return rows
-
-
-def _rows(value: Tensor, like: Any) -> Tensor:
-    """Those of this rank, as `torch.chunk` divides the first dimension."""
     if value.shape != like.shape:
-        raise RuntimeError(f"a tensor of {list(value.shape)} where one of {list(like.shape)} is trained")
-    mesh = like.device_mesh
-    most = -(-len(value) // mesh.size(mesh.ndim - 1))  # over the last dimension, that of the ranks of a machine
-    first = min(len(value), mesh.get_local_rank(mesh.ndim - 1) * most)
-    return value[first : first + len(like.to_local())]
+        return all_rows(value).clone()
+    own = torch.empty_like(like)
+    put(own, value)
+    return own
+
+
+def _first_row(shard: Any) -> int:
+    """Of this rank, as `torch.chunk` divides the first dimension over the ranks of a machine, the mesh's last one."""
+    mesh, num = shard.device_mesh, len(shard)
+    most = -(-num // mesh.size(mesh.ndim - 1))
+    return int(min(num, mesh.get_local_rank(mesh.ndim - 1) * most))

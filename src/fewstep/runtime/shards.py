@@ -8,8 +8,8 @@ from __future__ import annotations  # torch is imported only where a state is wr
 
 import json
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,39 +27,47 @@ Slice = tuple["Tensor", Sequence[int]]
 """A part of a tensor, and where it begins in it."""
 
 
+@dataclass
+class Divided:
+    """A tensor of which several shards have some rows each, in order; they stay on the disk until they are used."""
+
+    parts: list[Tensor]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (sum(map(len, self.parts)), *self.parts[0].shape[1:])
+
+    def rows(self, first: int, num: int) -> Tensor:
+        """Some in a row: in new memory, unless one shard has them all."""
+        import torch
+
+        found, at = [self.parts[0][:0]], 0
+        for part in self.parts:
+            found.append(part[max(0, first - at) : max(0, first + num - at)])
+            at += len(part)
+        found = [each for each in found if len(each)] or found[:1]
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+
 def shard_name(rank: int) -> str:
     return f"shard-{rank:05d}.safetensors"
 
 
-def stage(state: Any, buffers: dict[str, Tensor], path: str = "") -> Any:
-    """A copy of a nested state in main memory, which stays as it is while training goes on.
+def stage(slices: Mapping[str, Slice], buffers: dict[str, Tensor]) -> dict[str, Slice]:
+    """Copies in main memory, which stay as they are while training goes on.
 
-    Its tensors are kept in `buffers` and written anew the next time: that takes an eighth of the time of new memory.
+    They lie in `buffers` and are written anew the next time: that takes an eighth of the time of new memory.
     """
     import torch
 
-    if isinstance(state, torch.Tensor):
-        buffer = buffers.get(path)
-        if buffer is None or (buffer.shape, buffer.dtype, buffer.stride()) != (
-            state.shape,
-            state.dtype,
-            state.stride(),
-        ):
-            buffer = buffers[path] = torch.empty_like(state, device="cpu", requires_grad=False)
-        return buffer.copy_(state.detach())
-    if isinstance(state, dict):
-        return {key: stage(value, buffers, f"{path}/{key}") for key, value in state.items()}
-    if isinstance(state, list | tuple):
-        copied = [stage(value, buffers, f"{path}/{index}") for index, value in enumerate(state)]
-        return copied if isinstance(state, list) else tuple(copied)
-    return state
-
-
-def tensors(state: Any) -> list[Tensor]:
-    """All in a nested state."""
-    found: dict[str, Tensor] = {}
-    flatten(state, found)
-    return list(found.values())
+    for name in buffers.keys() - slices.keys():
+        del buffers[name]
+    for name, (tensor, _) in slices.items():
+        buffer = buffers.get(name)
+        if buffer is None or (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype):
+            buffer = buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
+        buffer.copy_(tensor.detach())
+    return {name: (buffers[name], offsets) for name, (_, offsets) in slices.items()}
 
 
 def flatten(state: Any, found: dict[str, Tensor], path: tuple[str, ...] = ()) -> Any:
@@ -94,7 +102,7 @@ def flatten(state: Any, found: dict[str, Tensor], path: tuple[str, ...] = ()) ->
     raise TypeError(f"{'.'.join(path)}: {type(state).__name__} has no place in a checkpoint")
 
 
-def unflatten(content: Any, read: Callable[[str, list[int]], Tensor]) -> Any:
+def unflatten(content: Any, read: Callable[[str, list[int]], Any]) -> Any:
     """What `flatten` was given; `read` gives a tensor by its name and its shape."""
     if isinstance(content, list):
         return [unflatten(value, read) for value in content]
@@ -122,48 +130,39 @@ def write_shard(path: Path, step: int, slices: Mapping[str, Slice]) -> None:
     save_file({name: tensor.contiguous() for name, (tensor, _) in slices.items()}, path, about)
 
 
-def write_state(folder: Path, step: int, state: Any) -> None:
-    """All of it by one writer."""
-    found: dict[str, Tensor] = {}
-    content, shards, room = flatten(state, found), [dict[str, Slice]()], SHARD_BYTES
-    for name, tensor in found.items():
+def packed(slices: Mapping[str, Slice]) -> list[dict[str, Slice]]:
+    """What goes into each of the shards that one writer makes, one at least."""
+    shards, room = [dict[str, Slice]()], SHARD_BYTES
+    for name, (tensor, offsets) in slices.items():
         if tensor.nbytes > room and shards[-1]:
             shards.append({})
             room = SHARD_BYTES
-        shards[-1][name] = tensor, [0] * tensor.ndim
+        shards[-1][name] = tensor, offsets
         room -= tensor.nbytes
-    folder.mkdir()
-    for number, slices in enumerate(shards):
-        write_shard(folder / shard_name(number), step, slices)
-    index = {"step": step, "shards": len(shards), "state": content}
-    (folder / INDEX).write_text(json.dumps(index) + "\n")
+    return shards
 
 
-def read_state(folder: Path, only: Collection[str] = ()) -> dict[str, Any]:
-    """What `write_state`, or several writers of shards, were given, with the step; of the method what is in `only`.
+def write_index(folder: Path, step: int, num_shards: int, content: Any) -> None:
+    """What the shards of all writers make up."""
+    (folder / INDEX).write_text(json.dumps({"step": step, "shards": num_shards, "state": content}) + "\n")
 
-    The tensors are new ones; with `only`, those that no shards divide stay on the disk until they are used. Raises
-    almost any error where the files are not what was written.
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """What the writers of shards were given, with the step; almost any error where the files are not what was written.
+
+    All tensors stay on the disk until they are used, and those that several shards hold are `Divided`.
     """
     index = read_json(folder / INDEX)
-    content, step = index["state"], index["step"]
-    if only and isinstance(content.get("method"), dict):
-        content = {"method": {name: part for name, part in content["method"].items() if name in only}}
-    there = _slices((folder / shard_name(rank) for rank in range(index["shards"])), step)
-
-    def read(name: str, shape: list[int]) -> Tensor:
-        tensor = _whole([(get(), offsets) for get, offsets in there[name]], shape)
-        return tensor if only else tensor.clone()
-
-    return {"step": step, **unflatten(content, read)}
+    there = _slices((folder / shard_name(number) for number in range(index["shards"])), index["step"])
+    return {"step": index["step"], **unflatten(index["state"], lambda name, shape: _joined(there[name], shape))}
 
 
-def _slices(paths: Iterable[Path], step: int) -> dict[str, list[tuple[Callable[[], Tensor], list[int]]]]:
-    """Of every tensor how its slices are read and where they begin; ValueError if a shard is of another step."""
+def _slices(paths: Iterable[Path], step: int) -> dict[str, list[Slice]]:
+    """Of every tensor its slices; ValueError if a shard is of another step."""
     from safetensors import safe_open
 
     opened: Any = safe_open
-    found: dict[str, list[tuple[Callable[[], Tensor], list[int]]]] = {}
+    found: dict[str, list[Slice]] = {}
     for path in paths:
         if not path.is_file():  # a FIFO would be waited for
             raise ValueError(f"{path.name} is missing")
@@ -173,25 +172,24 @@ def _slices(paths: Iterable[Path], step: int) -> dict[str, list[tuple[Callable[[
             raise ValueError(f"{path.name} is of step {about.get('step')}, not of {step}")
         offsets = json.loads(about[OFFSETS])
         for name in shard.keys():  # noqa: SIM118 (it is no dict)
-            found.setdefault(name, []).append((partial(shard.get_tensor, name), offsets[name]["saved_offsets"]))
+            found.setdefault(name, []).append((shard.get_tensor(name), offsets[name]["saved_offsets"]))
     return found
 
 
-def _whole(slices: Sequence[Slice], shape: list[int]) -> Tensor:
+def _joined(slices: Sequence[Slice], shape: list[int]) -> Tensor | Divided:
     """The tensor of that shape that its slices make up; raises ValueError if they don't."""
-    import torch
+    if len(slices) == 1 and list(slices[0][0].shape) == shape:
+        return slices[0][0]
+    ordered, at = sorted(slices, key=lambda each: list(each[1])), 0
+    for part, offsets in ordered:
+        if offsets != [at, *[0] * (len(shape) - 1)] or list(part.shape[1:]) != shape[1:]:
+            raise ValueError(f"a slice of {list(part.shape)} at {offsets} is none of {shape}, or those before it lack")
+        at += len(part)
+    if at != shape[0]:
+        raise ValueError(f"slices are missing of a tensor of {shape}")
+    return Divided([part for part, _ in ordered])
 
-    first, _ = slices[0]
-    if len(slices) == 1 and list(first.shape) == shape:
-        return first
-    if sum(part.numel() for part, _ in slices) < math.prod(shape):  # before memory is taken
-        raise ValueError(f"slices are missing of a tensor of {shape}")
-    whole, covered = first.new_empty(shape), first.new_zeros(shape, dtype=torch.bool)
-    for part, offsets in slices:
-        place = tuple(slice(at, at + size) for at, size in zip(offsets, part.shape, strict=True))
-        if whole[place].shape != part.shape:
-            raise ValueError(f"a slice of {list(part.shape)} at {offsets} is none of {shape}")
-        whole[place], covered[place] = part, True
-    if not covered.all():
-        raise ValueError(f"slices are missing of a tensor of {shape}")
-    return whole
+
+def all_rows(tensor: Tensor | Divided) -> Tensor:
+    """All of its rows."""
+    return tensor.rows(0, tensor.shape[0]) if isinstance(tensor, Divided) else tensor

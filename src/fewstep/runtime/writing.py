@@ -1,28 +1,48 @@
 """Checkpoints are written by a thread, from a copy of the state, while training goes on."""
 
-from __future__ import annotations  # torch is imported only where a state is copied
+from __future__ import annotations
 
+import json
 import sys
+import time
+import uuid
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from fewstep.errors import Interrupted
-from fewstep.files import size
-from fewstep.runtime.checkpoint import make_room, save_checkpoint, state_bytes
-from fewstep.runtime.shards import stage
+from fewstep.errors import Interrupted, Lost, UserError, brief
+from fewstep.files import size, writing
+from fewstep.runtime.checkpoint import checkpoint_folder, checkpoints, make_room, new_checkpoint, step_name
+from fewstep.runtime.distributed import (
+    any_of,
+    lost,
+    num_ranks,
+    own_store,
+    rank,
+    ranks_here,
+    told_by_another,
+    told_by_first,
+)
+from fewstep.runtime.manifest import Entry, entry, write_manifest
+from fewstep.runtime.shards import STATE, packed, read_state, shard_name, stage, write_index, write_shard
+from fewstep.stopping import temporary
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from fewstep.runtime.sharding import Share
+    from fewstep.runtime.shards import Slice
 
 GROUP = Path("/sys/fs/cgroup")
+LOOK = 0.02  # seconds between two looks for what another rank tells
+PATIENCE = 10.0  # seconds for that where one may be gone
 SaveModel = Callable[[Path, dict[str, Any]], None]
 """Writes a model folder with the weights in a state."""
+Shards = list[dict[str, "Slice"]]
 
 
 def free_memory() -> int:
@@ -38,47 +58,138 @@ def free_memory() -> int:
     return sys.maxsize  # of a system that tells nothing
 
 
+class Post:
+    """What the threads of ranks tell each other, by a connection of their own, which nothing of training waits for."""
+
+    def __init__(self, number: int, num: int, name: str, store: Any = None):
+        self.number, self.num, self.name, self.store = number, num, name, store
+        self.ending = Event()
+        """Set when a rank may be gone: what is not told soon will not be."""
+
+    @classmethod
+    def of_ranks(cls) -> Self:
+        """Of all that train together, with a name that no other run has had."""
+        name = told_by_first(lambda: uuid.uuid4().hex[:8])
+        return cls(rank(), num_ranks(), name, own_store() if num_ranks() > 1 else None)
+
+    def tell(self, key: str, content: Any) -> None:
+        if self.num > 1:
+            self.store.set(f"fewstep/{self.name}/{key}", json.dumps(content))
+
+    def hear(self, key: str) -> Any:
+        """What another one tells, as soon as it does; raises Lost if it is gone."""
+        key, waited = f"fewstep/{self.name}/{key}", 0.0
+        try:
+            while not self.store.check([key]):  # to wait in the store would be for ever where one is gone
+                time.sleep(LOOK)
+                waited += LOOK * self.ending.is_set()
+                if waited > PATIENCE:
+                    raise lost()
+            return json.loads(self.store.get(key))
+        except RuntimeError as error:  # of the store, which the first rank has
+            raise lost() from error
+
+
 class Writer:
     """Writes the checkpoints of a run, one at a time; inside its context, at whose end the last one is whole.
 
-    What keeps one from being written is raised by the next `save`, by `wait`, or at the end.
+    Each rank has one, whose thread writes what is its own of the state; the first one's does the rest when all have
+    told what they wrote, and tells how it ended. What keeps a checkpoint from being written is raised in all of them by
+    the next `save`, by `wait`, or at the end.
     """
 
-    def __init__(self, run: Path):
-        self.run = run
+    def __init__(self, run: Path, post: Post | None = None):
+        self.run, self.post, self.number = run, post or Post.of_ranks(), 0
         self.buffers: dict[str, Tensor] = {}
         self.thread: Thread | None = None
         self.error: BaseException | None = None
         self.told = False
 
-    def save(
-        self,
-        step: int,
-        state: dict[str, Any],
-        save_model: SaveModel,
-        best: Collection[int],
-    ) -> None:
-        """Begins to write what `save_checkpoint` writes, once the one before is there; `save_model` gets the copy, too.
+    def save(self, step: int, share: Share, save_model: SaveModel, best: Collection[int]) -> None:
+        """Begins to write a checkpoint, once the one before is there, of which this rank has its share; all call it.
 
         Only the copy to main memory is waited for. It is one more beside the state itself, and is kept for the next.
-        Where there is no memory for it, all is waited for.
+        Where a rank has no memory for it, all is waited for. `save_model` gets the state as it lies in the files.
         """
         self.wait()
-        make_room(self.run, step, state)
-        taken = sum(buffer.nbytes for buffer in self.buffers.values())
-        if (needed := state_bytes(state) - taken) > (free := free_memory()):
-            if not self.told:
-                what = f"a copy of the state takes {size(needed)} of main memory, and {size(free)} are free"
-                print(f"fewstep: {what}: training waits for its checkpoints", file=sys.stderr)
-            self.told = True
-            save_checkpoint(self.run, step, state, lambda folder: save_model(folder, state), best)
-            return
-        copy = stage(state, self.buffers)
-        job = partial(save_checkpoint, self.run, step, copy, lambda folder: save_model(folder, copy), best)
-        self.thread = Thread(target=self._write, args=(job,), name=f"checkpoint {step}")
+        told_by_first(partial(make_room, self.run, step, share.num_bytes))
+        waits = any_of(self._lacks_memory(share))
+        shards = packed(share.slices if waits else stage(share.slices, self.buffers))
+        num = any_of(len(shards))  # of every rank, so that each knows the numbers of its own
+        shards += [{} for _ in range(num - len(shards))]
+        self.number += 1
+        hidden = checkpoint_folder(self.run, step).with_name(f".{step_name(step)}.{self.post.name}.tmp")
+        job = partial(self._beside, step, hidden, shards)
+        if not self.post.number:
+            job = partial(self._first, step, hidden, shards, share, save_model, best)
+        self.thread = Thread(target=self._run, args=(job,), name=f"checkpoint {step}")
         self.thread.start()
+        if waits:
+            self.wait()
 
-    def _write(self, job: Callable[[], None]) -> None:
+    def _lacks_memory(self, share: Share) -> bool:
+        """For the copies of all ranks of this machine; said once."""
+        needed = ranks_here() * (share.own_bytes - sum(buffer.nbytes for buffer in self.buffers.values()))
+        lacks = needed > (free := free_memory())
+        if lacks and not self.told and not told_by_another("no memory for checkpoints"):
+            what = f"a copy of the state takes {size(needed)} of main memory, and {size(free)} are free"
+            print(f"fewstep: {what}: training waits for its checkpoints", file=sys.stderr)
+        self.told |= lacks
+        return lacks
+
+    def _first(
+        self, step: int, hidden: Path, shards: Shards, share: Share, save_model: SaveModel, best: Collection[int]
+    ) -> None:
+        """The first rank's: its own share, and what is made of all of them."""
+        try:
+            with new_checkpoint(self.run, step, hidden, share.num_bytes, best):
+                told = self._of_all(step, hidden, shards)
+                write_index(hidden / STATE, step, len(shards) * self.post.num, share.content)
+                (hidden / "model").mkdir()
+                save_model(hidden / "model", read_state(hidden / STATE))
+                write_manifest(hidden, checkpoints(self.run), told)
+        except Lost:  # which the others find by themselves
+            raise
+        except BaseException as error:
+            self.post.tell(f"{self.number}/end", _line(error))
+            raise
+        self.post.tell(f"{self.number}/end", None)
+
+    def _of_all(self, step: int, hidden: Path, shards: Shards) -> dict[str, Entry]:
+        """What a manifest tells of every rank's files, once all are written."""
+        try:
+            told = self._write(step, hidden, shards)
+        finally:  # nothing may be removed before all of them have ended
+            others = [self.post.hear(f"{self.number}/{number}") for number in range(1, self.post.num)]
+        for other in others:
+            if "error" in other:
+                raise UserError(other["error"])
+            told |= other
+        return told
+
+    def _beside(self, step: int, hidden: Path, shards: Shards) -> None:
+        """Another rank's: its own share."""
+        with temporary(hidden):
+            try:
+                told: dict[str, Any] = self._write(step, hidden, shards)
+            except BaseException as error:
+                told = {"error": _line(error)}
+            self.post.tell(f"{self.number}/{self.post.number}", told)
+            if end := self.post.hear(f"{self.number}/end"):
+                raise UserError(end)
+
+    def _write(self, step: int, hidden: Path, shards: Shards) -> dict[str, Entry]:
+        """The shards of this rank; what a manifest tells of them."""
+        told = {}
+        with writing(checkpoint_folder(self.run, step)):
+            (hidden / STATE).mkdir(parents=True, exist_ok=True)
+            for number, slices in enumerate(shards, self.post.number * len(shards)):
+                name = f"{STATE}/{shard_name(number)}"
+                write_shard(hidden / name, step, slices)
+                told[name] = entry(hidden / name)
+        return told
+
+    def _run(self, job: Callable[[], None]) -> None:
         try:
             job()
         except BaseException as error:
@@ -98,9 +209,18 @@ class Writer:
     def __exit__(
         self, kind: type[BaseException] | None, raised: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if raised is not None and not isinstance(raised, UserError):  # as where another rank is gone
+            self.post.ending.set()
         try:
             self.wait()
+        except Lost:
+            if raised is None:
+                raise
         except Exception as error:
             if raised is None or isinstance(raised, Interrupted):  # for there is no checkpoint to go on from
                 raise
             print(f"fewstep: {error}", file=sys.stderr)  # and the other one ends the run
+
+
+def _line(error: BaseException) -> str:
+    return str(error) if isinstance(error, UserError) or not isinstance(error, Exception) else brief(error)

@@ -1,12 +1,12 @@
 """What is not finite is counted on the device, and ends a run before it is lost or saved."""
 
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from fewstep.errors import UserError
-from fewstep.runtime.shards import tensors
+from fewstep.runtime.distributed import any_of
 from fewstep.training.method import Metrics
 
 SOURCES = {  # in the order of cause and effect
@@ -64,19 +64,23 @@ class Guard:
             self.broken = {}
 
 
-def check_finite(state: dict[str, Any], step: int) -> None:
-    """Raises UserError if a number of a method's state is not finite, before it is saved."""
+def check_finite(tensors: Mapping[str, Tensor], parts: Sequence[str], step: int) -> None:
+    """Raises UserError, on all ranks, if a number of a method's state is not finite on one of them, before it is saved.
+
+    `tensors` are those of this rank, by names that begin with the part of the state that they are in.
+    """
     # Weights, averages and moments: one finite update can still overflow what it is added to. Not a pool of samples,
     # which are counted, and skipped, as any others.
-    kept = [(name, part) for name, part in state.items() if name != "pool"]
-    broken = next((name for name, part in kept if not _finite(part)), None)
+    kept = [part for part in parts if part != "pool"]
+    found = {part: [x for name, x in tensors.items() if name.split(".")[0] == part] for part in kept}
+    broken = any_of(next((len(kept) - at for at, part in enumerate(kept) if not _finite(found[part])), 0))
     if broken:
         advice = "lower the learning rate or the GAN weights, and go on from the newest checkpoint, which is whole"
-        raise UserError(f"step {step}: {broken} is not finite and was not saved; {advice}")
+        raise UserError(f"step {step}: {kept[-broken]} is not finite and was not saved; {advice}")
 
 
-def _finite(state: Any) -> bool:
-    """Whether all numbers in a nested state are."""
+def _finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether all numbers are."""
     # Extremes are NaN where there is one, and are found ten times as fast as every number is looked at.
-    extremes = [torch.stack(x.aminmax()).double() for x in tensors(state) if x.is_floating_point() and x.numel()]
+    extremes = [torch.stack(x.aminmax()).double() for x in tensors if x.is_floating_point() and x.numel()]
     return bool(torch.stack(extremes).isfinite().all()) if extremes else True  # one wait for the device

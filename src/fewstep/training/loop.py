@@ -15,10 +15,10 @@ from fewstep.errors import Interrupted, UserError
 from fewstep.models.image_model import Asked
 from fewstep.pictures import grid, num_columns, save_png
 from fewstep.runtime import checkpoint
-from fewstep.runtime.distributed import any_of, at_step, first_then_others, of_first, rank
+from fewstep.runtime.distributed import any_of, at_step, num_ranks, of_first, rank, told_by_first
 from fewstep.runtime.graphs import CUDA, Graphs
 from fewstep.runtime.runs import best_steps
-from fewstep.runtime.sharding import whole
+from fewstep.runtime.sharding import share_of
 from fewstep.runtime.tensorboard import Board, open_board
 from fewstep.runtime.tracking import Allowance, Metrics, Report, StepClock, read_metrics, rewind, write_line
 from fewstep.runtime.writing import Writer
@@ -52,10 +52,10 @@ def train(
     """
     first, guard, writer = rank() == 0, Guard(settings.max_skipped), Writer(run)
     metrics, judging = Metrics(run / checkpoint.METRICS if first else None), Allowance(settings.evaluation.time_share)
-    start, num_steps = first_then_others(lambda: _resume(method, metrics, run, first)), settings.num_steps
+    start, num_steps = _resume(method, metrics, run), settings.num_steps
     shape = (method.num_noises, settings.grid_images, *method.model.shape)
     noise = torch.randn(shape, generator=generator(settings.seed, "grid"))  # the same in every grid: (K, N, C, H, W)
-    if start == num_steps and (run / f"{checkpoint.FROZEN}.damaged").exists():
+    if any_of(start == num_steps and (run / f"{checkpoint.FROZEN}.damaged").exists()):
         _save(method, metrics, writer, start, settings.evaluation)  # for no later one will have what was set aside
     every, clock = settings.evaluation.every or num_steps, StepClock(method.model.device)
     ahead = parts_ahead(batch_at, settings, start, method.model.device)
@@ -159,22 +159,17 @@ def _keep_pictures(pictures: dict[str, Image] | None, run: Path, step: int, boar
 
 
 def _save(method: Method, metrics: Metrics, writer: Writer, step: int, judging: EvaluationSettings) -> None:
-    """A checkpoint of finite numbers, which the first rank writes while training goes on."""
-    state = whole(method.state_dict(), wanted=rank() == 0)  # of which each rank has its share
-    of_first(partial(_write, state, method, metrics, writer, step, judging))
-
-
-def _write(
-    state: dict[str, Any], method: Method, metrics: Metrics, writer: Writer, step: int, judging: EvaluationSettings
-) -> None:
-    check_finite(state, step)
-    best = best_steps(read_metrics(writer.run / checkpoint.EVALUATIONS))
+    """A checkpoint of finite numbers, of which each rank writes its share while training goes on."""
+    state = {"method": method.state_dict(), "metrics": metrics.state_dict()}
+    share = share_of(state, rank(), num_ranks())
+    check_finite({name: tensor for name, (tensor, _) in share.slices.items()}, list(state["method"]), step)
+    best = best_steps(read_metrics(writer.run / checkpoint.EVALUATIONS)) if rank() == 0 else {}
     kept = [at for name, at in best.items() if judging.keeps(name)]  # beside the newest
 
     def save_model(folder: Path, state: dict[str, Any]) -> None:
         method.save_model(folder, state["method"], writer.run / checkpoint.FROZEN)
 
-    writer.save(step, {"method": state, "metrics": metrics.state_dict()}, save_model, kept)
+    writer.save(step, share, save_model, kept)
 
 
 def sample_grid(method: Method, noise: Tensor, asked: Asked = None) -> Image:
@@ -189,19 +184,20 @@ def sample_grid(method: Method, noise: Tensor, asked: Asked = None) -> Image:
     return grid(torch.cat(parts), num_columns(len(labels), len(set(labels))), labels)
 
 
-def _resume(method: Method, metrics: Metrics, run: Path, first: bool) -> int:
-    """The step to go on from, with the state of that step loaded."""
-    newest, step = checkpoint.newest_whole(run), 0
-    if newest is not None:
+def _resume(method: Method, metrics: Metrics, run: Path) -> int:
+    """The step to go on from, with the state of that step loaded, of which each rank reads what it trains."""
+    name, step = told_by_first(lambda: getattr(checkpoint.newest_whole(run), "name", None)), 0
+    if name is not None:
+        newest = run / "checkpoints" / name
         state = checkpoint.load_state(newest)
         try:
             method.load_state_dict(state["method"])
             metrics.load_state_dict(state["metrics"], method.model.device)
-            step = range(int(newest.name) + 1)[state["step"]]
+            step = range(int(name) + 1)[state["step"]]
         except (KeyError, IndexError, ValueError, RuntimeError, TypeError, AttributeError) as error:
             told = "the checkpoint is not of this run; remove it to go on from before it"
             raise UserError(f"{newest}: {told}") from error
     for path in (run / checkpoint.METRICS, run / checkpoint.EVALUATIONS):
-        if path.exists() and first:
+        if path.exists() and rank() == 0:
             rewind(path, step)  # lines behind the checkpoint are written anew
     return step

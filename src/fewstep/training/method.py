@@ -21,6 +21,7 @@ from fewstep.networks.copies import write_copies
 from fewstep.runtime.checkpoint import ema_folder
 from fewstep.runtime.distributed import num_ranks, sums
 from fewstep.runtime.ema import EMA, load_trainable, trainable_state
+from fewstep.runtime.shards import all_rows
 from fewstep.runtime.tracking import is_count
 from fewstep.seeding import Random
 from fewstep.training.optimization import Optimizer
@@ -162,12 +163,12 @@ class Method(ABC):
     def save_model(self, folder: Path, state: dict[str, Any], frozen: Path | None = None) -> None:
         """Writes the model with the first averages in a `state`, and the others in folders beside it (`ema_folder`).
 
-        In `frozen` lies, from the first time on, what all of them have in common. It reads no weights but those of a
-        state, which may be a copy, so that training can go on.
+        In `frozen` lies, from the first time on, what all of them have in common. It reads no weights but those of the
+        state, which are read from its files, one average at a time.
         """
         weights = state[self.STATE[0]]  # of the module that is averaged
         for ema in (None, *self.ema.others):
-            averages = self.ema.averages_in(state["ema"], weights, ema)
+            averages = {name: all_rows(x) for name, x in self.ema.averages_in(state["ema"], weights, ema).items()}
             self.saved_model().save(ema_folder(folder, ema) if ema else folder, frozen, averages)
 
     def state_dict(self) -> dict[str, Any]:

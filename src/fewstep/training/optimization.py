@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fewstep.errors import UserError
 from fewstep.runtime.distributed import add_up, num_ranks
 from fewstep.runtime.main_memory import MainMemory
-from fewstep.runtime.sharding import cut, is_shard
+from fewstep.runtime.sharding import is_shard, placed
 from fewstep.training.settings import OptimizerSettings
 
 
@@ -170,7 +170,7 @@ class Optimizer:
         groups = [saved | own for saved, own in zip(state["adamw"]["param_groups"], ours, strict=True)]
         ordered = [parameter for group in self.adamw.param_groups for parameter in group["params"]]
         moments = {
-            index: {name: cut(value, ordered[index]) for name, value in each.items()}
+            index: {name: placed(value, ordered[index]) for name, value in each.items()}
             for index, each in state["adamw"]["state"].items()
         }
         self.adamw.load_state_dict({"state": moments, "param_groups": groups})

@@ -18,7 +18,7 @@ from fewstep.files import size
 from fewstep.networks.blocks import named_units
 from fewstep.networks.copies import drop_copies
 from fewstep.networks.precision import AutocastDenoiser
-from fewstep.runtime.distributed import environment, num_ranks
+from fewstep.runtime.distributed import num_ranks, ranks_here
 from fewstep.runtime.sharding import is_shard, mine
 from fewstep.runtime.writing import free_memory
 from fewstep.training.dmd2 import DMD2
@@ -47,14 +47,9 @@ def check_shard(recipe: Any) -> None:
     rows, stops = recipe.batch_size // parts, recipe.student.num_timesteps
     if recipe.student.stops == "mixed" and rows < stops:
         raise UserError(f"{FIELD}: parts of {rows} rows don't have all {stops} stops of student.stops=mixed; set none")
-    here = _ranks_here()
+    here = ranks_here()
     if recipe.parallel.shard == "hybrid" and (here in (1, num_ranks()) or num_ranks() % here):
         raise UserError(f"{FIELD}: hybrid shares within each of several machines of several ranks; set full")
-
-
-def _ranks_here() -> int:
-    """How many are on this machine, as torchrun tells it; all of them without it."""
-    return environment("LOCAL_WORLD_SIZE", num_ranks())
 
 
 def check_units(roles: Roles, gan: bool) -> None:
@@ -107,7 +102,7 @@ def offload(method: StudentMethod) -> int:
     Of what ranks share each keeps its rows. Raises UserError if there is no room for it.
     """
     needed = offloaded_bytes(method)
-    if (all_here := needed * _ranks_here()) > (free := free_memory()):
+    if (all_here := needed * ranks_here()) > (free := free_memory()):
         told = f"takes {size(all_here)} of main memory, and {size(free)} are free"
         raise UserError(f"parallel.offload_student_optimizer: {told}; set false, or share the weights (shard)")
     method.ema.move(method.student_optimizer.offload().weights)
@@ -123,7 +118,7 @@ def offloaded_bytes(method: StudentMethod) -> int:
 def _mesh(device: torch.device, kind: str) -> Any:
     from torch.distributed.device_mesh import init_device_mesh
 
-    here, num = _ranks_here(), num_ranks()
+    here, num = ranks_here(), num_ranks()
     # Of two dimensions the weights are divided along the last, and the same along the first.
     sizes = (num // here, here) if kind == "hybrid" else (num,)
     return init_device_mesh(device.type, sizes, mesh_dim_names=("machines", "ranks")[-len(sizes) :])

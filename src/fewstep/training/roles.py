@@ -145,7 +145,7 @@ def start_from(roles: Roles, checkpoint: Path) -> None:
     lacks is left out, or stays zero. Raises UserError if the checkpoint is of something else or another architecture,
     or of whole weights where these roles have low-rank ones, the other way round, or of other ones.
     """
-    state = load_state(checkpoint, only=("student", "critic")).get("method", {})
+    state = load_state(checkpoint).get("method", {})
     if "student" not in state:
         raise UserError(f"{checkpoint}: holds no student; name a run of `fewstep distill`")
     ours, theirs = settings_of(roles.student), read_description(checkpoint / "model").get(LORA)

@@ -1,0 +1,104 @@
+"""What ranks wrote, each its share, any number of ranks reads, each what it trains, bit for bit."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from test_ranks import train
+from test_shared_weights import TRAINED, batch, method_of
+from torch.distributed.checkpoint import HuggingFaceStorageReader
+
+from fewstep.runtime.checkpoint import checkpoints
+from fewstep.runtime.distributed import num_ranks
+from fewstep.runtime.shards import flatten
+from fewstep.runtime.tracking import Metrics
+from fewstep.runtime.writing import Writer
+from fewstep.training import loop
+from fewstep.training.dmd2 import DMD2
+from fewstep.training.settings import EvaluationSettings, ParallelSettings
+from ranks import in_ranks
+from steps import as_before, gathered, same
+
+STEP = 3  # within a cycle, so that there is a pool
+GIVEN: dict[str, Any] = {
+    "student": {**TRAINED, "num_timesteps": 3, "ema_decay": [0.9, 0.5, 0]},
+    "critic": {**TRAINED, "condition_on_stop": True, "samples": "cycle"},
+}
+
+
+def made(folder: Path, kind: str) -> DMD2:
+    return method_of("pixels", folder, shared=None if kind == "none" else ParallelSettings(shard=kind), **GIVEN)
+
+
+def save(method: DMD2, run: Path) -> None:
+    with Writer(run) as writer:
+        loop._save(method, Metrics(None), writer, STEP, EvaluationSettings())
+
+
+def resumed(folder: Path, kind: str, source: str) -> DMD2:
+    method = made(folder, kind)
+    assert loop._resume(method, Metrics(None), folder / source) == STEP
+    return method
+
+
+def copied(folder: Path, kind: str, sources: list[str], name: str) -> dict[str, Any]:
+    """What these ranks read of each run, of which they write the last one anew."""
+    found = {}
+    for source in sources:
+        method = resumed(folder, kind, source)
+        found[source] = gathered(method.state_dict())
+    save(method, folder / name)
+    return found
+
+
+def several(folder: Path, kinds: list[str], sources: list[str]) -> list[dict[str, Any]]:
+    return [copied(folder, kind, sources, f"{kind}-{num_ranks()}") for kind in kinds]
+
+
+def bytes_of(run: Path) -> list[int]:
+    (checkpoint,) = checkpoints(run)
+    return [path.stat().st_size for path in sorted((checkpoint / "state").glob("*.safetensors"))]
+
+
+def models_of(run: Path) -> dict[str, bytes]:
+    """All files of the students with each of the averages."""
+    (checkpoint,) = checkpoints(run)
+    files = [path for path in checkpoint.glob("model*/**/*") if path.is_file()]
+    assert len(files) == 9
+    return {str(path.relative_to(checkpoint)): path.read_bytes() for path in files}
+
+
+@pytest.mark.slow
+def test_any_ranks_read_what_any_ranks_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    method = made(tmp_path, "none")
+    train(method, lambda step: batch(method, step), range(STEP))
+    wanted = gathered(method.state_dict())
+    save(method, tmp_path / "one")
+    as_before(shutil.copytree(checkpoints(tmp_path / "one")[0], tmp_path / "old" / "checkpoints" / "00000003"))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    sources = ["old", "one"]
+    for num, kinds in ((2, ["none", "full"]), (4, ["hybrid"]), (3, ["full"])):
+        for each in in_ranks(num, tmp_path, several, tmp_path, kinds, sources):
+            for found in each:
+                assert found.keys() == set(sources)
+                assert all(same(state, wanted) for state in found.values())
+        sources += [f"{kind}-{num}" for kind in kinds]
+    for name in sources:
+        assert same(resumed(tmp_path, "none", name).state_dict(), wanted)
+    for name in sources[1:]:
+        flatten({"method": wanted}, plain := {})
+        found = {key: torch.full_like(tensor, 7) for key, tensor in plain.items()}
+        (checkpoint,) = checkpoints(tmp_path / name)
+        dcp.load(found, storage_reader=HuggingFaceStorageReader(str(checkpoint / "state")), no_dist=True)
+        assert same(found, plain)
+        assert sum(bytes_of(tmp_path / name)) < 1.4 * sum(bytes_of(tmp_path / "one"))  # headers; nothing is there twice
+        assert models_of(tmp_path / name) == models_of(tmp_path / "one")
+    for name, num in (("none-2", 2), ("full-2", 2), ("hybrid-4", 4), ("full-3", 3)):
+        held = bytes_of(tmp_path / name)
+        assert len(held) == num
+        assert max(held) < 1.35 * sum(held) / num
+    assert json.loads((checkpoint / "state" / "state.json").read_text())["shards"] == 3
