@@ -16,7 +16,6 @@ from fewstep.recipes.loading import load_recipe
 from fewstep.recipes.schema import DistillRecipe
 from fewstep.training.planning import TURNS, Plan, picture_bytes
 from fewstep.training.planning import plan as plan_of
-from fewstep.training.settings import ParallelSettings
 
 GB, SPARE = 1e9, 10**9  # bytes that CUDA's context, workspaces and fragmentation take beside what is counted
 ROLES = ("teacher", "student", "critic", "discriminator")
@@ -112,7 +111,8 @@ def _advise(found: Plan, recipe: DistillRecipe, outline: Outline, asked: Order, 
     print(f"a card of {asked.memory}, taken as {card / 2**30:g} GiB, has {has}")
     if _needs(found, recipe, outline) <= room:
         size = recipe.batch_size // recipe.num_parts()
-        of_so_many = {"accumulate": recipe.num_parts(), "parallel": ParallelSettings()}
+        by_number = recipe.parallel.model_copy(update={"max_rows_per_part": None})
+        of_so_many = {"accumulate": recipe.num_parts(), "parallel": by_number}
         # Whose reals are a whole number, too.
         larger = recipe.model_copy(update={"batch_size": 2 * recipe.batch_size} | of_so_many)
         each = (plan_of(larger, outline).peak - found.peak) / size
