@@ -105,7 +105,7 @@ def test_two_ranks_train_what_one_does_and_either_goes_on(start: Start) -> None:
         f"{half} --out other",
     ]
     # Batches of 8, in parts of 2 rows: two of each rank, then four.
-    few = "--set parallel.max_rows_per_part=2"
+    few = "--set parallel.max_rows_per_part=2 --set parallel.offload_student_optimizer=true"
     lines += [f"{whole} --out rows --ranks 2 {few}", f"{half} --out rows-half --ranks 2 {few}"]
     lines += [f"{whole} --out half --resume {few}", f"{whole} --out other --resume --ranks 2"]
     lines += [f"{whole} --out rows-half --resume {few}"]

@@ -35,6 +35,7 @@ from steps import SHORT, SMALL, as_before, curves, flat, interrupt_at, last_stat
 
 NO_GAN = {"student_weight": 0, "critic_weight": 0}
 TINY = [*SHORT, "log_every=2", "checkpoint_every=4"]
+MAIN_MEMORY = "parallel.offload_student_optimizer=true"
 LORA = ["lora={rank: 4, alpha: 4}", "precision=bfloat16"]
 
 
@@ -80,7 +81,7 @@ def assert_same_end(first: Path, second: Path) -> None:
             ["precision=bfloat16", "accumulate=2", "checkpointing=blocks", "gan.student_weight=3e-3"],
             marks=pytest.mark.slow,
         ),
-        (5, [*LORA, "student.ema_decay=[0.9, 0]", "accumulate=2", "checkpointing=blocks"]),
+        (5, [*LORA, "student.ema_decay=[0.9, 0]", "accumulate=2", "checkpointing=blocks", MAIN_MEMORY]),
         (4, ["critic.samples=cycle", "gan.real_share=0.5", "checkpointing=gan"]),
         (5, None),
     ],
