@@ -11,9 +11,11 @@ import torch.distributed.checkpoint as dcp
 from test_ranks import train
 from test_shared_weights import TRAINED, batch, method_of
 from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fewstep.runtime.checkpoint import checkpoints
 from fewstep.runtime.distributed import num_ranks
+from fewstep.runtime.sharding import mine
 from fewstep.runtime.shards import flatten
 from fewstep.runtime.tracking import Metrics
 from fewstep.runtime.writing import Writer
@@ -34,9 +36,10 @@ def made(folder: Path, kind: str) -> DMD2:
     return method_of("pixels", folder, shared=None if kind == "none" else ParallelSettings(shard=kind), **GIVEN)
 
 
-def save(method: DMD2, run: Path) -> None:
+def save(method: DMD2, run: Path) -> Writer:
     with Writer(run) as writer:
         loop._save(method, Metrics(None), writer, STEP, EvaluationSettings())
+    return writer
 
 
 def resumed(folder: Path, kind: str, source: str) -> DMD2:
@@ -102,3 +105,48 @@ def test_any_ranks_read_what_any_ranks_wrote(tmp_path: Path, monkeypatch: pytest
         assert len(held) == num
         assert max(held) < 1.35 * sum(held) / num
     assert json.loads((checkpoint / "state" / "state.json").read_text())["shards"] == 3
+
+
+class Made(TorchDispatchMode):
+    """Counts the bytes of new tensors; what is mapped from files is none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten.clone, torch.ops.aten.cat, torch.ops.aten.empty_like):
+            self.num_bytes += mine(found).nbytes
+        return found
+
+
+def read_anew(folder: Path, kind: str) -> list[int]:
+    """Bytes of the copy that one rank makes, of its moments, and of the new tensors of a resume."""
+    method = made(folder, kind)
+    train(method, lambda step: batch(method, step), range(STEP))
+    writer = save(method, folder / kind)
+    method = made(folder, kind)
+    with Made() as new:
+        loop._resume(method, Metrics(None), folder / kind)
+    states = [x for each in (method.student_optimizer, method.critic_optimizer) for x in each.adamw.state.values()]
+    moments = sum(mine(x).nbytes for state in states for x in state.values())
+    return [sum(buffer.nbytes for buffer in writer.buffers.values()), moments, new.num_bytes]
+
+
+def both(folder: Path) -> list[list[int]]:
+    return [read_anew(folder, kind) for kind in ("none", "full")]
+
+
+@pytest.mark.slow
+def test_each_of_two_ranks_copies_half_and_reads_no_more_than_it_trains(tmp_path: Path) -> None:
+    """Moments come into new memory, all else into what is there."""
+    (tmp_path / "alone").mkdir()
+    num_bytes, all_moments, _ = read_anew(tmp_path / "alone", "none")
+    for replicated, shared in in_ranks(2, tmp_path, both, tmp_path):
+        assert 0.49 < replicated[0] / num_bytes < 0.51
+        assert 0.45 < shared[0] / num_bytes < 0.55  # rows of small tensors are not halves
+        assert replicated[1] == all_moments
+        assert 0.45 < shared[1] / all_moments < 0.55
+        for _, moments, new in (replicated, shared):
+            assert moments <= new < 1.05 * moments

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
@@ -60,18 +61,22 @@ def faults(folder: Path, parts: Iterable[str] = (), digests: bool = True) -> Ite
     except UserError:
         yield folder / MANIFEST, f"{MANIFEST} can't be read"
         return
-    for name, entry in entries.items():
-        path = folder / name
-        if parts and name.split("/")[0] not in parts:
-            continue
-        if not path.is_file():
-            yield path, f"{name} is missing"
-        elif not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
-            yield path, f"{name} leads out of the folder"
-        elif (size := path.stat().st_size) != entry["size"]:
-            yield path, f"{name} has {size} bytes instead of {entry['size']}"
-        elif digests and digest(path) != entry["sha256"]:
-            yield path, f"{name} has other bytes than were written"
+    wanted = {name: entry for name, entry in entries.items() if not parts or name.split("/")[0] in parts}
+    with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter
+        found = pool.map(lambda name: _fault(folder, name, wanted[name], digests), wanted)
+        yield from ((folder / name, fault) for name, fault in zip(wanted, found, strict=True) if fault)
+
+
+def _fault(folder: Path, name: str, entry: Entry, digests: bool) -> str:
+    """What is wrong with a file, if anything is."""
+    path = folder / name
+    if not path.is_file():
+        return f"{name} is missing"
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+        return f"{name} leads out of the folder"
+    if (size := path.stat().st_size) != entry["size"]:
+        return f"{name} has {size} bytes instead of {entry['size']}"
+    return f"{name} has other bytes than were written" if digests and digest(path) != entry["sha256"] else ""
 
 
 def _read(folder: Path) -> dict[str, Entry]:
