@@ -115,7 +115,7 @@ def test_two_ranks_on_latents(tmp_path: Path) -> None:
     assert_the_same(in_ranks(2, tmp_path, of_latents, names, tmp_path), of_latents(names, tmp_path))
 
 
-def recorded(names: list[str], folder: Path) -> dict[str, Any]:
+def recorded(names: list[str], folder: Path, moved: bool) -> dict[str, Any]:
     """How often a rank replayed steps, and how its state and metrics differ from those of steps that were not."""
     found = {}
     for name in names:
@@ -129,6 +129,8 @@ def recorded(names: list[str], folder: Path) -> dict[str, Any]:
             else:
                 method = on_a_gpu(METHODS[name](copy.deepcopy(pixels())))
                 parts = lambda step, name=name: in_parts(batch(name, pixels(), step), NUM, 2)[rank() :][:1]  # noqa: E731
+            if moved and way == "graphs":
+                offload(method)
             lines.append(run(method, parts, range(8), graphs_of(method, cpu) if way == "graphs" else None))
             states.append(method.state_dict())
         found[name] = {"replays": cpu.replays, "same": same(*states) and same(*lines), "state": states[1]}
@@ -136,10 +138,16 @@ def recorded(names: list[str], folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_what_ranks_tell_each_other_is_between_recordings(tmp_path: Path) -> None:
-    """Pieces of steps are replayed, and sums over ranks are made anew between them: the same, bit for bit."""
-    names = [*METHODS, *LATENTS]
-    ranks = in_ranks(2, tmp_path, recorded, names, tmp_path)
+@pytest.mark.parametrize(
+    ("names", "moved"),
+    [([*METHODS, *LATENTS], False), (["dmd2", "dmd2, cycle and a third of the reals", "sdxl"], True)],
+)
+def test_what_ranks_tell_each_other_is_between_recordings(tmp_path: Path, names: list[str], moved: bool) -> None:
+    """Pieces of steps are replayed, and sums over ranks are made anew between them: the same, bit for bit.
+
+    So is what main memory takes, where the student is updated there.
+    """
+    ranks = in_ranks(2, tmp_path, recorded, names, tmp_path, moved)
     for name in names:
         for each in ranks:
             assert each[name]["same"], name
