@@ -31,10 +31,12 @@ def _place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_cycle_is_what_the_recipe_does_with_numbers_that_stay_finite(monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = load_recipe("digits-4step", [*FEW, "student_every=2", "accumulate=2", *TWO])
+    away = "parallel.offload_student_optimizer=true"
+    recipe = load_recipe("digits-4step", [*FEW, "student_every=2", "accumulate=2", *TWO, away])
     outline = of_recipe(load_recipe("digits-teacher", SMALL))
     method, parts = make_method(recipe, outline, CPU), parts_of(recipe, outline, CPU)
     assert [rows for rows, _ in parts] == [range(2), range(2, 4)]
+    assert method.student_optimizer.main_memory
     assert all(p.isfinite().all() and p.device == CPU for p in method.student.parameters())
     seen, lines = Counter[tuple[int, int]](), []
     step = method.step
