@@ -23,9 +23,7 @@ LOST = 3
 
 
 class Lost(UserError):
-    """Another of the processes that train together is gone. Exit code 3."""
-
-    exit_code = LOST
+    """Another of the processes that train together is gone. Exit code 2, or 3 for `--ranks`, which then tells why."""
 
 
 def brief(error: Exception) -> str:

@@ -1,18 +1,26 @@
 """`--ranks` and torchrun: one run by several processes, and what they do when one of them is gone."""
 
+import json
 import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from command_line import fewstep, refused
+from fewstep.commands.ranks import compare
+from fewstep.errors import UserError
+from fewstep.files import folder_lock
+from fewstep.recipes.loading import dump, load_recipe
 from fewstep.runtime import launching
 from fewstep.runtime.checkpoint import checkpoint_steps
 from fewstep.runtime.launching import LOST, launch
@@ -22,7 +30,7 @@ from steps import apart, curves, last_state
 SMALL = "--set device=cpu --set model.block_out_channels=[8,8] --set model.norm_num_groups=4 --set batch_size=8"
 OFTEN = "--set log_every=4 --set sample_every=6 --set checkpoint_every=4"
 STUDENT = f"distill digits-4step --set teacher=t --set device=cpu --set batch_size=8 {OFTEN}"
-Start = Callable[[str], subprocess.Popen]
+Start = Callable[..., subprocess.Popen]
 
 
 @pytest.fixture(autouse=True)
@@ -32,12 +40,13 @@ def _place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """Starts a command line as its own process."""
+    """Starts a command line as its own process, which is told more in its environment."""
     started: list[subprocess.Popen] = []
 
-    def run(line: str) -> subprocess.Popen:
+    def run(line: str, told: dict[str, str] | None = None, folder: str = ".") -> subprocess.Popen:
         words, pipe = [sys.executable, "-m", "fewstep", *shlex.split(line)], subprocess.PIPE
-        started.append(subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True, start_new_session=True))
+        how: Any = {"stdout": pipe, "stderr": pipe, "text": True, "start_new_session": True, "cwd": folder}
+        started.append(subprocess.Popen(words, env=os.environ | (told or {}), **how))
         return started[-1]
 
     yield run
@@ -68,6 +77,50 @@ def test_what_the_command_lines_of_ranks_are(monkeypatch: pytest.MonkeyPatch) ->
     assert seen == [["teach", "digits-teacher", "--out", "x", num] for num in "23"]
     refused(fewstep("teach nothing --ranks 2"), "nothing")
     assert len(seen) == 2
+
+
+def test_ranks_of_torchrun_start_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    told = "--ranks 2: torchrun has started 4 ranks already (WORLD_SIZE), of which each would start 2; leave it out"
+    refused(fewstep("teach digits-teacher --ranks 2"), told)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_torchrun_is_told_the_line_and_the_first_rank_prints_it(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"WORLD_SIZE": 2, "RANK": number, "TORCHELASTIC_ERROR_FILE": "error.json"}.items():
+        monkeypatch.setenv(name, str(value))
+    code, _, errors = fewstep("teach nothing")
+    line = json.loads(Path("error.json").read_text())["message"]["message"]
+    assert "nothing" in line
+    assert (code, errors) == (2, "" if number else f"fewstep: {line}\n")
+
+
+def test_a_line_of_all_ranks_is_told_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(launching.LAUNCHED, str(tmp_path))
+    answers = [fewstep(f"teach {name}") for name in ("nothing", "nothing", "nowhere")]
+    assert [code for code, *_ in answers] == [2, 2, 2]
+    assert [errors.count("\n") for *_, errors in answers] == [1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("others", "line"),
+    [
+        ({}, ""),
+        ({"version": "0.0.9"}, "rank 1: runs fewstep 0.0.9, and the first 1; install one version everywhere"),
+        (
+            {"recipe": "teach"},
+            "rank 1: has another recipe than the first (num_steps: 2 -> 3); start all with one command",
+        ),
+        ({"lock": None}, "rank 1: does not see the first one's x; take an --out that is one folder on all machines"),
+        ({"gpu": "a"}, "rank 1: has the GPU of rank 0; start as many ranks as a machine has GPUs, or set device=cpu"),
+    ],
+)
+def test_what_ranks_have_alike(others: dict, line: str) -> None:
+    recipes = {num: dump(load_recipe("digits-teacher", [f"num_steps={num}"])) for num in (2, 3)}
+    first = {"version": "1", "recipe": recipes[2], "lock": "17", "gpu": "a"}
+    other = {**first, "gpu": "b", **others} | ({"recipe": recipes[3]} if "recipe" in others else {})
+    with pytest.raises(UserError, match=re.escape(line)) if line else nullcontext():
+        compare([first, other], Path("x"))
 
 
 @pytest.mark.parametrize(
@@ -178,6 +231,64 @@ def test_where_one_rank_is_gone_all_end_and_the_run_goes_on(start: Start, how: s
     assert (last.communicate(timeout=60), last.returncode)[1] == 143
 
 
+def refusals(*ranks: subprocess.Popen) -> list[str]:
+    """The lines on standard error of processes that end with a mistake."""
+    lines = []
+    for each in ranks:
+        _, errors = each.communicate(timeout=100)
+        assert each.returncode == 2, errors
+        lines += [text for text in errors.replace("\r", "\n").splitlines() if text.strip()]
+    return lines
+
+
+@pytest.mark.slow
+def test_mistakes_of_ranks_that_were_started_by_hand_are_one_line(start: Start) -> None:
+    assert fewstep(f"teach digits-teacher {SMALL} --set num_steps=8 --out t")[0] == 0
+    Path("elsewhere").mkdir()
+    for first, second, folder, line in (
+        (
+            "--set num_steps=4",
+            "--set num_steps=5",
+            ".",
+            "rank 1: has another recipe than the first (num_steps: 4 -> 5)",
+        ),
+        ("", f"--out {Path('y').absolute()}", ".", "rank 1: does not see the first one's "),
+        ("--set batch_size=9", "--set batch_size=9", ".", "2 ranks don't divide batch_size 9; take 8"),
+        ("--set teacher=u", "--set teacher=u", ".", "teacher: 'u' is neither"),  # of which the first alone knows
+        ("", "", "elsewhere", "teacher: 't' is neither"),  # of which the second alone knows
+        ("--out locked", "--out locked", ".", f"locked: process {os.getpid()} writes there; wait for its end"),
+    ):
+        place = {"WORLD_SIZE": "2", **launching.meeting_place()}
+        common = f"{STUDENT} --set num_steps=4 --out {Path('x').absolute()}"
+        with folder_lock(Path("locked")):
+            ranks = [
+                start(f"{common} {more}", {**place, "RANK": str(number)}, where)
+                for number, (more, where) in enumerate(((first, "."), (second, folder)))
+            ]
+            (told,) = refusals(*ranks)
+        assert line in told
+        assert not Path("x").exists()
+
+
+@pytest.mark.slow
+def test_ranks_that_do_not_find_each_other_end_with_one_line(start: Start) -> None:
+    place = {"WORLD_SIZE": "2", **launching.meeting_place()}
+    line = f"{STUDENT} --set parallel.stall_minutes=0.05 --out x"
+    with socket.create_server(("127.0.0.1", 0)) as other:  # which listens, and never answers
+        taken = {**place, "MASTER_PORT": str(other.getsockname()[1])}
+        told = [refusals(start(line, {**taken, "RANK": number})) for number in "01"]
+    assert told[0] == [f"fewstep: MASTER_PORT={taken['MASTER_PORT']}: is in use here; take one that is free"]
+    missing = [refusals(start(line, {**place, "RANK": number})) for number in "01"]
+    for number, each in ((1, told[1]), (0, missing[0]), (1, missing[1])):
+        assert len(each) == 1
+        assert f"rank {number} of 2 did not find the others at 127.0.0.1:" in each[0]
+    assert refusals(start(line, {"WORLD_SIZE": "2", "RANK": "1"})) == [
+        "fewstep: WORLD_SIZE=2, and no MASTER_ADDR, MASTER_PORT: torchrun sets all of them; "
+        "start the ranks with it, or with --ranks 2"
+    ]
+    assert not Path("x").exists()
+
+
 @pytest.mark.slow
 def test_mistakes_of_ranks_are_one_line(start: Start) -> None:
     assert fewstep(f"teach digits-teacher {SMALL} --set num_steps=8 --out t")[0] == 0
@@ -187,9 +298,6 @@ def test_mistakes_of_ranks_are_one_line(start: Start) -> None:
         ("--out t --ranks 2", "exists already"),
         ("--out x --set teacher=nothing --ranks 2", "teacher: 'nothing'"),
     ):
-        _, errors = (process := start(f"{STUDENT} {more}")).communicate(timeout=100)
-        told = [text for text in errors.replace("\r", "\n").splitlines() if text.strip()]
-        assert len(told) == 1, errors
-        assert line in told[0]
-        assert process.returncode == 2
+        (told,) = refusals(start(f"{STUDENT} {more}"))
+        assert line in told
         assert not Path("x").exists()

@@ -2,9 +2,12 @@
 
 import errno
 import inspect
+import json
 import os
 import sys
+import time
 import traceback
+from contextlib import suppress
 from dataclasses import MISSING, Field, fields
 from importlib import import_module
 from io import TextIOWrapper
@@ -16,8 +19,9 @@ import typer
 import fewstep
 import fewstep.commands.options_files  # whose verbs stand behind the others
 from fewstep.commands.options import VERBS, Verb
-from fewstep.errors import Lost, UserError, brief, out_of_memory
-from fewstep.runtime.launching import LAUNCHED, launch
+from fewstep.errors import LOST, Lost, UserError, brief, out_of_memory
+from fewstep.runtime.ends import has_met, told_by_another
+from fewstep.runtime.launching import LAUNCHED, first_to_tell, launch
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -42,6 +46,8 @@ def run() -> None:
             stream.reconfigure(errors="backslashreplace")  # of terminals that are not UTF-8
     debug = DEBUG in sys.argv
     sys.argv = [word for word in sys.argv if word != DEBUG]  # wherever it stands
+    if "WORLD_SIZE" in os.environ and not debug:  # else a rank that misses others tells it in a hundred lines
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     try:
         sys.exit(app(standalone_mode=False) or 0)
     except KeyboardInterrupt:
@@ -53,8 +59,9 @@ def run() -> None:
         if debug:
             traceback.print_exc()
         if line and not _told_elsewhere(error, line):
-            print(f"fewstep: {_in_one_line(line)}", file=sys.stderr)
-        sys.exit(getattr(error, "exit_code", UserError.exit_code))
+            _tell(_in_one_line(line))
+        lost = isinstance(error, Lost) and LAUNCHED in os.environ
+        sys.exit(LOST if lost else getattr(error, "exit_code", UserError.exit_code))
     finally:
         try:
             sys.stdout.flush()
@@ -63,9 +70,20 @@ def run() -> None:
 
 
 def _told_elsewhere(error: Exception, line: str) -> bool:
-    """Whether the line is another process's to tell: of several ranks the first's, or theirs that started them."""
-    ranks = sys.modules.get("fewstep.runtime.distributed")  # imported by whoever has joined others
-    return (isinstance(error, Lost) and LAUNCHED in os.environ) or bool(ranks and ranks.told_by_another(line))
+    """Whether another process tells it: of ranks the one that was first to, or theirs that started them."""
+    if place := os.environ.get(LAUNCHED):
+        return isinstance(error, Lost) or not first_to_tell(Path(place), line)
+    return told_by_another(error, line)
+
+
+def _tell(line: str) -> None:
+    """On standard error and in torchrun's report; of ranks that have met no other only the first in both."""
+    if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        with suppress(OSError):
+            told = {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
+            Path(report).write_text(json.dumps({"message": told}))
+    if not report or has_met() or os.environ.get("RANK") == "0":
+        print(f"fewstep: {line}", file=sys.stderr)
 
 
 def _told(error: Exception) -> str | None:
@@ -114,6 +132,7 @@ def add(group: typer.Typer, name: str, verb: Verb) -> None:
         order, (module, work) = verb.order(**given), verb.work.split(".")
         arguments = order.arguments()
         if num := getattr(order, "ranks", None):
+            _check_alone(num)
             raise typer.Exit(launch(_without_ranks(sys.argv[1:]), num))
         getattr(import_module(f"fewstep.commands.{module}"), work)(*arguments)
 
@@ -123,6 +142,13 @@ def add(group: typer.Typer, name: str, verb: Verb) -> None:
     call.__annotations__ = {each.name: each.annotation for each in parameters}
     text = verb.order.__doc__ or ""
     group.command(name, help=text, short_help=text.split(": ")[0], epilog=f"Example: {verb.example}")(call)
+
+
+def _check_alone(num: int) -> None:
+    """Raises UserError where this process is one of several already, each of which would start so many."""
+    if (there := os.environ.get("WORLD_SIZE", "1")) != "1":
+        told = f"torchrun has started {there} ranks already (WORLD_SIZE), of which each would start {num}"
+        raise UserError(f"--ranks {num}: {told}; leave it out")
 
 
 def _without_ranks(words: list[str]) -> list[str]:

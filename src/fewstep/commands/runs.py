@@ -12,6 +12,7 @@ import torch
 
 import fewstep
 from fewstep.commands.places import check_writable
+from fewstep.commands.ranks import check_alike_ranks, check_ranks
 from fewstep.data.images import ImageSet, content_digest
 from fewstep.data.latents import LatentSet
 from fewstep.data.texts import load_prompts
@@ -25,7 +26,7 @@ from fewstep.recipes.loading import differences, dump, load_recipe, read_run_rec
 from fewstep.recipes.schema import AnyRecipe
 from fewstep.runtime.allocation import keep_freed_memory
 from fewstep.runtime.checkpoint import EVALUATIONS, FACTS, RECIPE, check_run, checkpoint_steps
-from fewstep.runtime.distributed import environment, first_then_others, joined, num_ranks, of_first, place, rank
+from fewstep.runtime.distributed import any_of, environment, first_then_others, joined, num_ranks, of_first, place, rank
 from fewstep.runtime.tensorboard import check_tensorboard
 from fewstep.runtime.tracking import Report, progress_bar, read_metrics
 from fewstep.stopping import advising
@@ -212,7 +213,9 @@ def train_recipe(jobs: Jobs, recipe: AnyRecipe, run: Path, resume: bool, report:
     """Runs the recipe into the folder `run`, once nothing is wrong with it; `report` replaces the progress bar."""
     device, minutes = pick_device(recipe.device), recipe.parallel.stall_minutes
     with joined(device, minutes), advising("the same command with --resume goes on"), _locked(run):
+        check_ranks(recipe)
         of_first(lambda: check_target(run, recipe, resume))  # before it makes the folder a run
+        check_alike_ranks(recipe, run, device)
         if recipe.parallel.shard != "none" and rank() == 0:  # which tells it alone
             check_shard(recipe)
         prepare = partial(_prepared, jobs, recipe, run)
@@ -306,23 +309,11 @@ def _checkpointing_more(recipe: Any) -> list[str]:
 
 def start_run(job: Job, run: Path, recipe: AnyRecipe, report: Report | None) -> None:
     """Writes the recipe, and of a new run what it begins with, and trains; raises UserError if a teacher is another."""
-    check_ranks(recipe)
+    any_of(0)  # what ends one of them now has left nothing yet
     of_first(lambda: _begin(job, run, recipe))
     shown = report if rank() == 0 else lambda step, metrics: None
     with naming_memory(run, recipe), progress_bar(run.name, recipe.num_steps, shown, seconds=0) as show:
         train(job.method, job.batch_at, run, recipe, show, job.evaluate, job.asked)
-
-
-def check_ranks(recipe: Any) -> None:
-    """Raises UserError unless every rank has equally many rows of a batch, in equal parts, and a real image."""
-    num, several = num_ranks() * recipe.accumulate, recipe.accumulate > 1  # of max_rows_per_part there are always some
-    if recipe.batch_size % num:
-        ranks = f"{num_ranks()} ranks{f' of accumulate={recipe.accumulate} parts' if several else ''}"
-        told = f"{ranks} don't divide batch_size {recipe.batch_size}; take {recipe.batch_size // num * num or num}"
-        raise UserError(f"{told}, or fewer {'parts' if several else 'ranks'}")
-    reals = round(recipe.batch_size * recipe.gan.real_share) if recipe.kind == "distill" else recipe.batch_size
-    if recipe.kind == "distill" and recipe.gan.student_weight and reals < num_ranks():
-        raise UserError(f"gan.real_share: {reals} real images a step are too few for {num_ranks()} ranks; raise it")
 
 
 def _begin(job: Job, run: Path, recipe: AnyRecipe) -> None:

@@ -8,6 +8,7 @@ this does anything in it.
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, suppress
 from datetime import timedelta
@@ -17,15 +18,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fewstep.errors import Lost, UserError, brief
+from fewstep.errors import Interrupted, Lost, UserError, brief
+from fewstep.runtime import ends
 from fewstep.runtime.between import between
+from fewstep.stopping import end_silently
 
 Result = TypeVar("Result")
 BUCKET = 2**26  # numbers that travel at once
-PATIENCE = timedelta(days=7)  # with what the first rank does alone, as a teacher's training
 _apart: list[bool] = []
 _step = [0]
-_store: Any = None  # of this process, once it has joined
 
 
 def num_ranks() -> int:
@@ -66,11 +67,11 @@ def environment(name: str, default: int) -> int:
 
 
 def place() -> tuple[int, int]:
-    """The number of this process and how many there are, as torchrun sets them."""
+    """The number of this process and how many there are, as torchrun sets them; of one by itself 0 of 1."""
     number, num = environment("RANK", 0), environment("WORLD_SIZE", 1)
     if number >= num:
         raise UserError(f"RANK={number}: must be below WORLD_SIZE={num}, as torchrun sets them")
-    return number, num
+    return (0, 1) if _apart else (number, num)
 
 
 @contextmanager
@@ -80,28 +81,46 @@ def joined(device: torch.device, stall_minutes: float) -> Iterator[None]:
     if num == 1 or dist.is_initialized():
         yield
         return
-    if number:  # the first one tells
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    try:
-        wait = timedelta(minutes=stall_minutes)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=wait)
-    except (ValueError, dist.DistError) as error:
-        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        told = f"rank {number} of {num} did not find the others at {where} ({brief(error)})"
-        raise UserError(f"{told}; start all of them, with a port that is free") from error
-    global _store
-    _store = dist.distributed_c10d._get_default_store()
+    _join(device, number, num, timedelta(minutes=stall_minutes))
+    failed = False
     try:
         yield
-    except (RuntimeError, dist.DistError) as error:
-        if not _of_another(error):
-            raise
-        raise lost() from error
+    except Exception as error:
+        failed = not isinstance(error, Interrupted)
+        if _of_another(error):
+            raise lost() from error
+        if not isinstance(error, Lost):
+            ends.fail(first=number == 0)
+        raise
     finally:
         with suppress(RuntimeError):
             dist.destroy_process_group()
+        ends.leave(number, num, failed)
+
+
+def _join(device: torch.device, number: int, num: int, wait: timedelta) -> None:
+    """Meets the others; raises UserError, within the time, if they are not there."""
+    if lacking := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        told = f"WORLD_SIZE={num}, and no {', '.join(lacking)}: torchrun sets all of them"
+        raise UserError(f"{told}; start the ranks with it, or with --ranks {num}")
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    told = f"rank {number} of {num} did not find the others at {where}"
+    ways = "start all of them, with a MASTER_PORT that is free"
+    if number:  # the first one tells
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
+        end_silently()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    try:
+        with ends.giving_up(wait.total_seconds() + 5, f"{told}; {ways}"):
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=wait)
+            ends.meet(dist.distributed_c10d._get_default_store(), num, wait)
+    except (ValueError, RuntimeError) as error:
+        if "EADDRINUSE" in str(error):
+            raise UserError(
+                f"MASTER_PORT={os.environ['MASTER_PORT']}: is in use here; take one that is free"
+            ) from error
+        raise UserError(f"{told} ({brief(error)}); {ways}") from error
 
 
 def lost() -> Lost:
@@ -110,19 +129,12 @@ def lost() -> Lost:
 
 
 def _of_another(error: BaseException) -> bool:
-    """Whether it says that a peer is gone: by its class, or by what gloo and NCCL write."""
-    words = ("gloo", "NCCL", "Connection", "Socket", "Timed out", "timeout", "peer", "store")
-    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
-
-
-def told_by_another(line: str) -> bool:
-    """Whether another rank has told this line before, as of a mistake that all of them meet."""
-    if _store is None:
-        return False
-    try:
-        return bool(_store.add(f"fewstep/told/{line}", 1) > 1)
-    except RuntimeError:  # of the first rank, which has told its own end
+    """Whether it says that a peer is gone: of torch.distributed's own errors, or gloo's, which are plain ones."""
+    if isinstance(error, dist.DistError):
         return True
+    frames = traceback.extract_tb(error.__traceback__)
+    inside = any(frame.filename.startswith(os.path.dirname(dist.__file__)) for frame in frames)
+    return type(error) is RuntimeError and inside and "gloo" in str(error).lower()
 
 
 def at_step(step: int) -> None:
@@ -185,6 +197,11 @@ def gathered(x: Tensor) -> Tensor:
 # --- agreements ------------------------------------------------------------------------------------------------------
 
 
+def told_to_first(text: str) -> list[str]:
+    """What all ranks tell the first, in their order; [] in the others."""
+    return ends.told_to_first(text, rank(), num_ranks()) if num_ranks() > 1 else [text]
+
+
 def any_of(flag: int) -> int:
     """The largest of the ranks' numbers, on the host."""
     if num_ranks() == 1:
@@ -208,7 +225,7 @@ def of_first(work: Callable[[], Result], together: bool = False) -> Result | Non
     elif together:
         with apart(), open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):  # the first one's bars suffice
             work()
-    _wait_for_first()
+    ends.wait_for_first(first)
     return found
 
 
@@ -216,13 +233,13 @@ def first_then_others(work: Callable[[], Result]) -> Result:
     """What each finds by itself, the first rank before the others: files that it makes are there for them."""
     if num_ranks() == 1:
         return work()
-    number = rank()
-    if number:
-        _wait_for_first()
+    first = rank() == 0
+    if not first:
+        ends.wait_for_first(first)
     with apart():
         found = work()
-    if not number:
-        _wait_for_first()
+    if first:
+        ends.wait_for_first(first)
     return found
 
 
@@ -230,16 +247,14 @@ def told_by_first(work: Callable[[], Result]) -> Result:
     """What the first rank finds, as JSON has it, in all of them; and so the UserError that keeps it from that."""
     if num_ranks() == 1:
         return work()
-    key = f"fewstep/found/{_turns[0]}"
-    if rank() == 0:
+    told: dict[str, Any] = {}
+    if first := rank() == 0:
         try:
             with apart():
-                told: dict[str, Any] = {"found": work()}
+                told = {"found": work()}
         except UserError as error:
             told = {"error": str(error)}
-        _store.set(key, json.dumps(told))
-    _wait_for_first()
-    told = json.loads(_store.get(key))
+    told = json.loads(ends.told_by_first(json.dumps(told), first))
     if "error" in told:
         raise UserError(told["error"])
     found: Result = told["found"]
@@ -248,20 +263,7 @@ def told_by_first(work: Callable[[], Result]) -> Result:
 
 def own_store() -> Any:
     """Another connection to what ranks tell each other by, for a thread: of one only one at a time can wait."""
-    store, kinds = _store, cast(Any, dist)
+    store, kinds = ends.store(), cast(Any, dist)
     while isinstance(store, kinds.PrefixStore):
         store = store.underlying_store
     return kinds.TCPStore(store.host, store.port, wait_for_workers=False)
-
-
-_turns = [0]
-
-
-def _wait_for_first() -> None:
-    """Till the first rank has come here as often: by the store, whose patience is not that of a step."""
-    _turns[0] += 1
-    key = f"fewstep/first/{_turns[0]}"
-    if rank() == 0:
-        _store.set(key, "")
-    else:
-        _store.wait([key], PATIENCE)

@@ -1,6 +1,7 @@
 """A command in several processes of this machine, which train together, with one line for an error."""
 
 import ctypes
+import hashlib
 import os
 import signal
 import socket
@@ -9,13 +10,16 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import FrameType
+from typing import Any
 
 from fewstep.errors import LOST, UserError
 
 GRACE = 20.0  # seconds in which ranks find out by themselves that another one has ended
 ENDING = 10.0  # and in which they end when they are told to
-LAUNCHED = "FEWSTEP_LAUNCHED"
+LAUNCHED = "FEWSTEP_LAUNCHED"  # a folder, in which each line that a rank tells has a file
 COMMAND = [sys.executable, "-m", "fewstep"]
 Process = subprocess.Popen[bytes]
 
@@ -25,8 +29,21 @@ def launch(arguments: Sequence[str], num_ranks: int) -> int:
 
     A signal is passed on to all of them. Where one has ended with an error the others are ended, too, within a minute.
     """
-    port = _free_port()
-    ranks = [_start(arguments, number, num_ranks, port) for number in range(num_ranks)]
+    with TemporaryDirectory() as place:
+        told = {"WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks, **meeting_place(), LAUNCHED: place}
+        return _run([_start(arguments, {**told, "RANK": number, "LOCAL_RANK": number}) for number in range(num_ranks)])
+
+
+def first_to_tell(place: Path, line: str) -> bool:
+    """Whether no other rank that was started with this one has told the line."""
+    try:
+        (place / hashlib.sha256(line.encode()).hexdigest()).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _run(ranks: list[Process]) -> int:
 
     def pass_on(signal_number: int, frame: FrameType | None) -> None:
         for process in ranks:
@@ -43,21 +60,19 @@ def launch(arguments: Sequence[str], num_ranks: int) -> int:
             process.kill()
 
 
-def _free_port() -> int:
+def meeting_place() -> dict[str, str]:
+    """Where ranks of this machine find each other, as torchrun tells it."""
     with socket.socket() as door:
         door.bind(("127.0.0.1", 0))
-        return int(door.getsockname()[1])
+        return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(door.getsockname()[1])}
 
 
-def _start(arguments: Sequence[str], number: int, num: int, port: int) -> Process:
-    threads = max(1, (os.cpu_count() or 1) // num)
-    told = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": num, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    quiet = {"OMP_NUM_THREADS": str(threads), "TORCH_CPP_LOG_LEVEL": "ERROR"}  # of lost ranks one line is told
-    environment = quiet | os.environ | {name: str(value) for name, value in told.items()}
+def _start(arguments: Sequence[str], told: dict[str, Any]) -> Process:
+    quiet = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // told["WORLD_SIZE"]))}
     # In a session of its own: Ctrl-C then reaches it once, from here.
     return subprocess.Popen(
         [*COMMAND, *arguments],
-        env=environment | {LAUNCHED: "1"},
+        env=quiet | os.environ | {name: str(value) for name, value in told.items()},
         start_new_session=True,
         preexec_fn=_end_with_parent,
     )
