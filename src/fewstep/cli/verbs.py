@@ -131,7 +131,7 @@ def add(group: typer.Typer, name: str, verb: Verb) -> None:
         given = {key: at_home(value) if is_place(hints[key]) else value for key, value in typed.items()}
         order, (module, work) = verb.order(**given), verb.work.split(".")
         arguments = order.arguments()
-        if num := getattr(order, "ranks", None):
+        if num := order.processes:
             _check_alone(num)
             raise typer.Exit(launch(_without_ranks(sys.argv[1:]), num))
         getattr(import_module(f"fewstep.commands.{module}"), work)(*arguments)

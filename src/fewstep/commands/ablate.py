@@ -22,6 +22,7 @@ from fewstep.commands.options import Ablate
 from fewstep.commands.options_files import Pairs
 from fewstep.commands.pairs import pairs
 from fewstep.commands.places import check_writable, tell_done
+from fewstep.commands.ranks import check_ranks
 from fewstep.commands.runs import FREE, check_target, read_facts, train_recipe
 from fewstep.commands.teach import JOBS as TEACH
 from fewstep.data.shards import ShardFolder
@@ -37,6 +38,7 @@ from fewstep.recipes.loading import differences, read_run_recipe
 from fewstep.recipes.schema import AnyRecipe
 from fewstep.recipes.studies.loading import Making, Row, Study, load_study, settings_of, study_names
 from fewstep.runtime.checkpoint import METRICS, RECIPE, checkpoint_steps
+from fewstep.runtime.distributed import place
 from fewstep.runtime.tracking import Report, read_metrics
 from fewstep.runtime.workers import Failure, Task, run_apart
 from fewstep.stopping import advising
@@ -51,12 +53,13 @@ def ablate(order: Ablate, study: Study | None) -> None:
     if study is None:
         return list_studies()
     out, folder = order.out, order.out / study.name
-    work = Work(study, out, check_samplers(study))
+    work = Work(study, out, check_samplers(study), order.ranks)
+    check_divided(study, order.ranks)
     check_writable(out)
     check_kept(study, out)
     with folder_lock(folder), advising(f"the same command goes on with {out}"):
         try:
-            failures = work.do(order.jobs or num_cores())
+            failures = work.do(order.jobs or max(1, num_cores() // order.ranks))
         except Interrupted as stop:
             raise Interrupted(f"stopped; the same command goes on with {out}", stop.exit_code - 128) from stop
         lines = work.publish(failures)
@@ -101,6 +104,16 @@ def check_samplers(study: Study) -> list[Sampler]:
                 raise UserError(f"study {study.name}: {where}: {sampler} {what}; take heun:18 or ddim:50")
         found += [sampler] if where == "samplers" else []
     return found
+
+
+def check_divided(study: Study, num_ranks: int) -> None:
+    """Raises UserError where a run can't be divided among so many ranks."""
+    recipes = {name: making.recipe for name, making in study.prepared.items() if making.recipe}
+    for name, recipe in {**recipes, **{row.name: row.recipe for row in study.rows}}.items():
+        try:
+            check_ranks(recipe, num_ranks)
+        except UserError as error:
+            raise UserError(f"study {study.name}: {name}: {error}") from error
 
 
 def check_kept(study: Study, out: Path) -> None:
@@ -157,11 +170,12 @@ class Model(NamedTuple):
 
 @dataclass(frozen=True)
 class Work:
-    """A study in its folder, whose teacher is judged by these samplers."""
+    """A study in its folder, whose teacher is judged by these samplers, and each run trained by so many processes."""
 
     study: Study
     out: Path
     samplers: Sequence[Sampler]
+    ranks: int
 
     @property
     def judging(self) -> Judging:
@@ -211,7 +225,7 @@ class Work:
         for row, seed, model in lacking:
             names.append(model.source.name)
             recipe = going_on(model.source, self.placed(row.seeded(seed)))
-            tasks.append(Task(row.name, recipe.num_steps, _run, (recipe, model, self.judging)))
+            tasks.append(Task(row.name, recipe.num_steps, _run, (recipe, model, self.judging), ranks=self.ranks))
         failures: dict[str, str] = {}
 
         def ended(index: int, result: Any) -> None:
@@ -227,7 +241,7 @@ class Work:
         """Makes what the runs build on, one after the other; raises UserError if that fails."""
         for name, making in self.study.prepared.items():
             if task := self.preparation(name, making):
-                (result,) = run_apart([task], 1)
+                (result,) = run_apart([task._replace(ranks=self.ranks)], 1)
                 if isinstance(result, Failure):
                     place = self.out / name
                     raise UserError(f"{place}: {result.reason.removeprefix(f'{place}: ')}; the same command goes on")
@@ -340,9 +354,11 @@ def _encode(autoencoder: Path, num: int, out: Path, report: Report) -> None:
 
 
 def _run(recipe: AnyRecipe, made: Model, judging: Judging, report: Report) -> None:
-    """Trains a run to its end and judges it at its last checkpoint's averaged weights."""
+    """Trains a run to its end; the first rank judges it, at its last checkpoint's averaged weights."""
     if not is_finished(made.source, recipe):
         _train(recipe, made.source, report)
+    if place()[0]:
+        return
     report(recipe.num_steps, {})
     model = open_model(made.source)
     judge = judging.judge(model)

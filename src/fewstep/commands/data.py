@@ -18,6 +18,7 @@ from fewstep.models.autoencoder import Autoencoder, load_autoencoder
 from fewstep.models.loading.pretrained import open_model
 from fewstep.recipes.loading import read_run_recipe
 from fewstep.runtime.checkpoint import RECIPE
+from fewstep.runtime.distributed import place
 from fewstep.runtime.runs import find
 from fewstep.runtime.tracking import Report, progress_bar
 from fewstep.stopping import advising
@@ -60,12 +61,12 @@ def latents(given: Latents) -> None:
 
 
 def encode_first(autoencoder: Path, source: str, num: int, out: Path, report: Report) -> None:
-    """Encodes the first `num` captioned images of a source into the folder `out`, or goes on with it."""
+    """Encodes the first `num` captioned images of a source, or of several ranks each its share, or goes on with it."""
     model = open_encoder(autoencoder)
     images = open_captioned_images(DataSettings(source=source), model.image_size)
     images = replace(images, length=min(images.length, num))
     plan = {**model.latent_space, "seed": 0, "source": source}
-    write_latents(images, model.encode_images, plan, out, {}, 100, lambda done: report(done, {}))
+    write_latents(images, model.encode_images, plan, out, {}, 100, lambda done: report(done, {}), place())
 
 
 def open_encoder(path: Path, config: str | None = None) -> Autoencoder:

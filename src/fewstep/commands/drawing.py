@@ -68,7 +68,7 @@ def draw_pairs(model: ImageModel, given: Pairs, sampler: Sampler, report: Report
     model.denoiser.to(dtype)
     model.to(device)
     made = (drawer(model, sampler), conditions, plan, out, given.batch_size or model.sampling_batch, rank, num_ranks)
-    quiet = report if rank == 0 else lambda done, metrics: None
+    quiet = report or (None if rank == 0 else lambda done, metrics: None)
     bar = progress_bar("draw pairs", -(-num // num_ranks), quiet)
     with advising(f"the same command goes on with {out}"), bar as show:
         return write_pairs(*made, lambda done: show(done, {}))

@@ -54,6 +54,11 @@ Texts = Annotated[PlaceIfAny, Option(metavar="FILE", help="Prompts: .txt, .csv, 
 class Order:
     """What a verb is told."""
 
+    @property
+    def processes(self) -> int | None:
+        """That do its work together, each of them the whole command line, if it is not this one alone."""
+        return getattr(self, "ranks", None)
+
     def arguments(self) -> tuple[Any, ...]:
         """Of the function that does the work, found before what that needs is imported."""
         return (self,)
@@ -328,14 +333,23 @@ class Ablate(Order):
     )
     seeds: str | None = option("Parted by commas.", metavar="LIST", show_default="the study's")
     jobs: int | None = option(
-        "Runs at a time, one thread each.", metavar="N", min=1, max=1000, show_default="the cores"
+        "Runs at a time, one thread for each of their ranks.",
+        metavar="N",
+        min=1,
+        max=1000,
+        show_default="the cores / ranks",
     )
+    ranks: int = option("Processes of each run.", 1, metavar="N", parser=bounded(1, 1024))
     set_: Annotated[list[str], Option("--set", metavar="KEY=VALUE", help="Override in all rows; repeatable.")] = field(
         default_factory=list
     )
     num_samples: int | None = option(
         "Images that a run is judged by.", metavar="N", min=100, max=MOST, show_default="the study's"
     )
+
+    @property
+    def processes(self) -> None:
+        """It starts those of its runs itself."""
 
     def arguments(self) -> tuple[Any, ...]:
         """What is asked, and the study, whose mistakes are told before torch is imported; None for `list`."""

@@ -19,16 +19,17 @@ LOCK = ".lock"
 SIGHT = 10.0  # seconds that a file takes at most to be seen on other machines
 
 
-def check_ranks(recipe: Any) -> None:
+def check_ranks(recipe: Any, ranks: int | None = None) -> None:
     """Raises UserError unless every rank has equally many rows of a batch, in equal parts, and a real image."""
-    num, several = num_ranks() * recipe.accumulate, recipe.accumulate > 1  # of max_rows_per_part there are always some
+    together = ranks or num_ranks()
+    num, several = together * recipe.accumulate, recipe.accumulate > 1  # of max_rows_per_part there are always some
     if recipe.batch_size % num:
-        ranks = f"{num_ranks()} ranks{f' of accumulate={recipe.accumulate} parts' if several else ''}"
-        told = f"{ranks} don't divide batch_size {recipe.batch_size}; take {recipe.batch_size // num * num or num}"
+        many = f"{together} ranks{f' of accumulate={recipe.accumulate} parts' if several else ''}"
+        told = f"{many} don't divide batch_size {recipe.batch_size}; take {recipe.batch_size // num * num or num}"
         raise UserError(f"{told}, or fewer {'parts' if several else 'ranks'}")
     reals = round(recipe.batch_size * recipe.gan.real_share) if recipe.kind == "distill" else recipe.batch_size
-    if recipe.kind == "distill" and recipe.gan.student_weight and reals < num_ranks():
-        raise UserError(f"gan.real_share: {reals} real images a step are too few for {num_ranks()} ranks; raise it")
+    if recipe.kind == "distill" and recipe.gan.student_weight and reals < together:
+        raise UserError(f"gan.real_share: {reals} real images a step are too few for {together} ranks; raise it")
 
 
 def check_alike_ranks(recipe: Any, run: Path, device: torch.device) -> None:

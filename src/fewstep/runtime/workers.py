@@ -5,6 +5,7 @@ import os
 import queue
 import signal
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -16,7 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fewstep.errors import Interrupted, UserError, brief, out_of_memory
+from fewstep.errors import Interrupted, Lost, UserError, brief, out_of_memory
+from fewstep.runtime.launching import GRACE, meeting_place
 from fewstep.runtime.tracking import Advance, Report, first_metric, progress_display
 from fewstep.stopping import end_quietly, stop_request
 
@@ -35,6 +37,7 @@ class Task(NamedTuple):
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
     threads: int = 1
+    ranks: int = 1  # processes that do it together, where each has its own
 
 
 @contextmanager
@@ -148,6 +151,7 @@ class Failure(NamedTuple):
     """In the place of a task's result: why there is none."""
 
     reason: str
+    lost: bool = False  # for another rank has failed, which knows why
 
 
 Ended = Callable[[int, Any], None]
@@ -155,13 +159,13 @@ Ended = Callable[[int, Any], None]
 
 
 def run_apart(tasks: Sequence[Task], jobs: int, ended: Ended = lambda index, result: None) -> list[Any]:
-    """The results, in the order of the tasks, at most `jobs` of which run at once, each in a process of its own.
+    """The results, in the order of the tasks, at most `jobs` of which run at once, each in processes of its own.
 
     One that fails, or whose process is killed, leaves the others alone: a `Failure` is in its place. Ctrl-C and SIGTERM
     end all of them, a training behind a checkpoint, and raise Interrupted.
     """
     results: list[Any] = [None] * len(tasks)
-    waiting, running = deque(enumerate(tasks)), dict[Connection, _Apart]()
+    waiting, running = deque(enumerate(tasks)), list[_Apart]()
     totals = Counter[str]()
     for task in tasks:
         totals[task.title] += task.total
@@ -170,66 +174,114 @@ def run_apart(tasks: Sequence[Task], jobs: int, ended: Ended = lambda index, res
         lines = {title: _Line(start(title, total)) for title, total in totals.items()}
         while waiting or running:
             while waiting and len(running) < jobs and not stop_requested():
-                each = _Apart(*waiting.popleft())
-                running[each.connection] = each
-            for connection in wait([*running], timeout=0.2):
-                each = running[connection]  # type: ignore[index]
-                if each.read(lines[each.task.title]):
-                    del running[each.connection]
-                    results[each.index] = each.result
-                    ended(each.index, each.result)
+                running.append(_Apart(*waiting.popleft()))
+            ranks = {rank.connection: (each, rank) for each in running for rank in each.ranks}
+            for connection in wait([*ranks], timeout=0.2):
+                each, rank = ranks[connection]  # type: ignore[index]
+                each.read(rank, lines[each.task.title])
+            for each in [each for each in running if each.has_ended()]:
+                running.remove(each)
+                results[each.index] = each.result
+                ended(each.index, each.result)
             if number := stop_requested():
                 raise Interrupted("stopped", number)
     return results
 
 
-def _end_all(running: dict[Connection, "_Apart"]) -> None:
-    """Asks the processes to end, and waits until they have; nobody reads what they still send."""
-    for each in running.values():
-        each.connection.close()
-        each.process.terminate()
-    for each in running.values():
-        each.process.join()
+def _end_all(running: list["_Apart"]) -> None:
+    """Ends tasks, a training behind a checkpoint, and waits until they have; nobody reads what they still send."""
+    for each in running:
+        each.ask_to_end()
+    for each in running:
+        each.wait_for_end()
 
 
 class _Line:
     """The progress of the tasks of one title."""
 
     def __init__(self, advance: Advance):
-        self.advance, self.done = advance, Counter[int]()
+        self.advance, self.done = advance, Counter[tuple[int, int]]()
 
-    def tell(self, index: int, done: int, note: str) -> None:
-        self.done[index] = done
+    def tell(self, index: int, rank: int, done: int, note: str) -> None:
+        self.done[index, rank] = done
         self.advance(self.done.total(), note)
 
 
+class _Rank(NamedTuple):
+    """One of the processes of a task, and where it is heard."""
+
+    number: int
+    process: Any
+    connection: Connection
+
+
 class _Apart:
-    """A task in its process, and what that has sent."""
+    """A task in its processes, and what they have sent."""
 
     def __init__(self, index: int, task: Task):
         self.index, self.task = index, task
-        context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe(duplex=False)
-        self.process = context.Process(target=_run_apart, args=(task, theirs))
-        with _blocked_ctrl_c():
-            self.process.start()
-        theirs.close()  # so that the end of the process is the end of the pipe
-        self.result: Any = None
+        if task.ranks > 1:  # they inherit it
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
+        told = {**meeting_place(), "WORLD_SIZE": str(task.ranks), "LOCAL_WORLD_SIZE": str(task.ranks)}
+        self.ranks = [self._start(number, told) for number in range(task.ranks)]
+        self.results = dict[int, Any]()
+        self.failed: float | None = None  # when the first of them has
 
-    def read(self, line: _Line) -> bool:
-        """Takes in one message; whether it was the last."""
+    def _start(self, number: int, told: dict[str, str]) -> _Rank:
+        context = multiprocessing.get_context("spawn")
+        connection, theirs = context.Pipe(duplex=False)
+        told = {**told, "RANK": str(number), "LOCAL_RANK": str(number)}
+        process = context.Process(target=_run_apart, args=(self.task, theirs, told))
+        with _blocked_ctrl_c():
+            process.start()
+        theirs.close()  # so that the end of the process is the end of the pipe
+        return _Rank(number, process, connection)
+
+    def read(self, rank: _Rank, line: _Line) -> None:
+        """Takes in one message."""
         try:
-            kind, *told = self.connection.recv()
+            kind, *told = rank.connection.recv()
         except (EOFError, OSError):  # it ended without a word
-            self.process.join()
-            kind, told = "result", [Failure(_killed(self.process.exitcode or 0))]
+            rank.process.join()
+            kind, told = "result", [Failure(_killed(rank.process.exitcode or 0))]
         if kind == "progress":
-            line.tell(self.index, *told)
-            return False
-        self.connection.close()
-        self.process.join()
-        (self.result,) = told
-        return True
+            line.tell(self.index, rank.number, *told)
+            return
+        rank.connection.close()
+        rank.process.join()
+        self.ranks.remove(rank)
+        (result,) = told
+        self.results[rank.number] = result
+        if isinstance(result, Failure) and self.failed is None:
+            self.failed = time.monotonic()
+
+    def has_ended(self) -> bool:
+        """Whether all have; those that don't find out by themselves that another has failed are made to."""
+        if self.failed is not None and time.monotonic() > self.failed + GRACE:
+            self.ask_to_end()
+            self.wait_for_end()
+            self.ranks.clear()
+        return not self.ranks
+
+    @property
+    def result(self) -> Any:
+        """That of the first rank, or the failure that the others' came of."""
+        failures = [each for each in self.results.values() if isinstance(each, Failure)]
+        return next((each for each in failures if not each.lost), failures[0] if failures else self.results[0])
+
+    def ask_to_end(self) -> None:
+        """Behind a checkpoint, if it trains."""
+        for rank in self.ranks:
+            rank.connection.close()
+            rank.process.terminate()
+
+    def wait_for_end(self) -> None:
+        """Ranks end together: once one has, the others that still run are stuck."""
+        wait([rank.process.sentinel for rank in self.ranks])
+        for rank in self.ranks:
+            rank.process.join(GRACE)
+            rank.process.kill()
+            rank.process.join()
 
 
 def _killed(code: int) -> str:
@@ -240,7 +292,8 @@ def _killed(code: int) -> str:
     return f"its process was killed ({name})" + (", as where memory is short" if code == -signal.SIGKILL else "")
 
 
-def _run_apart(task: Task, connection: Connection) -> None:
+def _run_apart(task: Task, connection: Connection, told: dict[str, str]) -> None:
+    os.environ |= told  # as torchrun tells ranks who they are
     # Ctrl-C stays blocked here: a run would take it for a first request to stop, and SIGTERM for a second, to be obeyed
     # at once.
     _end_with_parent()
@@ -261,7 +314,7 @@ def attempt(task: Task, report: Report) -> Any:
     try:
         return task.function(*task.arguments, report)
     except UserError as error:
-        return Failure(str(error))
+        return Failure(str(error), isinstance(error, Lost))
     except OSError as error:
         return Failure(f"{error.filename or 'a file'}: {error.strerror or brief(error)}")
     except Exception as error:
