@@ -21,8 +21,10 @@ from apart import Here
 from command_line import fewstep, refused
 from fewstep.errors import Interrupted
 from fewstep.evaluation import extractors
+from fewstep.runtime.checkpoint import checkpoint_steps
 from fewstep.runtime.tracking import Report
-from steps import curves, last_state, same
+from processes import wait_for
+from steps import apart, curves, last_state, same
 
 SMALL = {
     "num_steps": 2,
@@ -175,6 +177,36 @@ def test_a_run_made_by_hand_is_the_same_run(place: Path, here: Here) -> None:
     assert here.ran == ["two steps"]  # judged
     values = [each["rows"][3]["runs"][0]["values"] for each in (told, results())]
     assert values[0] == pytest.approx(values[1])
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ("--ranks 3", "study mine: digits-teacher: 3 ranks don't divide batch_size 4; take 3, or fewer ranks"),
+        ("--ranks none", "--ranks"),
+    ],
+)
+def test_ranks_that_no_run_takes_are_told_before_anything_runs(place: Path, here: Here, more: str, told: str) -> None:
+    refused(fewstep(f"ablate mine.yaml --out new {more}"), told)
+    assert here.ran == []
+    assert not Path("new").exists()
+
+
+def test_runs_have_ranks_and_what_judges_has_none(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, tuple[int, int]] = {}
+
+    def note(tasks: Any, jobs: int, ended: Any = None) -> list[Any]:
+        seen.update({task.title: (task.ranks, jobs) for task in tasks})
+        return [None] * len(tasks)
+
+    monkeypatch.setattr(module, "run_apart", note)
+    monkeypatch.setattr(module, "num_cores", lambda: 5)
+    monkeypatch.setattr(module.Work, "first_model", lambda self: None)
+    for path in Path("out").glob("digits-*"):
+        shutil.rmtree(path)
+    assert fewstep("ablate mine.yaml --out out --ranks 2")[0] == 2  # for there are no runs
+    first = {"digits-teacher": (2, 1), "digits-pairs": (2, 1)}
+    assert seen == {**first, "judge digits-teacher": (1, 2), "pairs": (2, 2), "two steps": (2, 2)}
 
 
 def no_space() -> None:
@@ -364,3 +396,41 @@ def test_a_killed_process_and_ctrl_c_with_real_processes(place: Path) -> None:
     assert f"{killed.parent.name} (pairs): its process was killed (SIGKILL), as where memory is short\n" in errors
     assert errors.endswith("fewstep: stopped; the same command goes on with out\n")
     assert list(other.parent.glob("checkpoints/0*"))
+
+
+@pytest.mark.slow
+def test_two_ranks_make_the_runs_of_one_which_goes_on_with_theirs(place: Path) -> None:
+    study = yaml.safe_load(Path("mine.yaml").read_text())
+    study["set"] |= {"num_steps": 500, "checkpoint_every": 50_000, "log_every": 100}
+    Path("long.yaml").write_text(yaml.safe_dump({**study, "seeds": [1]}))
+    for path in Path("out").glob("digits-*"):
+        shutil.rmtree(path)
+    shutil.copytree("out", "one")  # what the judge learned is no part of this
+    command = [sys.executable, "-m", "fewstep", "ablate", "long.yaml", "--out", "out", "--jobs", "2", "--ranks", "2"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as running:
+        wait_for(lambda: bool(list(Path("out").glob("digits-?step-*/metrics.jsonl"))) or running.poll(), 300)
+        running.send_signal(signal.SIGINT)
+        _, errors = running.communicate(timeout=120)
+    assert running.returncode == 130, errors
+    assert errors.endswith("fewstep: stopped; the same command goes on with out\n")
+    assert "Traceback" not in errors
+    assert not processes_in(Path.cwd())
+    assert any(0 < step < 500 for run in Path("out").glob("digits-?step-*") for step in checkpoint_steps(run))
+    assert fewstep("ablate long.yaml --out out")[0] == 0
+    assert fewstep("ablate long.yaml --out one")[0] == 0
+    for name in ("digits-teacher", *(run.name for run in Path("out").glob("digits-?step-*"))):
+        ours, theirs = (last_state(Path(out, name))["method"] for out in ("out", "one"))
+        for part in ours.keys() & {"denoiser", "student", "critic", "discriminator", "ema"}:
+            assert apart(ours[part], theirs[part]) < 1e-5, (name, part)
+
+
+def processes_in(folder: Path) -> list[str]:
+    """The command lines of this test's other processes that work there."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if process.name != str(os.getpid()) and (process / "cwd").readlink() == folder:
+                found.append((process / "cmdline").read_text())
+        except OSError:
+            continue
+    return found

@@ -232,6 +232,16 @@ def test_where_one_rank_is_gone_all_end_and_the_run_goes_on(start: Start, how: s
     assert (last.communicate(timeout=60), last.returncode)[1] == 143
 
 
+@pytest.mark.slow
+def test_the_first_rank_draws_all_pairs_that_a_run_needs(start: Start) -> None:
+    assert fewstep(f"teach digits-teacher {SMALL} --set num_steps=8 --out t")[0] == 0
+    few = "--set num_steps=2 --set batch_size=4 --set regression.num=1100 --set regression.sampler=heun:2"  # two files
+    process = start(f"distill digits-1step-init --set teacher=t --set device=cpu {few} --out x --ranks 2")
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    assert checkpoint_steps(Path("x")) == [2]
+
+
 def refusals(*ranks: subprocess.Popen) -> list[str]:
     """The lines on standard error of processes that end with a mistake."""
     lines = []

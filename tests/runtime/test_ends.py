@@ -75,6 +75,18 @@ def test_the_first_leaves_behind_the_others(monkeypatch: pytest.MonkeyPatch) -> 
     assert time.monotonic() - began < 0.1
 
 
+def test_others_leave_when_the_first_has_written_what_it_still_writes() -> None:
+    def seconds(failed: bool) -> float:
+        began = time.monotonic()
+        ends.leave(1, 2, failed)
+        return time.monotonic() - began
+
+    assert seconds(failed=False) > 0.05
+    assert seconds(failed=True) < 0.05
+    ends._store.set(ends.ENDED, "")
+    assert seconds(failed=False) < 0.05
+
+
 def test_what_waits_for_ever_is_given_up(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     codes: list[int] = []
     monkeypatch.setattr(ends.os, "_exit", codes.append)
