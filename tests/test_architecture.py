@@ -88,7 +88,7 @@ def test_there_is_at_most_one_tiny_module_in_a_folder() -> None:
 
 
 def test_no_verb_imports_a_verb_but_those_that_are_made_of_others() -> None:
-    shared = {"options", "options_files", "places", "runs", "judging", "drawing", "teachers", "demo", "ablate"}
+    shared = {"options", "options_files", "places", "ranks", "runs", "judging", "drawing", "teachers", "demo", "ablate"}
     verbs = {path.stem: path for path in (SOURCE / "commands").glob("[a-z]*.py") if path.stem not in shared}
     for name, path in verbs.items():
         used = {

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from fewstep.errors import Lost, UserError
+from fewstep.errors import Lost
 from fewstep.runtime import ends
 from fewstep.runtime.distributed import _of_another, apart, place
 
@@ -48,13 +48,13 @@ def test_others_wait_for_the_first_and_end_with_it() -> None:
 
 
 def test_a_lost_rank_is_silent_where_another_tells_why() -> None:
-    assert not ends.told_by_another(Lost("gone at step 3"), "gone at step 3")
-    assert ends.told_by_another(Lost("gone at step 3"), "gone at step 3")
-    assert not ends.told_by_another(Lost("gone at step 4"), "gone at step 4")
+    assert not ends.told_by_another("gone at step 3", lost=True)
+    assert ends.told_by_another("gone at step 3", lost=True)
+    assert not ends.told_by_another("gone at step 4", lost=True)
     ends.fail(first=False)
-    assert ends.told_by_another(Lost("gone at step 5"), "gone at step 5")
-    assert not ends.told_by_another(UserError("a mistake"), "a mistake")
-    assert ends.told_by_another(UserError("a mistake"), "a mistake")
+    assert ends.told_by_another("gone at step 5", lost=True)
+    assert not ends.told_by_another("a mistake")
+    assert ends.told_by_another("a mistake")
 
 
 def test_texts_come_in_the_order_of_ranks() -> None:

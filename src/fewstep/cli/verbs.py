@@ -73,7 +73,7 @@ def _told_elsewhere(error: Exception, line: str) -> bool:
     """Whether another process tells it: of ranks the one that was first to, or theirs that started them."""
     if place := os.environ.get(LAUNCHED):
         return isinstance(error, Lost) or not first_to_tell(Path(place), line)
-    return told_by_another(error, line)
+    return told_by_another(line, isinstance(error, Lost))
 
 
 def _tell(line: str) -> None:

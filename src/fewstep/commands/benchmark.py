@@ -13,7 +13,8 @@ from rich.table import Table
 
 from fewstep.commands.options import Benchmark as Order
 from fewstep.commands.places import check_writable, free_place
-from fewstep.commands.runs import check_ranks, device_memory, pick_device
+from fewstep.commands.ranks import check_ranks
+from fewstep.commands.runs import device_memory, pick_device
 from fewstep.commands.teachers import find_outline
 from fewstep.errors import UserError
 from fewstep.files import write_text

@@ -96,12 +96,12 @@ def fail(first: bool) -> None:
             _store.set(_turn(_turns[0] + 1), "ended")
 
 
-def told_by_another(error: Exception, line: str) -> bool:
-    """Whether another rank tells what ended this one, or has told this line, as of a mistake that all of them meet."""
+def told_by_another(line: str, lost: bool = False) -> bool:
+    """Whether another rank has told this line, as of a mistake that all meet, or tells what this one was lost by."""
     if _store is None:
         return False
     try:
-        if isinstance(error, Lost) and _store.check([FAILED]):
+        if lost and _store.check([FAILED]):
             return True
         return bool(_store.add(f"fewstep/told/{line}", 1) > 1)
     except RuntimeError:  # it is gone with the first rank, which was killed

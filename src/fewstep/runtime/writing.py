@@ -24,9 +24,9 @@ from fewstep.runtime.distributed import (
     own_store,
     rank,
     ranks_here,
-    told_by_another,
     told_by_first,
 )
+from fewstep.runtime.ends import told_by_another
 from fewstep.runtime.manifest import Entry, entry, write_manifest
 from fewstep.runtime.shards import STATE, packed, read_state, shard_name, stage, write_index, write_shard
 from fewstep.stopping import temporary
