@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,35 @@ def test_a_rank_that_is_gone_is_not_waited_for(there: int, tmp_path: Path, monke
         writer.wait()
     assert os.listdir(tmp_path / "checkpoints") == []
     assert writer.thread is None
+
+
+@pytest.mark.parametrize(
+    ("harm", "told"),
+    [
+        (Path.unlink, "is missing"),
+        (lambda path: os.truncate(path, 100), "has 100 bytes instead of"),
+        (
+            lambda path: shutil.copy(str(path).replace("00000002", "00000001"), path),
+            "has other bytes than were written",
+        ),
+        (lambda path: shutil.copy(path.with_name("shard-00000.safetensors"), path), "has "),
+    ],
+    ids=["missing", "torn", "of another step", "of another rank"],
+)
+def test_damage_in_what_another_rank_wrote_is_damage(
+    harm: Callable[[Path], object], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    writers = both(tmp_path)
+    for step in (1, 2):
+        for writer in writers:
+            begin(writer, step)
+    for writer in writers:
+        writer.wait()
+    before, newest = checkpoints(tmp_path)
+    harm(newest / "state" / "shard-00001.safetensors")
+    assert newest_whole(tmp_path) == before
+    assert f"00000002: state/shard-00001.safetensors {told}" in capsys.readouterr().err
+    assert same(load_state(before)["method"], STATE["method"])
 
 
 # --- of real ranks ---------------------------------------------------------------------------------------------------

@@ -13,8 +13,9 @@ from test_shared_weights import TRAINED, batch, method_of
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fewstep.errors import UserError
 from fewstep.runtime.checkpoint import checkpoints
-from fewstep.runtime.distributed import num_ranks
+from fewstep.runtime.distributed import num_ranks, rank
 from fewstep.runtime.sharding import mine
 from fewstep.runtime.shards import flatten
 from fewstep.runtime.tracking import Metrics
@@ -134,16 +135,32 @@ def read_anew(folder: Path, kind: str) -> list[int]:
     return [sum(buffer.nbytes for buffer in writer.buffers.values()), moments, new.num_bytes]
 
 
-def both(folder: Path) -> list[list[int]]:
-    return [read_anew(folder, kind) for kind in ("none", "full")]
+def refused(folder: Path) -> str:
+    """What a rank is told where the second one's rows of the critic are not finite."""
+    method = made(folder, "full")
+    train(method, lambda step: batch(method, step), range(1))
+    with torch.no_grad():
+        mine(next(method.critic.parameters()))[:] = float("nan") if rank() else 0
+    try:
+        save(method, folder / "refused")
+    except UserError as error:
+        return str(error)
+    return "it was saved"
+
+
+def both(folder: Path) -> list[Any]:
+    return [read_anew(folder, "none"), read_anew(folder, "full"), refused(folder)]
 
 
 @pytest.mark.slow
-def test_each_of_two_ranks_copies_half_and_reads_no_more_than_it_trains(tmp_path: Path) -> None:
+def test_each_of_two_ranks_copies_half_reads_no_more_than_it_trains_and_finds_what_the_other_broke(
+    tmp_path: Path,
+) -> None:
     """Moments come into new memory, all else into what is there."""
     (tmp_path / "alone").mkdir()
     num_bytes, all_moments, _ = read_anew(tmp_path / "alone", "none")
-    for replicated, shared in in_ranks(2, tmp_path, both, tmp_path):
+    for replicated, shared, told in in_ranks(2, tmp_path, both, tmp_path):
+        assert told.startswith("step 3: critic is not finite and was not saved; ")
         assert 0.49 < replicated[0] / num_bytes < 0.51
         assert 0.45 < shared[0] / num_bytes < 0.55  # rows of small tensors are not halves
         assert replicated[1] == all_moments
