@@ -6,8 +6,8 @@ import json
 import sys
 import time
 import uuid
-from collections.abc import Callable, Collection
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from threading import Event, Thread
@@ -29,7 +29,6 @@ from fewstep.runtime.distributed import (
 from fewstep.runtime.ends import told_by_another
 from fewstep.runtime.manifest import Entry, entry, write_manifest
 from fewstep.runtime.shards import STATE, packed, read_state, shard_name, stage, write_index, write_shard
-from fewstep.stopping import temporary
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,19 +72,26 @@ class Post:
         return cls(rank(), num_ranks(), name, own_store() if num_ranks() > 1 else None)
 
     def tell(self, key: str, content: Any) -> None:
+        """Raises Lost if nobody can hear it."""
         if self.num > 1:
-            self.store.set(f"fewstep/{self.name}/{key}", json.dumps(content))
+            with self._line():
+                self.store.set(f"fewstep/{self.name}/{key}", json.dumps(content))
 
     def hear(self, key: str) -> Any:
         """What another one tells, as soon as it does; raises Lost if it is gone."""
         key, waited = f"fewstep/{self.name}/{key}", 0.0
-        try:
+        with self._line():
             while not self.store.check([key]):  # to wait in the store would be for ever where one is gone
                 time.sleep(LOOK)
                 waited += LOOK * self.ending.is_set()
                 if waited > PATIENCE:
                     raise lost()
             return json.loads(self.store.get(key))
+
+    @contextmanager
+    def _line(self) -> Iterator[None]:
+        try:
+            yield
         except RuntimeError as error:  # of the store, which the first rank has
             raise lost() from error
 
@@ -168,15 +174,14 @@ class Writer:
         return told
 
     def _beside(self, step: int, hidden: Path, shards: Shards) -> None:
-        """Another rank's: its own share."""
-        with temporary(hidden):
-            try:
-                told: dict[str, Any] = self._write(step, hidden, shards)
-            except BaseException as error:
-                told = {"error": _line(error)}
-            self.post.tell(f"{self.number}/{self.post.number}", told)
-            if end := self.post.hear(f"{self.number}/end"):
-                raise UserError(end)
+        """Another rank's: its own share. What is left of it the first one removes, or the next that saves."""
+        try:
+            told: dict[str, Any] = self._write(step, hidden, shards)
+        except BaseException as error:
+            told = {"error": _line(error)}
+        self.post.tell(f"{self.number}/{self.post.number}", told)
+        if end := self.post.hear(f"{self.number}/end"):
+            raise UserError(end)
 
     def _write(self, step: int, hidden: Path, shards: Shards) -> dict[str, Entry]:
         """The shards of this rank; what a manifest tells of them."""
