@@ -223,7 +223,8 @@ def train_recipe(jobs: Jobs, recipe: AnyRecipe, run: Path, resume: bool, report:
         job = prepare() if recipe.parallel.shard != "none" else first_then_others(prepare)
         if recipe.parallel.offload_student_optimizer:
             method: Any = job.method
-            print(f"offload: the student's updates take {size(offload(method))} of main memory, of each rank")
+            each = ", of each rank" if num_ranks() > 1 else ""
+            print(f"offload: the student's updates take {size(offload(method))} of main memory{each}")
         start_run(job, run, recipe, report)
     return job
 

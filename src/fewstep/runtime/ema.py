@@ -47,7 +47,7 @@ class EMA:
     def move(self, weights: Sequence[Tensor]) -> None:
         """Keeps averages in main memory from now on, where the same `weights` lie, and takes in those."""
         self.averaged = list(weights)
-        self.copies = {name: [beside(each) for each in copies] for name, copies in self.copies.items()}
+        self.copies = {name: beside(copies) for name, copies in self.copies.items()}
 
     def averages_of(self, name: str | None = None) -> dict[str, Tensor]:
         """The first averages, or those of `name`, by the parameters' names; not to be asked for inside `applied`."""

@@ -9,11 +9,23 @@ from torch import Tensor, nn
 from fewstep.runtime.graphs import never_in_a_graph
 from fewstep.runtime.sharding import as_shard, mine
 
+BLOCK = 2**26  # numbers
 
-def beside(x: Any) -> Any:
-    """A copy in main memory, of a shard one of its rows; of a GPU's in memory that copies need no host for."""
-    rows = mine(x.detach())
-    return as_shard(torch.empty_like(rows, device="cpu", pin_memory=rows.is_cuda).copy_(rows), x)
+
+def beside(tensors: Sequence[Any]) -> list[Any]:
+    """Copies in main memory, of shards those of their rows; of a GPU's in memory that copies need no host for.
+
+    They lie in blocks: memory of that kind is had in powers of two, which would be a third more of SDXL's tensors.
+    """
+    rows: list[Tensor] = [mine(each.detach()) for each in tensors]
+    found, left, block = list[Any](), sum(each.numel() for each in rows), torch.empty(0)
+    for own, of in zip(rows, tensors, strict=True):
+        num = own.numel()
+        if num > len(block):
+            block = torch.empty(max(num, min(left, BLOCK)), dtype=own.dtype, pin_memory=own.is_cuda)
+        found.append(as_shard(block[:num].as_strided(own.shape, own.stride()).copy_(own), of))
+        block, left = block[num:], left - num
+    return found
 
 
 class MainMemory:
@@ -25,9 +37,8 @@ class MainMemory:
 
     def __init__(self, parameters: Sequence[nn.Parameter]):
         self.parameters = list(parameters)
-        self.weights = [beside(each) for each in parameters]
-        self.gradients = [beside(each) for each in parameters]
-        self.skipped: Tensor = beside(torch.zeros((), device=parameters[0].device))
+        self.weights, self.gradients = beside(parameters), beside(parameters)
+        self.skipped: Tensor = beside([torch.zeros((), device=parameters[0].device)])[0]
         # An event that a replay records, too, and that the host may wait for.
         self.sent = torch.cuda.Event(external=True) if parameters[0].is_cuda else None
 
