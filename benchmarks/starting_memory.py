@@ -16,6 +16,7 @@ sys.path.append(str(Path(__file__).parent.parent / "tests"))
 
 from diffusers import UNet2DConditionModel
 
+from fewstep.commands import distill as distilling
 from fewstep.commands import runs
 from fewstep.commands.distill import distill
 from fewstep.recipes.loading import load_recipe
@@ -44,9 +45,16 @@ def measured(folder: Path, precision: str) -> dict[str, float]:
 
     threading.Thread(target=watch, daemon=True).start()
     found: dict[str, float] = {}
+    before, divided = peaks[0], distilling.divide
+
+    def dividing(*given: Any) -> Any:
+        found["to divide"] = max(peaks) - before  # all that is not on a GPU, where there is one
+        return divided(*given)
+
+    distilling.divide = dividing
 
     def started(job: Any, *_: Any) -> None:
-        found["peak"], found["kept"], found["before"] = max(peaks), megabytes("RssAnon"), peaks[0]
+        found["to the first step"], found["kept"] = max(peaks) - before, megabytes("RssAnon") - before
         found["weights"] = 4e-6 * sum(p.numel() for p in job.method.student.parameters())
 
     runs.start_run = started
@@ -65,9 +73,9 @@ def main(folder: Path, precision: str = "bfloat16", dtype: str = "float32") -> N
     del pipeline
     (folder / "out").mkdir()
     for number, found in enumerate(in_ranks(2, folder / "out", measured, folder, precision)):
-        told = {name: found[name] - found["before"] for name in ("peak", "kept")}
-        ratios = ", ".join(f"{name} {value:.0f} MB, {value / found['weights']:.2f}" for name, value in told.items())
-        print(f"{dtype} file, {precision}, rank {number}: {ratios} of a network's {found['weights']:.0f} MB")
+        weights = found.pop("weights")
+        told = ", ".join(f"{name} {value:.0f} MB ({value / weights:.2f})" for name, value in found.items())
+        print(f"{dtype} file, {precision}, rank {number}: {told}, of a network's {weights:.0f} MB")
 
 
 if __name__ == "__main__":

@@ -62,6 +62,25 @@ def test_advice_ends_at_the_first_setting_that_fits_and_it_does(monkeypatch: pyt
     assert "none of these fits" in fewstep(f"{command} --memory 0.0001GB")[1]
 
 
+def test_ranks_are_advised_to_share_weights_before_they_compute_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fewstep.commands.plan.SPARE", 0)
+    few = "--set batch_size=4 --set student_every=1 --set student.ema_decay=0"
+    command = f"plan digits-1step {teacher(block_out_channels=[8, 64], attention=[False, False])} {few} --ranks 4"
+    told = fewstep(command)[1]
+    assert "batches of 4, of which one of 4 ranks has 1 in one part, float32\n" in told
+    assert re.search(
+        r"a rank sends in a mean step [\d.]+ MB in messages round a ring \(2.0 sums\), and small ones", told
+    )
+    *parts, total = (float(row.split()[-2]) for row in told.splitlines() if row.startswith("│ ") and row[-3].isdigit())
+    peak = float(re.search(r"peak: ([\d.]+) MB", told)[1])
+    assert total + sum(parts) == pytest.approx(peak, abs=0.05)
+    told = fewstep(f"{command} --memory {0.7 * peak * 1e6 / 2**30:.6f}")[1]
+    assert "so this fits: --set parallel.shard=full\n" in told
+    machines = fewstep(f"{command} --machines 2 --set parallel.shard=hybrid")[1]
+    kinds = re.search(r"round a ring \(([\d.]+) gathers, ([\d.]+) reductions, ([\d.]+) sums\)", machines)
+    assert kinds[2] == kinds[3]
+
+
 @pytest.mark.parametrize(
     ("settings", "left"),
     [
@@ -94,6 +113,11 @@ def test_further_settings_go_with_the_recipe_or_are_left_out(settings: list[str]
         ("plan digits-1step --memory 0GB", ["--memory '0GB'"]),
         ("plan digits-1step --memory=", ["--memory ''"]),
         ("plan digits-1step --tflops 0", ["--tflops"]),
+        ("plan digits-1step --ranks 0", ["--ranks", "a whole number from 1 to 1,024"]),
+        ("plan digits-1step --ranks 3", ["3 ranks don't divide batch_size 64; take 63"]),
+        ("plan digits-1step --ranks 4 --machines 3", ["--machines 3: don't divide 4 ranks equally"]),
+        ("plan digits-1step --set parallel.shard=full", ["parallel.shard: one rank", "--ranks"]),
+        ("plan digits-1step --ranks 4 --set parallel.shard=hybrid", ["parallel.shard: hybrid", "set full"]),
         ("plan digits-1step --architecture flux", ["--architecture 'flux'", "sdxl"]),
         ("plan digits-teacher", ["recipe digits-teacher: is of the kind teach", "distillations"]),
         ("plan sdxl-1step-init", ["regress", "distillations"]),
@@ -115,6 +139,9 @@ def test_a_device_that_is_surely_too_small_is_refused_before_anything_is_written
     code, told, _ = fewstep(f"{command} --set init_from=null", whole=True)
     lines = [line for line in told.splitlines() if line.startswith("plan: ")]
     assert (code, len(lines)) == (0, 3)
+    monkeypatch.setattr("fewstep.commands.distill.place", lambda: (0, 4))
+    monkeypatch.setattr("fewstep.commands.distill.device_memory", lambda device: 5 * 10**6)
+    refused(fewstep(f"{command} --out four"), "device: has 0.0 GB", "--memory 0GB --ranks 4`")
     size = float(re.search("a checkpoint takes ([\\d.]+) GB", lines[1])[1])
     written = sum(path.stat().st_size for path in Path("runs/digits-1step/checkpoints").rglob("*.*"))
     assert size == pytest.approx(written / 1e9, abs=0.005)

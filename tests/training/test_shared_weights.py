@@ -16,14 +16,14 @@ from torch.distributed.fsdp._fully_shard import _fsdp_init
 import real_sizes
 from fewstep.errors import UserError
 from fewstep.models.latent_model import LatentModel
+from fewstep.models.loading.pipeline import load_part
 from fewstep.models.pixel_model import PixelModel
 from fewstep.networks.blocks import named_units
 from fewstep.networks.families.edm import build_unet
 from fewstep.networks.settings import PixelModelConfig
 from fewstep.recipes.loading import load_recipe
-from fewstep.runtime.distributed import rank
+from fewstep.runtime.distributed import num_ranks, rank
 from fewstep.runtime.sharding import is_shard
-from fewstep.training import parallel
 from fewstep.training.budget import Meter
 from fewstep.training.dmd2 import DMD2
 from fewstep.training.parallel import check_shard, check_units, offload
@@ -57,7 +57,15 @@ def sdxl(folder: Path) -> LatentModel:
     return sd(folder, "sdxl")
 
 
-MODELS: dict[str, Callable[[Path], Any]] = {"pixels": pixels, "sd": sd, "sdxl": sdxl}
+def halves(folder: Path) -> LatentModel:
+    """Of a file in 16 bits, which ranks divide as it is."""
+    pipeline = TINY["sd"](folder / "sd")
+    pipeline.unet.half().save_pretrained(folder / "unet")
+    pipeline.unet = load_part(UNet2DConditionModel, folder / "unet", None if num_ranks() > 1 else torch.float32)
+    return LatentModel(pipeline)
+
+
+MODELS: dict[str, Callable[[Path], Any]] = {"pixels": pixels, "sd": sd, "sdxl": sdxl, "halves": halves}
 
 
 def method_of(name: str, folder: Path, **settings: Any) -> DMD2:
@@ -108,6 +116,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "pixels": ("pixels", {}),
     "sd": ("sd", {}),
     "sdxl": ("sdxl", {}),
+    "halves": ("halves", {}),
     "gathered again": ("sdxl", {"keep": False}),
     "in parts": ("sdxl", {"parts": 2, "checkpointing": "gan"}),
     "cycle, closer to the student": (
@@ -314,20 +323,18 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("told", REFUSED)
-def test_what_can_not_be_shared_is_refused_at_the_door(told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_can_not_be_shared_is_refused_at_the_door(told: str) -> None:
     changes, num = REFUSED[told]
-    monkeypatch.setattr(parallel, "num_ranks", lambda: num)
     recipe = load_recipe("digits-4step", ["parallel.shard=full", *changes])
     with pytest.raises(UserError, match=told) as raised:
-        check_shard(recipe)
+        check_shard(recipe, num, here=num)
     assert "\n" not in str(raised.value)
 
 
-def test_other_recipes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parallel, "num_ranks", lambda: 2)
+def test_other_recipes_are_refused() -> None:
     with pytest.raises(UserError, match="a distillation alone"):
-        check_shard(load_recipe("digits-teacher", ["parallel.shard=full"]))
-    check_shard(load_recipe("digits-4step", ["parallel.shard=full"]))
+        check_shard(load_recipe("digits-teacher", ["parallel.shard=full"]), 2, here=2)
+    check_shard(load_recipe("digits-4step", ["parallel.shard=full"]), 2, here=2)
 
 
 def broken(folder: Path) -> dict[str, Any]:

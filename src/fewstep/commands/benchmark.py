@@ -22,7 +22,7 @@ from fewstep.models.outline import Outline
 from fewstep.networks.compiling import prepare_compiling
 from fewstep.networks.precision import DTYPES
 from fewstep.recipes.schema import DistillRecipe
-from fewstep.runtime.distributed import joined, num_ranks, rank
+from fewstep.runtime.distributed import joined, num_ranks, rank, ranks_here
 from fewstep.training.benchmarking import WAYS, Timing, make_method, matrix_rate, parts_of, time_ways
 from fewstep.training.optimization import check_optimizer
 from fewstep.training.parallel import check_shard
@@ -48,10 +48,11 @@ def benchmark(recipe: DistillRecipe, asked: Order) -> None:
 
 def _measure(recipe: DistillRecipe, asked: Order, outline: Outline, told: str, device: torch.device) -> None:
     """On this rank; the first one tells."""
-    check_ranks(recipe)
+    num, here = num_ranks(), ranks_here()
+    check_ranks(recipe, num)
     if shared := recipe.parallel.shard != "none":
-        check_shard(recipe)
-    ways, found = _ways(asked.ways, device, shared), plan(recipe, outline)
+        check_shard(recipe, num, here)
+    ways, found = _ways(asked.ways, device, shared), plan(recipe, outline, num_ranks=num, machines=num // here)
     memory = device_memory(device) or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if memory < found.peak:
         has, takes = f"{memory / GB:.1f} GB", f"{found.peak / GB:.1f} GB ({found.where})"
@@ -66,7 +67,7 @@ def _measure(recipe: DistillRecipe, asked: Order, outline: Outline, told: str, d
         if isinstance(timing, str):
             print(f"{way}: {timing}")
         else:
-            numbers[way] = _numbers(recipe, timing, found.cycle / num_ranks(), rate)
+            numbers[way] = _numbers(recipe, timing, found.cycle, rate)
     Console().print(_table(numbers))
     print(*_lines(recipe, numbers, rate), sep="\n")
     if asked.out and rank() == 0:

@@ -39,7 +39,7 @@ from fewstep.networks.precision import DTYPES, trainable
 from fewstep.recipes.loading import recipe_names
 from fewstep.recipes.schema import DistillRecipe, StudentRecipe
 from fewstep.runtime.checkpoint import RECIPE, STATES, checkpoints
-from fewstep.runtime.distributed import first_then_others, num_ranks
+from fewstep.runtime.distributed import environment, first_then_others, num_ranks, place
 from fewstep.runtime.runs import find, is_run, run_folder
 from fewstep.runtime.tracking import Report
 from fewstep.training.batches import BatchAt, image_batches, pair_batches, text_batches
@@ -99,7 +99,9 @@ def _job(recipe: StudentRecipe, run: Path) -> Job:
 
 def _open(recipe: StudentRecipe, run: Path) -> Opened:
     model, runs = open_teacher(recipe, run.parent), run.parent
-    told_from_others = fingerprint([model.network], first=64)  # quick, also for the largest
+    # Quick, also for the largest; in float32 if it is divided, as of a run whose ranks don't share it.
+    as_if = torch.float32 if recipe.parallel.shard != "none" else None
+    told_from_others = fingerprint([model.network], first=64, dtype=as_if)
     pairs: Any = None
     if recipe.regression and (recipe.kind == "regress" or recipe.regression_weight):
         # Raises UserError if they are another teacher's than the one that was loaded, or drawn otherwise.
@@ -143,12 +145,13 @@ def _distillation(
 
 def _plan_of(recipe: DistillRecipe, model: ImageModel, device: torch.device, run: Path) -> Plan | None:
     """What a step takes of a GPU, before anything is there; raises UserError if it surely has less."""
-    if (memory := device_memory(device)) is None or recipe.parallel.shard != "none":  # of which a plan knows nothing
+    if (memory := device_memory(device)) is None:
         return None
-    found = plan(recipe, Outline.of(model))
+    _, num = place()
+    found = plan(recipe, Outline.of(model), num_ranks=num, machines=num // environment("LOCAL_WORLD_SIZE", num))
     if found.peak * (1 - ERROR) > memory:
         has, takes = f"{memory / 1e9:.1f} GB", f"{found.peak / 1e9:.1f} GB ({found.where})"
-        ask = f"fewstep plan {_named(run)} --memory {round(memory / 2**30)}GB"
+        ask = f"fewstep plan {_named(run)} --memory {round(memory / 2**30)}GB{f' --ranks {num}' if num > 1 else ''}"
         raise UserError(f"device: has {has}, and this recipe takes {takes}; `{ask}` tells which settings take less")
     return found
 
@@ -275,11 +278,13 @@ def open_teacher(recipe: StudentRecipe, runs: Path) -> Any:
     return model
 
 
-def _held_in(recipe: StudentRecipe) -> torch.dtype:
+def _held_in(recipe: StudentRecipe) -> torch.dtype | None:
     """The dtype that the teacher's network is needed in: float32 by those who train copies, or ask which pairs it made.
 
-    Fingerprints of pairs are of its float32 weights.
+    Fingerprints of pairs are of its float32 weights. Ranks that divide it do with what its files have.
     """
+    if recipe.kind == "distill" and recipe.parallel.shard != "none":
+        return torch.float32 if recipe.regression_weight else None
     shared = recipe.kind == "distill" and recipe.lora and not recipe.regression_weight
     return DTYPES[recipe.precision] if shared else torch.float32
 

@@ -39,10 +39,8 @@ def bounded(least: int, most: int) -> Callable[[str | int], int]:
     return parse
 
 
-Ranks = Annotated[
-    int | None,
-    Option(metavar="N", parser=bounded(1, 1024), show_default=False, help="Processes here."),
-]
+RANKS = bounded(1, 1024)
+Ranks = Annotated[int | None, Option(metavar="N", parser=RANKS, show_default=False, help="Processes here.")]
 Seed = Annotated[int, Option(metavar="N", parser=bounded(0, 2**63 - 1), help="Image i is a function of it and i.")]
 Device = Annotated[str, Option(help="auto, cpu or cuda.")]
 Family = Annotated[
@@ -144,6 +142,8 @@ class Plan(Order):
         "Of a teacher that is not here: sdxl, sd15, sd21 or imagenet64.", metavar="NAME", show_default="by its name"
     )
     arithmetic: bool = option("Also what takes less arithmetic.", False, "--arithmetic")
+    num_ranks: int = option("Processes of the run; told is what one takes.", 1, "--ranks", metavar="N", parser=RANKS)
+    machines: int = option("Of the processes, for parallel.shard=hybrid.", 1, metavar="N", parser=RANKS)
 
     def arguments(self) -> tuple[Any, ...]:
         """The recipe, whose mistakes are told before torch is imported, and what is asked."""

@@ -9,11 +9,13 @@ from rich.console import Console
 from rich.table import Table
 
 from fewstep.commands.options import Plan as Order
+from fewstep.commands.ranks import check_ranks
 from fewstep.commands.teachers import find_outline
 from fewstep.errors import UserError
 from fewstep.models.outline import Outline
 from fewstep.recipes.loading import load_recipe
 from fewstep.recipes.schema import DistillRecipe
+from fewstep.training.parallel import check_shard
 from fewstep.training.planning import TURNS, Plan, picture_bytes
 from fewstep.training.planning import plan as plan_of
 
@@ -33,9 +35,10 @@ def plan(recipe: DistillRecipe, asked: Order) -> None:
         raise UserError(f"recipe {asked.recipe}: is of the kind {recipe.kind}; plans are of distillations")
     card = None if asked.memory is None else parse_memory(asked.memory)
     outline, told = find_outline(recipe, asked.recipe, asked.architecture)
-    found, console = plan_of(recipe, outline), Console()
-    parts = "one part" if recipe.num_parts() == 1 else f"{recipe.num_parts()} parts"
-    print(f"{asked.recipe}: {told}, batches of {recipe.batch_size} in {parts}, {recipe.precision}")
+    found, console, num = _plan(recipe, outline, asked), Console(), recipe.num_parts(asked.num_ranks)
+    parts = "one part" if num == 1 else f"{num} parts"
+    ranks = f", of which one of {asked.num_ranks} ranks has {found.rows}" if asked.num_ranks > 1 else ""
+    print(f"{asked.recipe}: {told}, batches of {recipe.batch_size}{ranks} in {parts}, {recipe.precision}")
     console.print(_table(found))
     for line in _lines(found, recipe, outline, asked.tflops):
         print(line)
@@ -47,6 +50,17 @@ def plan(recipe: DistillRecipe, asked: Order) -> None:
             with suppress(UserError):  # one that does not go with the others
                 if load_recipe(asked.recipe, [*asked.set_, setting]) != recipe:
                     _try(found, outline, asked, [setting], f"{setting} ({what})")
+
+
+def _plan(recipe: DistillRecipe, outline: Outline, asked: Order) -> Plan:
+    """Of one of the ranks that are asked about; raises UserError where they can't run the recipe."""
+    num, machines = asked.num_ranks, asked.machines
+    if num % machines:
+        raise UserError(f"--machines {machines}: don't divide {num} ranks equally; take other --ranks")
+    check_ranks(recipe, num)
+    if recipe.parallel.shard != "none":
+        check_shard(recipe, num, here=num // machines)
+    return plan_of(recipe, outline, num_ranks=num, machines=machines)
 
 
 def parse_memory(text: str) -> int:
@@ -64,9 +78,12 @@ def _table(found: Plan) -> Table:
     rows: dict[str, dict[str, int]] = {}
     for kind, size in found.kinds.items():
         what, _, role = kind.partition(" of the ")
-        rows.setdefault(what if role else "activations", {})[role or "other"] = size + rows.get(what, {}).get(role, 0)
-    for what in ("weights", "averages", "moments", "gradients", "activations"):
+        row = rows.setdefault(what if role else "activations", {})
+        row[role or "other"] = row.get(role or "other", 0) + size
+    for what in ("weights", "gathered", "copies", "averages", "moments", "gradients", "activations"):
         row = rows.get(what, {})
+        if not row and what in ("gathered", "copies"):
+            continue
         numbers = [*(row.get(role, 0) for role in (*ROLES, "other")), sum(row.values())]
         table.add_row(what, *(f"{number / each:.2f}" if number else "" for number in numbers))
     return table
@@ -91,14 +108,17 @@ def _lines(found: Plan, recipe: DistillRecipe, outline: Outline, tflops: float) 
     cycle = found.cycle / 1e12
     yield (
         f"arithmetic: {first:.4g} TFLOP in the student's turn, {other:.4g} in the critic's; a cycle of "
-        f"{recipe.student_every} {cycle:.4g}, {cycle / recipe.batch_size:.4g} a sample of the batch, "
-        f"{found.cycle / found.forward / recipe.batch_size:.1f} passes of the teacher's network"
+        f"{recipe.student_every} {cycle:.4g}, {cycle / found.rows:.4g} a sample of the batch, "
+        f"{found.cycle / found.forward / found.rows:.1f} passes of the teacher's network"
     )
     yield (
         f"at {tflops:g} TFLOP/s: {cycle / tflops / recipe.student_every:.2g} s a step on average, "
         f"{cycle / tflops / recipe.student_every * recipe.num_steps / 3600:.2g} hours for {recipe.num_steps:,}; "
         "at small batches launching kernels takes longer than they do"
     )
+    if found.sent:
+        kinds = ", ".join(f"{num:.1f} {kind}" for kind, num in found.messages.items())
+        yield f"a rank sends in a mean step {_size(found.sent)} in messages round a ring ({kinds}), and small ones"
     if recipe.regression_weight:
         yield "the losses on pairs (regression_weight) are not counted: neither their memory nor their arithmetic"
     yield f"a checkpoint: {_size(found.checkpoint)}; the newest two and the best are kept"
@@ -110,18 +130,18 @@ def _advise(found: Plan, recipe: DistillRecipe, outline: Outline, asked: Order, 
     has = f"{card / GB:.1f} GB, {room / GB:.1f} without what is to spare"
     print(f"a card of {asked.memory}, taken as {card / 2**30:g} GiB, has {has}")
     if _needs(found, recipe, outline) <= room:
-        size = recipe.batch_size // recipe.num_parts()
-        by_number = recipe.parallel.model_copy(update={"max_rows_per_part": None})
-        of_so_many = {"accumulate": recipe.num_parts(), "parallel": by_number}
+        num = recipe.num_parts(asked.num_ranks)
+        size, parallel = found.rows // num, recipe.parallel.model_copy(update={"max_rows_per_part": None})
+        of_so_many = {"accumulate": num, "parallel": parallel}
         # Whose reals are a whole number, too.
         larger = recipe.model_copy(update={"batch_size": 2 * recipe.batch_size} | of_so_many)
-        each = (plan_of(larger, outline).peak - found.peak) / size
+        each = (_plan(larger, outline, asked).peak - found.peak) / size
         most = size + int((room - found.peak) // max(each, 1))
         print(f"it fits; a further sample in a part takes {_size(each)}, so that parts of about {most:,} fit, too")
         return
     print("it does not fit; cheapest first, each with those above it:")
     settings: list[str] = []
-    for more, what in changes(recipe):
+    for more, what in changes(recipe, asked.num_ranks):
         with suppress(UserError):  # a rank that is above a layer's, say
             needs = _try(found, outline, asked, [*settings, *more], f"{' '.join(more)} ({what})")
             settings += more
@@ -132,11 +152,16 @@ def _advise(found: Plan, recipe: DistillRecipe, outline: Outline, asked: Order, 
     print("none of these fits; take a larger card or a smaller model")
 
 
-def changes(recipe: DistillRecipe) -> Iterator[tuple[list[str], str]]:
+def changes(recipe: DistillRecipe, num_ranks: int = 1) -> Iterator[tuple[list[str], str]]:
     """Settings that take less memory, and what they change: first those that change no number."""
-    if recipe.num_parts() < recipe.batch_size:
+    rows, shared = recipe.batch_size // num_ranks, recipe.parallel.shard != "none"
+    if recipe.num_parts(num_ranks) < rows:
         by_rows = recipe.parallel.max_rows_per_part
-        yield ["parallel.max_rows_per_part=1" if by_rows else f"accumulate={recipe.batch_size}"], "the same numbers"
+        yield ["parallel.max_rows_per_part=1" if by_rows else f"accumulate={rows}"], "the same numbers"
+    if num_ranks > 1 and not shared:
+        yield ["parallel.shard=full"], "the same numbers, of weights that ranks share"
+    if num_ranks > 1 and recipe.parallel.keep_gathered:
+        yield ["parallel.keep_gathered=false"], "the same numbers, of weights that are gathered for each pass"
     if recipe.checkpointing == "none" and recipe.gan.student_weight:
         yield ["checkpointing=gan"], "the same numbers, computed again"
     offloaded = recipe.student.optimizer.kind == "adamw"  # then or now
@@ -151,7 +176,8 @@ def changes(recipe: DistillRecipe) -> Iterator[tuple[list[str], str]]:
     if recipe.student.ema_decay != 0 and not offloaded:
         yield ["student.ema_decay=0"], "the weights as trained, not their average"
     if recipe.lora is None:
-        yield ["lora={rank: 64}"], "low-rank weights in place of all"
+        alone = ["parallel.shard=none"] if shared or num_ranks > 1 else []
+        yield [*alone, "lora={rank: 64}"], "low-rank weights in place of all"
     if recipe.lora is None or recipe.lora.targets == "official":
         yield ["lora.targets=lean"], "attention and feed-forward layers alone"
     if recipe.lora is None or recipe.lora.rank > 16:
@@ -166,7 +192,7 @@ def _needs(found: Plan, recipe: DistillRecipe, outline: Outline) -> int:
 def _try(found: Plan, outline: Outline, asked: Order, settings: list[str], told: str) -> int:
     """The bytes that the recipe needs with these settings, too, which are printed as soon as they are known."""
     recipe = load_recipe(asked.recipe, [*asked.set_, *settings])
-    tried = plan_of(recipe, outline)
+    tried = _plan(recipe, outline, asked)
     needs = _needs(tried, recipe, outline)
     print(f"  {_size(needs)}, {tried.cycle / found.cycle:.2f} times the arithmetic: {told}", flush=True)
     return needs

@@ -26,7 +26,17 @@ from fewstep.recipes.loading import differences, dump, load_recipe, read_run_rec
 from fewstep.recipes.schema import AnyRecipe
 from fewstep.runtime.allocation import keep_freed_memory
 from fewstep.runtime.checkpoint import EVALUATIONS, FACTS, RECIPE, check_run, checkpoint_steps
-from fewstep.runtime.distributed import any_of, environment, first_then_others, joined, num_ranks, of_first, place, rank
+from fewstep.runtime.distributed import (
+    any_of,
+    environment,
+    first_then_others,
+    joined,
+    num_ranks,
+    of_first,
+    place,
+    rank,
+    ranks_here,
+)
 from fewstep.runtime.tensorboard import check_tensorboard
 from fewstep.runtime.tracking import Report, progress_bar, read_metrics
 from fewstep.stopping import advising
@@ -217,7 +227,7 @@ def train_recipe(jobs: Jobs, recipe: AnyRecipe, run: Path, resume: bool, report:
         of_first(lambda: check_target(run, recipe, resume))  # before it makes the folder a run
         check_alike_ranks(recipe, run, device)
         if recipe.parallel.shard != "none" and rank() == 0:  # which tells it alone
-            check_shard(recipe)
+            check_shard(recipe, num_ranks(), ranks_here())
         prepare = partial(_prepared, jobs, recipe, run)
         # Ranks that share weights take their networks' first passes together, and what each does by itself inside.
         job = prepare() if recipe.parallel.shard != "none" else first_then_others(prepare)

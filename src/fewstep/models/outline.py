@@ -39,7 +39,7 @@ class Outline(ImageModel):
     @classmethod
     def of(cls, model: ImageModel) -> Self:
         """What is asked of `model`, which is on the CPU, without its weights."""
-        bare = {id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in model.denoiser.parameters()}
+        bare = {id(p): nn.Parameter(torch.empty(p.shape, device="meta")) for p in model.denoiser.parameters()}
         condition = {name: value.cpu() for name, value in model.conditions(range(1)).items()}
         return cls(model.family, copy.deepcopy(model.denoiser, bare), model.shape, condition, model.null_condition)
 

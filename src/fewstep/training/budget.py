@@ -33,6 +33,8 @@ class Turn:
     kinds: Counter[str] = field(default_factory=Counter)
     operations: Counter[str] = field(default_factory=Counter)
     calls: Counter[str] = field(default_factory=Counter)
+    messages: Counter[str] = field(default_factory=Counter)
+    sent: float = 0.0
 
 
 class Meter(TorchDispatchMode):
@@ -46,7 +48,7 @@ class Meter(TorchDispatchMode):
     def __init__(self, granule: int = GRANULE):
         super().__init__()  # type: ignore[no-untyped-call]
         self.granule, self.total, self.alive, self.now = granule, 0, Counter[str](), Turn("")
-        self.kind, self.of = "other", ""  # of what is made now, and what for
+        self.kind, self.of, self.told = "other", "", ""  # of what is made now, and what for; and what is held
         self._known: dict[int, tuple[weakref.ref[Any], int, str]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -77,11 +79,14 @@ class Meter(TorchDispatchMode):
         make, operations = _MADE[key]
         return make(func, args, kwargs), operations
 
-    def note(self, found: Any, kind: str | None = None, known: str | None = None) -> None:
-        """Takes in the storages of tensors; those that are known get another `kind`, if theirs is the `known` one."""
+    def note(self, found: Any, kind: str | None = None, known: str | None = None, share: float = 1.0) -> None:
+        """Takes in the storages of tensors; those that are known get another `kind`, if theirs is the `known` one.
+
+        Counted is a `share` of their bytes.
+        """
         if isinstance(found, list | tuple):
             for each in found:
-                self.note(each, kind, known)
+                self.note(each, kind, known, share)
         elif isinstance(found, Tensor):
             storage = found.untyped_storage()
             key = storage._cdata
@@ -89,12 +94,19 @@ class Meter(TorchDispatchMode):
                 if kind is None or known not in (None, self._known[key][2]):
                     return
                 self._forget(key)
-            self._add(key, storage, kind)
+            self._add(key, storage, kind, share)
 
-    def _add(self, key: int, storage: Any, kind: str | None) -> None:
-        size = -(-storage.nbytes() // self.granule) * self.granule
+    def hold(self, size: float, kind: str) -> Tensor:
+        """What takes so many bytes as long as it lives, and is nothing else."""
+        self.told = kind
+        held = torch.empty(round(size), dtype=torch.uint8, device="meta")
+        self.told = ""
+        return held
+
+    def _add(self, key: int, storage: Any, kind: str | None, share: float) -> None:
+        size = -(-round(share * storage.nbytes()) // self.granule) * self.granule
         backward = torch._C._current_graph_task_id() != -1
-        kind = kind or ("backward passes" if backward else self.kind)
+        kind = kind or self.told or ("backward passes" if backward else self.kind)
         self._known[key] = weakref.ref(storage, partial(self._forget, key)), size, kind
         self.alive[kind] += size
         self.total += size
@@ -220,7 +232,10 @@ class AsOnCUDA:
         return function(*map(self._lowered, (x, weight, *more)), **named)
 
     def _keep(self, function: Any, x: Tensor, size: Any, weight: Any = None, *more: Any, **named: Any) -> Any:
-        return function(x.float() if id(weight) in self.cast else x, size, weight, *more, **named)
+        if id(weight) not in self.cast:
+            return function(x, size, weight, *more, **named)
+        x, *given = (each.float() if isinstance(each, Tensor) else each for each in (x, weight, *more))
+        return function(x, size, *given, **named)
 
     @staticmethod
     def _lowered(value: Any) -> Any:

@@ -29,12 +29,12 @@ from fewstep.training.settings import ParallelSettings
 FIELD = "parallel.shard"
 
 
-def check_shard(recipe: Any) -> None:
-    """Raises UserError where ranks can't share the weights of a recipe, or would not take the same passes."""
-    parts = num_ranks() * recipe.num_parts(num_ranks())
+def check_shard(recipe: Any, num: int, here: int) -> None:
+    """Raises UserError where `num` ranks, `here` to a machine, can't share a recipe's weights."""
+    parts = num * recipe.num_parts(num)
     if recipe.kind != "distill":
         raise UserError(f"{FIELD}: ranks share the weights of a distillation alone; set none")
-    if num_ranks() == 1:
+    if num == 1:
         raise UserError(f"{FIELD}: one rank has nobody to share weights with; start several (--ranks N), or set none")
     if recipe.lora:
         raise UserError(f"{FIELD}: low-rank weights are beside a base that all networks share; set none, or lora null")
@@ -47,8 +47,7 @@ def check_shard(recipe: Any) -> None:
     rows, stops = recipe.batch_size // parts, recipe.student.num_timesteps
     if recipe.student.stops == "mixed" and rows < stops:
         raise UserError(f"{FIELD}: parts of {rows} rows don't have all {stops} stops of student.stops=mixed; set none")
-    here = ranks_here()
-    if recipe.parallel.shard == "hybrid" and (here in (1, num_ranks()) or num_ranks() % here):
+    if recipe.parallel.shard == "hybrid" and (here in (1, num) or num % here):
         raise UserError(f"{FIELD}: hybrid shares within each of several machines of several ranks; set full")
 
 
@@ -83,10 +82,10 @@ class Units:
 def divide(roles: Roles, settings: ParallelSettings, device: torch.device, dtype: torch.dtype, gan: bool) -> Units:
     """Divides all networks among the ranks, unit by unit: what a rank does not hold is never on its device.
 
-    In bfloat16 the teacher is held in it from here on.
+    They may be in any dtype: student and critic are held in float32 from here on, the teacher in `dtype`.
     """
     mesh, keep = _mesh(device, settings.shard), settings.keep_gathered
-    student, critic = (_divide_network(each, mesh, keep) for each in (roles.student, roles.critic))
+    student, critic = (_divide_network(each, mesh, keep, torch.float32) for each in (roles.student, roles.critic))
     _divide_network(unguided(roles.teacher), mesh, keep, dtype)
     if isinstance(roles.teacher, Guided):
         null = roles.teacher.null_condition
@@ -124,8 +123,8 @@ def _mesh(device: torch.device, kind: str) -> Any:
     return init_device_mesh(device.type, sizes, mesh_dim_names=("machines", "ranks")[-len(sizes) :])
 
 
-def _divide_network(denoiser: Denoiser, mesh: Any, keep: bool, dtype: torch.dtype | None = None) -> list[Any]:
-    """Its units and, as the root, its adapter, in which a critic's stop embedding lies; held in `dtype`, if any."""
+def _divide_network(denoiser: Denoiser, mesh: Any, keep: bool, dtype: torch.dtype) -> list[Any]:
+    """Its units and, as the root, its adapter, in which a critic's stop embedding lies; held in `dtype`."""
     network = denoiser.network
     drop_copies(network)  # gathered weights are the copies in bfloat16
     units = [unit for _, unit in named_units(network)]

@@ -20,6 +20,7 @@ from fewstep.models.latent_model import LatentModel
 from fewstep.models.loading.hub import is_hub_id
 from fewstep.models.loading.pretrained import configured, load
 from fewstep.models.loading.single_file import base_model
+from fewstep.networks.fingerprint import fingerprint
 from single_files import original_weights, write_single_file
 from steps import draws
 from tiny_pipelines import TINY
@@ -161,6 +162,19 @@ def test_a_network_in_bfloat16_never_is_in_float32(sd: Path, tmp_path: Path, who
     assert not any(x.is_meta for x in [*model.denoiser.parameters(), *model.denoiser.buffers()])
     with torch.no_grad():  # and it runs
         assert model.denoiser(torch.randn(1, 4, 8, 8), torch.tensor([20]), model.text_condition(["a"])).isfinite().all()
+
+
+def test_a_network_as_its_files_have_it_is_a_view_of_them(sd: Path, tmp_path: Path) -> None:
+    """So ranks that divide it share one copy, which nothing that is written to it changes."""
+    load(sd / "folder").pipeline.to(torch.float16).save_pretrained(tmp_path)
+    whole, viewed = load(tmp_path), load(tmp_path, dtype=None)
+    told = fingerprint([whole.network], first=64)
+    assert {p.dtype for p in viewed.network.parameters()} == {torch.float16}
+    assert str(tmp_path / "unet") in Path("/proc/self/maps").read_text()
+    for _ in range(2):
+        assert fingerprint([load(tmp_path, dtype=None).network], first=64, dtype=torch.float32) == told
+        for parameter in viewed.network.parameters():
+            parameter.data.zero_()
 
 
 def test_what_is_wrong_with_a_file_is_told_in_bfloat16_too(sd: Path, tmp_path: Path) -> None:

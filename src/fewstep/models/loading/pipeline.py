@@ -44,8 +44,11 @@ def check_index(source: object, index: dict[str, Any]) -> Family:
     return family
 
 
-def load_pipeline(folder: Path, changes: Changes, dtype: torch.dtype = torch.float32) -> Any:
-    """The pipeline in a diffusers folder, its trained network in `dtype`, with these changes to its scheduler."""
+def load_pipeline(folder: Path, changes: Changes, dtype: torch.dtype | None = torch.float32) -> Any:
+    """The pipeline in a diffusers folder, its trained network in `dtype`, with these changes to its scheduler.
+
+    None leaves the network as and where the files have it: in memory that all processes share.
+    """
     family = check_index(folder, read_index(folder))
     check_subfolders(folder, family)
     parts = {
@@ -56,7 +59,7 @@ def load_pipeline(folder: Path, changes: Changes, dtype: torch.dtype = torch.flo
 
 
 def load_single_file(
-    path: Path, weights: Weights, config: Path, changes: Changes, dtype: torch.dtype = torch.float32
+    path: Path, weights: Weights, config: Path, changes: Changes, dtype: torch.dtype | None = torch.float32
 ) -> Any:
     """The pipeline of a single file, its trained network in `dtype`; what the file lacks comes from `config`."""
     family = check_index(config, read_index(config))
@@ -84,7 +87,7 @@ def check_subfolders(folder: Path, family: Family) -> None:
     check_files(folder, family.parts)
 
 
-def load_part(kind: Any, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+def load_part(kind: Any, folder: Path, dtype: torch.dtype | None = torch.float32) -> Any:
     """The network of that class in the folder of a part, on the CPU, in `dtype`.
 
     It is given memory when the files have the names and shapes that its configuration gives it. Raises UserError,
@@ -105,7 +108,7 @@ def load_part(kind: Any, folder: Path, dtype: torch.dtype = torch.float32) -> An
         network = kind.from_pretrained(str(folder), use_safetensors=True, **how)
     for name, tensor in network.state_dict().items():
         check_finite(place.get(plain_name(name), folder), [(name, tensor)])
-    return network.to(dtype)
+    return network.to(dtype or torch.float32)
 
 
 def _are_all(names: Container[str], bare: nn.Module) -> bool:
@@ -114,7 +117,9 @@ def _are_all(names: Container[str], bare: nn.Module) -> bool:
     return all(name in own for name, _ in bare.named_buffers()) and all(name in names for name in own)
 
 
-def _from_file(path: Path, weights: Weights, part: str, kind: Any, config: Path, dtype: torch.dtype) -> nn.Module:
+def _from_file(
+    path: Path, weights: Weights, part: str, kind: Any, config: Path, dtype: torch.dtype | None
+) -> nn.Module:
     try:
         found = convert(weights, part, bare := outline(kind, config))
         check_fits(where := f"{path}: {part}", bare.state_dict(), found)
@@ -124,7 +129,7 @@ def _from_file(path: Path, weights: Weights, part: str, kind: Any, config: Path,
         load_checked(where, model := build_part(kind, config), found)
     except UserError as error:
         raise UserError(f"{error}" + f" ({config.parent} configures it)" * ("other sizes" in str(error))) from error
-    return model.to(dtype)
+    return model.to(dtype or torch.float32)
 
 
 def build_part(kind: Any, folder: Path) -> nn.Module:

@@ -56,9 +56,11 @@ def load(
     source: Source,
     config: Source | None = None,
     prediction_type: str | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
 ) -> Model:
     """The image model in `source`, on the CPU, in float32, but a pipeline's network in `dtype`, in evaluation mode.
+
+    None is a network that is only to be read: as its files have it, of which all processes share one copy in memory.
 
     `source` is a folder (one of ours, or a diffusers pipeline of SD or SDXL), a `.safetensors` file of an SD or SDXL
     fine-tune, or a hub id `owner/name`. A file is configured by `config`, a diffusers folder or hub id of its family,
@@ -91,7 +93,7 @@ def _local(path: Path) -> Path:
     return hub.fetch(str(path), family.parts, family.weights)
 
 
-def _load_folder(folder: Path, prediction_type: str | None, hub_id: str | None, dtype: torch.dtype) -> Model:
+def _load_folder(folder: Path, prediction_type: str | None, hub_id: str | None, dtype: torch.dtype | None) -> Model:
     if not is_model_folder(folder):
         advice = "name a run or another checkpoint's model"
         raise UserError(f"{folder}: not a model folder (it has no {DESCRIPTION}); {advice}")
@@ -165,7 +167,9 @@ def described(place: Path, family: Family, config: PixelSettings) -> nn.Module:
     return network
 
 
-def _load_file(path: Path, config: Source | None, prediction_type: str | None, dtype: torch.dtype) -> LatentModel:
+def _load_file(
+    path: Path, config: Source | None, prediction_type: str | None, dtype: torch.dtype | None
+) -> LatentModel:
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     if not is_single_file(path):
@@ -197,7 +201,7 @@ def open_model(
     source: Source,
     config: Source | None = None,
     prediction_type: str | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
 ) -> Model:
     """What `pretrained.load` finds in `source`, or the image model of RUN, RUN@STEP or RUN@best-METRIC."""
     return load(source if is_loadable(source) else _described(find(source).folder), config, prediction_type, dtype)

@@ -94,12 +94,16 @@ def fill(
     where: object,
     bare: torch.nn.Module,
     weights: Iterable[tuple[str, Tensor]],
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     files: Files = None,
 ) -> None:
-    """Gives a network without memory these weights, known to fit, in `dtype`: tensor by tensor, none of them twice."""
+    """Gives a network without memory these weights, known to fit, in `dtype`: tensor by tensor, none of them twice.
+
+    None leaves them as they are, views of files if they are such.
+    """
     found = {}
     for name, tensor in weights:
         check_finite((files or {}).get(name, where), [(name, tensor)])
-        found[name] = tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+        as_told = dtype if dtype and tensor.is_floating_point() else tensor.dtype
+        found[name] = tensor.to(as_told, copy=True) if dtype else tensor.contiguous()
     bare.load_state_dict(found, strict=False, assign=True)  # without the harmless ones
