@@ -152,8 +152,9 @@ class ParallelSettings(Settings):
     network's weights, in the dtype that it computes in."""
     offload_student_optimizer: bool = False
     """Keeps the moments and averages of a distillation's student in main memory, and updates it there: 8 bytes per
-    weight and 4 per average less on the device (SDXL: 31 GB), and 16 and 4 in main memory, for the same numbers. Each
-    of the student's turns takes its gradients there, and its weights back; the critic's turns wait for nothing."""
+    weight and 4 per average less on the device (SDXL with one: 31 GB), and 16 and 4 in main memory; numbers are the
+    same but for rounding. The student's turns wait for its gradients on their way, its update there and its weights on
+    their way back, as far as the critic's passes don't hide them; other turns wait for nothing."""
     stall_minutes: float = Field(10.0, gt=0, le=1440)
     """How long a rank waits for the others in a step, before it takes them for lost."""
     max_rows_per_part: int | None = Field(None, ge=1, le=65_536)
