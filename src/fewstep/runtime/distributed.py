@@ -82,20 +82,21 @@ def joined(device: torch.device, stall_minutes: float) -> Iterator[None]:
         yield
         return
     _join(device, number, num, timedelta(minutes=stall_minutes))
-    failed = False
+    failed = missed = False
     try:
         yield
     except Exception as error:
-        failed = not isinstance(error, Interrupted)
-        if _of_another(error):
-            raise lost() from error
-        if not isinstance(error, Lost):
+        failed, missed = not isinstance(error, Interrupted), isinstance(error, Lost) or _of_another(error)
+        if not missed:
             ends.fail(first=number == 0)
+        elif not isinstance(error, Lost):
+            raise lost() from error
         raise
     finally:
         with suppress(RuntimeError):
             dist.destroy_process_group()
-        ends.leave(number, num, failed)
+        if not (missed and number):  # else the store may be frozen, with the first
+            ends.leave(number, num, failed)
 
 
 def _join(device: torch.device, number: int, num: int, wait: timedelta) -> None:

@@ -66,6 +66,7 @@ def wait_for_first(first: bool) -> None:
         return
     _store.wait([key], PATIENCE)
     if _store.get(key):
+        _store.add(LEFT, 1)
         raise Lost("the first rank has ended; --resume goes on")
 
 
@@ -101,15 +102,19 @@ def told_by_another(line: str, lost: bool = False) -> bool:
     if _store is None:
         return False
     try:
-        if lost and _store.check([FAILED]):
-            return True
-        return bool(_store.add(f"fewstep/told/{line}", 1) > 1)
+        with giving_up(GOODBYE, line):  # where the first rank is frozen, which has the store
+            if lost and _store.check([FAILED]):
+                return True
+            return bool(_store.add(f"fewstep/told/{line}", 1) > 1)
     except RuntimeError:  # it is gone with the first rank, which was killed
         return False
 
 
 def leave(number: int, num: int, failed: bool) -> None:
-    """The last that a rank does with others: they wait for what the first still writes, and it for their farewell."""
+    """The last that a rank does with others: they wait for what the first still writes, and it for their farewell.
+
+    Of those that have `failed` it is only told that they go.
+    """
     with suppress(RuntimeError):
         if number:
             if not failed:
