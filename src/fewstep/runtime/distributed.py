@@ -21,6 +21,7 @@ from torch import Tensor
 from fewstep.errors import Interrupted, Lost, UserError, brief
 from fewstep.runtime import ends
 from fewstep.runtime.between import between
+from fewstep.runtime.launching import note_step
 from fewstep.stopping import end_silently
 
 Result = TypeVar("Result")
@@ -115,6 +116,11 @@ def _join(device: torch.device, number: int, num: int, wait: timedelta) -> None:
     try:
         with ends.giving_up(wait.total_seconds() + 5, f"{told}; {ways}"):
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=wait)
+            if device.type == "cuda":
+                # It ends a process without a line of ours: gloo, by which ranks ask each other in every step, is first.
+                nccl: Any = dist.distributed_c10d._get_default_group()._get_backend(device)
+                with suppress(AttributeError):
+                    nccl._set_default_timeout(2 * wait)
             ends.meet(dist.distributed_c10d._get_default_store(), num, wait)
     except (ValueError, RuntimeError) as error:
         if "EADDRINUSE" in str(error):
@@ -139,8 +145,9 @@ def _of_another(error: BaseException) -> bool:
 
 
 def at_step(step: int) -> None:
-    """The step that is told if the others end."""
+    """The step that is told if the others end, or this one."""
     _step[0] = step
+    note_step(step)
 
 
 # --- sums ------------------------------------------------------------------------------------------------------------

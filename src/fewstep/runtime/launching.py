@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,7 +19,7 @@ from fewstep.errors import LOST, UserError
 
 GRACE = 20.0  # seconds in which ranks find out by themselves that another one has ended
 ENDING = 10.0  # and in which they end when they are told to
-LAUNCHED = "FEWSTEP_LAUNCHED"  # a folder, in which each line that a rank tells has a file
+LAUNCHED = "FEWSTEP_LAUNCHED"  # a folder, in which each rank has a file with its step, and each line that one tells
 COMMAND = [sys.executable, "-m", "fewstep"]
 Process = subprocess.Popen[bytes]
 
@@ -31,7 +31,8 @@ def launch(arguments: Sequence[str], num_ranks: int) -> int:
     """
     with TemporaryDirectory() as place:
         told = {"WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks, **meeting_place(), LAUNCHED: place}
-        return _run([_start(arguments, {**told, "RANK": number, "LOCAL_RANK": number}) for number in range(num_ranks)])
+        ranks = [_start(arguments, {**told, "RANK": number, "LOCAL_RANK": number}) for number in range(num_ranks)]
+        return _code(_run(ranks), lambda number: _step_of(Path(place), number))
 
 
 def first_to_tell(place: Path, line: str) -> bool:
@@ -43,8 +44,26 @@ def first_to_tell(place: Path, line: str) -> bool:
     return True
 
 
-def _run(ranks: list[Process]) -> int:
+_noted: list[int] = []  # the file of this rank, once it is open
 
+
+def note_step(step: int) -> None:
+    """The step of this rank, where they that started it find it if it is lost."""
+    if (place := os.environ.get(LAUNCHED)) is None:
+        return
+    if not _noted:
+        _noted.append(os.open(Path(place) / os.environ["RANK"], os.O_WRONLY | os.O_CREAT))
+    os.pwrite(_noted[0], f"{step}\n".encode(), 0)
+
+
+def _step_of(place: Path, number: int) -> str:
+    """The step that a rank was in, in words; nothing of one that had none yet."""
+    with suppress(OSError):
+        return f" in step {(place / str(number)).read_text().splitlines()[0]}"
+    return ""
+
+
+def _run(ranks: list[Process]) -> list[int | None]:
     def pass_on(signal_number: int, frame: FrameType | None) -> None:
         for process in ranks:
             with suppress(ProcessLookupError):
@@ -52,7 +71,7 @@ def _run(ranks: list[Process]) -> int:
 
     before = {each: signal.signal(each, pass_on) for each in (signal.SIGINT, signal.SIGTERM)}
     try:
-        return _code(_wait(ranks))
+        return _wait(ranks)
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
@@ -83,14 +102,14 @@ def _end_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
-def _wait(ranks: list[Process]) -> list[int]:
-    """The exit codes of all, by themselves or at the moment when they are made to end, for one has failed."""
+def _wait(ranks: list[Process]) -> list[int | None]:
+    """The exit codes of all by themselves; None of those that are made to end, long after one has failed."""
     deadline = None
     while any(process.poll() is None for process in ranks):
         if deadline is None and any(process.poll() for process in ranks):
             deadline = time.monotonic() + GRACE
         if deadline is not None and time.monotonic() > deadline:
-            codes = [LOST if (code := process.poll()) is None else code for process in ranks]
+            codes = [process.poll() for process in ranks]
             _end(ranks)
             return codes
         time.sleep(0.05)
@@ -107,14 +126,18 @@ def _end(ranks: list[Process]) -> None:
         process.kill()
 
 
-def _code(codes: list[int]) -> int:
-    """That of all; names a rank that could not tell its own end, and says so where none could."""
-    failed = {number: code for number, code in enumerate(codes) if code}
-    causes = {number: code for number, code in failed.items() if code != LOST}
-    killed = next(((number, -code) for number, code in causes.items() if code < 0), None)
+def _code(codes: list[int | None], step_of: Callable[[int], str]) -> int:
+    """That of all; names a rank that could not tell its own end, and its step, and says so where none could."""
+    causes = {number: code for number, code in enumerate(codes) if code not in (0, LOST)}
     told = "the same command with --resume goes on"
-    if killed and not any(code > 0 for code in causes.values()):
-        raise UserError(f"rank {killed[0]} was killed (signal {killed[1]}); {told}")
-    if failed and not causes:
+    if known := next((code for code in causes.values() if code and code > 0), 0):
+        return known  # which it has told
+    killed = next(((number, -code) for number, code in causes.items() if code), None)
+    if killed:
+        raise UserError(f"rank {killed[0]} was killed{step_of(killed[0])} (signal {killed[1]}); {told}")
+    if causes:
+        silent = min(causes)
+        raise UserError(f"rank {silent} was silent{step_of(silent)} (parallel.stall_minutes); {told}")
+    if any(codes):
         raise UserError(f"the ranks lost each other (parallel.stall_minutes); {told}")
-    return next((code for code in causes.values() if code > 0), 0)
+    return 0
