@@ -43,7 +43,9 @@ FEW = ["batch_size=4", "student_every=3", "student.ema_decay=0.999", "init_from=
 
 
 def digits(*settings: str) -> tuple[Any, Outline]:
-    config = load_recipe("digits-teacher").model.model_copy(update={"block_out_channels": [8, 32]})
+    config = load_recipe("digits-teacher").model.model_copy(
+        update={"block_out_channels": [32], "attention": [False], "layers_per_block": 1}
+    )
     few = ["batch_size=4", "student_every=2", "student.num_timesteps=1", "student.timesteps=null", "init_from=null"]
     return load_recipe("digits-4step", [*few, *settings]), of_settings(FAMILIES["pixel"], config)
 
