@@ -19,6 +19,8 @@ from command_line import fewstep
 from edm_files import small_network, write_checkpoint
 from fewstep.cli.verbs import VERBS
 from fewstep.evaluation import extractors
+from fewstep.models.loading.outlines import STANDARDS
+from fewstep.training import teacher_errors
 from image_sets import encoded, write_edm_zip, write_files, write_tar
 from single_files import original_weights, write_single_file
 from tiny_pipelines import TINY
@@ -28,9 +30,10 @@ README = (ROOT / "README.md").read_text()
 SMALL = {
     "teach digits-teacher": "--set num_steps=2 --set batch_size=4 --set model.block_out_channels=[8,8] "
     "--set model.norm_num_groups=4",
+    "teach emoji-teacher.yaml": "--set num_steps=2 --set batch_size=4 --set model.block_out_channels=[32,32]",
     "teach": "--set num_steps=2 --set batch_size=4",
     "distill my-sdxl.yaml": "--set num_steps=2 --set batch_size=2 --set accumulate=2",
-    "plan": "--set lora.rank=4",
+    "plan": "--set lora.rank=4 --set batch_size=1 --set accumulate=1",
     "distill sdxl-4step-lora": "--set num_steps=2 --set batch_size=2 --set accumulate=2 --set lora.rank=4",
     "sweep": "--num 1",
     "extract": "--num 2",
@@ -64,10 +67,12 @@ def run(line: str) -> None:
 
 @pytest.fixture(autouse=True)
 def _quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worse classifier, and no time spent on measuring speed."""
+    """A worse classifier, an SDXL of 17 transformer blocks, not 70, and no time spent on measuring speed."""
     monkeypatch.setattr(extractors, "train_classifier", partial(extractors.train_classifier, num_steps=5))
     monkeypatch.setattr("fewstep.commands.evaluate.images_per_second", lambda *args: 1.0)
     monkeypatch.setattr("fewstep.recipes.new.SECONDS", 0)
+    monkeypatch.setitem(STANDARDS["sdxl"]["network"], "transformer_layers_per_block", [1, 1, 1])
+    monkeypatch.setattr(teacher_errors, "MOST_BATCHES", 1)
     monkeypatch.setattr("fewstep.commands.ablate.run_apart", Here())
 
 

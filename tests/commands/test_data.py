@@ -50,7 +50,8 @@ def pixels(index: int) -> torch.Tensor:
     return torch.from_numpy(np.array(picture(index, 16, 16))).permute(2, 0, 1)
 
 
-@pytest.fixture(scope="module", params=TINY)
+# SD's as a whole when there is time: it has less than SDXL, and shorter cases below that are always run
+@pytest.fixture(scope="module", params=[pytest.param("sd", marks=pytest.mark.slow), "sdxl"])
 def workshop(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(request.param)
     TINY[request.param](folder / "scratch").save_pretrained(folder / "teacher")

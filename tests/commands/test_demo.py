@@ -53,7 +53,7 @@ def run_here() -> Iterator[Callable]:
     yield lambda tasks: piped([task.function(*task.arguments, quiet) for task in piped(tasks)])
 
 
-@pytest.mark.parametrize("option", ROWS)
+@pytest.mark.parametrize("option", ["", pytest.param("--text", marks=pytest.mark.slow)])
 def test_a_demo_runs_writes_what_it_says_and_overwrites_nothing(
     option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -87,6 +87,7 @@ def test_distil_sample_and_open_in_diffusers(tell: Tell, workplace: Path) -> Non
     assert difference.abs().max() <= 1
 
 
+@kinds(("sdxl",))
 @pytest.mark.parametrize(
     "settings",
     [

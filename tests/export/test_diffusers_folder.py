@@ -237,8 +237,15 @@ def test_without_trust_no_code_is_run(pixel) -> None:
         DiffusionPipeline.from_pretrained(pixel[1])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("size", ["60KB", "5GB"])
+@pytest.mark.parametrize(
+    ("size", "dtype"),
+    [
+        *(("60KB", dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16)),
+        ("5GB", torch.float16),
+        *(pytest.param("5GB", dtype, marks=pytest.mark.slow) for dtype in (torch.float32, torch.bfloat16)),
+    ],
+    ids=str,
+)
 def test_shards_and_halves_open_as_the_whole(teacher, dtype: torch.dtype, size: str, tmp_path: Path) -> None:
     pipeline, _ = teacher
     model = LatentModel(pipeline, [999.0])

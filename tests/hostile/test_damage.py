@@ -329,7 +329,7 @@ ALWAYS = (  # 26, which times four verbs are 104; all others, and text runs but 
     "description-list description-nested timesteps-words timesteps-rising timesteps-none recipe-list "
     "recipe-of-another-kind metrics-binary shard-cut shard-with-code manifest-list checkpoints-a-file checkpoint-a-loop"
 )
-SOMETIMES = "index-nested scheduler-list vocabulary-from-outside part-foreign encoder-list"  # of text runs
+SOMETIMES = "index-nested vocabulary-from-outside part-foreign"  # of text runs
 CASES = [
     pytest.param(kind, each, id=f"{kind}-{each.name}", marks=[] if each.name in always.split() else pytest.mark.slow)
     for kind, always in (("label", ALWAYS), ("text", SOMETIMES))

@@ -85,7 +85,7 @@ def test_activations_inside_the_blocks_are_not_kept(model: LatentModel) -> None:
     ("dtype", "independent", "parts", "lora"),
     [
         (torch.float32, False, 1, None),
-        (torch.float32, True, 2, LORA),
+        pytest.param(torch.float32, True, 2, LORA, marks=pytest.mark.slow),
         (torch.bfloat16, True, 2, None),
         (torch.bfloat16, False, 2, LORA),
     ],

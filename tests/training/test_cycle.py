@@ -90,7 +90,9 @@ def test_with_a_student_update_in_every_step_it_is_a_rollout_per_step(tiny_model
     assert same(found[0][1]["student"], found[1][1]["student"])
 
 
-@pytest.mark.parametrize(("stop", "before", "after"), [(1, 1, 1), (2, 1, 3), (3, 2, 1), (4, 3, 2)])
+@pytest.mark.parametrize(
+    ("stop", "before", "after"), [(1, 1, 1), (2, 1, 3), pytest.param(3, 2, 1, marks=pytest.mark.slow), (4, 3, 2)]
+)
 def test_a_state_goes_on_at_any_step_of_a_cycle(
     tiny_model: PixelModel, tmp_path: Path, stop: int, before: int, after: int
 ) -> None:
