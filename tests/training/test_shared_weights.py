@@ -314,7 +314,6 @@ def test_units_of_the_released_models() -> None:
 REFUSED = {
     "one rank has nobody": ([], 1),
     "low-rank weights": (["lora={rank: 4}"], 2),
-    "compiled blocks with shared weights": (["speed.compile=blocks"], 2),
     "adamw8bit does not know": (["critic.optimizer.kind=adamw8bit"], 2),
     "1 real images a step are too few for 2 parts": (["batch_size=8", "gan.real_share=0.125"], 2),
     "parts of 2 rows don't have all 4 stops": (["batch_size=4", "student.stops=mixed"], 2),

@@ -38,8 +38,6 @@ def check_shard(recipe: Any, num: int, here: int) -> None:
         raise UserError(f"{FIELD}: one rank has nobody to share weights with; start several (--ranks N), or set none")
     if recipe.lora:
         raise UserError(f"{FIELD}: low-rank weights are beside a base that all networks share; set none, or lora null")
-    if recipe.speed.compile == "blocks":
-        raise UserError(f"{FIELD}: compiled blocks with shared weights were never compared; set speed.compile to none")
     if "adamw8bit" in {recipe.student.optimizer.kind, recipe.critic.optimizer.kind}:
         raise UserError(f"{FIELD}: adamw8bit does not know weights in shards; set optimizer.kind to adamw, or none")
     if recipe.gan.student_weight and (reals := round(recipe.batch_size * recipe.gan.real_share)) < parts:
