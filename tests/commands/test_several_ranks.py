@@ -242,6 +242,23 @@ def test_where_one_rank_is_gone_all_end_and_the_run_goes_on(start: Start, how: s
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_silent_rank_of_torchrun_is_named_by_the_others(start: Start, frozen: int) -> None:
+    assert fewstep(f"teach digits-teacher {SMALL} --set num_steps=8 --out t")[0] == 0
+    place = {"WORLD_SIZE": "3", **launching.meeting_place()}
+    line = f"{STUDENT} --set batch_size=6 --set num_steps=2000 --set parallel.stall_minutes=0.2 --out silent"
+    ranks = [start(line, {**place, "RANK": str(number)}) for number in range(3)]
+    wait_for(lambda: len(checkpoint_steps(Path("silent"))) > 0 or any(each.poll() is not None for each in ranks))
+    began = time.monotonic()
+    ranks[frozen].send_signal(signal.SIGSTOP)
+    told = [each for each in refusals(*(each for each in ranks if each is not ranks[frozen])) if "fewstep:" in each]
+    who = f"rank {frozen} was silent|another rank ended, or was silent,"  # that where a checkpoint waits for it
+    assert all(re.search(rf"fewstep: ({who}) behind step \d+; --resume", each) for each in told), told
+    assert len(told) == 1 + (frozen == 0)  # which has the store by which others tell each other that they tell
+    assert time.monotonic() - began < 60
+
+
+@pytest.mark.slow
 def test_the_first_rank_draws_all_pairs_that_a_run_needs(start: Start) -> None:
     assert fewstep(f"teach digits-teacher {SMALL} --set num_steps=8 --out t")[0] == 0
     few = "--set num_steps=2 --set batch_size=4 --set regression.num=1100 --set regression.sampler=heun:2"  # two files

@@ -21,7 +21,7 @@ from torch import Tensor
 from fewstep.errors import Interrupted, Lost, UserError, brief
 from fewstep.runtime import ends
 from fewstep.runtime.between import between
-from fewstep.runtime.launching import note_step
+from fewstep.runtime.launching import LAUNCHED, note_step
 from fewstep.stopping import end_silently
 
 Result = TypeVar("Result")
@@ -91,7 +91,7 @@ def joined(device: torch.device, stall_minutes: float) -> Iterator[None]:
         if not missed:
             ends.fail(first=number == 0)
         elif not isinstance(error, Lost):
-            raise lost() from error
+            raise lost(_silent(error, number, num)) from error
         raise
     finally:
         with suppress(RuntimeError):
@@ -130,9 +130,18 @@ def _join(device: torch.device, number: int, num: int, wait: timedelta) -> None:
         raise UserError(f"{told} ({brief(error)}); {ways}") from error
 
 
-def lost() -> Lost:
+def lost(who: str = "another rank ended, or was silent,") -> Lost:
     """What is told where another rank is gone."""
-    return Lost(f"another rank ended, or was silent, behind step {_step[0]}; --resume goes on")
+    return Lost(f"{who} behind step {_step[0]}; --resume goes on")
+
+
+def _silent(error: BaseException, number: int, num: int) -> str:
+    """Who was waited for in vain, in words; they that `--ranks` has started are named by it."""
+    if LAUNCHED in os.environ or "timed out" not in str(error).lower():
+        return "another rank ended"
+    of_first = "rank 0 was silent"
+    found = ends.silent(number, num, str(lost(of_first)))
+    return f"rank {' and '.join(map(str, found))} was silent" if found else "another rank was silent"
 
 
 def _of_another(error: BaseException) -> bool:

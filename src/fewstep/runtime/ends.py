@@ -9,11 +9,13 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
-from fewstep.errors import Lost, UserError
+from fewstep.errors import LOST, Lost, UserError
+from fewstep.runtime.launching import LAUNCHED
 
 PATIENCE = timedelta(days=7)  # with what the first rank does alone, as a teacher's training
 GOODBYE = 5.0  # seconds in which the first rank, which has the store, waits for the others to read what is there
-MET, ALL, FAILED, ENDED, LEFT = (f"fewstep/{each}" for each in ("met", "all", "failed", "ended", "left"))
+KEYS = ("met", "all", "failed", "missed", "ended", "left")
+MET, ALL, FAILED, MISSED, ENDED, LEFT = (f"fewstep/{each}" for each in KEYS)
 _store: Any = None  # of this process, once it has joined others
 _turns = [0]
 
@@ -38,12 +40,17 @@ def has_met() -> bool:
 
 
 @contextmanager
-def giving_up(seconds: float, told: str) -> Iterator[None]:
-    """Ends the process with a line if what is inside takes longer, also where a library waits for ever."""
+def giving_up(seconds: float, told: str, missed: bool = False) -> Iterator[None]:
+    """Ends the process with a line if what is inside takes longer, also where a library waits for ever.
+
+    Of one that has `missed` another, they that started it tell the line, if they can.
+    """
 
     def end() -> None:
-        print(f"fewstep: {told}", file=sys.stderr, flush=True)
-        os._exit(UserError.exit_code)
+        silently = missed and LAUNCHED in os.environ
+        if not silently:
+            print(f"fewstep: {told}", file=sys.stderr, flush=True)
+        os._exit(LOST if silently else UserError.exit_code)
 
     timer = threading.Timer(seconds, end)
     timer.daemon = True
@@ -102,12 +109,28 @@ def told_by_another(line: str, lost: bool = False) -> bool:
     if _store is None:
         return False
     try:
-        with giving_up(GOODBYE, line):  # where the first rank is frozen, which has the store
+        with giving_up(GOODBYE, line, missed=True):  # where the first rank is frozen, which has the store
             if lost and _store.check([FAILED]):
                 return True
             return bool(_store.add(f"fewstep/told/{line}", 1) > 1)
     except RuntimeError:  # it is gone with the first rank, which was killed
         return False
+
+
+def silent(number: int, num: int, told: str) -> list[int]:
+    """The ranks that do not say, within seconds, that they miss one: those that waited for it did so as long as this.
+
+    Ends the process with the line that is `told` if the first one, which has the store, is frozen.
+    """
+    lacking: list[int] = []
+    with giving_up(2 * GOODBYE, told, missed=True), suppress(RuntimeError):  # of a store that is gone
+        _store.set(f"{MISSED}/{number}", "")
+        end = time.monotonic() + GOODBYE
+        while time.monotonic() < end:
+            if not (lacking := [each for each in range(num) if not _store.check([f"{MISSED}/{each}"])]):
+                break
+            time.sleep(0.05)
+    return lacking
 
 
 def leave(number: int, num: int, failed: bool) -> None:

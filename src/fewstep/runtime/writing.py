@@ -7,7 +7,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from threading import Event, Thread
@@ -26,7 +26,7 @@ from fewstep.runtime.distributed import (
     ranks_here,
     told_by_first,
 )
-from fewstep.runtime.ends import told_by_another
+from fewstep.runtime.ends import giving_up, told_by_another
 from fewstep.runtime.manifest import Entry, entry, write_manifest
 from fewstep.runtime.shards import STATE, packed, read_state, shard_name, stage, write_index, write_shard
 
@@ -214,10 +214,14 @@ class Writer:
     def __exit__(
         self, kind: type[BaseException] | None, raised: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if raised is not None and not isinstance(raised, UserError):  # as where another rank is gone
+        gone = raised is not None and not isinstance(raised, UserError)  # another rank, it may be
+        if gone:
             self.post.ending.set()
+        # A store that is frozen with the first rank answers nobody.
+        limit = giving_up(2 * PATIENCE, str(lost()), missed=True) if gone and self.post.number else nullcontext()
         try:
-            self.wait()
+            with limit:
+                self.wait()
         except Lost:
             if raised is None:
                 raise
