@@ -97,7 +97,7 @@ def test_the_scale_in_a_samplers_name_guides(tell: Tell, workplace: Path) -> Non
     assert pictures[0] != pictures[1]
 
 
-@pytest.mark.parametrize("num_prompts", [10, 40])
+@pytest.mark.parametrize("num_prompts", [10, pytest.param(40, marks=pytest.mark.slow)])
 def test_text_runs_are_judged_together(
     tell: Tell, workplace: Path, num_prompts: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

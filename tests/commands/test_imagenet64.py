@@ -118,6 +118,7 @@ def parameters(folder: Path) -> Tensor:
     return torch.cat([p.detach().flatten() for p in load(folder).denoiser.parameters()])
 
 
+@pytest.mark.slow
 def test_import_pairs_two_stages_and_export(command: Command, place: Path, stage_a: Path) -> None:
     assert read_metrics(stage_a / "metrics.jsonl")[-1]["regression_loss"] > 0
     lines = read_metrics(stage_a / "evaluations.jsonl")

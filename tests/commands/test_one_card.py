@@ -149,7 +149,8 @@ def on_device(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[set[str]]]:
     [
         ([], [set()]),  # prompts are embedded once and kept
         pytest.param(["data.source=latents", "prompts=null"], [set()], marks=pytest.mark.slow),
-        (["embeddings.max_gb=0"], [set(), {"SDXLText"}]),  # embedded in every step
+        # embedded in every step
+        pytest.param(["embeddings.max_gb=0"], [set(), {"SDXLText"}], marks=pytest.mark.slow),
         (["data.source=pictures"], [set(), {"AutoencoderKL"}]),  # no latents
     ],
 )

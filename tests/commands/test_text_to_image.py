@@ -39,6 +39,15 @@ critic: {optimizer: {lr: 1e-3}}
 """
 
 
+RARER = [
+    ("sd", "sd15-1step"),
+    ("sdxl", "sd15-1step"),
+    ("sd", "sdxl-1step"),
+    ("sd", "sdxl-4step"),
+    ("sdxl", "sdxl-4step"),
+]
+
+
 def kinds(*shown: tuple[str, ...], names: str = "workplace") -> pytest.MarkDecorator:
     """Of the kinds of pipelines those that are `shown`, the others when there is time."""
     more = [(kind, *each[1:]) for each in shown for kind in TINY if (kind, *each[1:]) not in shown]
@@ -91,7 +100,7 @@ def test_distil_sample_and_open_in_diffusers(tell: Tell, workplace: Path) -> Non
 @pytest.mark.parametrize(
     "settings",
     [
-        "gan.student_weight=0 --set gan.critic_weight=0",
+        pytest.param("gan.student_weight=0 --set gan.critic_weight=0", marks=pytest.mark.slow),
         "student.num_timesteps=1 --set student.timesteps=[399]",
         "student.backward_simulation=false --set gan.student_weight=0 --set gan.critic_weight=0",
         "precision=bfloat16 --set evaluation.every=2 --set evaluation.time_share=1 --set evaluation.num_samples=64",
@@ -129,7 +138,11 @@ def test_prompts_of_grids_that_can_not_be_read_are_told_before_anything_is_done(
     assert not (tmp_path / "run").exists()
 
 
-@kinds(("sd", "sd15-1step"), ("sdxl", "sdxl-1step"), ("sd", "sdxl-4step"), names="workplace name")
+@pytest.mark.parametrize(
+    ("workplace", "name"),
+    [("sdxl", "sdxl-1step"), *(pytest.param(*each, marks=pytest.mark.slow) for each in RARER)],
+    indirect=["workplace"],
+)
 def test_the_packaged_recipes_run_on_any_folder(
     tell: Tell, workplace: Path, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -86,7 +86,7 @@ def test_activations_inside_the_blocks_are_not_kept(model: LatentModel) -> None:
     [
         (torch.float32, False, 1, None),
         pytest.param(torch.float32, True, 2, LORA, marks=pytest.mark.slow),
-        (torch.bfloat16, True, 2, None),
+        pytest.param(torch.bfloat16, True, 2, None, marks=pytest.mark.slow),
         (torch.bfloat16, False, 2, LORA),
     ],
 )

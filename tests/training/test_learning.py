@@ -119,7 +119,7 @@ def distilled_points(pretrained: Denoiser, timesteps: list[float], num_steps: in
 @pytest.mark.parametrize(
     ("timesteps", "gan", "factor"),
     [
-        ([SIGMA_MAX], 0.0, 50),
+        pytest.param([SIGMA_MAX], 0.0, 50, marks=pytest.mark.slow),
         pytest.param([SIGMA_MAX], 0.02, 50, marks=pytest.mark.slow),
         ([SIGMA_MAX, 1.0, 0.3], 0.0, 5),
     ],

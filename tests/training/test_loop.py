@@ -74,7 +74,7 @@ def assert_same_end(first: Path, second: Path) -> None:
     ("stop", "settings"),
     [
         (4, []),
-        (7, []),
+        pytest.param(7, [], marks=pytest.mark.slow),
         (7, ["precision=bfloat16"]),
         pytest.param(
             5,

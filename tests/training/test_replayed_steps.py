@@ -116,7 +116,9 @@ def latents(
     return on_a_gpu(DMD2(told, model, roles, 20, 2, seed=0)), [(range(2), given)]
 
 
-@pytest.mark.parametrize("lora", [None, LoRASettings(rank=2, alpha=2.0)], ids=["whole", "lora"])
+@pytest.mark.parametrize(
+    "lora", [pytest.param(None, marks=pytest.mark.slow), LoRASettings(rank=2, alpha=2.0)], ids=["whole", "lora"]
+)
 @pytest.mark.parametrize("checkpointing", slow_but(["none"], ["none", "gan", "blocks"]))
 @pytest.mark.parametrize("family", slow_but(["sdxl"], ["sd", "sdxl"]))
 def test_what_follows_from_weights_is_as_new_as_they_are(
@@ -165,9 +167,10 @@ def test_a_trial_decides_and_says_so_once(tiny_model: PixelModel, seconds: float
 @pytest.mark.parametrize(
     ("error", "line"),
     [
-        (
+        pytest.param(
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.5 GiB. More"),
             "out of memory (asked for 2.5 GiB)",
+            marks=pytest.mark.slow,
         ),
         (
             RuntimeError("operation not permitted when stream is capturing"),
