@@ -18,7 +18,9 @@ def in_ranks(num: int, folder: Path, function: Callable[..., Any], *given: Any) 
     with socket.socket() as door:
         door.bind(("127.0.0.1", 0))
         port = door.getsockname()[1]
-    start = multiprocessing.get_context("spawn").Process
+    # Of one process that has imported what they need: that takes most of a short test.
+    multiprocessing.set_forkserver_preload([function.__module__])
+    start = multiprocessing.get_context("forkserver").Process
     ranks = [start(target=_run, args=(number, num, port, folder, function, given)) for number in range(num)]
     for process in ranks:
         process.start()

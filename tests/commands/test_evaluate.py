@@ -513,6 +513,7 @@ def test_stops_of_pictures_of_prompts_are_those_of_the_student_cut_behind_them(r
     assert last["fid"] != cut["fid"]
 
 
+@pytest.mark.slow
 def test_a_low_rank_student_of_several_averages_goes_on_after_a_stop(
     run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

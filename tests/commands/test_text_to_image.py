@@ -312,6 +312,7 @@ def disk_use(folder: Path) -> int:
     return sum({path.stat().st_ino: path.stat().st_size for path in folder.rglob("*") if path.is_file()}.values())
 
 
+@pytest.mark.slow
 @kinds(("sdxl",))
 def test_a_stopped_run_goes_on_to_the_same_weights_and_a_checkpoint_costs_the_unet_and_its_state(
     tell: Tell, tmp_path: Path

@@ -39,7 +39,12 @@ def run_recipe(name: str, folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("name", EMBEDDED)
+LIKE_OTHERS = ["digits-1step"]
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in LIKE_OTHERS else []) for name in EMBEDDED]
+)
 def test_golden_losses(name: str, tmp_path: Path) -> None:
     expected = [json.loads(line) for line in (GOLDEN / f"{name}.jsonl").read_text().splitlines()]
     for ours, golden in zip(run_recipe(name, tmp_path), expected, strict=True):

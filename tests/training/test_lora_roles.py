@@ -80,8 +80,7 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
     ("checkpointing", "dtype"),
     [
-        ("blocks", torch.float32),
-        *(pytest.param(how, torch.float32, marks=SLOW) for how in ("none", "gan")),
+        *(pytest.param(how, torch.float32, marks=SLOW) for how in ("none", "gan", "blocks")),
         *(pytest.param(how, torch.float64, marks=SLOW) for how in ("none", "gan", "blocks")),
     ],
 )
