@@ -70,6 +70,16 @@ def ranks_of(folder: str) -> dict[int, int]:
     return found
 
 
+def assert_like_one(*runs: str) -> None:
+    """That they end where the run `one` does, by the way that it took."""
+    for run in runs:
+        for part in ("student", "critic", "discriminator", "ema"):
+            ours, theirs = (last_state(Path(each))["method"][part] for each in (run, "one"))
+            assert apart(ours, theirs) < 1e-5, (run, part)
+        for ours, theirs in zip(curves(Path(run)), curves(Path("one")), strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5, nan_ok=True)
+
+
 def test_what_the_command_lines_of_ranks_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is told its number, and the mistake of all of them is told before there are any."""
     seen: list[list[str]] = []
@@ -171,12 +181,7 @@ def test_two_ranks_train_what_one_does_and_either_goes_on(start: Start) -> None:
         assert process.returncode == 0, errors
     assert checkpoint_steps(Path("two")) == checkpoint_steps(Path("one"))
     assert sorted(path.name for path in Path("two/samples").iterdir()) == ["00000006.png", "00000012.png"]
-    for run in ("two", "half", "other", "rows", "rows-half"):
-        for part in ("student", "critic", "discriminator", "ema"):
-            ours, theirs = (last_state(Path(each))["method"][part] for each in (run, "one"))
-            assert apart(ours, theirs) < 1e-5, (run, part)
-        for ours, theirs in zip(curves(Path(run)), curves(Path("one")), strict=True):
-            assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5, nan_ok=True)
+    assert_like_one("two", "half", "other", "rows", "rows-half")
 
 
 @pytest.mark.slow
@@ -197,12 +202,7 @@ def test_ranks_that_share_weights_start_and_go_on_as_one_does(start: Start) -> N
         told, errors = (process := start(line)).communicate(timeout=300)
         assert process.returncode == 0, errors
         assert ("shard: each network in " in told) == ("shard" in line)
-    for run in ("two", "then", "half"):
-        for part in ("student", "critic", "discriminator", "ema"):
-            ours, theirs = (last_state(Path(each))["method"][part] for each in (run, "one"))
-            assert apart(ours, theirs) < 1e-5, (run, part)
-        for ours, theirs in zip(curves(Path(run)), curves(Path("one")), strict=True):
-            assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5, nan_ok=True)
+    assert_like_one("two", "then", "half")
 
 
 @pytest.mark.slow

@@ -59,8 +59,8 @@ def _measure(recipe: DistillRecipe, asked: Order, outline: Outline, told: str, d
         raise UserError(f"device: has {has}, and this recipe takes {takes}; ask `fewstep plan` what takes less")
     method = make_method(recipe, outline, device)
     rate, facts = matrix_rate(device, DTYPES[recipe.precision]), {**_machine(device), "teacher": told}
-    facts |= {"ranks": num_ranks(), "shard": recipe.parallel.shard}
-    each = f" by {num_ranks()} ranks" if num_ranks() > 1 else ""
+    facts |= {"ranks": num, "shard": recipe.parallel.shard}
+    each = f" by {num} ranks" if num > 1 else ""
     print(f"{asked.recipe}: {told}, batches of {recipe.batch_size}{each}, {recipe.precision}, on {facts['device']}")
     numbers: dict[str, dict[str, Any]] = {}
     for way, timing in time_ways(method, parts_of(recipe, outline, device), asked.cycles, ways):

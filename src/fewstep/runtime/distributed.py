@@ -139,8 +139,7 @@ def _silent(error: BaseException, number: int, num: int) -> str:
     """Who was waited for in vain, in words; they that `--ranks` has started are named by it."""
     if LAUNCHED in os.environ or "timed out" not in str(error).lower():
         return "another rank ended"
-    of_first = "rank 0 was silent"
-    found = ends.silent(number, num, str(lost(of_first)))
+    found = ends.silent(number, num, str(lost("rank 0 was silent")))
     return f"rank {' and '.join(map(str, found))} was silent" if found else "another rank was silent"
 
 
